@@ -1,0 +1,1 @@
+"""Kernels of Native Hybrid Attention: they know arrays, not models, meshes or configurations."""

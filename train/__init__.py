@@ -1,0 +1,1 @@
+"""Training stack of Native Hybrid Attention: the `nha` command line and what it runs."""
