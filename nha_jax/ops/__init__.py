@@ -1,0 +1,20 @@
+"""The operator: `nha_attention`, its implementations, and the state of generation."""
+
+from nha_jax.ops.api import Implementation, nha_attention
+from nha_jax.ops.decode import decode_step
+from nha_jax.ops.rope import Rope, apply_rope, rope_tables
+from nha_jax.ops.state import NHAState, init_state, resize_state
+from nha_jax.ops.types import NHAOutput
+
+__all__ = [
+    "Implementation",
+    "NHAOutput",
+    "NHAState",
+    "Rope",
+    "apply_rope",
+    "decode_step",
+    "init_state",
+    "nha_attention",
+    "resize_state",
+    "rope_tables",
+]

@@ -1,0 +1,349 @@
+"""Native Hybrid Attention in plain XLA: a scan over groups of chunks, linear in time and memory.
+
+A chunk of C rows reads one buffer `cat = [the W rows before; the chunk]`. Row r of the chunk sees
+columns 0..r of it through the slots (they entered W rows later) and columns r+1..r+W through the
+window: the two are complementary, so one product P @ cat_value serves both.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from nha_jax.ops.full import full_attention
+from nha_jax.ops.gates import chunk_gates
+from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, last_real, next_state
+from nha_jax.ops.types import NHAOutput, Options, compute_dtype
+
+CHUNK = 64
+GROUP = 4  # chunks that one step of the scan works on side by side
+
+Slots = tuple[jax.Array, jax.Array]  # keys [B, H, M, K] and values [B, H, M, V]
+
+
+class Blocks(NamedTuple):
+    """How T rows are cut: static, hashable."""
+
+    window: int  # W
+    chunk: int  # C rows
+    group: int  # N chunks a step
+    steps: int
+
+    @property
+    def rows(self) -> int:
+        """Rows a step."""
+        return self.chunk * self.group
+
+
+class Past(NamedTuple):
+    """What queries read: row W + t is token t, [B, H, W + rows, .] each."""
+
+    slot_key: jax.Array
+    rotated_key: jax.Array
+    value: jax.Array
+
+
+class Rows(NamedTuple):
+    """What belongs to one query row, cut in groups: leading axis `steps`."""
+
+    slot_query: jax.Array  # [B, H, N, G, C, K]
+    rotated_query: jax.Array  # [B, H, N, G, C, K]
+    log_decay: jax.Array  # [B, H, N, C, M], of the token that enters at this row
+
+
+class Runs(NamedTuple):
+    """Segment numbers, cut in groups: who may see whom."""
+
+    query: jax.Array  # [B, N, C]
+    entering: jax.Array  # [B, N, C], of the token that enters at this row
+    enters: jax.Array  # [B, N, C] bool, the slots hold a token of the query's segment
+    carried: jax.Array  # [B, N], of the slots at the chunk's start
+    visible: jax.Array  # [B, N, W + C], of the past's rows; -1 where there is no token
+
+
+def chunked_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    initial_state: NHAState | None,
+    options: Options,
+) -> NHAOutput:
+    """`nha_attention` in chunks; shapes as there. Memory is linear in T, cost T * (W + C)."""
+    B, T, Hq, K = query.shape
+    Hkv, V, M = key.shape[2], value.shape[-1], log_decay.shape[-1]
+    dtype = compute_dtype(query)
+    tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
+    rotated_query = apply_rope(query, rope)
+    W = options.window_size
+    if W is None or (W >= T and initial_state is None):  # nothing leaves the window
+        timeline = build_timeline(tokens, segment_ids, initial_state, None)
+        out, weight = full_attention(rotated_query, timeline, num_slots=M, options=options)
+        slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
+    else:
+        timeline = build_timeline(tokens, segment_ids, initial_state, W)
+        blocks = _cut(T, W)
+        past, rows, runs = _prepare(query, rotated_query, timeline, blocks, options)
+        if initial_state is None:
+            slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
+        else:
+            slots = (initial_state.slot_key, initial_state.slot_value)
+        out, weight, slots = _scan(blocks, options, past, rows, slots, runs)
+        slots = _of_last_segment(slots, timeline, T)
+        # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
+        out = out.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, -1, Hq, V)[:, :T]
+        weight = weight.transpose(1, 0, 3, 5, 2, 4).reshape(B, -1, Hq)[:, :T]
+    real = timeline.real[:, -T:, None]
+    out = jnp.where(real[..., None], out, 0).astype(query.dtype)
+    state = None
+    if options.return_state:
+        state = next_state(timeline, T, slots, segment_ids, initial_state, W)
+    return NHAOutput(
+        out, state, jnp.where(real, weight, 0) if options.return_slot_weight else None
+    )
+
+
+def _cut(T: int, W: int) -> Blocks:
+    chunk = min(CHUNK, 1 << (T - 1).bit_length())
+    # A wide window fills the step by itself; more chunks would only copy it more often.
+    group = 1 if W > 4 * CHUNK else min(GROUP, -(-T // chunk))
+    return Blocks(W, chunk, group, -(-T // (chunk * group)))
+
+
+def _prepare(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    timeline: Timeline,
+    blocks: Blocks,
+    options: Options,
+) -> tuple[Past, Rows, Runs]:
+    """Cuts time into steps of N chunks of C rows, padded to whole ones."""
+    B, T = query.shape[:2]
+    W, C, N, steps = blocks
+    padding = blocks.rows * steps - T
+
+    def pad(x, mode="constant"):
+        return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)), mode)
+
+    def cut(x, mode="constant"):  # [B, T, ...] -> [B, steps, N, C, ...]
+        return pad(x, mode).reshape(B, steps, N, C, *x.shape[2:])
+
+    def cut_query(x):  # [B, T, Hq, K] -> [steps, B, H, N, G, C, K]
+        H = timeline.tokens.key.shape[2]
+        return cut(x.reshape(B, T, H, -1, x.shape[-1])).transpose(1, 0, 4, 2, 5, 3, 6)
+
+    key, rotated_key, value, log_decay = timeline.tokens
+    past = Past(*(
+        pad(x).swapaxes(1, 2) for x in (options.feature_map(key), rotated_key, value)
+    ))  # fmt: skip
+
+    # At row t enters row t of the timeline, the token W back; none after the last real token, so
+    # that the slots stay as that one left them.
+    row, last = jnp.arange(T), last_real(timeline, T)[:, None]
+    query_run, entering_run, entering_real = (
+        timeline.run[:, -T:],
+        jnp.where(
+            last >= 0,
+            jnp.take_along_axis(timeline.run, jnp.minimum(row, last), axis=1, mode="clip"),
+            0,
+        ),
+        timeline.real[:, :T],
+    )
+    log_decay = jnp.where((entering_real & (row <= last))[..., None, None], log_decay[:, :T], 0)
+    rows = Rows(
+        slot_query=cut_query(options.feature_map(query)),
+        rotated_query=cut_query(rotated_query),
+        log_decay=cut(log_decay).transpose(1, 0, 4, 2, 3, 5),
+    )
+    entering = cut(entering_run, "edge")
+    before = jnp.pad(entering[..., -1].reshape(B, -1), ((0, 0), (1, 0)))[:, :-1]
+    runs = Runs(
+        query=cut(query_run).swapaxes(0, 1),
+        entering=entering.swapaxes(0, 1),
+        enters=cut(entering_real & (entering_run == query_run)).swapaxes(0, 1),
+        carried=before.reshape(B, steps, N).swapaxes(0, 1),
+        visible=_overlapping(pad(jnp.where(timeline.real, timeline.run, -1)), blocks),
+    )
+    return past, rows, runs
+
+
+def _overlapping(run: jax.Array, blocks: Blocks) -> jax.Array:
+    """[B, W + Tp] -> [steps, B, N, W + C]."""
+    starts = np.arange(blocks.steps * blocks.group).reshape(blocks.steps, -1, 1) * blocks.chunk
+    columns = starts + np.arange(blocks.window + blocks.chunk)
+    return jnp.moveaxis(run[:, columns], 0, 1)
+
+
+def _of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
+    """Empties the slots of rows whose last segment has not reached them yet."""
+    last = last_real(timeline, T)[:, None]
+    entered, now = (
+        jnp.take_along_axis(run, last, axis=1, mode="clip")
+        for run in (timeline.run[:, :T], timeline.run[:, -T:])
+    )
+    keep = ((last < 0) | (entered == now))[..., None, None]  # [B, 1, 1, 1]
+    return jnp.where(keep, slots[0], 0), jnp.where(keep, slots[1], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _scan(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs):
+    """All steps in turn: out [steps, B, H, N, G, C, V], slot weight (no V), and the last slots.
+
+    The gradient is written out, step by step in reverse with each step computed again, because
+    the steps' pasts overlap: left to autodiff, either every overlap is stored, W rows a step, or
+    each step adds a cotangent of the whole past.
+    """
+    return _forward(blocks, options, past, rows, slots, runs)[0]
+
+
+def _forward(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs):
+    def step(slots, x):
+        index, rows, runs = x
+        out, weight, after = _step(
+            blocks, options, _past_of(past, index, blocks), rows, slots, runs
+        )
+        return after, (out, weight, slots)
+
+    after, (out, weight, starts) = lax.scan(
+        step, slots, (jnp.arange(blocks.steps), rows, runs)
+    )
+    return (out, weight, after), starts
+
+
+def _scan_fwd(blocks, options, past, rows, slots, runs):
+    result, starts = _forward(blocks, options, past, rows, slots, runs)
+    return result, (past, rows, starts, runs)
+
+
+def _scan_bwd(blocks, options, saved, cotangents):
+    past, rows, starts, runs = saved
+    d_out, d_weight, d_slots = cotangents
+    W = blocks.window
+
+    def step(carry, x):
+        d_slots, d_shared = carry  # d_shared: the W rows of this step's past that later ones read
+        index, rows, start, runs, d_out, d_weight = x
+        _, pullback = jax.vjp(
+            lambda past, rows, slots: _step(blocks, options, past, rows, slots, runs),
+            _past_of(past, index, blocks),
+            rows,
+            start,
+        )
+        d_past, d_rows, d_slots = pullback((d_out, d_weight, d_slots))
+        d_past = jax.tree.map(
+            lambda d, shared: jnp.concatenate([
+                d[:, :, : blocks.rows].astype(shared.dtype), d[:, :, blocks.rows :] + shared
+            ], axis=2),
+            d_past, d_shared,
+        )  # fmt: skip
+        d_done = jax.tree.map(lambda d, x: d[:, :, W:].astype(x.dtype), d_past, past)
+        return (d_slots, jax.tree.map(lambda d: d[:, :, :W], d_past)), (d_done, d_rows)
+
+    d_shared = jax.tree.map(
+        lambda x: jnp.zeros((*x.shape[:2], W, x.shape[3]), compute_dtype(x)), past
+    )
+    (d_slots, d_first), (d_past, d_rows) = lax.scan(
+        step,
+        (d_slots, d_shared),
+        (jnp.arange(blocks.steps), rows, starts, runs, d_out, d_weight),
+        reverse=True,
+    )
+
+    def join(first, later):  # [B, H, W, .] and [steps, B, H, rows, .] -> [B, H, W + Tp, .]
+        later = jnp.moveaxis(later, 0, 2).reshape(*first.shape[:2], -1, first.shape[3])
+        return jnp.concatenate([first.astype(later.dtype), later], axis=2)
+
+    return jax.tree.map(join, d_first, d_past), d_rows, d_slots, None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _past_of(past: Past, index: jax.Array, blocks: Blocks) -> Past:
+    """The past of step `index`: the W rows before its own, and those."""
+    start, size = index * blocks.rows, blocks.window + blocks.rows
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), past)
+
+
+def _step(
+    blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs
+) -> tuple[jax.Array, jax.Array, Slots]:
+    """N chunks side by side: out [B, H, N, G, C, V], slot weight [B, H, N, G, C], next slots.
+
+    With G_t the cumulative log decay inside the chunk and S0 the slots at its start:
+        a_t = exp(G_t) (scale q_t . SK0) + sum_{j<=t} (scale q_t . k_j) s_j exp(G_t - G_j)
+        o_t = (p_t exp(G_t)) SV0 + sum_{j<=t} (sum_m p_t s_j exp(G_t - G_j)) v_j + window
+    """
+    W, C = blocks.window, blocks.chunk
+    dtype, wide = rows.slot_query.dtype, rows.log_decay.dtype
+    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    gates = chunk_gates(rows.log_decay)
+    slot_key = _cut_past(past.slot_key, blocks)[..., :C, :]
+    rotated_key, value = (_cut_past(x, blocks) for x in (past.rotated_key, past.value))
+    starts, slots = _chunk_slots(gates, slot_key, value[..., :C, :], slots, runs)
+    start_key, start_value = (x.astype(dtype) for x in starts)
+
+    # [B, 1, N, 1, C, ...]: broadcast over heads
+    together = (runs.entering[:, :, None, :] == runs.query[..., None])[:, None, :, None]
+    carried = (runs.carried[..., None] == runs.query)[:, None, :, None, :, None]
+    from_start = jnp.where(carried, gates.from_start[:, :, :, None], 0)
+    scores = product("bhngtk,bhnjk->bhngtj", rows.slot_query, slot_key)
+    a = gates.spread(jnp.where(together, options.scale * scores, 0).astype(dtype))
+    a += from_start * options.scale * product("bhngtk,bhnmk->bhngtm", rows.slot_query, start_key)
+    if options.empty_slots == "mask":
+        a = jnp.where(runs.enters[:, None, :, None, :, None], a, -jnp.inf)
+    b = options.scale * product("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
+    b = jnp.where(_window_mask(runs, W, C)[:, None, :, None], b, -jnp.inf)
+
+    top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1), jnp.max(b, -1)))[..., None]
+    top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
+    pa, pb = jnp.exp(a - top), jnp.exp(b - top)
+    slot_mass = jnp.sum(pa, axis=-1)
+    mass = slot_mass + jnp.sum(pb, axis=-1)
+    mass = jnp.where(mass > 0, mass, 1)
+    slot_p = jnp.where(together, gates.gather(pa), 0)
+    p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)])
+    out = product("bhngti,bhniv->bhngtv", p.astype(dtype), value)
+    out += product("bhngtm,bhnmv->bhngtv", (pa * from_start).astype(dtype), start_value)
+    return (out / mass[..., None]).astype(dtype), slot_mass / mass, slots
+
+
+def _chunk_slots(
+    gates, slot_key: jax.Array, value: jax.Array, slots: Slots, runs: Runs
+) -> tuple[Slots, Slots]:
+    """The slots at each chunk's start, [B, H, N, M, .], and after the last chunk, [B, H, M, .]."""
+    ends = runs.entering[:, :, -1]  # the segment that the slots belong to at the chunk's end
+    writes = (runs.entering == ends[..., None])[:, None, :, :, None]
+    to_end = jnp.where(writes, gates.to_end, 0).astype(slot_key.dtype)
+    keep = jnp.where((runs.carried == ends)[:, None, :, None], gates.total, 0)[..., None]
+
+    def chain(x, start):
+        added = jnp.einsum("bhnjm,bhnjd->bhnmd", to_end, x, preferred_element_type=keep.dtype)
+        states = [start]
+        for n in range(x.shape[2]):
+            states.append(keep[:, :, n] * states[-1] + added[:, :, n])
+        return jnp.stack(states[:-1], axis=2), states[-1]
+
+    (start_key, key), (start_value, value) = chain(slot_key, slots[0]), chain(value, slots[1])
+    return (start_key, start_value), (key, value)
+
+
+def _cut_past(x: jax.Array, blocks: Blocks) -> jax.Array:
+    """[B, H, W + N C, .] -> [B, H, N, W + C, .], overlapping."""
+    size = blocks.window + blocks.chunk
+    starts = range(0, blocks.rows, blocks.chunk)
+    return jnp.stack([x[:, :, start : start + size] for start in starts], axis=2)
+
+
+def _window_mask(runs: Runs, W: int, C: int) -> jax.Array:
+    """[B, N, C, W + C]: the W rows up to its own that are of the query's segment."""
+    row, column = np.arange(C)[:, None], np.arange(W + C)
+    inside = (column > row) & (column <= row + W)
+    return inside & (runs.visible[:, :, None] == runs.query[..., None])

@@ -1,0 +1,112 @@
+"""One token of generation: constant time and memory for a finite window."""
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.state import NHAState, Tokens
+from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
+from nha_jax.ops.validation import validate_arrays, validate_rest
+
+
+def decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: NHAState,
+    *,
+    window_size: int | None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    slot_feature_map: SlotFeatureMap = "identity",
+    empty_slots: EmptySlots = "attend",
+    active: jax.Array | None = None,
+) -> tuple[jax.Array, NHAState]:
+    """One more token of every row's segment, in place of one entry of the state's ring.
+
+    Args:
+      query, key, value, log_decay, rope, window_size, scale, slot_feature_map, empty_slots: as for
+        `nha_attention`, with T = 1.
+      state: of the tokens before. With window_size=None a row's `length` must be below the state's
+        capacity (make room with `resize_state`); at capacity the oldest token is overwritten.
+      active: [B] bool; a row that is False gives 0 and keeps its state.
+
+    Returns:
+      out [B, 1, Hq, V] in the query's dtype, and the state after the token.
+
+    Raises:
+      ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
+    """
+    validate_arrays(query, key, value, log_decay)
+    B, T, Hq, K = query.shape
+    Hkv, M, W, R = key.shape[2], log_decay.shape[3], window_size, state.capacity
+    if T != 1:
+        raise ValueError(f"decode_step takes one token at a time, got query with shape {query.shape}")
+    options = Options(
+        window_size=W,
+        scale=K**-0.5 if scale is None else scale,
+        slot_feature_map=slot_feature_map,
+        empty_slots=empty_slots,
+        return_state=True,
+        return_slot_weight=False,
+    )
+    validate_rest(
+        query, key, value, log_decay,
+        rope=rope, segment_ids=None, initial_state=state, options=options,
+    )  # fmt: skip
+    dtype = compute_dtype(query)
+    active = jnp.ones(B, bool) if active is None else active
+    new = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
+    batch, entry = jnp.arange(B), state.length % max(R, 1)
+
+    # The token W back enters the slots: the ring entry that the new token replaces.
+    leaving, leaves = new.map(lambda x: x[:, 0]), active
+    if R:
+        leaving = state.tokens.map(lambda x: x[batch, entry])
+        leaves = active & (state.length >= R) & (W is not None)
+    slot_key, slot_value = _write_slots(state, leaving, leaves, options)
+    ring = state.tokens
+    if R:
+        ring = Tokens(*(
+            old.at[batch, entry].set(
+                jnp.where(active[:, None, None], x[:, 0], old[batch, entry]),
+                unique_indices=True,
+            )
+            for old, x in zip(ring, new, strict=True)
+        ))  # fmt: skip
+    length = state.length + active.astype(jnp.int32)
+
+    slot_query = options.feature_map(query.reshape(B, Hkv, Hq // Hkv, K).astype(dtype))
+    rotated_query = apply_rope(query, rope).reshape(B, Hkv, Hq // Hkv, K)
+    a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", slot_query, slot_key)
+    b = options.scale * jnp.einsum(
+        "bhgk,brhk->bhgr", rotated_query, ring.rotated_key, preferred_element_type=dtype
+    )
+    if empty_slots == "mask":
+        filled = (length > R) & (W is not None)
+        a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
+    seen = jnp.arange(R) < length[:, None]
+    b = jnp.where(seen[:, None, None], b, -jnp.inf)
+    p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
+    out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
+    out += jnp.einsum(
+        "bhgr,brhv->bhgv", p[..., M:].astype(value.dtype), ring.value, preferred_element_type=dtype
+    )
+    out = jnp.where(active[:, None, None, None], out, 0.0).astype(query.dtype)
+    after = NHAState(slot_key, slot_value, *ring, length=length, segment_id=state.segment_id)
+    return out.reshape(B, 1, Hq, value.shape[3]), after
+
+
+def _write_slots(
+    state: NHAState, token: Tokens, writes: jax.Array, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """The slots [B, Hkv, M, .] after the token [B, Hkv, .] entered, in the rows that write."""
+    decay = jnp.exp(token.log_decay)[..., None]
+    write = -jnp.expm1(token.log_decay)[..., None]
+    feature = options.feature_map(token.key.astype(decay.dtype))[:, :, None]
+    writes = writes[:, None, None, None]
+    return (
+        jnp.where(writes, decay * state.slot_key + write * feature, state.slot_key),
+        jnp.where(writes, decay * state.slot_value + write * token.value[:, :, None], state.slot_value),
+    )

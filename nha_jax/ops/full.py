@@ -1,0 +1,66 @@
+"""Full attention in plain XLA, for layers whose window is the whole past."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nha_jax.ops.state import Timeline
+from nha_jax.ops.types import Options
+
+ROWS = 128  # queries a step
+
+
+def full_attention(
+    rotated_query: jax.Array, timeline: Timeline, *, num_slots: int, options: Options
+) -> tuple[jax.Array, jax.Array]:
+    """Causal softmax attention of T queries to R + T rows, with the slots still empty.
+
+    Empty slots that are attended to have logit 0 and value 0: they add `num_slots * exp(0)` to the
+    softmax's denominator and nothing to its numerator. Queries go through in blocks, computed
+    again for the gradient, so that no T x T matrix is ever stored.
+
+    Returns out [B, T, Hq, V] and the slot weight [B, T, Hq], both in the wide dtype.
+    """
+    B, T, Hq, K = rotated_query.shape
+    _, rotated_key, value, log_decay = timeline.tokens
+    Hkv, wide = rotated_key.shape[2], log_decay.dtype
+    num_rows = rotated_key.shape[1]
+    rows = min(ROWS, T)
+    steps = -(-T // rows)
+
+    def cut(x):  # [B, T, ...] -> [steps, B, rows, ...]
+        x = jnp.pad(x, ((0, 0), (0, steps * rows - T), *((0, 0),) * (x.ndim - 2)))
+        return x.reshape(B, steps, rows, *x.shape[2:]).swapaxes(0, 1)
+
+    visible = jnp.where(timeline.real, timeline.run, -1)[:, None]  # [B, 1, R + T]
+
+    def attend(x):
+        index, query, run = x
+        now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
+        mask = (jnp.arange(num_rows) <= now) & (visible == run[..., None])
+        logits = options.scale * jnp.einsum(
+            "bthgk,bnhk->bhgtn", query, rotated_key, preferred_element_type=wide
+        )
+        logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
+        top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        empty = 0.0
+        if options.empty_slots == "attend":
+            top = jnp.maximum(top, 0)
+            empty = num_slots * jnp.exp(-top)
+        top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
+        p = jnp.exp(logits - top)
+        mass = jnp.sum(p, axis=-1, keepdims=True) + empty
+        mass = jnp.where(mass > 0, mass, 1)
+        out = jnp.einsum(
+            "bhgtn,bnhv->bhgtv", p.astype(value.dtype), value, preferred_element_type=wide
+        )
+        return out / mass, jnp.broadcast_to(empty / mass, mass.shape)[..., 0]
+
+    queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
+    run = cut(timeline.run[:, -T:])
+    out, weight = lax.map(
+        jax.checkpoint(attend, prevent_cse=False), (jnp.arange(steps), queries, run)
+    )
+    # [steps, B, H, G, rows, ...] -> [B, T, Hq, ...]
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, steps * rows, Hq, -1)[:, :T]
+    return out, weight.transpose(1, 0, 4, 2, 3).reshape(B, steps * rows, Hq)[:, :T]

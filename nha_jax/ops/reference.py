@@ -1,0 +1,110 @@
+"""The definition of Native Hybrid Attention, one token at a time (arXiv 2510.07019).
+
+Every other implementation is held against this one. It takes any float dtype (float64 under
+`jax.enable_x64`) and spends T x T memory on the window's logits: for small T.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.state import NHAState, Tokens, build_timeline, next_state
+from nha_jax.ops.types import NHAOutput, Options, compute_dtype
+
+
+@jax.default_matmul_precision("highest")
+def reference_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    initial_state: NHAState | None,
+    options: Options,
+) -> NHAOutput:
+    """`nha_attention` by the per-token recurrence; shapes as there.
+
+    At step t of a segment, with s = 1 - exp(log_decay):
+        S_t = exp(log_decay_j) S_{t-1} + s_j [key_j ; value_j]   for j = t - W, if it exists
+        a_t = scale feature_map(query_t) . SK_t                  the M slots
+        b_t = scale rotated(query_t) . rotated(key_i)            t - W < i <= t
+        o_t = softmax([a_t ; b_t]) [SV_t ; value_i]
+    """
+    B, T, Hq, K = query.shape
+    Hkv, V, M = key.shape[2], value.shape[-1], log_decay.shape[-1]
+    W = options.window_size
+    dtype = compute_dtype(query)
+    tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
+    timeline = build_timeline(tokens, segment_ids, initial_state, W)
+    run, real = timeline.run[:, -T:], timeline.real[:, -T:]  # [B, T]
+    past_key, past_rotated_key, past_value, past_log_decay = (
+        x.astype(dtype) for x in timeline.tokens
+    )
+    query_groups = query.reshape(B, T, Hkv, Hq // Hkv, K)
+    slot_query = options.feature_map(query_groups.astype(dtype))
+    rotated_query = apply_rope(query, rope).reshape(query_groups.shape).astype(dtype)
+
+    # Window logits of all queries: [T, B, Hkv, G, R + T].
+    num_rows = timeline.run.shape[1]
+    row, now = jnp.arange(num_rows), jnp.arange(num_rows - T, num_rows)[:, None]
+    inside = (row <= now) if W is None else (row <= now) & (row > now - W)
+    visible = inside & timeline.real[:, None] & (timeline.run[:, None] == run[..., None])
+    window_logits = options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, past_rotated_key)
+    window_logits = jnp.where(visible.swapaxes(0, 1)[:, :, None, None], window_logits, -jnp.inf)
+
+    # The token that enters at step t: row t of the timeline, which is W rows behind; none if W is
+    # everything.
+    enters = jnp.zeros((B, T), bool)
+    if W is not None:
+        enters = timeline.real[:, :T] & (timeline.run[:, :T] == run)
+    entering = (past_key[:, :T], past_value[:, :T], past_log_decay[:, :T], enters)
+
+    def step(carry, x):
+        slot_key, slot_value, current_run = carry
+        q, b, (k, v, g, enters), run, real = x
+        starts = (real & (run != current_run))[:, None, None, None]
+        slot_key, slot_value = (jnp.where(starts, 0, s) for s in (slot_key, slot_value))
+        decay = jnp.exp(g)[..., None]  # [B, Hkv, M, 1]
+        write = -jnp.expm1(g)[..., None]
+        writes = (real & enters)[:, None, None, None]
+        feature = options.feature_map(k)[:, :, None]  # [B, Hkv, 1, K]
+        slot_key = jnp.where(writes, decay * slot_key + write * feature, slot_key)
+        slot_value = jnp.where(writes, decay * slot_value + write * v[:, :, None], slot_value)
+
+        a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", q, slot_key)
+        if options.empty_slots == "mask":
+            a = jnp.where(enters[:, None, None, None], a, -jnp.inf)
+        # A padding row sees nothing and gives nothing; keep its softmax finite.
+        p = jnp.where(
+            real[:, None, None, None],
+            jax.nn.softmax(
+                jnp.where(real[:, None, None, None], jnp.concatenate([a, b], axis=-1), 0.0)
+            ),
+            0.0,
+        )
+        out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
+        out += jnp.einsum("bhgn,bnhv->bhgv", p[..., M:], past_value)
+        carry = (slot_key, slot_value, jnp.where(real, run, current_run))
+        return carry, (out, jnp.sum(p[..., :M], axis=-1))
+
+    if initial_state is None:
+        slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
+    else:
+        slots = (initial_state.slot_key.astype(dtype), initial_state.slot_value.astype(dtype))
+    per_step = jax.tree.map(lambda x: x.swapaxes(0, 1), (slot_query, entering, run, real))
+    slot_query, entering, run, real = per_step
+    carry, (out, weight) = jax.lax.scan(
+        step,
+        (*slots, jnp.zeros(B, jnp.int32)),
+        (slot_query, window_logits, entering, run, real),
+    )
+    out = out.swapaxes(0, 1).reshape(B, T, Hq, V).astype(query.dtype)  # [T, B, Hkv, G, V] ->
+    state = None
+    if options.return_state:
+        state = next_state(timeline, T, carry[:2], segment_ids, initial_state, W)
+    slot_weight = None
+    if options.return_slot_weight:
+        slot_weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
+    return NHAOutput(out, state, slot_weight)

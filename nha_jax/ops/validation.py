@@ -1,0 +1,125 @@
+"""Argument checks of the operator: one line that names the argument, what it is and what it must be."""
+
+import math
+import numbers
+from typing import get_args
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax.ops.rope import Rope
+from nha_jax.ops.state import NHAState
+from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
+
+
+def validate_rest(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    initial_state: NHAState | None,
+    options: Options,
+) -> None:
+    """Raises ValueError or TypeError for the first argument beside the arrays that is wrong."""
+    _check_options(options)
+    B, T, _, K = query.shape
+    if rope is not None:
+        _check_rope(rope, B, T, K)
+    if segment_ids is not None:
+        _check_shape("segment_ids", segment_ids, (B, T), "[B, T] of the query")
+        if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+            raise TypeError(f"segment_ids must have an integer dtype, got {segment_ids.dtype}")
+    if initial_state is not None:
+        check_state(initial_state, key, value, log_decay, options.window_size)
+
+
+def validate_arrays(
+    query: jax.Array, key: jax.Array, value: jax.Array, log_decay: jax.Array
+) -> None:
+    """Raises ValueError or TypeError for the first of the four that does not fit the others."""
+    for name, x in (("query", query), ("key", key), ("value", value), ("log_decay", log_decay)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} must be [B, T, heads, dim], got shape {x.shape}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"{name} must not be empty, got shape {x.shape}")
+    B, T, Hq, K = query.shape
+    Hkv = key.shape[2]
+    _check_shape("key", key, (B, T, Hkv, K), "[B, T, Hkv, K] of the query")
+    _check_shape("value", value, (B, T, Hkv, value.shape[3]), "[B, T, Hkv, V] of the key")
+    _check_shape(
+        "log_decay", log_decay, (B, T, Hkv, log_decay.shape[3]), "[B, T, Hkv, M] of the key"
+    )
+    if Hq % Hkv:
+        raise ValueError(f"query has {Hq} heads, which is not a multiple of the {Hkv} heads of key")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the query's dtype {query.dtype}, got {x.dtype}")
+
+
+def check_state(
+    state: NHAState,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    window_size: int | None,
+) -> None:
+    """Raises ValueError or TypeError naming the state's first field that does not fit the call."""
+    if not isinstance(state, NHAState):
+        raise TypeError(f"initial_state must be an NHAState, got {type(state).__name__}")
+    B, _, H, K = key.shape
+    V, M = value.shape[3], log_decay.shape[3]
+    R = state.capacity if window_size is None else window_size
+    wide = compute_dtype(key)
+    expected = NHAState(
+        slot_key=((B, H, M, K), wide),
+        slot_value=((B, H, M, V), wide),
+        window_key=((B, R, H, K), key.dtype),
+        window_rotated_key=((B, R, H, K), key.dtype),
+        window_value=((B, R, H, V), value.dtype),
+        window_log_decay=((B, R, H, M), wide),
+        length=((B,), jnp.dtype(jnp.int32)),
+        segment_id=((B,), jnp.dtype(jnp.int32)),
+    )
+    for name, x, (shape, dtype) in zip(NHAState._fields, state, expected, strict=True):
+        why = f"window_size={window_size}, key {key.shape}, value {value.shape}, {M} slots"
+        _check_shape(f"initial_state.{name}", x, shape, why)
+        if x.dtype != dtype:
+            raise TypeError(f"initial_state.{name} must have dtype {dtype}, got {x.dtype}")
+
+
+def _check_options(options: Options) -> None:
+    W = options.window_size
+    if W is not None and (isinstance(W, bool) or not isinstance(W, numbers.Integral)):
+        raise TypeError(f"window_size must be an int or None (full attention), got {W!r}")
+    if W is not None and W < 0:
+        raise ValueError(f"window_size must be at least 0, got {W}")
+    if not isinstance(options.scale, numbers.Real) or not math.isfinite(options.scale):
+        raise ValueError(f"scale must be a finite number, got {options.scale!r}")
+    for name, choices in (("slot_feature_map", SlotFeatureMap), ("empty_slots", EmptySlots)):
+        if (chosen := getattr(options, name)) not in get_args(choices):
+            raise ValueError(f"{name} must be one of {get_args(choices)}, got {chosen!r}")
+
+
+def _check_rope(rope: Rope, B: int, T: int, K: int) -> None:
+    if not isinstance(rope, tuple | list) or len(rope) != 2:
+        raise TypeError(f"rope must be a pair (cos, sin), got {type(rope).__name__}")
+    if K % 2:
+        raise ValueError(f"rope needs an even key dimension, got query with K={K}")
+    for name, table in zip(("cos", "sin"), rope, strict=True):
+        if table.shape not in ((T, K // 2), (B, T, K // 2)):
+            raise ValueError(
+                f"rope's {name} must have shape {(T, K // 2)} or {(B, T, K // 2)} "
+                f"([T, K/2] or [B, T, K/2] of the query), got {table.shape}"
+            )
+        if not jnp.issubdtype(table.dtype, jnp.floating):
+            raise TypeError(f"rope's {name} must have a floating dtype, got {table.dtype}")
+
+
+def _check_shape(name: str, x: jax.Array, shape: tuple[int, ...], why: str) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape} ({why}), got {x.shape}")
