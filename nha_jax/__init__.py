@@ -1,0 +1,23 @@
+"""Native Hybrid Attention (arXiv 2510.07019) in JAX: the operator, and language models of it."""
+
+from importlib.metadata import version
+
+from nha_jax.config import ModelConfig
+from nha_jax.generate import generate
+from nha_jax.model import Model, ModelCache
+from nha_jax.ops import NHAOutput, NHAState, nha_attention
+from nha_jax.serialization import load, save
+
+__version__ = version("nha_jax")
+
+__all__ = [
+    "Model",
+    "ModelCache",
+    "ModelConfig",
+    "NHAOutput",
+    "NHAState",
+    "generate",
+    "load",
+    "nha_attention",
+    "save",
+]

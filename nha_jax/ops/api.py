@@ -123,10 +123,15 @@ def nha_attention(
         return_state=return_state,
         return_slot_weight=return_slot_weight,
     )
-    inputs = dict(rope=rope, segment_ids=segment_ids, initial_state=initial_state, options=options)
-    validate_rest(query, key, value, log_decay, **inputs)
+    rest = {
+        "rope": rope,
+        "segment_ids": segment_ids,
+        "initial_state": initial_state,
+        "options": options,
+    }
+    validate_rest(query, key, value, log_decay, **rest)
     attend = _implementation(implementation)
-    result = attend(query, key, value, log_decay, **inputs)
+    result = attend(query, key, value, log_decay, **rest)
     return result if return_state or return_slot_weight else result.out
 
 

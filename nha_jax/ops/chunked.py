@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from nha_jax.ops.full import full_attention
-from nha_jax.ops.gates import chunk_gates
+from nha_jax.ops.gates import ChunkGates, chunk_gates
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, last_real, next_state
 from nha_jax.ops.types import NHAOutput, Options, compute_dtype
@@ -82,17 +82,18 @@ def chunked_attention(
     dtype = compute_dtype(query)
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
     rotated_query = apply_rope(query, rope)
+    empty_slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
     W = options.window_size
     if W is None or (W >= T and initial_state is None):  # nothing leaves the window
         timeline = build_timeline(tokens, segment_ids, initial_state, None)
         out, weight = full_attention(rotated_query, timeline, num_slots=M, options=options)
-        slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
+        slots = empty_slots
     else:
         timeline = build_timeline(tokens, segment_ids, initial_state, W)
         blocks = _cut(T, W)
         past, rows, runs = _prepare(query, rotated_query, timeline, blocks, options)
         if initial_state is None:
-            slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
+            slots = empty_slots
         else:
             slots = (initial_state.slot_key, initial_state.slot_value)
         out, weight, slots = _scan(blocks, options, past, rows, slots, runs)
@@ -105,9 +106,7 @@ def chunked_attention(
     state = None
     if options.return_state:
         state = next_state(timeline, T, slots, segment_ids, initial_state, W)
-    return NHAOutput(
-        out, state, jnp.where(real, weight, 0) if options.return_slot_weight else None
-    )
+    return NHAOutput(out, state, jnp.where(real, weight, 0) if options.return_slot_weight else None)
 
 
 def _cut(T: int, W: int) -> Blocks:
@@ -126,7 +125,7 @@ def _prepare(
 ) -> tuple[Past, Rows, Runs]:
     """Cuts time into steps of N chunks of C rows, padded to whole ones."""
     B, T = query.shape[:2]
-    W, C, N, steps = blocks
+    C, N, steps = blocks.chunk, blocks.group, blocks.steps
     padding = blocks.rows * steps - T
 
     def pad(x, mode="constant"):
@@ -211,9 +210,7 @@ def _forward(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Sl
         )
         return after, (out, weight, slots)
 
-    after, (out, weight, starts) = lax.scan(
-        step, slots, (jnp.arange(blocks.steps), rows, runs)
-    )
+    after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(blocks.steps), rows, runs))
     return (out, weight, after), starts
 
 
@@ -282,24 +279,26 @@ def _step(
         o_t = (p_t exp(G_t)) SV0 + sum_{j<=t} (sum_m p_t s_j exp(G_t - G_j)) v_j + window
     """
     W, C = blocks.window, blocks.chunk
-    dtype, wide = rows.slot_query.dtype, rows.log_decay.dtype
-    product = functools.partial(jnp.einsum, preferred_element_type=wide)
+    narrow, wide = rows.slot_query.dtype, rows.log_decay.dtype
+    # Rounding scores and their cotangents to bfloat16 costs the query's gradient most of its
+    # digits where slots are nearly equal, and saves no time: a step's operands are small.
+    past, rows = jax.tree.map(lambda x: x.astype(wide), (past, rows))
     gates = chunk_gates(rows.log_decay)
     slot_key = _cut_past(past.slot_key, blocks)[..., :C, :]
     rotated_key, value = (_cut_past(x, blocks) for x in (past.rotated_key, past.value))
     starts, slots = _chunk_slots(gates, slot_key, value[..., :C, :], slots, runs)
-    start_key, start_value = (x.astype(dtype) for x in starts)
 
     # [B, 1, N, 1, C, ...]: broadcast over heads
     together = (runs.entering[:, :, None, :] == runs.query[..., None])[:, None, :, None]
     carried = (runs.carried[..., None] == runs.query)[:, None, :, None, :, None]
     from_start = jnp.where(carried, gates.from_start[:, :, :, None], 0)
-    scores = product("bhngtk,bhnjk->bhngtj", rows.slot_query, slot_key)
-    a = gates.spread(jnp.where(together, options.scale * scores, 0).astype(dtype))
-    a += from_start * options.scale * product("bhngtk,bhnmk->bhngtm", rows.slot_query, start_key)
+    scores = options.scale * jnp.einsum("bhngtk,bhnjk->bhngtj", rows.slot_query, slot_key)
+    a = gates.spread(jnp.where(together, scores, 0))
+    carry_scores = options.scale * jnp.einsum("bhngtk,bhnmk->bhngtm", rows.slot_query, starts[0])
+    a += from_start * carry_scores
     if options.empty_slots == "mask":
         a = jnp.where(runs.enters[:, None, :, None, :, None], a, -jnp.inf)
-    b = options.scale * product("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
+    b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
     b = jnp.where(_window_mask(runs, W, C)[:, None, :, None], b, -jnp.inf)
 
     top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1), jnp.max(b, -1)))[..., None]
@@ -310,22 +309,22 @@ def _step(
     mass = jnp.where(mass > 0, mass, 1)
     slot_p = jnp.where(together, gates.gather(pa), 0)
     p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)])
-    out = product("bhngti,bhniv->bhngtv", p.astype(dtype), value)
-    out += product("bhngtm,bhnmv->bhngtv", (pa * from_start).astype(dtype), start_value)
-    return (out / mass[..., None]).astype(dtype), slot_mass / mass, slots
+    out = jnp.einsum("bhngti,bhniv->bhngtv", p, value)
+    out += jnp.einsum("bhngtm,bhnmv->bhngtv", pa * from_start, starts[1])
+    return (out / mass[..., None]).astype(narrow), slot_mass / mass, slots
 
 
 def _chunk_slots(
-    gates, slot_key: jax.Array, value: jax.Array, slots: Slots, runs: Runs
+    gates: ChunkGates, slot_key: jax.Array, value: jax.Array, slots: Slots, runs: Runs
 ) -> tuple[Slots, Slots]:
     """The slots at each chunk's start, [B, H, N, M, .], and after the last chunk, [B, H, M, .]."""
     ends = runs.entering[:, :, -1]  # the segment that the slots belong to at the chunk's end
     writes = (runs.entering == ends[..., None])[:, None, :, :, None]
-    to_end = jnp.where(writes, gates.to_end, 0).astype(slot_key.dtype)
+    to_end = jnp.where(writes, gates.to_end, 0)
     keep = jnp.where((runs.carried == ends)[:, None, :, None], gates.total, 0)[..., None]
 
     def chain(x, start):
-        added = jnp.einsum("bhnjm,bhnjd->bhnmd", to_end, x, preferred_element_type=keep.dtype)
+        added = jnp.einsum("bhnjm,bhnjd->bhnmd", to_end, x)
         states = [start]
         for n in range(x.shape[2]):
             states.append(keep[:, :, n] * states[-1] + added[:, :, n])
@@ -346,4 +345,4 @@ def _window_mask(runs: Runs, W: int, C: int) -> jax.Array:
     """[B, N, C, W + C]: the W rows up to its own that are of the query's segment."""
     row, column = np.arange(C)[:, None], np.arange(W + C)
     inside = (column > row) & (column <= row + W)
-    return inside & (runs.visible[:, :, None] == runs.query[..., None])
+    return jnp.asarray(inside) & (runs.visible[:, :, None] == runs.query[..., None])

@@ -42,7 +42,9 @@ def decode_step(
     B, T, Hq, K = query.shape
     Hkv, M, W, R = key.shape[2], log_decay.shape[3], window_size, state.capacity
     if T != 1:
-        raise ValueError(f"decode_step takes one token at a time, got query with shape {query.shape}")
+        raise ValueError(
+            f"decode_step takes one token at a time, got query with shape {query.shape}"
+        )
     options = Options(
         window_size=W,
         scale=K**-0.5 if scale is None else scale,
@@ -108,5 +110,7 @@ def _write_slots(
     writes = writes[:, None, None, None]
     return (
         jnp.where(writes, decay * state.slot_key + write * feature, state.slot_key),
-        jnp.where(writes, decay * state.slot_value + write * token.value[:, :, None], state.slot_value),
+        jnp.where(
+            writes, decay * state.slot_value + write * token.value[:, :, None], state.slot_value
+        ),
     )

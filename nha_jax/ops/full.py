@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.state import Timeline
-from nha_jax.ops.types import Options
+from nha_jax.ops.types import Options, compute_dtype
 
 ROWS = 128  # queries a step
 
@@ -22,8 +22,12 @@ def full_attention(
     Returns out [B, T, Hq, V] and the slot weight [B, T, Hq], both in the wide dtype.
     """
     B, T, Hq, K = rotated_query.shape
-    _, rotated_key, value, log_decay = timeline.tokens
-    Hkv, wide = rotated_key.shape[2], log_decay.dtype
+    wide = compute_dtype(rotated_query)
+    rotated_key, value = (
+        timeline.tokens.rotated_key.astype(wide),
+        timeline.tokens.value.astype(wide),
+    )
+    Hkv = rotated_key.shape[2]
     num_rows = rotated_key.shape[1]
     rows = min(ROWS, T)
     steps = -(-T // rows)
@@ -38,12 +42,10 @@ def full_attention(
         index, query, run = x
         now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
         mask = (jnp.arange(num_rows) <= now) & (visible == run[..., None])
-        logits = options.scale * jnp.einsum(
-            "bthgk,bnhk->bhgtn", query, rotated_key, preferred_element_type=wide
-        )
+        logits = options.scale * jnp.einsum("bthgk,bnhk->bhgtn", query.astype(wide), rotated_key)
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
         top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-        empty = 0.0
+        empty = jnp.zeros_like(top)
         if options.empty_slots == "attend":
             top = jnp.maximum(top, 0)
             empty = num_slots * jnp.exp(-top)
@@ -51,10 +53,8 @@ def full_attention(
         p = jnp.exp(logits - top)
         mass = jnp.sum(p, axis=-1, keepdims=True) + empty
         mass = jnp.where(mass > 0, mass, 1)
-        out = jnp.einsum(
-            "bhgtn,bnhv->bhgtv", p.astype(value.dtype), value, preferred_element_type=wide
-        )
-        return out / mass, jnp.broadcast_to(empty / mass, mass.shape)[..., 0]
+        out = jnp.einsum("bhgtn,bnhv->bhgtv", p, value)
+        return out / mass, (empty / mass)[..., 0]
 
     queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
     run = cut(timeline.run[:, -T:])

@@ -37,10 +37,7 @@ class ChunkGates(NamedTuple):
         logits = diagonal[..., None] * self.write[..., None, :, :]
         for level, gate in enumerate(self.levels):
             later_half = jnp.where(_pairs(scores.shape[-1], level), scores, 0)
-            gate = gate.astype(scores.dtype)
-            logits += gate[..., None, :, :] * jnp.einsum(
-                "...qtj,...jm->...qtm", later_half, gate, preferred_element_type=logits.dtype
-            )
+            logits += gate[..., None, :, :] * jnp.einsum("...qtj,...jm->...qtm", later_half, gate)
         return logits
 
     def gather(self, weights: jax.Array) -> jax.Array:
@@ -52,12 +49,8 @@ class ChunkGates(NamedTuple):
         diagonal = jnp.sum(weights * self.write[..., None, :, :], axis=-1)
         rows = jnp.where(np.eye(C, dtype=bool), diagonal[..., None], 0)
         for level, gate in enumerate(self.levels):
-            product = jnp.einsum(
-                "...qtm,...jm->...qtj",
-                weights * gate[..., None, :, :],
-                gate,
-                preferred_element_type=rows.dtype,
-            )
+            gated = weights * gate[..., None, :, :]
+            product = jnp.einsum("...qtm,...jm->...qtj", gated, gate)
             rows = jnp.where(_pairs(C, level), product, rows)
         return rows
 
@@ -80,13 +73,11 @@ def chunk_gates(log_decay: jax.Array) -> ChunkGates:
         F = jnp.where(second, F + other, F).reshape(log_decay.shape)
         R = jnp.where(first, R + other, R).reshape(log_decay.shape)
         half *= 2
-    return ChunkGates(
-        write, tuple(levels), jnp.exp(F), write * jnp.exp(R), jnp.exp(F[..., -1, :])
-    )
+    return ChunkGates(write, tuple(levels), jnp.exp(F), write * jnp.exp(R), jnp.exp(F[..., -1, :]))
 
 
 def _pairs(C: int, level: int) -> np.ndarray:
-    """[C, C]: t in the second and j in the first half of the same block of 2 ** (level + 1) rows."""
+    """[C, C]: t in the second, j in the first half of the same block of 2 ** (level + 1) rows."""
     t, j = np.arange(C)[:, None], np.arange(C)
     same_block = t >> (level + 1) == j >> (level + 1)
     return same_block & (t >> level & 1 == 1) & (j >> level & 1 == 0)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import NHAState, Tokens, build_timeline, next_state
+from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, next_state
 from nha_jax.ops.types import NHAOutput, Options, compute_dtype
 
 
@@ -46,23 +46,19 @@ def reference_attention(
     slot_query = options.feature_map(query_groups.astype(dtype))
     rotated_query = apply_rope(query, rope).reshape(query_groups.shape).astype(dtype)
 
-    # Window logits of all queries: [T, B, Hkv, G, R + T].
-    num_rows = timeline.run.shape[1]
-    row, now = jnp.arange(num_rows), jnp.arange(num_rows - T, num_rows)[:, None]
-    inside = (row <= now) if W is None else (row <= now) & (row > now - W)
-    visible = inside & timeline.real[:, None] & (timeline.run[:, None] == run[..., None])
-    window_logits = options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, past_rotated_key)
-    window_logits = jnp.where(visible.swapaxes(0, 1)[:, :, None, None], window_logits, -jnp.inf)
-
-    # The token that enters at step t: row t of the timeline, which is W rows behind; none if W is
-    # everything.
+    window_logits = jnp.where(
+        _visible(timeline, T, W)[:, :, None, None],
+        options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, past_rotated_key),
+        -jnp.inf,
+    )  # [T, B, Hkv, G, R + T]
+    # At step t enters row t of the timeline, the token W back; none if W is everything.
     enters = jnp.zeros((B, T), bool)
     if W is not None:
         enters = timeline.real[:, :T] & (timeline.run[:, :T] == run)
     entering = (past_key[:, :T], past_value[:, :T], past_log_decay[:, :T], enters)
 
     def step(carry, x):
-        slot_key, slot_value, current_run = carry
+        (slot_key, slot_value), current_run = carry
         q, b, (k, v, g, enters), run, real = x
         starts = (real & (run != current_run))[:, None, None, None]
         slot_key, slot_value = (jnp.where(starts, 0, s) for s in (slot_key, slot_value))
@@ -76,35 +72,43 @@ def reference_attention(
         a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", q, slot_key)
         if options.empty_slots == "mask":
             a = jnp.where(enters[:, None, None, None], a, -jnp.inf)
-        # A padding row sees nothing and gives nothing; keep its softmax finite.
-        p = jnp.where(
-            real[:, None, None, None],
-            jax.nn.softmax(
-                jnp.where(real[:, None, None, None], jnp.concatenate([a, b], axis=-1), 0.0)
-            ),
-            0.0,
-        )
+        p = _softmax(jnp.concatenate([a, b], axis=-1), real[:, None, None, None])
         out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
         out += jnp.einsum("bhgn,bnhv->bhgv", p[..., M:], past_value)
-        carry = (slot_key, slot_value, jnp.where(real, run, current_run))
+        carry = (slot_key, slot_value), jnp.where(real, run, current_run)
         return carry, (out, jnp.sum(p[..., :M], axis=-1))
 
-    if initial_state is None:
-        slots = tuple(jnp.zeros((B, Hkv, M, D), dtype) for D in (K, V))
-    else:
-        slots = (initial_state.slot_key.astype(dtype), initial_state.slot_value.astype(dtype))
-    per_step = jax.tree.map(lambda x: x.swapaxes(0, 1), (slot_query, entering, run, real))
-    slot_query, entering, run, real = per_step
-    carry, (out, weight) = jax.lax.scan(
+    slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
+    if initial_state is not None and W is not None:
+        slots = initial_state.slot_key.astype(dtype), initial_state.slot_value.astype(dtype)
+    slot_query, entering, run, real = jax.tree.map(
+        lambda x: x.swapaxes(0, 1), (slot_query, entering, run, real)
+    )  # time first
+    (slots, _), (out, weight) = jax.lax.scan(
         step,
-        (*slots, jnp.zeros(B, jnp.int32)),
+        (slots, jnp.zeros(B, jnp.int32)),
         (slot_query, window_logits, entering, run, real),
     )
-    out = out.swapaxes(0, 1).reshape(B, T, Hq, V).astype(query.dtype)  # [T, B, Hkv, G, V] ->
+    # [T, B, Hkv, G, ...] -> [B, T, Hq, ...]
+    out = out.swapaxes(0, 1).reshape(B, T, Hq, V).astype(query.dtype)
+    weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
     state = None
     if options.return_state:
-        state = next_state(timeline, T, carry[:2], segment_ids, initial_state, W)
-    slot_weight = None
-    if options.return_slot_weight:
-        slot_weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
-    return NHAOutput(out, state, slot_weight)
+        state = next_state(timeline, T, slots, segment_ids, initial_state, W)
+    return NHAOutput(out, state, weight if options.return_slot_weight else None)
+
+
+def _visible(timeline: Timeline, T: int, window_size: int | None) -> jax.Array:
+    """[T, B, R + T]: the rows of its segment in each query's window."""
+    num_rows = timeline.run.shape[1]
+    row, now = jnp.arange(num_rows), jnp.arange(num_rows - T, num_rows)[:, None]
+    inside = row <= now
+    if window_size is not None:
+        inside &= row > now - window_size
+    same = timeline.run[:, None, :] == timeline.run[:, -T:, None]
+    return (inside & same & timeline.real[:, None]).swapaxes(0, 1)
+
+
+def _softmax(logits: jax.Array, real: jax.Array) -> jax.Array:
+    """Softmax of real rows; padding, which sees nothing, gets zeros (and finite gradients)."""
+    return jnp.where(real, jax.nn.softmax(jnp.where(real, logits, 0.0), axis=-1), 0.0)

@@ -164,7 +164,9 @@ def next_state(
     capacity = R + T if window_size is None else window_size
     last = last_real(timeline, T)
     run = timeline.run[:, R:]
-    last_run = jnp.where(last >= 0, jnp.take_along_axis(run, last[:, None], 1, mode="clip")[:, 0], 0)
+    last_run = jnp.where(
+        last >= 0, jnp.take_along_axis(run, last[:, None], 1, mode="clip")[:, 0], 0
+    )
     inside = timeline.real[:, R:] & (run == last_run[:, None])
     length = jnp.sum(inside, axis=1, dtype=jnp.int32)
     if state is not None:

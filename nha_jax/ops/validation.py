@@ -1,4 +1,4 @@
-"""Argument checks of the operator: one line that names the argument, what it is and what it must be."""
+"""Argument checks of the operator: each error is a line that names the argument and what is due."""
 
 import math
 import numbers
@@ -75,17 +75,18 @@ def check_state(
     V, M = value.shape[3], log_decay.shape[3]
     R = state.capacity if window_size is None else window_size
     wide = compute_dtype(key)
-    expected = NHAState(
-        slot_key=((B, H, M, K), wide),
-        slot_value=((B, H, M, V), wide),
-        window_key=((B, R, H, K), key.dtype),
-        window_rotated_key=((B, R, H, K), key.dtype),
-        window_value=((B, R, H, V), value.dtype),
-        window_log_decay=((B, R, H, M), wide),
-        length=((B,), jnp.dtype(jnp.int32)),
-        segment_id=((B,), jnp.dtype(jnp.int32)),
-    )
-    for name, x, (shape, dtype) in zip(NHAState._fields, state, expected, strict=True):
+    expected: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
+        "slot_key": ((B, H, M, K), wide),
+        "slot_value": ((B, H, M, V), wide),
+        "window_key": ((B, R, H, K), key.dtype),
+        "window_rotated_key": ((B, R, H, K), key.dtype),
+        "window_value": ((B, R, H, V), value.dtype),
+        "window_log_decay": ((B, R, H, M), wide),
+        "length": ((B,), jnp.dtype(jnp.int32)),
+        "segment_id": ((B,), jnp.dtype(jnp.int32)),
+    }
+    for name, (shape, dtype) in expected.items():
+        x = getattr(state, name)
         why = f"window_size={window_size}, key {key.shape}, value {value.shape}, {M} slots"
         _check_shape(f"initial_state.{name}", x, shape, why)
         if x.dtype != dtype:

@@ -1,0 +1,315 @@
+"""What a model is: sizes, windows and precision, and what follows from them alone."""
+
+import dataclasses
+import difflib
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+
+from nha_jax.ops import Implementation
+from nha_jax.ops.types import EmptySlots, SlotFeatureMap
+
+if TYPE_CHECKING:
+    DerivedInt = Any
+else:
+    # None asks for the default that follows from the other fields; once a config is built the
+    # field holds an int, so type checkers need not see the None.
+    DerivedInt = int | None
+
+DType = Literal["bfloat16", "float32"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Sizes and options of a decoder-only Native Hybrid Attention language model.
+
+    Fields:
+        vocab_size, num_layers, hidden_size: of the whole model.
+        num_query_heads: query heads (Hq) of every layer.
+        num_kv_heads: key/value heads (Hkv), each shared by Hq / Hkv query heads; None: Hq.
+        key_dim: size of a head's query and key (K), even; None: hidden_size / num_query_heads.
+        value_dim: size of a head's value (V); None: key_dim.
+        num_slots: slots per key/value head (M).
+        window_size: the last tokens kept exactly (W). An int; None for full attention; or a
+            pattern of them, repeated over the layers. The parameters do not depend on it.
+        mlp_size: width of the SwiGLU; None: 8/3 hidden_size, rounded up to a multiple of 64.
+        conv_width: taps of the short convolution on query, key and value; 0: no convolution.
+        gate_logit_normalizer: log_decay = logsigmoid(f) / gate_logit_normalizer.
+        rope_theta: base of the rotary embedding of the window's queries and keys.
+        norm_eps: added to the mean square in every RMSNorm.
+        tie_embeddings: the head is the embedding table.
+        slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`.
+        initializer_range: standard deviation of the embedding and the projections at the start.
+        dtype: of the computation; norms, softmax, decays and logits are float32 in any case.
+        param_dtype: of the parameters.
+        remat: recompute each block in the backward pass rather than keep its activations.
+
+    Raises:
+        ValueError: a field is out of its range or does not fit another; one line names the field,
+            its value and the fix.
+    """
+
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_query_heads: int
+    num_kv_heads: DerivedInt = None
+    key_dim: DerivedInt = None
+    value_dim: DerivedInt = None
+    num_slots: int = 64
+    window_size: int | tuple[int | None, ...] | None = 64
+    mlp_size: DerivedInt = None
+    conv_width: int = 4
+    gate_logit_normalizer: float = 8.0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = False
+    slot_feature_map: SlotFeatureMap = "identity"
+    empty_slots: EmptySlots = "attend"
+    initializer_range: float = 0.02
+    dtype: DType = "bfloat16"
+    param_dtype: DType = "float32"
+    remat: bool = True
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads", "num_slots"):
+            self._check_integer(field, minimum=1)
+        self._derive("num_kv_heads", self.num_query_heads)
+        if self.key_dim is None and self.hidden_size % self.num_query_heads:
+            self._reject(
+                "hidden_size",
+                f"is not a multiple of num_query_heads={self.num_query_heads}; "
+                "change one of them or give key_dim",
+            )
+        self._derive("key_dim", self.hidden_size // self.num_query_heads)
+        self._derive("value_dim", self.key_dim)
+        self._derive("mlp_size", 64 * -(-8 * self.hidden_size // (3 * 64)))
+        if isinstance(self.window_size, list):
+            object.__setattr__(self, "window_size", tuple(self.window_size))
+        self._check_heads()
+        self._check_window_size()
+        self._check_options()
+
+    def _derive(self, field: str, default: int) -> None:
+        if getattr(self, field) is None:
+            object.__setattr__(self, field, default)
+        self._check_integer(field, minimum=1)
+
+    def _reject(self, field: str, reason: str) -> None:
+        raise ValueError(f"ModelConfig: {field}={getattr(self, field)!r} {reason}")
+
+    def _check_integer(self, field: str, *, minimum: int) -> None:
+        value = getattr(self, field)
+        if not _is_integer(value) or value < minimum:
+            self._reject(field, f"must be an integer of at least {minimum}")
+
+    def _check_heads(self) -> None:
+        if self.num_query_heads % self.num_kv_heads:
+            self._reject(
+                "num_kv_heads",
+                f"must divide num_query_heads={self.num_query_heads}: "
+                "every key/value head serves the same number of query heads",
+            )
+        if self.key_dim % 2:
+            self._reject("key_dim", "must be even: the rotary embedding turns pairs of entries")
+
+    def _check_window_size(self) -> None:
+        pattern = self._window_entries()
+        if not pattern or not all(
+            window is None or (_is_integer(window) and window >= 0) for window in pattern
+        ):
+            self._reject(
+                "window_size",
+                "must be an integer of at least 0, None (full attention), or a non-empty "
+                "pattern of these",
+            )
+        if self.num_layers % len(pattern):
+            self._reject(
+                "window_size",
+                f"is a pattern of {len(pattern)} layers, which does not divide "
+                f"num_layers={self.num_layers}; change one of them",
+            )
+
+    def _check_options(self) -> None:
+        self._check_integer("conv_width", minimum=0)
+        if self.conv_width == 1:
+            self._reject("conv_width", "has no past tap; use 0 for no convolution, or 2 and more")
+        for field in ("gate_logit_normalizer", "rope_theta", "norm_eps", "initializer_range"):
+            value = getattr(self, field)
+            if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < float("inf"):
+                self._reject(field, "must be a finite number above 0")
+        for field in ("tie_embeddings", "remat"):
+            if not isinstance(getattr(self, field), bool):
+                self._reject(field, "must be true or false")
+        for field, choices in _CHOICES.items():
+            if getattr(self, field) not in choices:
+                self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
+
+    def _window_entries(self) -> tuple[int | None, ...]:
+        return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of every layer: `num_layers` entries, None meaning full attention."""
+        entries = self._window_entries()
+        return entries * (self.num_layers // len(entries))
+
+    @property
+    def window_period(self) -> tuple[int | None, ...]:
+        """The shortest pattern that, repeated, gives `windows`; its length divides num_layers."""
+        windows = self.windows
+        for length in range(1, self.num_layers + 1):
+            pattern = windows[:length]
+            if self.num_layers % length == 0 and pattern * (self.num_layers // length) == windows:
+                return pattern
+        raise AssertionError("unreachable: the whole of `windows` is a pattern of itself")
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> Self:
+        """A named config, with any field replaced: `ModelConfig.preset("nha-340m", num_slots=32)`.
+
+        "nha-340m" and "nha-1.3b" have the sizes published with Native Hybrid Attention (arXiv
+        2510.07019): 24 layers, 4 heads, 64 slots, no short convolution, a SwiGLU of 8/3 of the
+        hidden size rounded up to 256. Their embeddings are tied: that is what makes the counts
+        347M and 1.31B (untied they are 380M and 1.38B). "nha-tiny" (0.7M) and "nha-20m" are
+        byte-level: 256 byte values and one separator.
+
+        Raises:
+            ValueError: no preset has this name; the message lists those there are.
+        """
+        if name not in _PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, _PRESETS))}")
+        return cls.from_dict(_PRESETS[name] | overrides)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON-able values (a window pattern is a list)."""
+        fields = dataclasses.asdict(self)
+        if isinstance(self.window_size, tuple):
+            fields["window_size"] = list(self.window_size)
+        return fields
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Self:
+        """The config with these fields, as `to_dict` gives them.
+
+        Raises:
+            ValueError: a key is no field (the message suggests the nearest one), a required field
+                is missing, or a value is out of range.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for key in fields:
+            if key not in known:
+                nearest = difflib.get_close_matches(key, known, n=1)
+                hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+                raise ValueError(f"ModelConfig: unknown field {key!r}{hint}")
+        missing = [
+            name
+            for name, field in known.items()
+            if field.default is dataclasses.MISSING and name not in fields
+        ]
+        if missing:
+            raise ValueError(f"ModelConfig: missing {', '.join(missing)}")
+        return cls(**fields)
+
+    @property
+    def num_parameters(self) -> int:
+        """How many numbers the model learns."""
+        norms = 2 * self.hidden_size + self.num_query_heads * self.value_dim
+        block = self._projection_parameters() + self._convolution_parameters() + norms
+        tables = 1 if self.tie_embeddings else 2
+        embeddings = tables * self.vocab_size * self.hidden_size
+        return embeddings + self.num_layers * block + self.hidden_size
+
+    def _projection_parameters(self) -> int:
+        """Of one block's matrices: query, key, value, decay, output, and the SwiGLU's three."""
+        attention = (
+            self.num_query_heads * (self.key_dim + self.value_dim)
+            + self.num_kv_heads * (self.key_dim + self.value_dim)
+            + self.num_kv_heads * self.num_slots
+        )
+        return self.hidden_size * (attention + 3 * self.mlp_size)
+
+    def _convolution_parameters(self) -> int:
+        channels = self.num_query_heads * self.key_dim
+        channels += self.num_kv_heads * (self.key_dim + self.value_dim)
+        return self.conv_width * channels
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Forward floating-point operations a token, on average over a sequence of this length.
+
+        Counted: every matrix multiplication (2 a weight: projections, SwiGLU, head), the short
+        convolution, and the operator's necessary work, which is that of the recurrence and the
+        same for every implementation: the logits and the weighted sum over the keys that are
+        really visible (min(t + 1, W) at token t; full attention: (T + 1) / 2 on average), and,
+        from the first token that left the window on, the read of the slots (per query head) and
+        their update (per key/value head, 3 operations an entry). A chunked implementation does
+        more than that to use matrix units. Not counted: norms, activations, softmax, rotation.
+
+        Raises:
+            ValueError: sequence_length is not a positive integer.
+        """
+        if not _is_integer(sequence_length) or sequence_length < 1:
+            raise ValueError(
+                f"sequence_length={sequence_length!r} must be an integer of at least 1"
+            )
+        block = self._projection_parameters() + self._convolution_parameters()
+        total = 2.0 * (self.num_layers * block + self.vocab_size * self.hidden_size)
+        entry = self.key_dim + self.value_dim
+        for window in self.windows:
+            window = sequence_length if window is None else min(window, sequence_length)
+            past_window = sequence_length - window
+            visible_keys = (window * (window + 1) / 2 + past_window * window) / sequence_length
+            total += 2 * self.num_query_heads * entry * visible_keys
+            # With W=0 every token, otherwise all but the first W, find something in the slots.
+            slot_work = (2 * self.num_query_heads + 3 * self.num_kv_heads) * entry * self.num_slots
+            total += slot_work * past_window / sequence_length
+        return total
+
+    def training_flops_per_token(self, sequence_length: int) -> float:
+        """Forward and backward: three times `flops_per_token`; recomputation is not counted."""
+        return 3 * self.flops_per_token(sequence_length)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "slot_feature_map": get_args(SlotFeatureMap),
+    "empty_slots": get_args(EmptySlots),
+    "dtype": get_args(DType),
+    "param_dtype": get_args(DType),
+    "implementation": (*get_args(Implementation), None),
+}
+
+_PUBLISHED: dict[str, Any] = {
+    "vocab_size": 32000,
+    "num_layers": 24,
+    "num_query_heads": 4,
+    "num_slots": 64,
+    "window_size": 32,
+    "conv_width": 0,
+    "tie_embeddings": True,
+}
+
+_BYTE_LEVEL: dict[str, Any] = {"vocab_size": 257, "tie_embeddings": True}
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "nha-tiny": {
+        **_BYTE_LEVEL,
+        "num_layers": 3,
+        "hidden_size": 128,
+        "num_query_heads": 2,
+        "num_slots": 32,
+        "window_size": 32,
+    },
+    "nha-20m": {
+        **_BYTE_LEVEL,
+        "num_layers": 10,
+        "hidden_size": 384,
+        "num_query_heads": 6,
+        "num_slots": 64,
+        "window_size": 64,
+    },
+    "nha-340m": {**_PUBLISHED, "hidden_size": 1024, "mlp_size": 2816},
+    "nha-1.3b": {**_PUBLISHED, "hidden_size": 2048, "mlp_size": 5632},
+}

@@ -1,0 +1,17 @@
+"""The layers of the model, as flax.nnx modules, with named parameter axes."""
+
+from nha_jax.layers.attention import ConvolutionState, LayerCache, NativeHybridAttention
+from nha_jax.layers.block import Block
+from nha_jax.layers.convolution import ShortConvolution
+from nha_jax.layers.mlp import SwiGLU
+from nha_jax.layers.parameters import LOGICAL_AXES
+
+__all__ = [
+    "LOGICAL_AXES",
+    "Block",
+    "ConvolutionState",
+    "LayerCache",
+    "NativeHybridAttention",
+    "ShortConvolution",
+    "SwiGLU",
+]

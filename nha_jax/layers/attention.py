@@ -1,0 +1,196 @@
+"""The Native Hybrid Attention layer: projections, gates, the operator, and the way out."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.config import ModelConfig
+from nha_jax.layers.convolution import ShortConvolution
+from nha_jax.layers.parameters import linear, rms_norm
+from nha_jax.ops import NHAState, Rope, decode_step, nha_attention, resize_state
+
+Projections = tuple[jax.Array, jax.Array, jax.Array]
+
+
+class ConvolutionState(NamedTuple):
+    """The last conv_width - 1 inputs of the short convolutions, oldest first."""
+
+    query: jax.Array  # [B, conv_width - 1, Hq * K]
+    key: jax.Array  # [B, conv_width - 1, Hkv * K]
+    value: jax.Array  # [B, conv_width - 1, Hkv * V]
+
+
+class LayerCache(NamedTuple):
+    """What one layer remembers between prefill and decode steps."""
+
+    attention: NHAState
+    convolution: ConvolutionState | None  # None: the model has no short convolution
+
+
+class NativeHybridAttention(nnx.Module):
+    """Native Hybrid Attention (Du et al., arXiv 2510.07019), as in models trained from scratch.
+
+    query, key, value = conv(q_proj(x)), conv(k_proj(x)), silu(conv(v_proj(x))), with conv the
+    short convolution or nothing; log_decay = logsigmoid(f_proj(x)) / gate_logit_normalizer in
+    float32; the result is o_proj(RMSNorm(silu(nha_attention(...)))), the norm over all heads.
+    The window is an argument of the calls: no parameter depends on it.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        hidden = config.hidden_size
+        query_size = config.num_query_heads * config.key_dim
+        key_size = config.num_kv_heads * config.key_dim
+        value_size = config.num_kv_heads * config.value_dim
+        slot_size = config.num_kv_heads * config.num_slots
+        output_size = config.num_query_heads * config.value_dim
+        self.q_proj = linear(config, hidden, query_size, ("embed", "heads"), rngs=rngs)
+        self.k_proj = linear(config, hidden, key_size, ("embed", "kv_heads"), rngs=rngs)
+        self.v_proj = linear(config, hidden, value_size, ("embed", "kv_heads"), rngs=rngs)
+        self.f_proj = linear(
+            config,
+            hidden,
+            slot_size,
+            ("embed", "kv_heads"),
+            rngs=rngs,
+            preferred_element_type=jnp.float32,
+        )
+        if config.conv_width:
+            self.q_conv = ShortConvolution(config, query_size, "heads", rngs=rngs)
+            self.k_conv = ShortConvolution(config, key_size, "kv_heads", rngs=rngs)
+            self.v_conv = ShortConvolution(config, value_size, "kv_heads", rngs=rngs)
+        self.o_norm = rms_norm(config, output_size, "heads", rngs=rngs)
+        self.o_proj = linear(config, output_size, hidden, ("heads", "embed"), rngs=rngs)
+
+    def __call__(
+        self,
+        inputs: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives 0."""
+        operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
+        projections = self._convolve(self._projections(inputs), segment_ids)
+        return self._output(operator(*self._heads(*projections), self._log_decay(inputs)))
+
+    def prefill(
+        self,
+        inputs: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        lengths: jax.Array | None = None,
+        max_length: int | None = None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """The forward of right-padded rows, and the cache after each row's last token.
+
+        Args:
+            inputs: [B, T, hidden_size].
+            lengths: [B], the tokens of each row; None: all T.
+            max_length: the tokens a layer with window_size=None has room for; None: only these T.
+        """
+        batch_size, num_tokens, _ = inputs.shape
+        segment_ids = None
+        if lengths is None:
+            lengths = jnp.full(batch_size, num_tokens, jnp.int32)
+        else:
+            segment_ids = (jnp.arange(num_tokens) < lengths[:, None]).astype(jnp.int32)
+        projections = self._projections(inputs)
+        convolution = None
+        if self.config.conv_width:
+            convolution = ConvolutionState(
+                *(
+                    conv.state_after(projection, lengths)
+                    for conv, projection in zip(self._convolutions(), projections, strict=True)
+                )
+            )
+        projections = self._convolve(projections, segment_ids)
+        operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
+        attended, state, _ = operator(
+            *self._heads(*projections), self._log_decay(inputs), return_state=True
+        )
+        if window_size is None:
+            state = resize_state(state, num_tokens if max_length is None else max_length)
+        return self._output(attended), LayerCache(state, convolution)
+
+    def decode_step(
+        self, inputs: jax.Array, cache: LayerCache, *, window_size: int | None, rope: Rope
+    ) -> tuple[jax.Array, LayerCache]:
+        """One token a row: inputs [B, 1, hidden_size] -> (outputs [B, 1, hidden_size], cache)."""
+        projections = self._projections(inputs)
+        convolution = cache.convolution
+        if convolution is not None:
+            steps = [
+                conv.decode_step(projection, state)
+                for conv, projection, state in zip(
+                    self._convolutions(), projections, convolution, strict=True
+                )
+            ]
+            query, key, value = (output for output, _ in steps)
+            projections = query, key, value
+            convolution = ConvolutionState(*(state for _, state in steps))
+        attended, state = decode_step(
+            *self._heads(*projections),
+            self._log_decay(inputs),
+            cache.attention,
+            window_size=window_size,
+            rope=rope,
+            slot_feature_map=self.config.slot_feature_map,
+            empty_slots=self.config.empty_slots,
+        )
+        return self._output(attended), LayerCache(state, convolution)
+
+    def _projections(self, inputs: jax.Array) -> Projections:
+        return self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)
+
+    def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
+        return self.q_conv, self.k_conv, self.v_conv
+
+    def _convolve(self, projections: Projections, segment_ids: jax.Array | None) -> Projections:
+        if not self.config.conv_width:
+            return projections
+        query, key, value = projections
+        return (
+            self.q_conv(query, segment_ids),
+            self.k_conv(key, segment_ids),
+            self.v_conv(value, segment_ids),
+        )
+
+    def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Projections:
+        """[B, T, heads * size] -> [B, T, heads, size], and the value's activation."""
+        leading = query.shape[:-1]
+        return (
+            query.reshape(*leading, self.config.num_query_heads, self.config.key_dim),
+            key.reshape(*leading, self.config.num_kv_heads, self.config.key_dim),
+            jax.nn.silu(value).reshape(*leading, self.config.num_kv_heads, self.config.value_dim),
+        )
+
+    def _operator(
+        self, *, window_size: int | None, rope: Rope, segment_ids: jax.Array | None
+    ) -> Callable[..., Any]:
+        """`nha_attention` with every option of this layer and call filled in."""
+        return functools.partial(
+            nha_attention,
+            window_size=window_size,
+            rope=rope,
+            segment_ids=segment_ids,
+            slot_feature_map=self.config.slot_feature_map,
+            empty_slots=self.config.empty_slots,
+            implementation=self.config.implementation,
+        )
+
+    def _log_decay(self, inputs: jax.Array) -> jax.Array:
+        """[B, T, hidden_size] -> [B, T, Hkv, M] float32, below 0."""
+        logits = self.f_proj(inputs).astype(jnp.float32)
+        logits = logits.reshape(*inputs.shape[:-1], self.config.num_kv_heads, self.config.num_slots)
+        return jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
+
+    def _output(self, attended: jax.Array) -> jax.Array:
+        """[B, T, Hq, V] -> [B, T, hidden_size]."""
+        return self.o_proj(self.o_norm(jax.nn.silu(attended.reshape(*attended.shape[:-2], -1))))

@@ -1,0 +1,67 @@
+"""One block of the model: attention and SwiGLU, each behind a norm and added to the stream."""
+
+import jax
+from flax import nnx
+
+from nha_jax.config import ModelConfig
+from nha_jax.layers.attention import LayerCache, NativeHybridAttention
+from nha_jax.layers.mlp import SwiGLU
+from nha_jax.layers.parameters import rms_norm
+from nha_jax.ops import Rope
+
+
+class Block(nnx.Module):
+    """x + attention(RMSNorm(x)), then x + mlp(RMSNorm(x)); x is [B, T, hidden_size]."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
+        self.attention = NativeHybridAttention(config, rngs=rngs)
+        self.mlp_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self,
+        hidden: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        segment_ids: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, hidden_size] -> [B, T, hidden_size], as `NativeHybridAttention.__call__`."""
+        hidden = hidden + self.attention(
+            self.attention_norm(hidden),
+            window_size=window_size,
+            rope=rope,
+            segment_ids=segment_ids,
+        )
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def prefill(
+        self,
+        hidden: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        lengths: jax.Array | None = None,
+        max_length: int | None = None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """As `NativeHybridAttention.prefill`."""
+        attended, cache = self.attention.prefill(
+            self.attention_norm(hidden),
+            window_size=window_size,
+            rope=rope,
+            lengths=lengths,
+            max_length=max_length,
+        )
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), cache
+
+    def decode_step(
+        self, hidden: jax.Array, cache: LayerCache, *, window_size: int | None, rope: Rope
+    ) -> tuple[jax.Array, LayerCache]:
+        """As `NativeHybridAttention.decode_step`: [B, 1, hidden_size] and the cache."""
+        attended, cache = self.attention.decode_step(
+            self.attention_norm(hidden), cache, window_size=window_size, rope=rope
+        )
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), cache

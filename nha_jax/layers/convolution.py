@@ -1,0 +1,75 @@
+"""Short causal convolution over time, one filter a channel."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.config import ModelConfig
+from nha_jax.layers.parameters import partitioned
+
+
+class ShortConvolution(nnx.Module):
+    """y_t = silu(sum_i kernel[i] * x_{t - width + 1 + i}), each channel by itself.
+
+    The kernel is [width, channels]. A tap never reaches into another segment, nor before the
+    first token: there it reads zero.
+    """
+
+    def __init__(self, config: ModelConfig, channels: int, name: str, *, rngs: nnx.Rngs):
+        self.width = config.conv_width
+        # Uniform within +-1/sqrt(width), the usual start of a filter with `width` inputs.
+        initializer = jax.nn.initializers.variance_scaling(
+            1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1
+        )
+        shape = (self.width, channels)
+        kernel = partitioned(initializer, "conv", name)(
+            rngs.params(), shape, jnp.dtype(config.param_dtype)
+        )
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, inputs: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
+        """[B, T, channels] -> [B, T, channels] in the inputs' dtype; padding (id 0) gives 0."""
+        kernel = self.kernel[...].astype(jnp.float32)
+        total = inputs * kernel[-1]  # [B, T, channels] float32
+        in_segment = None  # [B, T]: the tap lies in the token's own segment
+        for distance in range(1, self.width):
+            tap = _shift(inputs, distance) * kernel[-1 - distance]
+            if segment_ids is not None:
+                # Equal to the token before, and so was that one, ...: a segment is a run of ids.
+                unchanged = _shift(segment_ids == _shift(segment_ids, 1), distance - 1)
+                in_segment = unchanged if in_segment is None else in_segment & unchanged
+                tap = jnp.where(in_segment[..., None], tap, 0)
+            total = total + tap
+        outputs = jax.nn.silu(total).astype(inputs.dtype)
+        if segment_ids is not None:
+            outputs = jnp.where((segment_ids != 0)[..., None], outputs, 0)
+        return outputs
+
+    def state_after(self, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+        """The last width - 1 inputs of each row: what `decode_step` needs of the past.
+
+        Args:
+            inputs: [B, T, channels], right padded.
+            lengths: [B], the tokens of each row, one segment.
+
+        Returns:
+            [B, width - 1, channels], oldest first, zero before the first token.
+        """
+        index = lengths[:, None] + jnp.arange(1 - self.width, 0)  # [B, width - 1]
+        taps = jnp.take_along_axis(inputs, jnp.maximum(index, 0)[..., None], axis=1)
+        return jnp.where((index >= 0)[..., None], taps, 0)
+
+    def decode_step(self, inputs: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """One token: inputs [B, 1, channels], state as `state_after` gives it -> (outputs, state).
+
+        outputs is [B, 1, channels] in the inputs' dtype.
+        """
+        taps = jnp.concatenate([state, inputs], axis=1)  # [B, width, channels]
+        total = (taps * self.kernel[...].astype(jnp.float32)).sum(axis=1, keepdims=True)
+        return jax.nn.silu(total).astype(inputs.dtype), taps[:, 1:]
+
+
+def _shift(array: jax.Array, distance: int) -> jax.Array:
+    """array[:, t - distance] at position t, zero where there is none."""
+    padding = [(0, 0), (distance, 0)] + [(0, 0)] * (array.ndim - 2)
+    return jnp.pad(array, padding)[:, : array.shape[1]]

@@ -1,0 +1,66 @@
+"""The logical axis names of the parameters, and the parts from flax.nnx that carry them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.config import ModelConfig
+
+LOGICAL_AXES = (
+    "layers",  # the stacked blocks; scanned over
+    "vocab",  # rows of the embedding, columns of the head
+    "embed",  # the residual stream: hidden_size
+    "heads",  # query heads x their key or value size, heads outermost
+    "kv_heads",  # key/value heads x their key, value or slot count, heads outermost
+    "mlp",  # the inner width of the SwiGLU
+    "conv",  # the taps of the short convolution
+    "norm",  # the scale of a norm over the residual stream
+)
+"""Every name a parameter's axis can have. A training stack maps them to mesh axes (or to None)."""
+
+
+def partitioned(initializer: jax.nn.initializers.Initializer, *names: str):
+    """The initializer, its parameter's axes named; works with and without a mesh.
+
+    Raises:
+        ValueError: a name is not one of LOGICAL_AXES.
+    """
+    for name in names:
+        if name not in LOGICAL_AXES:
+            raise ValueError(f"{name!r} is no logical axis; there are {', '.join(LOGICAL_AXES)}")
+    # eager_sharding would look for a mesh with axes of these very names at construction.
+    return nnx.with_partitioning(initializer, names, eager_sharding=False)
+
+
+def linear(
+    config: ModelConfig,
+    in_features: int,
+    out_features: int,
+    names: tuple[str, str],
+    *,
+    rngs: nnx.Rngs,
+    preferred_element_type: jax.typing.DTypeLike | None = None,
+) -> nnx.Linear:
+    """A projection without bias: [..., in_features] -> [..., out_features], in config.dtype."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        preferred_element_type=preferred_element_type,
+        kernel_init=partitioned(jax.nn.initializers.normal(config.initializer_range), *names),
+        rngs=rngs,
+    )
+
+
+def rms_norm(config: ModelConfig, features: int, name: str, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    """RMSNorm over the last axis, in float32; the projection that follows casts its input."""
+    return nnx.RMSNorm(
+        features,
+        epsilon=config.norm_eps,
+        dtype=jnp.float32,
+        param_dtype=jnp.dtype(config.param_dtype),
+        scale_init=partitioned(jax.nn.initializers.ones, name),
+        rngs=rngs,
+    )

@@ -1,0 +1,307 @@
+"""The decoder-only language model: `Model`, its forward pass, prefill and decode step."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from nha_jax.config import ModelConfig
+from nha_jax.layers import Block, LayerCache
+from nha_jax.layers.parameters import linear, partitioned, rms_norm
+from nha_jax.ops import Rope, rope_tables
+
+
+class ModelCache(NamedTuple):
+    """What the model remembers of each row; for finite windows its size never grows.
+
+    `layers` has one entry for each position in the config's window period, its leaves stacked
+    over the repetitions of the period: layer g * P + p is `layers[p]` at index g.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: jax.Array  # [B] int32, tokens so far
+
+
+class Model(nnx.Module):
+    """A language model of Native Hybrid Attention blocks (arXiv 2510.07019).
+
+    embedding -> num_layers blocks -> RMSNorm -> head. All blocks live in one stacked module,
+    `blocks`, each of whose parameters has a leading axis "layers": the stack is the same for
+    every window layout. The forward scans over the repetitions of the window period, so the
+    time to compile does not grow with depth. Every parameter names its axes (see
+    `nha_jax.layers.LOGICAL_AXES`); no mesh is needed to build or to run the model.
+
+        config = ModelConfig.preset("nha-tiny")
+        model = Model(config, rngs=nnx.Rngs(0))
+        logits = model(tokens)
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.embed = nnx.Embed(
+            config.vocab_size,
+            config.hidden_size,
+            param_dtype=jnp.dtype(config.param_dtype),
+            embedding_init=partitioned(
+                jax.nn.initializers.normal(config.initializer_range), "vocab", "embed"
+            ),
+            rngs=rngs,
+        )
+        self.blocks = _stacked_blocks(config, rngs)
+        self.norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
+        if not config.tie_embeddings:
+            self.head = linear(
+                config,
+                config.hidden_size,
+                config.vocab_size,
+                ("embed", "vocab"),
+                rngs=rngs,
+                preferred_element_type=jnp.float32,
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """The logits of the token that follows each token.
+
+        Args:
+            tokens: [B, T] integers in [0, vocab_size); others give NaN.
+            segment_ids: [B, T] integers. A segment is a maximal run of equal ids; tokens see their
+                own segment only. 0 is padding, whose logits mean nothing.
+            positions: [T] or [B, T] integers for the rotary embedding; by default counted from
+                each segment's first token.
+
+        Returns:
+            [B, T, vocab_size] float32.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape or dtype; the message names it.
+        """
+        return self.logits(self.hidden_states(tokens, segment_ids, positions))
+
+    def hidden_states(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads: [B, T, hidden_size] float32. Arguments as for a call."""
+        tokens = _check_integers("tokens", tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
+        if segment_ids is not None:
+            segment_ids = _check_integers("segment_ids", segment_ids)
+            if segment_ids.shape != tokens.shape:
+                raise ValueError(
+                    f"segment_ids must have the tokens' shape {tokens.shape}, "
+                    f"got {segment_ids.shape}"
+                )
+        if positions is None:
+            positions = _default_positions(tokens, segment_ids)
+        positions = _check_integers("positions", positions)
+        if positions.shape not in (tokens.shape, tokens.shape[1:]):
+            raise ValueError(
+                f"positions must be [time] or [batch, time] for tokens of shape {tokens.shape}, "
+                f"got {positions.shape}"
+            )
+        rope = self._rope(positions)
+
+        def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
+            hidden = block(hidden, window_size=window_size, rope=rope, segment_ids=segment_ids)
+            return hidden, cache
+
+        hidden, _ = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
+        return self.norm(hidden)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[..., hidden_size], as `hidden_states` gives it -> [..., vocab_size] float32."""
+        if not self.config.tie_embeddings:
+            return self.head(hidden)
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(dtype),
+            self.embed.embedding[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    def prefill(
+        self,
+        tokens: jax.Array,
+        *,
+        lengths: jax.typing.ArrayLike | None = None,
+        max_length: int | None = None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Reads the prompts; then `decode_step` continues them.
+
+        Args:
+            tokens: [B, T] integers; row b has its lengths[b] tokens first, then anything.
+            lengths: [B] integers in [1, T]; None: all rows have T tokens.
+            max_length: the longest a row will become, prompt included. Needed for, and used by,
+                layers with full attention only; the others never run out of room.
+
+        Returns:
+            logits of the token after each row's last, [B, vocab_size] float32, and the cache.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+        """
+        tokens = _check_integers("tokens", tokens)
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {tokens.shape}")
+        batch_size, num_tokens = tokens.shape
+        row_lengths = None
+        if lengths is not None:
+            row_lengths = _check_lengths(lengths, batch_size, num_tokens)
+        if None in self.config.windows and (max_length is None or max_length < num_tokens):
+            raise ValueError(
+                f"max_length={max_length}: layers with full attention (window None) keep every "
+                f"token; give the longest a row will become, at least the prompt's {num_tokens}"
+            )
+        rope = self._rope(jnp.arange(num_tokens))
+
+        def prefill(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
+            return block.prefill(
+                hidden,
+                window_size=window_size,
+                rope=rope,
+                lengths=row_lengths,
+                max_length=max_length,
+            )
+
+        hidden, layers = self._scan_blocks(prefill, self._embed(tokens))
+        if row_lengths is None:
+            row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
+        last = row_lengths[:, None, None] - 1
+        hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, row_lengths)
+
+    def decode_step(self, tokens: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
+        """One more token a row.
+
+        Args:
+            tokens: [B] integers, the next token of each row.
+            cache: as `prefill` or this method returned it. With full attention in a layer, no
+                row's length may pass the max_length given to `prefill`: past it the oldest
+                tokens would be overwritten.
+
+        Returns:
+            logits of the token after it, [B, vocab_size] float32, and the cache.
+
+        Raises:
+            ValueError, TypeError: tokens have a wrong shape or dtype.
+        """
+        tokens = _check_integers("tokens", tokens)
+        if tokens.shape != cache.length.shape:
+            raise ValueError(
+                f"tokens must be [batch] as in the cache, {cache.length.shape}; "
+                f"got shape {tokens.shape}"
+            )
+        rope = self._rope(cache.length[:, None])
+
+        def step(block: Block, hidden: jax.Array, cache: LayerCache, window_size: int | None):
+            return block.decode_step(hidden, cache, window_size=window_size, rope=rope)
+
+        hidden, layers = self._scan_blocks(step, self._embed(tokens[:, None]), cache.layers)
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, cache.length + 1)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
+
+    def _rope(self, positions: jax.Array) -> Rope:
+        """One pair of tables for all layers."""
+        return rope_tables(positions, self.config.key_dim, self.config.rope_theta)
+
+    def _scan_blocks(
+        self,
+        step: Callable[[Block, jax.Array, Any, int | None], tuple[jax.Array, Any]],
+        hidden: jax.Array,
+        caches: tuple[Any, ...] | None = None,
+        *,
+        remat: bool = False,
+    ) -> tuple[jax.Array, tuple[Any, ...]]:
+        """Runs step(block, hidden, cache, window_size) -> (hidden, cache) through all layers.
+
+        The stack of L layers is scanned as L/P groups of P, P being the window period, with the
+        group's P blocks written out one after the other: each has its own static window.
+        """
+        windows = self.config.window_period
+        graph, stack = nnx.split(self.blocks)
+        groups = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), stack
+        )  # [L, ...] -> [L/P, P, ...]
+
+        def run(parameters: nnx.State, hidden: jax.Array, cache: Any, window_size: int | None):
+            return step(nnx.merge(graph, parameters), hidden, cache, window_size)
+
+        if remat:
+            # Inside a scan nothing can be merged with the recomputation, so no barrier is needed.
+            run = jax.checkpoint(run, prevent_cse=False, static_argnums=3)
+
+        def run_group(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
+            blocks = _unstack(group[0], len(windows))
+            new_caches = []
+            for parameters, cache, window_size in zip(blocks, group[1], windows, strict=True):
+                hidden, cache = run(parameters, hidden, cache, window_size)
+                new_caches.append(cache)
+            return hidden, tuple(new_caches)
+
+        if caches is None:
+            caches = (None,) * len(windows)
+        return jax.lax.scan(run_group, hidden, (groups, caches))
+
+
+def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """num_layers blocks in one module: every parameter has a leading axis named "layers"."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return create(rngs)
+
+
+def _unstack(tree: Any, count: int) -> list[Any]:
+    """The `count` trees whose leaves are stacked along axis 0."""
+    leaves, structure = jax.tree.flatten(tree)
+    # The gradient of split is one concatenation; that of indexing would be a sum of padded parts.
+    parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
+    return [
+        jax.tree.unflatten(structure, [part[i].squeeze(0) for part in parts]) for i in range(count)
+    ]
+
+
+def _default_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """[T], or with segments [B, T]: each token's distance from its segment's first."""
+    index = jnp.arange(tokens.shape[1])
+    if segment_ids is None:
+        return index
+    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def _check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    return array
+
+
+def _check_lengths(lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: int) -> jax.Array:
+    if np.shape(lengths) != (batch_size,):
+        raise ValueError(
+            f"lengths must be [batch] = ({batch_size},), got shape {np.shape(lengths)}"
+        )
+    # Under jit the values are not known; there they are the caller's responsibility.
+    if not isinstance(lengths, jax.core.Tracer):
+        values = np.asarray(lengths)
+        if values.min() < 1 or values.max() > num_tokens:
+            raise ValueError(f"lengths must be within [1, {num_tokens}], got {values.tolist()}")
+    return _check_integers("lengths", lengths).astype(jnp.int32)

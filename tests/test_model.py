@@ -1,0 +1,355 @@
+"""The whole model: forward, prefill and decode, packed documents, depth, and parameter axes."""
+
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nha_jax import Model, ModelConfig
+from nha_jax.layers import LOGICAL_AXES
+from nha_jax.ops import rope_tables
+
+LAYOUTS = {
+    "window": 8,
+    "wide-window": (32,),
+    "slots-only": 0,
+    "full": None,
+    "mixed": (8, 0, None),
+}
+
+
+def tiny_config(**overrides) -> ModelConfig:
+    sizes = {
+        "vocab_size": 40,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "num_query_heads": 4,
+        "num_kv_heads": 2,
+        "key_dim": 8,
+        "value_dim": 6,
+        "num_slots": 4,
+        "window_size": 8,
+        "mlp_size": 24,
+        "dtype": "float32",
+        "initializer_range": 0.2,
+    }
+    return ModelConfig.from_dict(sizes | overrides)
+
+
+def tiny_model(**overrides) -> Model:
+    return Model(tiny_config(**overrides), rngs=nnx.Rngs(0))
+
+
+def random_tokens(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), shape, 0, 40)
+
+
+forward = jax.jit(Model.__call__)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick_compilation():
+    """These programs run for milliseconds: it is their compilation that takes the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.parametrize("window_size", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
+def test_prefill_and_decode_equal_the_forward(window_size, lengths):
+    model = tiny_model(window_size=window_size)
+    tokens = random_tokens(3, 24)
+    expected = forward(model, tokens)
+    starts = jnp.asarray(lengths or (17, 17, 17))
+    prompt = jnp.where(jnp.arange(17) < starts[:, None], tokens[:, :17], 39)
+
+    @jax.jit
+    def prefill(model, prompt):
+        return model.prefill(prompt, lengths=lengths and starts, max_length=24)
+
+    step = jax.jit(Model.decode_step)
+    logits, cache = prefill(model, prompt)
+    for distance in range(7):
+        index = (starts + distance)[:, None]
+        wanted = jnp.take_along_axis(expected, index[..., None] - 1, axis=1)[:, 0]
+        chex.assert_trees_all_close(logits, wanted, atol=2e-5, rtol=1e-5)
+        logits, cache = step(model, jnp.take_along_axis(tokens, index, axis=1)[:, 0], cache)
+    np.testing.assert_array_equal(cache.length, starts + 7)
+
+
+def test_the_cache_of_finite_windows_does_not_grow():
+    model = tiny_model(window_size=(8, 0, 4))
+    shapes = [
+        jax.eval_shape(lambda m, t: m.prefill(t)[1], model, random_tokens(2, length))
+        for length in (3, 48)
+    ]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*shapes)
+    one_more = jax.eval_shape(Model.decode_step, model, random_tokens(2), shapes[0])[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(one_more, shapes[0])
+
+
+DOCUMENTS = (9, 1, 14)
+PADDING = 4
+SEGMENT_IDS = jnp.repeat(
+    jnp.asarray([3, 1, 3, 0]), jnp.asarray([*DOCUMENTS, PADDING]), total_repeat_length=28
+)[None]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "window_size", "implementation"),
+    [(2, (4, None), "reference"), (1, 4, "xla")],
+    ids=["mixed-reference", "window-xla"],
+)
+def test_packed_documents_equal_documents_alone(num_layers, window_size, implementation):
+    model = tiny_model(
+        num_layers=num_layers, window_size=window_size, implementation=implementation
+    )
+    tokens = random_tokens(1, 28)
+    weights = jax.random.normal(jax.random.key(1), (1, 28, 40)) * (SEGMENT_IDS != 0)[..., None]
+
+    @nnx.jit
+    @nnx.value_and_grad(has_aux=True)
+    def loss(model, tokens, segment_ids, weights):
+        logits = model(tokens, segment_ids)
+        return (logits * weights).sum(), logits
+
+    # Each document alone in a row; what follows it there is neither compared nor weighted.
+    starts = np.cumsum([0, *DOCUMENTS[:-1]])
+    index = starts[:, None] + np.arange(max(DOCUMENTS))
+    inside = (np.arange(max(DOCUMENTS)) < np.asarray(DOCUMENTS)[:, None])[..., None]
+    (_, alone), wanted = loss(model, tokens[0, index], None, weights[0, index] * inside)
+    (_, packed), found = loss(model, tokens, SEGMENT_IDS, weights)
+    chex.assert_trees_all_close(packed[0, index] * inside, alone * inside, atol=2e-5, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        assert jnp.linalg.norm(other - one) <= 1e-5 * jnp.linalg.norm(one)
+
+
+def test_positions_only_matter_through_their_differences():
+    model = tiny_model(num_layers=1)
+    tokens = random_tokens(2, 12)
+    expected = forward(model, tokens)
+    rows = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    shifted = forward(model, tokens, None, rows + jnp.asarray([[5], [70]]))
+    chex.assert_trees_all_close(shifted, expected, atol=2e-5)
+    stretched = forward(model, tokens, None, 3 * rows)
+    assert jnp.abs(stretched - expected).max() > 1e-3
+
+
+def test_scan_over_groups_equals_a_loop_over_layers():
+    sizes = {
+        "num_layers": 4,
+        "window_size": (8, None),
+        "conv_width": 0,
+        "implementation": "reference",
+    }
+    model = tiny_model(**sizes)
+    tokens = random_tokens(2, 20)
+
+    def loop(model, tokens):
+        graph, stack = nnx.split(model.blocks)
+        hidden = model.embed(tokens)
+        rope = rope_tables(jnp.arange(20), 8)
+        for layer, window_size in enumerate(model.config.windows):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], stack))  # noqa: B023
+            hidden = block(hidden, window_size=window_size, rope=rope)
+        return model.head(model.norm(hidden))
+
+    def loss(forward):
+        return nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(forward(model, x)).sum()))
+
+    wanted, found = loss(loop)(model, tokens), loss(Model.__call__)(model, tokens)
+    chex.assert_trees_all_close(found, wanted, rtol=2e-4, atol=2e-4)
+    kept = forward(tiny_model(remat=False, **sizes), tokens)
+    chex.assert_trees_all_close(kept, forward(model, tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window_size", [8, (8, None)], ids=["window", "pattern"])
+def test_program_size_does_not_depend_on_depth(window_size):
+    def lines(num_layers):
+        model = tiny_model(num_layers=num_layers, window_size=window_size)
+        gradient = nnx.grad(lambda model, x: model(x).sum())
+        programs = [
+            jax.make_jaxpr(gradient)(model, random_tokens(1, 8)),
+            jax.make_jaxpr(lambda m, x: m.prefill(x, max_length=9))(model, random_tokens(1, 8)),
+        ]
+        return [str(program).count("\n") for program in programs]
+
+    assert lines(4) == lines(8)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tie_embeddings": True, "conv_width": 0},
+        {"num_kv_heads": 4, "window_size": None, "num_layers": 1},
+        {"conv_width": 2, "mlp_size": None, "value_dim": 8},
+    ],
+    ids=["gqa", "tied-no-convolution", "one-layer", "default-mlp"],
+)
+def test_parameters_are_counted_by_the_config_and_name_their_axes(overrides):
+    config = tiny_config(**overrides)
+    model = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
+    parameters = nnx.to_flat_state(nnx.state(model))
+    assert sum(parameter.size for _, parameter in parameters) == config.num_parameters
+    for path, parameter in parameters:
+        names = parameter.get_metadata()["out_sharding"]
+        assert len(names) == parameter.ndim, path
+        assert set(names) <= set(LOGICAL_AXES), path
+        if path[0] == "blocks":
+            assert names[0] == "layers", path
+            assert parameter.shape[0] == config.num_layers, path
+
+
+def test_layers_start_different():
+    kernel = tiny_model().blocks.attention.q_proj.kernel[...]
+    assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_bfloat16_compute_stays_near_float32():
+    tokens = random_tokens(2, 24)
+    expected = forward(tiny_model(), tokens)
+    logits = forward(tiny_model(dtype="bfloat16"), tokens)
+    assert logits.dtype == jnp.float32
+    error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
+    assert 1e-5 < error < 3e-2
+
+
+def test_loss_falls_when_the_model_is_fitted():
+    model = tiny_model(num_layers=2, window_size=(4, None), implementation="reference")
+    tokens = random_tokens(2, 16)
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss(model, tokens):
+        logprobs = jax.nn.log_softmax(model(tokens[:, :-1]))
+        return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).mean()
+
+    first, _ = loss(model, tokens)
+    for _ in range(30):
+        value, gradient = loss(model, tokens)
+        step = jax.tree.map(lambda p, g: p - 0.03 * jnp.sign(g), nnx.state(model), gradient)
+        nnx.update(model, step)
+    assert value < 0.3 * first
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(jnp.zeros(3, int)), ValueError, r"tokens must be \[batch, time\], got shape"),
+        (lambda m: m(jnp.zeros((1, 3))), TypeError, "tokens must be integers, got dtype float32"),
+        (
+            lambda m: m(random_tokens(1, 3), jnp.ones((1, 4), int)),
+            ValueError,
+            r"segment_ids must have the tokens' shape \(1, 3\), got \(1, 4\)",
+        ),
+        (
+            lambda m: m(random_tokens(1, 3), None, jnp.arange(2)),
+            ValueError,
+            r"positions must be \[time\] or \[batch, time\]",
+        ),
+        (lambda m: m.prefill(random_tokens(1, 3)), ValueError, "max_length=None: layers with full"),
+        (
+            lambda m: m.prefill(random_tokens(1, 3), max_length=2),
+            ValueError,
+            "at least the prompt's 3",
+        ),
+        (
+            lambda m: m.prefill(random_tokens(2, 3), lengths=[1, 4], max_length=9),
+            ValueError,
+            r"lengths must be within \[1, 3\], got \[1, 4\]",
+        ),
+        (
+            lambda m: m.prefill(random_tokens(2, 3), lengths=[1], max_length=9),
+            ValueError,
+            r"lengths must be \[batch\] = \(2,\)",
+        ),
+        (
+            lambda m: m.decode_step(
+                random_tokens(3, 1), m.prefill(random_tokens(3, 2), max_length=3)[1]
+            ),
+            ValueError,
+            r"tokens must be \[batch\] as in the cache",
+        ),
+    ],
+    ids=[
+        "tokens-rank",
+        "tokens-dtype",
+        "segments-shape",
+        "positions-shape",
+        "no-max-length",
+        "small-max-length",
+        "lengths-range",
+        "lengths-shape",
+        "step-rank",
+    ],
+)
+def test_a_wrong_argument_is_named(call, error, message):
+    model = tiny_model(num_layers=1, window_size=None, implementation="reference")
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tests_model import tiny_config, random_tokens
+from nha_jax import Model
+
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": "data"}
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+config = tiny_config(num_layers=2, window_size=4, implementation="reference")
+tokens = random_tokens(4, 12)
+forward = jax.jit(Model.__call__)
+wanted = forward(Model(config, rngs=nnx.Rngs(0)), tokens)
+with jax.set_mesh(mesh):
+    model = Model(config, rngs=nnx.Rngs(0))
+
+    def place(parameter):
+        names = parameter.get_metadata()["out_sharding"]
+        sharding = NamedSharding(mesh, PartitionSpec(*map(RULES.get, names)))
+        return parameter.replace(jax.device_put(parameter[...], sharding))
+
+    state = jax.tree.map(place, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    nnx.update(model, state)
+    kernel = model.blocks.attention.q_proj.kernel[...]
+    assert kernel.sharding.spec == PartitionSpec(None, "data", "model"), kernel.sharding
+    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+    found = jax.device_get(forward(model, tokens))
+assert jnp.allclose(wanted, found, atol=1e-5, rtol=1e-4), abs(wanted - found).max()
+print(len(jax.devices()), "devices agree")
+"""
+
+
+def test_sharded_over_eight_devices_equals_one():
+    here = os.path.dirname(__file__)
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": here,
+    }
+    program = ON_A_MESH.replace("tests_model", os.path.basename(__file__).removesuffix(".py"))
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "8 devices agree\n", done.stderr
+
+
+def test_importing_the_library_imports_no_training_stack():
+    program = (
+        "import sys, nha_jax; assert nha_jax.__version__; "
+        "heavy = {'grain', 'orbax', 'train', 'pydantic', 'tensorboardX', 'matplotlib'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
