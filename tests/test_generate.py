@@ -15,15 +15,6 @@ from nha_jax.generate import _sample
 VOCAB = 24
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for milliseconds: it is their compilation that takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def model() -> Model:
     config = ModelConfig(

@@ -53,15 +53,6 @@ def random_tokens(*shape: int) -> jax.Array:
 forward = jax.jit(Model.__call__)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quick_compilation():
-    """These programs run for milliseconds: it is their compilation that takes the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.mark.parametrize("window_size", LAYOUTS.values(), ids=LAYOUTS)
 @pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
 def test_prefill_and_decode_equal_the_forward(window_size, lengths):

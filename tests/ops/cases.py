@@ -172,15 +172,15 @@ def rounded(inputs: dict, dtype: str) -> dict:
     return inputs | {"arrays": arrays}
 
 
-def relative_error(x: np.ndarray, expected: np.ndarray) -> float:
-    """Relative Frobenius error. Where zero is expected (up to float64 rounding), the rms of x."""
+def relative_error(x: np.ndarray, expected: np.ndarray, zero: float = 1e-9) -> float:
+    """Relative Frobenius error. Where zero is expected, up to rounding (`zero`), the rms of x."""
     same_infinities = np.where(np.isinf(expected), x == expected, True)
     if not np.all(same_infinities):
         return np.inf
     finite = np.isfinite(expected)
     x, expected = np.where(finite, x, 0), np.where(finite, expected, 0)
     rms = np.sqrt(np.mean(expected**2)) if expected.size else 0.0
-    if rms < 1e-9:
+    if rms < zero:
         return float(np.sqrt(np.mean(x**2))) if x.size else 0.0
     return float(np.linalg.norm(x - expected) / np.linalg.norm(expected))
 

@@ -1,0 +1,70 @@
+"""A tiny run: a corpus of a few files and a configuration."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.tiny_run import Nha
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty files of a few hundred bytes, of which about a fifth is held out."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(40):
+        text = "".join(f"line {line} of file {number}: {line * number}\n" for line in range(12))
+        (folder / f"file_{number:02}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_values(corpus: Path) -> dict[str, Any]:
+    """A configuration that compiles and trains in seconds."""
+    return {
+        "run": "unused",
+        "steps": 120,
+        "batch_size": 8,
+        "model": {
+            "vocab_size": 257,
+            "num_layers": 1,
+            "hidden_size": 32,
+            "num_query_heads": 2,
+            "num_slots": 8,
+            "window_size": 8,
+            "dtype": "float32",
+            "remat": False,
+        },
+        "data": {"corpus": str(corpus), "sequence_length": 32, "held_out_fraction": 0.2},
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
+        "evaluation": {"every": 20, "windows": 16, "final_windows": 32},
+        "checkpoint": {"every": 5},
+        "logging": {"every": 1},
+        "sample": {"max_new_tokens": 4},
+    }
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Lets the many processes of this suite share what they compile."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+    }
+
+
+@pytest.fixture
+def nha(tmp_path: Path, tiny_values: dict[str, Any], environment: dict[str, str]) -> Nha:
+    return Nha(tmp_path, tiny_values, environment)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory,
+    tiny_values: dict[str, Any],
+    environment: dict[str, str],
+) -> Nha:
+    """A finished run of the tiny configuration that nothing interrupted."""
+    nha = Nha(tmp_path_factory.mktemp("undisturbed"), tiny_values, environment)
+    nha.train()
+    return nha

@@ -1,0 +1,48 @@
+"""Bits per byte on held-out text: the model's, and gzip's beside it."""
+
+import gzip
+import math
+from typing import Any
+
+from train.data import Windows, evaluation_batches
+from train.step import Steps
+
+
+def held_out_bits_per_byte(
+    steps: Steps, model_state: Any, windows: Windows, batch_size: int, count: int
+) -> float:
+    """Cross-entropy in bits per target over `count` windows spread over the held-out text.
+
+    Each window is read on its own, from an empty state; a document's first byte is given, and
+    its end counts like a byte.
+    """
+    sums = [
+        steps.evaluate(model_state, batch)
+        for batch in evaluation_batches(windows, batch_size, count)
+    ]
+    nats = math.fsum(float(total.nats) for total in sums)
+    return nats / max(sum(int(total.targets) for total in sums), 1) / math.log(2)
+
+
+def gzip_bits_per_byte(text: bytes, window: int | None = None) -> float:
+    """What `gzip -9` needs for `text`, headers included.
+
+    Args:
+        text: what to compress.
+        window: compress independent pieces of so many bytes; None: all of it in one.
+    """
+    size = window or len(text)
+    pieces = (text[start : start + size] for start in range(0, len(text), size))
+    return 8 * sum(len(gzip.compress(piece, 9, mtime=0)) for piece in pieces) / len(text)
+
+
+def gzip_references(text: bytes) -> dict[str, float]:
+    """Bits per byte by what was compressed.
+
+    A thousand bytes are about what a small model sees at once, and too few for gzip to find
+    many repeats; all the text at once is the other extreme.
+    """
+    return {
+        "gzip -9, 1000 bytes at a time": gzip_bits_per_byte(text, 1000),
+        "gzip -9, all of it at once": gzip_bits_per_byte(text),
+    }

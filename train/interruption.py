@@ -1,0 +1,36 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next step."""
+
+import os
+import signal
+from types import FrameType
+from typing import Any, Self
+
+
+class Interruption:
+    """While open, the first SIGINT or SIGTERM is noted instead of ending the process.
+
+    Attributes:
+        signal: the signal that came, None before.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # Launchers often pass on a signal that the terminal has sent already, so a second one
+        # means nothing more. Whoever cannot wait may kill -9: a run resumes from that, too.
+        if self.signal is None:
+            self.signal = signal.Signals(number)
+            # Not print: the signal may have come in the middle of one.
+            message = f"\n{self.signal.name}: finishing this step, then saving\n"
+            os.write(2, message.encode())

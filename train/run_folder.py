@@ -1,0 +1,150 @@
+"""The folder of one run: who may write in it, and for which configuration."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Self
+
+from train.config import TrainConfig
+from train.errors import ConfigError
+
+# What may differ when a run is resumed: none of it changes the updates already made. A name
+# that is a section stands for all of its keys.
+CHANGEABLE = frozenset({"run", "steps", "evaluation", "checkpoint", "logging", "mesh", "sample"})
+
+# What a process killed while it made the folder leaves behind.
+_UNFINISHED_FILES = {".lock", ".run.json.tmp"}
+
+_CORPUS_KEY = "contents of data.corpus"
+
+
+class RunFolder:
+    """A run's folder, locked against other processes while it is open.
+
+    Attributes:
+        path: the folder.
+        checkpoints: folder of the whole states, one per step.
+        metrics: JSON lines, one per logged step.
+        tensorboard: folder of the events.
+        curve: the loss curve, a PNG.
+        model: the finished model, for `nha_jax.load`.
+        result: JSON, what the finished run reached.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser().absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.curve = self.path / "loss.png"
+        self.model = self.path / "model"
+        self.result = self.path / "result.json"
+        self._record = self.path / "run.json"
+        self._lock: IO[str] | None = None
+
+    def check(self, config: TrainConfig, fingerprint: str) -> None:
+        """Raises ConfigError if the folder holds something other than this very run.
+
+        Args:
+            config: the present configuration.
+            fingerprint: of the present corpus.
+        """
+        name = f"run = {config.run!r}"
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"{name}: exists and is no folder; choose another")
+        if not self._record.exists():
+            foreign = sorted(set(os.listdir(self.path)) - _UNFINISHED_FILES)
+            if foreign:
+                raise ConfigError(
+                    f"{name}: the folder exists and holds {foreign[0]!r}, but no run; "
+                    "choose another"
+                )
+            return
+        differing = _differences(self._read_record(), _record(config, fingerprint))
+        if differing:
+            raise ConfigError(
+                f"{name}: the folder holds a run of another configuration: "
+                f"{'; '.join(differing)}; choose another folder, or the old values to resume"
+            )
+
+    def open(self, config: TrainConfig, fingerprint: str) -> Self:
+        """Makes and locks the folder and writes down the configuration; use with `with`.
+
+        Raises:
+            ConfigError: see `check`; or another process has the folder open.
+        """
+        self.check(config, fingerprint)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"run = {config.run!r}: cannot write there: {error.strerror}"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ConfigError(
+                f"run = {config.run!r}: another process is training in this folder"
+            ) from None
+        write_atomically(self._record, json.dumps(_record(config, fingerprint), indent=2) + "\n")
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._lock is not None:
+            self._lock.close()
+
+    def model_config(self) -> dict[str, Any]:
+        """The stored run's model section.
+
+        Raises:
+            ConfigError: the folder holds no run.
+        """
+        if not self._record.exists():
+            raise ConfigError(f"{self.path}: no run and no saved model in this folder")
+        return self._read_record()["config"]["model"]
+
+    def _read_record(self) -> dict[str, Any]:
+        return json.loads(self._record.read_text(encoding="utf-8"))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a file that is either the old one or the whole new one, whenever it is read."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    record = {"config": dataclasses.asdict(config), "corpus": fingerprint}
+    return json.loads(json.dumps(record))  # as it will be read back: lists for tuples
+
+
+def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for everything that has to be equal and is not."""
+    old, new = (
+        _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]} for record in (stored, present)
+    )
+    return [
+        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
+        for key in {**old, **new}
+        if key.split(".")[0] not in CHANGEABLE and old.get(key) != new.get(key)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
