@@ -71,7 +71,8 @@ def load(path: str | os.PathLike[str]) -> Model:
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
     config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    graph, state = nnx.split(nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0))))
+    # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
+    graph, state = jax.eval_shape(lambda: nnx.split(Model(config, rngs=nnx.Rngs(0))))
     expected = _tensors(state)
     tensors = safetensors.flax.load_file(path / WEIGHTS_FILE)
     problems = _differences(expected, tensors)

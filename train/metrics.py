@@ -87,10 +87,6 @@ class ProgressBar:
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()
 
-    def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.write(line, file=sys.stderr)
-
 
 def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -> None:
     """Draws training loss (smoothed) and held-out loss, in bits per byte over steps, as a PNG.

@@ -19,8 +19,7 @@ from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, last_real, next_state
 from nha_jax.ops.types import NHAOutput, Options, compute_dtype
 
-CHUNK = 64
-GROUP = 4  # chunks that one step of the scan works on side by side
+NARROW = 256  # the widest window that short chunks serve
 
 Slots = tuple[jax.Array, jax.Array]  # keys [B, H, M, K] and values [B, H, M, V]
 
@@ -62,7 +61,7 @@ class Runs(NamedTuple):
     entering: jax.Array  # [B, N, C], of the token that enters at this row
     enters: jax.Array  # [B, N, C] bool, the slots hold a token of the query's segment
     carried: jax.Array  # [B, N], of the slots at the chunk's start
-    visible: jax.Array  # [B, N, W + C], of the past's rows; -1 where there is no token
+    visible: jax.Array  # [B, 1, W + rows], of the past's rows; -1 where there is no token
 
 
 def chunked_attention(
@@ -110,9 +109,12 @@ def chunked_attention(
 
 
 def _cut(T: int, W: int) -> Blocks:
-    chunk = min(CHUNK, 1 << (T - 1).bit_length())
-    # A wide window fills the step by itself; more chunks would only copy it more often.
-    group = 1 if W > 4 * CHUNK else min(GROUP, -(-T // chunk))
+    """Measured on a CPU. Short chunks spend least on gates, and a group of them fills the machine;
+    a wide window fills it by itself, and a group would only copy it more often.
+    """
+    chunk, group = (32, 8) if W <= NARROW else (64, 1)
+    chunk = min(chunk, 1 << (T - 1).bit_length())
+    group = min(group, -(-T // chunk))
     return Blocks(W, chunk, group, -(-T // (chunk * group)))
 
 
@@ -168,16 +170,9 @@ def _prepare(
         entering=entering.swapaxes(0, 1),
         enters=cut(entering_real & (entering_run == query_run)).swapaxes(0, 1),
         carried=before.reshape(B, steps, N).swapaxes(0, 1),
-        visible=_overlapping(pad(jnp.where(timeline.real, timeline.run, -1)), blocks),
+        visible=pad(jnp.where(timeline.real, timeline.run, -1))[:, None],
     )
     return past, rows, runs
-
-
-def _overlapping(run: jax.Array, blocks: Blocks) -> jax.Array:
-    """[B, W + Tp] -> [steps, B, N, W + C]."""
-    starts = np.arange(blocks.steps * blocks.group).reshape(blocks.steps, -1, 1) * blocks.chunk
-    columns = starts + np.arange(blocks.window + blocks.chunk)
-    return jnp.moveaxis(run[:, columns], 0, 1)
 
 
 def _of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
@@ -204,13 +199,15 @@ def _scan(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots
 
 def _forward(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs):
     def step(slots, x):
-        index, rows, runs = x
-        out, weight, after = _step(
-            blocks, options, _past_of(past, index, blocks), rows, slots, runs
-        )
+        index, rows, of_rows = x
+        now, seen = _past_of((past, runs.visible), index, blocks)
+        of_step = Runs(*of_rows, seen)
+        out, weight, after = _step(blocks, options, now, rows, slots, of_step)
         return after, (out, weight, slots)
 
-    after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(blocks.steps), rows, runs))
+    after, (out, weight, starts) = lax.scan(
+        step, slots, (jnp.arange(blocks.steps), rows, runs[:-1])
+    )
     return (out, weight, after), starts
 
 
@@ -226,10 +223,12 @@ def _scan_bwd(blocks, options, saved, cotangents):
 
     def step(carry, x):
         d_slots, d_shared = carry  # d_shared: the W rows of this step's past that later ones read
-        index, rows, start, runs, d_out, d_weight = x
+        index, rows, start, of_rows, d_out, d_weight = x
+        now, seen = _past_of((past, runs.visible), index, blocks)
+        of_step = Runs(*of_rows, seen)
         _, pullback = jax.vjp(
-            lambda past, rows, slots: _step(blocks, options, past, rows, slots, runs),
-            _past_of(past, index, blocks),
+            lambda past, rows, slots: _step(blocks, options, past, rows, slots, of_step),
+            now,
             rows,
             start,
         )
@@ -249,7 +248,14 @@ def _scan_bwd(blocks, options, saved, cotangents):
     (d_slots, d_first), (d_past, d_rows) = lax.scan(
         step,
         (d_slots, d_shared),
-        (jnp.arange(blocks.steps), rows, starts, runs, d_out, d_weight),
+        (
+            jnp.arange(blocks.steps),
+            rows,
+            starts,
+            runs[:-1],
+            d_out,
+            d_weight,
+        ),
         reverse=True,
     )
 
@@ -263,10 +269,10 @@ def _scan_bwd(blocks, options, saved, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _past_of(past: Past, index: jax.Array, blocks: Blocks) -> Past:
-    """The past of step `index`: the W rows before its own, and those."""
+def _past_of(tree, index: jax.Array, blocks: Blocks):
+    """The past of step `index`: along axis 2, the W rows before its own, and those."""
     start, size = index * blocks.rows, blocks.window + blocks.rows
-    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), past)
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), tree)
 
 
 def _step(
@@ -283,7 +289,8 @@ def _step(
     # Rounding scores and their cotangents to bfloat16 costs the query's gradient most of its
     # digits where slots are nearly equal, and saves no time: a step's operands are small.
     past, rows = jax.tree.map(lambda x: x.astype(wide), (past, rows))
-    gates = chunk_gates(rows.log_decay)
+    # Without the barrier XLA computes the gates again inside each of their many consumers.
+    gates = lax.optimization_barrier(chunk_gates(rows.log_decay))
     slot_key = _cut_past(past.slot_key, blocks)[..., :C, :]
     rotated_key, value = (_cut_past(x, blocks) for x in (past.rotated_key, past.value))
     starts, slots = _chunk_slots(gates, slot_key, value[..., :C, :], slots, runs)
@@ -299,7 +306,7 @@ def _step(
     if options.empty_slots == "mask":
         a = jnp.where(runs.enters[:, None, :, None, :, None], a, -jnp.inf)
     b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
-    b = jnp.where(_window_mask(runs, W, C)[:, None, :, None], b, -jnp.inf)
+    b = jnp.where(_window_mask(runs, blocks)[:, None, :, None], b, -jnp.inf)
 
     top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1), jnp.max(b, -1)))[..., None]
     top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
@@ -335,14 +342,16 @@ def _chunk_slots(
 
 
 def _cut_past(x: jax.Array, blocks: Blocks) -> jax.Array:
-    """[B, H, W + N C, .] -> [B, H, N, W + C, .], overlapping."""
+    """[B, H, W + N C, ...] -> [B, H, N, W + C, ...], overlapping."""
     size = blocks.window + blocks.chunk
     starts = range(0, blocks.rows, blocks.chunk)
     return jnp.stack([x[:, :, start : start + size] for start in starts], axis=2)
 
 
-def _window_mask(runs: Runs, W: int, C: int) -> jax.Array:
+def _window_mask(runs: Runs, blocks: Blocks) -> jax.Array:
     """[B, N, C, W + C]: the W rows up to its own that are of the query's segment."""
+    W, C = blocks.window, blocks.chunk
     row, column = np.arange(C)[:, None], np.arange(W + C)
-    inside = (column > row) & (column <= row + W)
-    return jnp.asarray(inside) & (runs.visible[:, :, None] == runs.query[..., None])
+    inside = jnp.asarray((column > row) & (column <= row + W))
+    visible = _cut_past(runs.visible, blocks)[:, 0]  # [B, N, W + C]
+    return inside & (visible[:, :, None] == runs.query[..., None])
