@@ -39,7 +39,10 @@ class Blocks(NamedTuple):
 
 
 class Past(NamedTuple):
-    """What queries read: row W + t is token t, [B, H, W + rows, .] each."""
+    """What queries read: row W + t is token t, [B, H, W + rows, .] each.
+
+    With it goes `visible` [B, 1, W + rows], its rows' segment numbers, -1 where there is no token.
+    """
 
     slot_key: jax.Array
     rotated_key: jax.Array
@@ -61,7 +64,6 @@ class Runs(NamedTuple):
     entering: jax.Array  # [B, N, C], of the token that enters at this row
     enters: jax.Array  # [B, N, C] bool, the slots hold a token of the query's segment
     carried: jax.Array  # [B, N], of the slots at the chunk's start
-    visible: jax.Array  # [B, 1, W + rows], of the past's rows; -1 where there is no token
 
 
 def chunked_attention(
@@ -90,12 +92,12 @@ def chunked_attention(
     else:
         timeline = build_timeline(tokens, segment_ids, initial_state, W)
         blocks = _cut(T, W)
-        past, rows, runs = _prepare(query, rotated_query, timeline, blocks, options)
+        past, visible, rows, runs = _prepare(query, rotated_query, timeline, blocks, options)
         if initial_state is None:
             slots = empty_slots
         else:
             slots = (initial_state.slot_key, initial_state.slot_value)
-        out, weight, slots = _scan(blocks, options, past, rows, slots, runs)
+        out, weight, slots = _scan(blocks, options, past, visible, rows, slots, runs)
         slots = _of_last_segment(slots, timeline, T)
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
         out = out.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, -1, Hq, V)[:, :T]
@@ -124,7 +126,7 @@ def _prepare(
     timeline: Timeline,
     blocks: Blocks,
     options: Options,
-) -> tuple[Past, Rows, Runs]:
+) -> tuple[Past, jax.Array, Rows, Runs]:
     """Cuts time into steps of N chunks of C rows, padded to whole ones."""
     B, T = query.shape[:2]
     C, N, steps = blocks.chunk, blocks.group, blocks.steps
@@ -170,9 +172,9 @@ def _prepare(
         entering=entering.swapaxes(0, 1),
         enters=cut(entering_real & (entering_run == query_run)).swapaxes(0, 1),
         carried=before.reshape(B, steps, N).swapaxes(0, 1),
-        visible=pad(jnp.where(timeline.real, timeline.run, -1))[:, None],
     )
-    return past, rows, runs
+    visible = pad(jnp.where(timeline.real, timeline.run, -1))[:, None]
+    return past, visible, rows, runs
 
 
 def _of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
@@ -187,47 +189,51 @@ def _of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _scan(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs):
+def _scan(
+    blocks: Blocks,
+    options: Options,
+    past: Past,
+    visible: jax.Array,
+    rows: Rows,
+    slots: Slots,
+    runs: Runs,
+):
     """All steps in turn: out [steps, B, H, N, G, C, V], slot weight (no V), and the last slots.
 
     The gradient is written out, step by step in reverse with each step computed again, because
     the steps' pasts overlap: left to autodiff, either every overlap is stored, W rows a step, or
     each step adds a cotangent of the whole past.
     """
-    return _forward(blocks, options, past, rows, slots, runs)[0]
+    return _forward(blocks, options, past, visible, rows, slots, runs)[0]
 
 
-def _forward(blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs):
+def _forward(blocks, options, past, visible, rows, slots, runs):
     def step(slots, x):
-        index, rows, of_rows = x
-        now, seen = _past_of((past, runs.visible), index, blocks)
-        of_step = Runs(*of_rows, seen)
-        out, weight, after = _step(blocks, options, now, rows, slots, of_step)
+        index, rows, runs = x
+        now = _at_step((past, visible), index, blocks)
+        out, weight, after = _step(blocks, options, *now, rows, slots, runs)
         return after, (out, weight, slots)
 
-    after, (out, weight, starts) = lax.scan(
-        step, slots, (jnp.arange(blocks.steps), rows, runs[:-1])
-    )
+    after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(blocks.steps), rows, runs))
     return (out, weight, after), starts
 
 
-def _scan_fwd(blocks, options, past, rows, slots, runs):
-    result, starts = _forward(blocks, options, past, rows, slots, runs)
-    return result, (past, rows, starts, runs)
+def _scan_fwd(blocks, options, past, visible, rows, slots, runs):
+    result, starts = _forward(blocks, options, past, visible, rows, slots, runs)
+    return result, (past, visible, rows, starts, runs)
 
 
 def _scan_bwd(blocks, options, saved, cotangents):
-    past, rows, starts, runs = saved
+    past, visible, rows, starts, runs = saved
     d_out, d_weight, d_slots = cotangents
     W = blocks.window
 
     def step(carry, x):
         d_slots, d_shared = carry  # d_shared: the W rows of this step's past that later ones read
-        index, rows, start, of_rows, d_out, d_weight = x
-        now, seen = _past_of((past, runs.visible), index, blocks)
-        of_step = Runs(*of_rows, seen)
+        index, rows, start, runs, d_out, d_weight = x
+        now, seen = _at_step((past, visible), index, blocks)
         _, pullback = jax.vjp(
-            lambda past, rows, slots: _step(blocks, options, past, rows, slots, of_step),
+            lambda past, rows, slots: _step(blocks, options, past, seen, rows, slots, runs),
             now,
             rows,
             start,
@@ -248,14 +254,7 @@ def _scan_bwd(blocks, options, saved, cotangents):
     (d_slots, d_first), (d_past, d_rows) = lax.scan(
         step,
         (d_slots, d_shared),
-        (
-            jnp.arange(blocks.steps),
-            rows,
-            starts,
-            runs[:-1],
-            d_out,
-            d_weight,
-        ),
+        (jnp.arange(blocks.steps), rows, starts, runs, d_out, d_weight),
         reverse=True,
     )
 
@@ -263,20 +262,26 @@ def _scan_bwd(blocks, options, saved, cotangents):
         later = jnp.moveaxis(later, 0, 2).reshape(*first.shape[:2], -1, first.shape[3])
         return jnp.concatenate([first.astype(later.dtype), later], axis=2)
 
-    return jax.tree.map(join, d_first, d_past), d_rows, d_slots, None
+    return jax.tree.map(join, d_first, d_past), None, d_rows, d_slots, None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _past_of(tree, index: jax.Array, blocks: Blocks):
+def _at_step(tree, index: jax.Array, blocks: Blocks):
     """The past of step `index`: along axis 2, the W rows before its own, and those."""
     start, size = index * blocks.rows, blocks.window + blocks.rows
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=2), tree)
 
 
 def _step(
-    blocks: Blocks, options: Options, past: Past, rows: Rows, slots: Slots, runs: Runs
+    blocks: Blocks,
+    options: Options,
+    past: Past,
+    visible: jax.Array,
+    rows: Rows,
+    slots: Slots,
+    runs: Runs,
 ) -> tuple[jax.Array, jax.Array, Slots]:
     """N chunks side by side: out [B, H, N, G, C, V], slot weight [B, H, N, G, C], next slots.
 
@@ -306,7 +311,7 @@ def _step(
     if options.empty_slots == "mask":
         a = jnp.where(runs.enters[:, None, :, None, :, None], a, -jnp.inf)
     b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
-    b = jnp.where(_window_mask(runs, blocks)[:, None, :, None], b, -jnp.inf)
+    b = jnp.where(_window_mask(runs, visible, blocks)[:, None, :, None], b, -jnp.inf)
 
     top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1), jnp.max(b, -1)))[..., None]
     top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
@@ -348,10 +353,10 @@ def _cut_past(x: jax.Array, blocks: Blocks) -> jax.Array:
     return jnp.stack([x[:, :, start : start + size] for start in starts], axis=2)
 
 
-def _window_mask(runs: Runs, blocks: Blocks) -> jax.Array:
+def _window_mask(runs: Runs, visible: jax.Array, blocks: Blocks) -> jax.Array:
     """[B, N, C, W + C]: the W rows up to its own that are of the query's segment."""
     W, C = blocks.window, blocks.chunk
     row, column = np.arange(C)[:, None], np.arange(W + C)
     inside = jnp.asarray((column > row) & (column <= row + W))
-    visible = _cut_past(runs.visible, blocks)[:, 0]  # [B, N, W + C]
+    visible = _cut_past(visible, blocks)[:, 0]  # [B, N, W + C]
     return inside & (visible[:, :, None] == runs.query[..., None])
