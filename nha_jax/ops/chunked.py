@@ -210,8 +210,8 @@ def _scan(
 def _forward(blocks, options, past, visible, rows, slots, runs):
     def step(slots, x):
         index, rows, runs = x
-        now = _at_step((past, visible), index, blocks)
-        out, weight, after = _step(blocks, options, *now, rows, slots, runs)
+        now, seen = _at_step((past, visible), index, blocks)
+        out, weight, after = _step(blocks, options, now, seen, rows, slots, runs)
         return after, (out, weight, slots)
 
     after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(blocks.steps), rows, runs))

@@ -44,7 +44,7 @@ def gate_cases() -> list[Case]:
     """Every kind of gate in the regimes that treat it differently."""
     return [
         Case(T=200, window=window, M=48, K=64, V=64, gate=gate, segments=window == "16")
-        for gate, window in itertools.product(GATES, ("0", "16", "100"))
+        for gate, window in itertools.product(GATES, ("0", "16"))
     ]
 
 
@@ -79,13 +79,13 @@ def test_matches_float64_reference(case, implementation):
     check(case, implementation, "float32", make_inputs(case))
 
 
-@pytest.mark.parametrize("case", SUITE[::2], ids=str)
+@pytest.mark.parametrize("case", SUITE[::3], ids=str)
 @pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
 def test_bfloat16_matches_float64_reference(case, implementation):
     check(case, implementation, "bfloat16", make_inputs(case))
 
 
-@pytest.mark.parametrize("case", SUITE[::5], ids=str)
+@pytest.mark.parametrize("case", SUITE[::8], ids=str)
 def test_reference_in_float32(case):
     check(case, "reference", "float32", make_inputs(case))
 
@@ -113,6 +113,6 @@ def any_case(draw) -> Case:
 
 @pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
 @given(case=any_case(), seed=st.integers(0, 99))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_option(implementation, case, seed):
     check(case, implementation, "float32", make_inputs(case, seed))

@@ -13,11 +13,21 @@ NAMES = ("query", "key", "value", "log_decay")
 
 
 def outputs_and_gradients(arrays, cotangent, window_size, **options):
-    def attend(*arrays):
-        return nha_attention(*arrays, window_size=window_size, implementation="xla", **options)
+    empty_slots = options.pop("empty_slots")
 
-    out, pullback = jax.vjp(attend, *(jnp.asarray(arrays[name]) for name in NAMES))
-    return [np.asarray(x) for x in (out, *pullback(jnp.asarray(cotangent)))]
+    @jax.jit
+    def run(arrays, cotangent, options):
+        def attend(*arrays):
+            return nha_attention(
+                *arrays, window_size=window_size, empty_slots=empty_slots, implementation="xla",
+                **options,
+            )  # fmt: skip
+
+        out, pullback = jax.vjp(attend, *arrays)
+        return out, *pullback(cotangent)
+
+    inputs = [jnp.asarray(arrays[name]) for name in NAMES]
+    return [np.asarray(x) for x in run(inputs, jnp.asarray(cotangent), options)]
 
 
 @pytest.mark.parametrize("empty_slots", ["attend", "mask"])
@@ -54,6 +64,7 @@ def test_padding_is_zero_and_changes_nothing(window, implementation):
     poisoned = {name: np.where(ids[..., None, None] == 0, 1e4, x) for name, x in inputs.items()}
     poisoned["log_decay"] = -np.abs(poisoned["log_decay"])
 
+    @jax.jit
     def attend(arrays):
         return nha_attention(
             *(jnp.asarray(arrays[name]) for name in NAMES), window_size=case.window_size,

@@ -1,7 +1,5 @@
 """Any way of cutting a sequence into calls gives what one call gives."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nha_jax.ops import decode_step, init_state, nha_attention, resize_state
+from nha_jax import ops
+from nha_jax.ops import init_state, resize_state
 from tests.ops.cases import Case, make_inputs
+
+STATIC = ("window_size", "empty_slots", "return_state", "implementation")
+nha_attention = jax.jit(ops.nha_attention, static_argnames=STATIC)
+decode_step = jax.jit(ops.decode_step, static_argnames=("window_size", "empty_slots"))
 
 T, NAMES = 75, ("query", "key", "value", "log_decay")
 WINDOWS = ["0", "1", "16", "64", "100", "None"]
@@ -168,10 +171,8 @@ def test_memory_does_not_grow_with_context(window_size):
 
 def test_decode_compiles_once():
     arrays, keywords = tokens_of(Case(T=T, window="16"))
-    options = keywords(0, 1)
-    rope = options.pop("rope")
-    step = jax.jit(functools.partial(decode_step, **options))
     state = nha_attention(*arrays(0, 5), **keywords(0, 5), return_state=True).state
+    jax.clear_caches()
     for t in range(5, 30):
-        _, state = step(*arrays(t, t + 1), state, rope=rope)
-    assert step._cache_size() == 1
+        _, state = decode_step(*arrays(t, t + 1), state, **keywords(t, t + 1))
+    assert decode_step._cache_size() == 1
