@@ -65,7 +65,7 @@ def nearly_equal_slots(case: Case) -> bool:
     """Slots only, and gates so strong that all of them hold nearly the last token.
 
     The query's gradient is then a small difference of large, nearly equal terms: the definition
-    itself, in float32, is 5e-6 to 1e-4 off, and no implementation can be held to less.
+    itself, in float32, is 5e-6 to 6e-5 off, and no implementation can be held to less.
     """
     return case.window == "0" and case.gate == "normaliser-0.1"
 
