@@ -1,0 +1,429 @@
+"""The fused backward: every gradient in one pass over the chunks, from the last to the first.
+
+Symbols as in `chunk.py` and `forward.py`; D = d_out value^T, dS the gradient of the slots at the
+chunk's end, and, with the forward's weights w_rj = s_j exp(G_r - G_j):
+
+    a = exp(G) (q SK0^T) + sum_j (q k^T)_rj w_rj     da = exp(G) (d_out SV0^T) + sum_j D_rj w_rj
+    ds = scale pa (da - delta)                       db = pb (D - delta)
+    A_rj = sum_m pa w_rj                             L_rj = sum_m ds w_rj
+
+The same map gives a and da, and its transpose A and L: the pairs are stacked and share the gates.
+
+    dq = (ds exp(G)) SK0 + L k + rotate_back(db rotated_k)
+    dk = L^T q + (s exp(G_C - G)) dSK + rotate_back(db^T rotated_q),  dv = P^T d_out + ... dSV
+    dg_j = x1 + sum_{r >= j} (R_r - s_r Y_r) - exp(g_j) Y_j
+
+with R_r = sum over the heads of ds a + pa da, Y_j the gradient of s_j, x1 = sum(dS * S_end). dg is a
+difference of sums that nearly cancel when decays are strong, so R, Y and x1 are made of the very
+operands, rounded, that enter the products: what cancels in exact arithmetic then cancels here.
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas.tpu.chunk import (
+    LOG2E,
+    MASKED,
+    Gates,
+    Masks,
+    Spec,
+    apply_feature_map,
+    by_head,
+    emit,
+    expand_table,
+    feature_map_slope,
+    flat,
+    floor_of,
+    join,
+    matmul,
+    matmul_nt,
+    matmul_tn,
+    reverse_cumulative_sum,
+    rotate,
+    rotate_back,
+    row_facts,
+    to_column,
+    to_row,
+    widen,
+)
+from pallas.tpu.forward import mask_slots, since_start
+from pallas.tpu.grid import Grid
+
+Arrays = dict[str, jax.Array]
+
+
+def backward(
+    inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vmem: int
+) -> Arrays:
+    """The kernel's call.
+
+    inputs: those of `forward`, its lse and starts, and out_cotangent [B, T, H * G * V] of the
+    value's dtype; with spec.weight, weight_cotangent [B, H, G, T] float32; with spec.state,
+    end_cotangent [B, H, M, K + V] float32; with spec.wide, delta [B, H, G, T] float32, the sum of
+    out * out_cotangent (and of slot_weight * weight_cotangent), which the kernel sees only part of.
+
+    Returns the cotangents of query, key, value, log_decay and, with spec.state, slots.
+    """
+    grid = Grid.of(inputs, spec, reverse=True)
+    K, V, M, heads = grid.K, grid.V, grid.M, grid.heads
+    wide = jnp.float32
+    in_specs = grid.input_specs(inputs) | {
+        "out_cotangent": grid.tokens(spec.group * V),
+        "lse": grid.lanes(spec.group),
+        "starts": grid.starts(),
+    }
+    optional = {
+        "weight_cotangent": grid.lanes(spec.group),
+        "end_cotangent": grid.slots(),
+        "delta": grid.lanes(spec.group),
+    }
+    in_specs |= {name: block for name, block in optional.items() if name in inputs}
+    names = ["query", "key", "value", "log_decay"] + ["slots"] * spec.state
+    if spec.state:
+        inputs = {name: x for name, x in inputs.items() if name != "slots"}
+        slots_block = in_specs.pop("slots")
+    out_specs = {name: in_specs[name] if name != "slots" else slots_block for name in names}
+    B, H = grid.B, grid.H
+    out_shape = {
+        name: jax.ShapeDtypeStruct((B, H, M, K + V), wide)
+        if name == "slots"
+        else jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype)
+        for name in names
+    }
+    before = {}
+    if spec.halo and grid.steps > 1:
+        before = {name: inputs[name] for name in grid.halo_specs(inputs)}
+    scratch = {"slots": pltpu.VMEM((heads, M, K + V), wide)}
+    if spec.halo:
+        scratch |= {
+            name: pltpu.VMEM((heads, spec.halo, size), wide)
+            for name, size in (("key", K), ("rotated_key", K), ("value", V), ("log_decay", M))
+        }
+    if spec.rope:
+        scratch |= {
+            name: pltpu.VMEM((spec.halo + spec.rows, K), wide) for name in ("cos", "sin")
+        }
+    kernel = functools.partial(_kernel, spec=spec, steps=grid.steps, group=group, skew=skew)
+    return pl.pallas_call(
+        kernel,
+        grid=grid.shape,
+        in_specs=[in_specs, grid.halo_specs(inputs) if before else {}],
+        out_specs=[out_specs],
+        out_shape=[out_shape],
+        scratch_shapes=[scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem,
+        ),
+        interpret=interpret,
+        name="nha_backward",
+    )(inputs, before)[0]
+
+
+def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, skew: int):
+    step, head = steps - 1 - pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == steps - 1)
+    def _():
+        for name, ref in later.items():
+            if name not in ("cos", "sin"):
+                ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
+        if spec.state:
+            later["slots"][head] = refs["end_cotangent"][0, 0]
+
+    if spec.rope:
+
+        @pl.when(head == 0)
+        def _():
+            tables = expand_table(_with_halo(refs["table"][0], before, "table", spec))
+            later["cos"][...], later["sin"][...] = tables
+
+    tokens = _load(refs, before, later, step, spec)
+    slots = [refs["starts"][0, 0, 0]]
+    recomputed: list[Arrays] = [{} for _ in range(spec.chunks)]
+    emit(
+        [_recompute(n, refs, tokens, slots, recomputed[n], spec) for n in range(spec.chunks)],
+        spec.chunks,
+        1,
+    )
+    names = ["slots"] + ["key", "rotated_key", "value", "log_decay"] * bool(spec.halo)
+    carry = {name: later[name][head] for name in names}
+    decays: list[jax.Array] = []
+    chunks = [
+        _chunk(n, refs, outs, later, tokens, recomputed[n], carry, decays, step, spec)
+        for n in reversed(range(spec.chunks))
+    ]
+    emit(chunks, group, skew)
+    for name in names:
+        later[name][head] = carry[name]
+    if spec.state:
+        outs["slots"][0, 0] = carry["slots"]
+
+
+def _with_halo(x: jax.Array, before, name: str, spec: Spec) -> jax.Array:
+    """[rows, D] behind the halo's rows, zeros if the whole sequence is one step."""
+    if not spec.halo:
+        return x
+    if not before:
+        return jnp.concatenate([jnp.zeros((spec.halo, x.shape[1]), x.dtype), x], 0)
+    if name == "log_decay":
+        halo = before[name][0, 0].T
+    else:
+        halo = before[name][0]
+    return jnp.concatenate([halo[halo.shape[0] - spec.halo :], x], 0)
+
+
+def _load(refs, before, later, step, spec: Spec) -> Arrays:
+    """The step's tokens, [halo + rows, .]: raw_key, key (feature-mapped), rotated_key, value and
+    decay; nothing is written by tokens before the first."""
+    key = _with_halo(refs["key"][0], before, "key", spec)
+    decay = _with_halo(refs["log_decay"][0, 0].T, before, "log_decay", spec)
+    if spec.halo:
+        decay = jnp.concatenate([
+            jnp.where(step > 0, decay[: spec.halo], 0.0), decay[spec.halo :]
+        ], 0)  # fmt: skip
+    tokens = {
+        "raw_key": key,
+        "key": apply_feature_map(key, spec.feature_map),
+        "rotated_key": key,
+        "value": _with_halo(refs["value"][0], before, "value", spec),
+        "decay": jnp.maximum(decay * LOG2E, floor_of(key.dtype)),
+    }
+    if spec.rope:
+        tokens["rotated_key"] = rotate(key, later["cos"][...], later["sin"][...]).astype(key.dtype)
+    return tokens
+
+
+def _recompute(
+    n: int, refs, tokens: Arrays, slots: list[jax.Array], result: dict, spec: Spec
+) -> Iterator[None]:
+    """A chunk's gates, and the slots at its start and end."""
+    C = spec.chunk
+    cat = slice(n * C, n * C + C)
+    dtype = tokens["value"].dtype
+    gates = Gates(tokens["decay"][n * C : n * C + spec.columns], spec, dtype)
+    yield
+
+    to_end, keep = gates.to_end, jnp.exp2(gates.end)
+    facts = row_facts(refs["facts"][0, n : n + 1]) if spec.segments else None
+    if facts is not None:
+        to_end = jnp.where(facts["writes"], to_end, 0.0)
+        keep = jnp.where(facts["keep"][:1], keep, 0.0)
+    written = (gates.write[:C] * to_end).astype(dtype)
+    keep = to_column(keep)
+    added = matmul_tn(written, jnp.concatenate([tokens["key"][cat], tokens["value"][cat]], 1))
+    yield
+
+    start = slots[0].astype(dtype)
+    slots[0] = keep * slots[0] + added
+    result.update(
+        gates=gates, facts=facts, to_end=to_end, written=written, keep=keep, start=start,
+        end=slots[0],
+    )  # fmt: skip
+    yield
+
+
+def _chunk(
+    n: int, refs, outs, later, tokens: Arrays, now: dict, carry: Arrays, decays: list, step,
+    spec: Spec,
+) -> Iterator[None]:  # fmt: skip
+    """One chunk, a stage at a time.
+
+    `carry` holds what the later chunks add to the gradients of this one's tokens (`overlap_add`)
+    and of the slots at its end; `decays` collects the decays' gradients.
+    """
+    C, G, M = spec.chunk, spec.group, now["start"].shape[0]
+    rows = slice(n * C, (n + 1) * C)
+    cat = {name: x[n * C : n * C + spec.width] for name, x in tokens.items()}
+    entering, value = cat["key"][: spec.columns], cat["value"]
+    K, V, dtype = entering.shape[1], value.shape[1], value.dtype
+    gates, start = now["gates"], now["start"]
+    raw = [refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)]
+    query = join([apply_feature_map(x, spec.feature_map) for x in raw], 0)
+    d_out = join([refs["out_cotangent"][0, rows, g * V : (g + 1) * V] for g in range(G)], 0)
+    rotated = raw
+    own = slice(spec.halo + n * C, spec.halo + (n + 1) * C)
+    if spec.rope:
+        cos, sin = later["cos"][own], later["sin"][own]
+        rotated = [rotate(x, cos, sin).astype(dtype) for x in raw]
+    rotated = join(rotated, 0)
+    scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
+    products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
+    if spec.has_window:
+        b = by_head(matmul_nt(rotated, cat["rotated_key"]), G)  # [G, C, width]
+    carried_a = by_head(matmul_nt(query, start[:, :K]), G)  # [G, C, M]
+    carried_da = by_head(matmul_nt(d_out, start[:, K:]), G)
+    row = lambda name: to_column(refs[name][0, 0, :, rows][:, None, :])  # [G, C, 1]
+    lse = row("lse")
+    yield
+
+    visible = refs["visible"][0, n : n + 1] if spec.segments else None
+    masks = Masks(spec, now["facts"], visible)
+    window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
+    carried = jnp.exp2(gates.rows)
+    if spec.segments:
+        carried = jnp.where(now["facts"]["carried"], carried, 0.0)
+    size = range(len(gates.blocks))
+    weights, rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
+    masked = [
+        jnp.where(masks.causal, x[..., : spec.columns], 0.0).astype(dtype)
+        for x in (scores, products)
+    ]
+    stacked = [
+        jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0)
+        for block, extent in zip(gates.blocks, gates.extents, strict=True)
+    ]
+    spread = [matmul(x, weight) for x, weight in zip(stacked, weights, strict=True)]
+    half = G * (gates.blocks[0].stop)
+    a, da = (
+        x * carried
+        + join([by_head(y[part], G) * rise for y, rise in zip(spread, rises, strict=True)], 1)
+        for x, part in ((carried_a, slice(0, half)), (carried_da, slice(half, None)))
+    )
+    yield
+
+    logits = mask_slots(a * (spec.scale * LOG2E), n, step, now["facts"], spec)
+    pa = jnp.exp2(logits - lse)
+    d_weight = row("weight_cotangent") if spec.weight else 0.0
+    if spec.has_window:
+        logits = b if spec.rope else b * (spec.scale * LOG2E)
+        pb = jnp.exp2(jnp.where(window_mask, logits, MASKED) - lse)
+    if spec.wide:
+        delta = row("delta")
+    else:
+        delta = jnp.sum(pa * (da + d_weight), -1, keepdims=True)
+        if spec.has_window:
+            delta += jnp.sum(pb * products, -1, keepdims=True)
+    ds = pa * ((da + (d_weight - delta)) * spec.scale)
+    if spec.has_window:
+        # With rope both factors of the logits hold the root of scale * log2(e).
+        unit = 1 / LOG2E if spec.rope else spec.scale
+        db = flat((pb * ((products - delta) * unit)).astype(dtype))
+    ds_carried, pa_carried = ((x * carried).astype(dtype) for x in (ds, pa))
+    pairs = [
+        jnp.concatenate([flat((x[:, block] * rise).astype(dtype)) for x in (ds, pa)], 0)
+        for block, rise in zip(gates.blocks, rises, strict=True)
+    ]
+    yield
+
+    wide = jnp.float32
+    into_rows = join([
+        jnp.sum((pair.astype(wide) * x).reshape(2 * G, -1, M), 0)
+        for pair, x in zip(pairs, spread, strict=True)
+    ], 0) + jnp.sum(
+        ds_carried.astype(wide) * carried_a + pa_carried.astype(wide) * carried_da, 0
+    )  # R, [C, M]  # fmt: skip
+    gathered = [matmul_nt(pair, weight) for pair, weight in zip(pairs, weights, strict=True)]
+    d_scores = join([widen(by_head(x[:half], G), spec.columns) for x in gathered], 1)  # L
+    d_scores = flat(jnp.where(masks.causal, d_scores, 0.0).astype(dtype))
+    p = join([widen(by_head(x[half:], G), spec.width) for x in gathered], 1)  # A, then P
+    p = flat(jnp.where(masks.slots, p, pb if spec.has_window else 0.0).astype(dtype))
+    per_block = [matmul_tn(x, pair) for x, pair in zip(stacked, pairs, strict=True)]
+    ds_carried, pa_carried = flat(ds_carried), flat(pa_carried)
+    d_start = jnp.concatenate([matmul_tn(ds_carried, query), matmul_tn(pa_carried, d_out)], 1)
+    yield
+
+    d_end = carry["slots"]
+    d_end_narrow = d_end.astype(dtype)
+    into_end = to_row(jnp.sum(d_end_narrow.astype(wide) * now["end"], -1, keepdims=True))  # x1
+    carry["slots"] = now["keep"] * d_end + d_start
+
+    d_query = by_head(matmul(ds_carried, start[:, :K]) + matmul(d_scores, entering), G)
+    written = matmul(now["written"], d_end_narrow)  # [C, K + V]
+    d_key = matmul_tn(d_scores, query)  # [columns, K]
+    d_value = matmul_tn(p, d_out)  # [width, V]
+    d_key, d_value = (
+        jnp.concatenate([x[:C] + y, x[C:]], 0) if x.shape[0] > C else x + y
+        for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
+    )
+    if spec.has_window:
+        d_rotated_query = by_head(matmul(db, cat["rotated_key"]), G)
+        d_rotated_key = matmul_tn(db, rotated)  # [width, K]
+    ending = matmul_nt(entering[:C], d_end_narrow[:, :K])
+    ending += matmul_nt(value[:C], d_end_narrow[:, K:])  # [C, M]
+    yield
+
+    d_write = _sum_blocks(per_block, [gates.fall(i) for i in size], gates, spec)
+    rounded = _sum_blocks(per_block, [x.astype(wide) for x in weights], gates, spec)
+    d_write, rounded = (
+        jnp.concatenate([x[:C] + y, x[C:]], 0) if spec.shift else x + y
+        for x, y in (
+            (d_write, ending * now["to_end"]),
+            (rounded, ending * now["written"].astype(wide)),
+        )
+    )
+    d_decay = reverse_cumulative_sum(_at_tokens(into_rows, spec) - rounded)
+    d_decay -= (1.0 - gates.write) * d_write
+    d_decay = (
+        jnp.concatenate([d_decay[:C] + into_end, d_decay[C:]], 0)
+        if spec.shift
+        else d_decay + into_end
+    )
+    d_decay = jnp.where(cat["decay"][: spec.columns] > floor_of(dtype), d_decay, 0.0)
+
+    for g in range(G):
+        d = d_query[g] * feature_map_slope(raw[g], spec.feature_map)
+        if spec.has_window:
+            x = d_rotated_query[g]
+            d += rotate_back(x, cos, sin) if spec.rope else x
+        outs["query"][0, rows, g * K : (g + 1) * K] = d.astype(dtype)
+    d_key = _overlap_add(d_key, carry, "key", spec)
+    d_key *= feature_map_slope(tokens["raw_key"][own], spec.feature_map)
+    if spec.has_window:
+        x = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
+        d_key += rotate_back(x, cos, sin) if spec.rope else x
+    outs["key"][0, rows] = d_key.astype(dtype)
+    outs["value"][0, rows] = _overlap_add(d_value, carry, "value", spec).astype(dtype)
+    decays.insert(0, _overlap_add(d_decay, carry, "log_decay", spec))
+    lanes = min(128, spec.rows)
+    if n * C % lanes == 0:
+        outs["log_decay"][0, 0, :, n * C : n * C + lanes] = join(decays[: lanes // C], 0).T
+    yield
+
+
+def _sum_blocks(
+    per_block: list[jax.Array], factors: list[jax.Array], gates: Gates, spec: Spec
+) -> jax.Array:
+    """[columns, M]: the blocks' products, each up to its last column, summed."""
+    size, parts = gates.blocks[0].stop, []
+    for first in range(0, spec.columns, size):
+        rows = slice(first, first + size)
+        terms = [
+            x[rows] * factor[rows]
+            for x, factor, extent in zip(per_block, factors, gates.extents, strict=True)
+            if first < extent.stop
+        ]
+        parts.append(functools.reduce(jnp.add, terms))
+    return join(parts, 0)
+
+
+def _at_tokens(x: jax.Array, spec: Spec) -> jax.Array:
+    """Row r of [C, M] to the last token that it finds in the slots, row r + d of [columns, M]."""
+    if not spec.shift:
+        return x
+    padded = jnp.concatenate([x, jnp.zeros((spec.columns - spec.chunk, x.shape[1]), x.dtype)], 0)
+    return pltpu.roll(padded, spec.shift, 0)
+
+
+def _overlap_add(x: jax.Array, carry: Arrays, name: str, spec: Spec) -> jax.Array:
+    """The chunk's own [C, D] of the gradients x of cat's first rows, with the later chunks' share.
+
+    carry[name], [halo, D], is what the later chunks have added to the rows of cat from the C-th on;
+    it becomes what this chunk and they add to the halo.
+    """
+    if not spec.halo:
+        return x
+    C, more = spec.chunk, carry[name]
+    parts = [x[:C]]
+    if x.shape[0] > C:
+        parts.append(x[C:] + more[: x.shape[0] - C])
+    if x.shape[0] - C < spec.halo:
+        parts.append(more[x.shape[0] - C :])
+    total = join(parts, 0)
+    carry[name] = total[: spec.halo]
+    return total[spec.halo :]

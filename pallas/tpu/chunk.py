@@ -1,0 +1,341 @@
+"""What the forward and the backward kernel share: products, gates, masks, and the emission order.
+
+Symbols, for one KV head. C rows to a chunk, N chunks to a grid step, G query heads to a KV head,
+M slots, W window. `cat` is what a chunk reads: the `halo` rows before it (W rounded up to 16) and
+its own C. Row r finds the tokens that entered the slots at cat[i], i <= r + d, and its window at
+r + d < i <= r + reach, with d = halo - W: complementary, so that one product serves both. The first
+`columns` rows of cat, C or C + 16, hold all that enter the slots within the chunk.
+
+Logits and decays are in units of log 2, the hardware's exponential.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30  # a masked logit; finite, so that rows that see nothing stay finite
+ROW_TILE = 16  # rows of a bfloat16 register
+MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static facts of a call of the fused kernels.
+
+    Fields:
+      group: G, query heads to a KV head.
+      slots: M; the arrays' slot axis may be padded beyond it.
+      window: W; the tokens that the kernel's window covers.
+      wide: the tokens a chunk's rows read besides their slots are the rest of those entering the
+        slots during the chunk, and another kernel reads the remainder of the window.
+      chunk, chunks: C and N.
+      scale: of the logits, not negative.
+      rope, feature_map, mask_empty: as the operator's options.
+      segments: run numbers say who sees whom; without, every token before sees every other.
+      state: the slots at the start are given, and the slots at the end are asked for.
+      weight: the slot weight is asked for.
+    """
+
+    group: int
+    slots: int
+    window: int
+    wide: bool
+    chunk: int
+    chunks: int
+    scale: float
+    rope: bool
+    feature_map: str
+    mask_empty: bool
+    segments: bool
+    state: bool
+    weight: bool
+
+    @property
+    def halo(self) -> int:
+        """Rows before the chunk that it reads."""
+        return 0 if self.wide else -(-self.window // ROW_TILE) * ROW_TILE
+
+    @property
+    def shift(self) -> int:
+        """d: how many rows later than cat's own the tokens enter the slots."""
+        return 0 if self.wide else self.halo - self.window
+
+    @property
+    def reach(self) -> int:
+        """The window's last column, relative to the row."""
+        return self.chunk if self.wide else self.halo
+
+    @property
+    def has_window(self) -> bool:
+        return self.reach > 0
+
+    @property
+    def width(self) -> int:
+        """Rows of cat."""
+        return self.halo + self.chunk
+
+    @property
+    def columns(self) -> int:
+        """Rows of cat that enter the slots within the chunk."""
+        return self.chunk + (ROW_TILE if self.shift else 0)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a grid step."""
+        return self.chunk * self.chunks
+
+
+def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b, accumulated in float32."""
+    return _dot(a, b, 1, 0)
+
+
+def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a @ b.T, accumulated in float32."""
+    return _dot(a, b, 1, 1)
+
+
+def matmul_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a.T @ b, accumulated in float32."""
+    return _dot(a, b, 0, 0)
+
+
+def _dot(a, b, contract_a, contract_b):
+    exact = a.dtype == jnp.float32
+    return lax.dot_general(
+        a,
+        b,
+        (((contract_a,), (contract_b,)), ((), ())),
+        precision=lax.Precision.HIGHEST if exact else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def flat(x: jax.Array) -> jax.Array:
+    """[G, rows, D] -> [G * rows, D]."""
+    return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
+
+
+def by_head(x: jax.Array, group: int) -> jax.Array:
+    """[G * rows, D] -> [G, rows, D]."""
+    return x.reshape(group, x.shape[0] // group, x.shape[1])
+
+
+def join(parts: list[jax.Array], axis: int) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def widen(x: jax.Array, width: int) -> jax.Array:
+    """Zero columns up to `width`."""
+    missing = width - x.shape[-1]
+    if not missing:
+        return x
+    return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], missing), x.dtype)], -1)
+
+
+def apply_feature_map(x: jax.Array, name: str) -> jax.Array:
+    """The slot branch's map of queries and keys, in their dtype."""
+    if name == "identity":
+        return x
+    wide = x.astype(jnp.float32)
+    mapped = jnp.maximum(wide, 0.0) if name == "relu" else wide * _sigmoid(wide)
+    return mapped.astype(x.dtype)
+
+
+def feature_map_slope(x: jax.Array, name: str) -> jax.Array | float:
+    """The derivative of the feature map at x."""
+    if name == "identity":
+        return 1.0
+    wide = x.astype(jnp.float32)
+    if name == "relu":
+        return jnp.where(wide > 0.0, 1.0, 0.0)
+    sigmoid = _sigmoid(wide)
+    return sigmoid * (1.0 + wide * (1.0 - sigmoid))
+
+
+def _sigmoid(x):
+    return 1.0 / (1.0 + jnp.exp2(-x * LOG2E))
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotate-half by tables [rows, K], the sign of the first half's sine folded in; float32."""
+    turned = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
+    return x.astype(jnp.float32) * cos + turned * sin
+
+
+def rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """The transpose of `rotate`, of float32 x."""
+    return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
+
+
+def expand_table(table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[rows, K], cosines then sines, -> the tables of `rotate`."""
+    K = table.shape[-1]
+    swapped = pltpu.roll(table, K // 2, 1)
+    first = lax.broadcasted_iota(jnp.int32, table.shape, 1) < K // 2
+    return jnp.where(first, table, swapped), jnp.where(first, -swapped, table)
+
+
+def cumulative_sum(x: jax.Array) -> jax.Array:
+    """Inclusive, along the rows of [rows, M] float32; in log steps, as Mosaic has no cumsum."""
+    rows, columns = x.shape
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    step = 1
+    while step < rows:
+        if step < 8:
+            shifted = jnp.where(row >= step, pltpu.roll(x, step, 0), 0.0)
+        else:  # whole registers: nothing moves
+            shifted = jnp.concatenate([jnp.zeros((step, columns), x.dtype), x[:-step]], 0)
+        x, step = x + shifted, 2 * step
+    return x
+
+
+def reverse_cumulative_sum(x: jax.Array) -> jax.Array:
+    """Of each row of [rows, M] and all below it."""
+    rows, columns = x.shape
+    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
+    step = 1
+    while step < rows:
+        if step < 8:
+            shifted = jnp.where(row < rows - step, pltpu.roll(x, rows - step, 0), 0.0)
+        else:
+            shifted = jnp.concatenate([x[step:], jnp.zeros((step, columns), x.dtype)], 0)
+        x, step = x + shifted, 2 * step
+    return x
+
+
+def identity_mask(size: int) -> jax.Array:
+    shape = (size, size)
+    return lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
+
+
+def to_column(row: jax.Array) -> jax.Array:
+    """[..., 1, n] -> [..., n, 1]."""
+    eye = identity_mask(row.shape[-1])
+    return jnp.sum(jnp.where(eye, row, 0.0), axis=-1, keepdims=True)
+
+
+def to_row(column: jax.Array) -> jax.Array:
+    """[..., n, 1] -> [..., n]."""
+    return jnp.sum(jnp.where(identity_mask(column.shape[-2]), column, 0.0), axis=-2)
+
+
+class Gates:
+    """The decays of a chunk, of tokens j to rows r, without overflow for any decay.
+
+    A decay below the floor (8 nats a token; 16 in float32) counts as the floor: that leaves e^-8
+    (e^-16) of what the slot held before. Then no sum over half a block of rows, 8 (4) tokens,
+    exceeds 2^93, so that a block's weights may be taken relative to its middle:
+    exp(G_r - G_j) = rise[block][r] * fall[block][j], with j up to the block's last column.
+    """
+
+    def __init__(self, decay: jax.Array, spec: Spec, dtype: jnp.dtype):
+        """decay: [columns, M] float32, floored (`floor_of`)."""
+        C, block = spec.chunk, block_rows(dtype)
+        total = cumulative_sum(decay)  # G
+        self.dtype = dtype
+        self.total = total
+        self.rows = total[spec.shift : spec.shift + C]  # at the rows: of the tokens up to r + d
+        self.write = 1.0 - jnp.exp2(decay)  # s
+        self.end = total[C - 1 : C]
+        self.to_end = jnp.exp2(self.end - total[:C])
+        self.blocks = [slice(r, r + block) for r in range(0, C, block)]
+        extra = spec.columns - C
+        self.extents = [slice(0, b.stop + extra) for b in self.blocks]
+        self.middles = [self.rows[b.start + block // 2 - 1 :][:1] for b in self.blocks]
+        self.clamp = extra > 0
+
+    def rise(self, block: int) -> jax.Array:
+        """[block rows, M]: exp(G_r - G_middle)."""
+        return jnp.exp2(self.rows[self.blocks[block]] - self.middles[block])
+
+    def fall(self, block: int) -> jax.Array:
+        """[block columns, M]: exp(G_middle - G_j). Beyond the row's own token, finite."""
+        exponent = self.middles[block] - self.total[self.extents[block]]
+        return jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT) if self.clamp else exponent)
+
+    def weight(self, block: int) -> jax.Array:
+        """[block columns, M], in the operands' dtype: s_j exp(G_middle - G_j)."""
+        return (self.write[self.extents[block]] * self.fall(block)).astype(self.dtype)
+
+
+def block_rows(dtype: jnp.dtype) -> int:
+    """Rows whose gates share a reference."""
+    return 8 if dtype == jnp.float32 else 16
+
+
+def floor_of(dtype: jnp.dtype) -> float:
+    """The least decay of a token, in units of log 2: its error is below the operands' own."""
+    return (-16.0 if dtype == jnp.float32 else -8.0) * LOG2E
+
+
+class Masks:
+    """Who sees whom in a chunk; bool [C, columns or width], or None where everyone does."""
+
+    def __init__(self, spec: Spec, rows: dict[str, jax.Array] | None, visible: jax.Array | None):
+        """rows: `row_facts`; visible: [1, width], the run numbers of cat, -1 for none."""
+        shape = (spec.chunk, spec.width)
+        row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        self.slots = column <= row + spec.shift
+        self.window = ~self.slots
+        if not spec.wide:
+            self.window &= column <= row + spec.reach
+        if rows is not None:
+            same = rows["run"] == visible
+            self.slots &= same
+            self.window &= same
+        self.causal = self.slots[:, : spec.columns]
+
+
+def row_facts(packed: jax.Array) -> dict[str, jax.Array]:
+    """[1, C] float32, as `pack_rows` made it, -> columns [C, 1]."""
+    column = to_column(packed)
+    run = jnp.floor(column * (1 / FACTS))
+    rest = column - run * FACTS
+    facts = {"run": run}
+    for name, weight in (("writes", 8), ("keep", 4), ("enters", 2), ("carried", 1)):
+        facts[name] = rest >= weight
+        rest = jnp.where(facts[name], rest - weight, rest)
+    return facts
+
+
+FACTS = 16
+
+
+def pack_rows(
+    run: jax.Array, *, carried: jax.Array, enters: jax.Array, keep: jax.Array, writes: jax.Array
+) -> jax.Array:
+    """What a row of the kernel must know, in one float32 (exact for run numbers below 2^20).
+
+    run: the row's own. carried: the slots at the chunk's start are of the row's segment.
+    enters: the slots hold a token of the row's segment. keep: the slots at the chunk's start are
+    of the same segment as at its end. writes: what row r of cat writes lasts to the chunk's end.
+    """
+    bits = carried + 2 * enters + 4 * keep + 8 * writes
+    return (FACTS * run + bits).astype(jnp.float32)
+
+
+def emit(units: list[Iterator[None]], group: int, skew: int) -> None:
+    """Runs the units' stages (a stage ends at each `yield`): `group` in lockstep, each group
+    `skew` stages behind the one before.
+    """
+    groups = [units[i : i + group] for i in range(0, len(units), group)]
+    tick, running = 0, True
+    while running:
+        running = False
+        for i in reversed(range(len(groups))):
+            if tick < skew * i:
+                running = True
+                continue
+            for unit in groups[i]:
+                running |= next(unit, _DONE) is not _DONE
+        tick += 1
+
+
+_DONE = object()

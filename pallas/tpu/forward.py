@@ -1,0 +1,259 @@
+"""The fused forward: slots, window, rotary embedding and one softmax in one pass over the tokens.
+
+With symbols as in `chunk.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the
+cumulative decay and a, b the logits of slots and window:
+
+    a_r = exp(G_r) (q_r . SK0) + sum_{i <= r + d} (q_r . k_i) s_i exp(G_r - G_i)
+    o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
+    P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r + d, and the window's p beyond
+"""
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas.tpu.chunk import (
+    LOG2E,
+    MASKED,
+    Gates,
+    Masks,
+    Spec,
+    apply_feature_map,
+    by_head,
+    emit,
+    expand_table,
+    flat,
+    floor_of,
+    join,
+    matmul,
+    matmul_nt,
+    matmul_tn,
+    rotate,
+    row_facts,
+    to_column,
+    to_row,
+    widen,
+)
+from pallas.tpu.grid import Grid
+
+Arrays = dict[str, jax.Array]
+
+
+def forward(
+    inputs: Arrays, spec: Spec, *, group: int, skew: int, save: bool, interpret, vmem: int
+) -> Arrays:
+    """The kernel's call.
+
+    inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
+    float32; with spec.rope, table [1 or B, T, K] float32 (cosines, then sines, both times the root
+    of scale * log2(e)); with spec.segments, facts [B, T/C, C] float32 (`pack_rows`) and visible
+    [B, T/C, halo + C] float32; with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
+    C * N, K and V of 128.
+
+    Returns out [B, T, H * G * V] and lse [B, H, G, T] float32 (base 2); with spec.weight,
+    slot_weight [B, H, G, T]; with spec.state, end [B, H, M, K + V]; with `save`, starts
+    [B, H, T/(C N), M, K + V], the slots at the start of every grid step.
+    """
+    grid = Grid.of(inputs, spec)
+    B, H, T, K, V, M = grid.B, grid.H, grid.T, grid.K, grid.V, grid.M
+    dtype, wide = inputs["query"].dtype, jnp.float32
+    shapes = {
+        "out": ((B, T, H * spec.group * V), dtype, grid.tokens(spec.group * V)),
+        "lse": ((B, H, spec.group, T), wide, grid.lanes(spec.group)),
+    }
+    if spec.weight:
+        shapes["slot_weight"] = shapes["lse"]
+    if spec.state:
+        shapes["end"] = ((B, H, M, K + V), wide, grid.slots())
+    if save:
+        shapes["starts"] = ((B, H, grid.steps, M, K + V), wide, grid.starts())
+    kernel = functools.partial(_kernel, spec=spec, group=group, skew=skew)
+    heads = grid.heads
+    scratch = {"slots": pltpu.VMEM((heads, M, K + V), wide)}
+    if spec.halo:
+        scratch |= {
+            "key": pltpu.VMEM((heads, spec.halo, K), dtype),
+            "rotated_key": pltpu.VMEM((heads, spec.halo, K), dtype),
+            "value": pltpu.VMEM((heads, spec.halo, V), dtype),
+            "decay": pltpu.VMEM((heads, spec.halo, M), wide),
+        }
+    if spec.rope:
+        scratch |= {name: pltpu.VMEM((spec.rows, K), wide) for name in ("cos", "sin")}
+    return pl.pallas_call(
+        kernel,
+        grid=grid.shape,
+        in_specs=[grid.input_specs(inputs)],
+        out_specs=[{name: block for name, (_, _, block) in shapes.items()}],
+        out_shape=[{n: jax.ShapeDtypeStruct(s, t) for n, (s, t, _) in shapes.items()}],
+        scratch_shapes=[scratch],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+            vmem_limit_bytes=vmem,
+        ),
+        interpret=interpret,
+        name="nha_forward",
+    )(inputs)[0]
+
+
+def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
+    step, head = pl.program_id(2), pl.program_id(3)
+
+    @pl.when(step == 0)
+    def _():
+        for name, ref in past.items():
+            if name not in ("cos", "sin"):
+                ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
+        if spec.state:
+            past["slots"][head] = refs["slots"][0, 0]
+
+    if spec.rope:
+
+        @pl.when(head == 0)
+        def _():
+            past["cos"][...], past["sin"][...] = expand_table(refs["table"][0])
+
+    tokens = _load(refs, past, head, spec)
+    slots = [past["slots"][head]]
+    if "starts" in outs:
+        outs["starts"][0, 0, 0] = slots[0]
+    chunks = [_chunk(n, refs, outs, past, tokens, slots, step, spec) for n in range(spec.chunks)]
+    emit(chunks, group, skew)
+    past["slots"][head] = slots[0]
+    if spec.state:
+        outs["end"][0, 0] = slots[0]
+    if spec.halo:
+        for name in ("key", "rotated_key", "value", "decay"):
+            past[name][head] = tokens[name][spec.rows :]
+
+
+def _load(refs, past, head, spec: Spec) -> Arrays:
+    """The step's tokens, [halo + rows, .]: key (feature-mapped), rotated_key, value, decay."""
+    key, value = refs["key"][0], refs["value"][0]
+    decay = jnp.maximum(refs["log_decay"][0, 0].T * LOG2E, floor_of(key.dtype))
+    tokens = {
+        "key": apply_feature_map(key, spec.feature_map),
+        "value": value,
+        "decay": decay,
+        "rotated_key": key,
+    }
+    if spec.rope:
+        tokens["rotated_key"] = rotate(key, past["cos"][...], past["sin"][...]).astype(key.dtype)
+    if spec.halo:
+        tokens = {name: jnp.concatenate([past[name][head], x], 0) for name, x in tokens.items()}
+    return tokens
+
+
+def _chunk(
+    n: int, refs, outs, past, tokens: Arrays, slots: list[jax.Array], step, spec: Spec
+) -> Iterator[None]:
+    """One chunk, a stage at a time; `slots` holds the slots at the start of the next one."""
+    C, G = spec.chunk, spec.group
+    rows = slice(n * C, (n + 1) * C)
+    K = tokens["key"].shape[1]
+    cat = {name: x[n * C : n * C + spec.width] for name, x in tokens.items()}
+    entering, value = cat["key"][: spec.columns], cat["value"]
+    dtype = value.dtype
+    heads = [refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)]
+    query = join([apply_feature_map(x, spec.feature_map) for x in heads], 0)
+    rotated = heads
+    if spec.rope:
+        cos, sin = past["cos"][rows], past["sin"][rows]
+        rotated = [rotate(x, cos, sin).astype(dtype) for x in heads]
+    facts = visible = None
+    if spec.segments:
+        facts = row_facts(refs["facts"][0, n : n + 1])
+        visible = refs["visible"][0, n : n + 1]
+    masks = Masks(spec, facts, visible)
+    window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
+
+    scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
+    if spec.has_window:
+        b = by_head(matmul_nt(join(rotated, 0), cat["rotated_key"]), G)  # [G, C, width]
+    gates = Gates(cat["decay"][: spec.columns], spec, dtype)
+    yield
+
+    to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
+    carried = jnp.exp2(gates.rows)
+    if facts is not None:
+        to_end = jnp.where(facts["writes"], to_end, 0.0)
+        keep = jnp.where(facts["keep"][:1], keep, 0.0)
+        carried = jnp.where(facts["carried"], carried, 0.0)
+    keep = to_column(keep)
+    added = matmul_tn(to_end.astype(dtype), jnp.concatenate([cat["key"][:C], value[:C]], 1))
+    start = slots[0]
+    slots[0] = keep * start + added
+    yield
+
+    start = start.astype(dtype)
+    masked = jnp.where(masks.causal, scores, 0.0).astype(dtype)
+    weights = [gates.weight(i) for i in range(len(gates.blocks))]
+    rises = [gates.rise(i) for i in range(len(gates.blocks))]
+    a = by_head(matmul_nt(query, start[:, :K]), G) * carried
+    a += join([
+        by_head(matmul(flat(masked[:, block, extent]), weight), G) * rise
+        for block, extent, weight, rise in zip(
+            gates.blocks, gates.extents, weights, rises, strict=True
+        )
+    ], 1)  # fmt: skip
+    a *= spec.scale * LOG2E
+    yield
+
+    a = mask_slots(a, n, step, facts, spec)
+    top = jnp.max(a, -1, keepdims=True)
+    if spec.has_window:
+        if not spec.rope:
+            b *= spec.scale * LOG2E
+        b = jnp.where(window_mask, b, MASKED)
+        top = jnp.maximum(top, jnp.max(b, -1, keepdims=True))
+    pa = jnp.exp2(a - top)
+    slot_mass = mass = jnp.sum(pa, -1, keepdims=True)
+    if spec.has_window:
+        pb = jnp.exp2(b - top)
+        mass = mass + jnp.sum(pb, -1, keepdims=True)
+    inverse = pl.reciprocal(mass, approx=dtype != jnp.float32)
+    yield
+
+    out = matmul(flat(pa * carried).astype(dtype), start[:, K:])
+    p = join([
+        widen(by_head(matmul_nt(flat(pa[:, block] * rise).astype(dtype), weight), G), spec.width)
+        for block, weight, rise in zip(gates.blocks, weights, rises, strict=True)
+    ], 1)  # fmt: skip
+    p = jnp.where(masks.slots, p, pb if spec.has_window else 0.0)
+    yield
+
+    out = by_head(out + matmul(flat(p).astype(dtype), value), G) * inverse
+    V = value.shape[1]
+    for g in range(G):
+        outs["out"][0, rows, g * V : (g + 1) * V] = out[g].astype(dtype)
+    outs["lse"][0, 0, :, rows] = to_row(top + jnp.log2(mass))
+    if spec.weight:
+        outs["slot_weight"][0, 0, :, rows] = to_row(slot_mass * inverse)
+    yield
+
+
+def mask_slots(a: jax.Array, n: int, step, facts: Arrays | None, spec: Spec) -> jax.Array:
+    """Slot logits [G, C, M] without those that are padding, or still empty if they are masked."""
+    if spec.slots < a.shape[-1]:
+        a = jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, 2) < spec.slots, a, MASKED)
+    if not spec.mask_empty:
+        return a
+    if facts is not None:
+        return jnp.where(facts["enters"], a, MASKED)
+    if n * spec.chunk >= spec.window and not spec.wide:
+        return a
+    row = lax.broadcasted_iota(jnp.int32, (spec.chunk, 1), 0)
+    return jnp.where(row >= spec.window - step * spec.rows - n * spec.chunk, a, MASKED)
+
+
+def since_start(mask: jax.Array, n: int, step, spec: Spec) -> jax.Array:
+    """The mask [C, width] without the columns of cat that lie before the sequence."""
+    before = spec.window if spec.wide else spec.halo
+    if n * spec.chunk >= before and not spec.wide:
+        return mask
+    column = lax.broadcasted_iota(jnp.int32, mask.shape, 1)
+    return mask & (column >= before - step * spec.rows - n * spec.chunk)
