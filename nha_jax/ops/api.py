@@ -1,17 +1,23 @@
 """`nha_attention`: one door to every implementation of the operator."""
 
+import functools
 import numbers
+from collections.abc import Callable
 from typing import Literal, get_args, overload
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from nha_jax.ops.chunked import chunked_attention
 from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
+from nha_jax.ops.sharding import over_mesh
 from nha_jax.ops.state import NHAState
+from nha_jax.ops.tpu import tpu_attention, tpu_unsupported
 from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap
 from nha_jax.ops.validation import validate_arrays, validate_rest
+from pallas.tpu import BlockSizes
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 
@@ -33,6 +39,7 @@ def nha_attention(
     return_state: Literal[False] = False,
     return_slot_weight: Literal[False] = False,
     implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> jax.Array: ...
 
 
@@ -53,6 +60,7 @@ def nha_attention(
     return_state: bool = False,
     return_slot_weight: bool = False,
     implementation: Implementation | None = None,
+    block_sizes: BlockSizes | None = None,
 ) -> jax.Array | NHAOutput: ...
 
 
@@ -72,6 +80,7 @@ def nha_attention(
     return_state=False,
     return_slot_weight=False,
     implementation=None,
+    block_sizes=None,
 ):
     """Native Hybrid Attention (arXiv 2510.07019): gated slots and a window under one softmax.
 
@@ -103,7 +112,10 @@ def nha_attention(
         leaves no trace. With window_size=None the state grows by T tokens.
       return_slot_weight: return the softmax mass on the slots, [B, T, Hq] float32; differentiable.
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
-        serves this call on this platform.
+        serves this call on the platform it is compiled for. Kernels run interpreted, and slowly, on
+        other platforms than their own, and need `jax.set_mesh` where a mesh divides the arrays:
+        see `nha_jax.ops.sharding`.
+      block_sizes: how the TPU kernels cut their work; None: as suits the chip.
 
     Returns:
       out [B, T, Hq, V] in the query's dtype, or, if a state or the slot weight was asked for,
@@ -122,6 +134,7 @@ def nha_attention(
         empty_slots=empty_slots,
         return_state=return_state,
         return_slot_weight=return_slot_weight,
+        block_sizes=block_sizes,
     )
     rest = {
         "rope": rope,
@@ -130,7 +143,8 @@ def nha_attention(
         "options": options,
     }
     validate_rest(query, key, value, log_decay, **rest)
-    attend = _implementation(implementation)
+    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, **rest)
+    attend = _implementation(implementation, unsupported)
     result = attend(query, key, value, log_decay, **rest)
     return result if return_state or return_slot_weight else result.out
 
@@ -139,15 +153,45 @@ def _is_integer(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _implementation(name: str | None):
+def _implementation(
+    name: str | None, unsupported: Callable[[], str | None]
+) -> Callable[..., NHAOutput]:
+    """Raises as `nha_attention` does; `unsupported` says why the TPU kernels can't serve."""
     match name:
-        case None | "xla":
-            return chunked_attention
         case "reference":
             return reference_attention
-        case "pallas_tpu" | "pallas_gpu":
+        case "xla":
+            return chunked_attention
+        case "pallas_tpu":
+            if reason := unsupported():
+                raise NotImplementedError(f"implementation={name!r}: {reason}")
+            interpreted = functools.partial(tpu_attention, interpret=True)
+            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
+        case None:
+            if unsupported():
+                return chunked_attention
+            return _by_platform(tpu=over_mesh(tpu_attention), default=chunked_attention)
+        case "pallas_gpu":
             raise NotImplementedError(
                 f"implementation={name!r}: this version has no such kernel yet; "
                 "use 'xla', or None for the fastest there is"
             )
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
+
+
+def _by_platform(
+    tpu: Callable[..., NHAOutput], default: Callable[..., NHAOutput]
+) -> Callable[..., NHAOutput]:
+    """The one for the platform that the program is lowered for, which may not be this machine's.
+
+    Both are traced; what the other one leaves for the gradient is dropped by the compiler.
+    """
+
+    def attend(query, key, value, log_decay, *, options, **rest):
+        def call(implementation):
+            return lambda arrays, rest: implementation(*arrays, **rest, options=options)
+
+        arrays = (query, key, value, log_decay)
+        return lax.platform_dependent(arrays, rest, tpu=call(tpu), default=call(default))
+
+    return attend

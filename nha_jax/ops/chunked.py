@@ -16,13 +16,19 @@ from jax import lax
 from nha_jax.ops.full import full_attention
 from nha_jax.ops.gates import ChunkGates, chunk_gates
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, last_real, next_state
+from nha_jax.ops.state import (
+    NHAState,
+    Slots,
+    Timeline,
+    Tokens,
+    build_timeline,
+    last_real,
+    next_state,
+    of_last_segment,
+)
 from nha_jax.ops.types import NHAOutput, Options, compute_dtype
 
 NARROW = 256  # the widest window that short chunks serve
-
-Slots = tuple[jax.Array, jax.Array]  # keys [B, H, M, K] and values [B, H, M, V]
-
 
 class Blocks(NamedTuple):
     """How T rows are cut: static, hashable."""
@@ -98,7 +104,7 @@ def chunked_attention(
         else:
             slots = (initial_state.slot_key, initial_state.slot_value)
         out, weight, slots = _scan(blocks, options, past, visible, rows, slots, runs)
-        slots = _of_last_segment(slots, timeline, T)
+        slots = of_last_segment(slots, timeline, T)
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
         out = out.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, -1, Hq, V)[:, :T]
         weight = weight.transpose(1, 0, 3, 5, 2, 4).reshape(B, -1, Hq)[:, :T]
@@ -175,17 +181,6 @@ def _prepare(
     )
     visible = pad(jnp.where(timeline.real, timeline.run, -1))[:, None]
     return past, visible, rows, runs
-
-
-def _of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
-    """Empties the slots of rows whose last segment has not reached them yet."""
-    last = last_real(timeline, T)[:, None]
-    entered, now = (
-        jnp.take_along_axis(run, last, axis=1, mode="clip")
-        for run in (timeline.run[:, :T], timeline.run[:, -T:])
-    )
-    keep = ((last < 0) | (entered == now))[..., None, None]  # [B, 1, 1, 1]
-    return jnp.where(keep, slots[0], 0), jnp.where(keep, slots[1], 0)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 
 
+Slots = tuple[jax.Array, jax.Array]  # keys [B, Hkv, M, K] and values [B, Hkv, M, V]
+
+
 class NHAState(NamedTuple):
     """What a layer remembers of each batch row after its last real (non-padding) token.
 
@@ -146,10 +149,21 @@ def last_real(timeline: Timeline, num_tokens: int) -> jax.Array:
     return jnp.max(jnp.where(timeline.real[:, -num_tokens:], index, -1), axis=1)
 
 
+def of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
+    """Empties the slots of rows whose last segment has not reached them yet."""
+    last = last_real(timeline, T)[:, None]
+    entered, now = (
+        jnp.take_along_axis(run, last, axis=1, mode="clip")
+        for run in (timeline.run[:, :T], timeline.run[:, -T:])
+    )
+    keep = ((last < 0) | (entered == now))[..., None, None]  # [B, 1, 1, 1]
+    return jnp.where(keep, slots[0], 0), jnp.where(keep, slots[1], 0)
+
+
 def next_state(
     timeline: Timeline,
     num_tokens: int,
-    slots: tuple[jax.Array, jax.Array],
+    slots: Slots,
     segment_ids: jax.Array | None,
     state: NHAState | None,
     window_size: int | None,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.ops.state import NHAState
+from pallas.tpu import BlockSizes
 
 SlotFeatureMap = Literal["identity", "silu", "relu"]
 EmptySlots = Literal["attend", "mask"]
@@ -30,6 +31,7 @@ class Options:
     empty_slots: EmptySlots
     return_state: bool
     return_slot_weight: bool
+    block_sizes: BlockSizes | None = None  # of the TPU kernels; None: the chip's defaults
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """The slot branch's map of queries and keys."""

@@ -1,5 +1,14 @@
 """Mosaic TPU kernels of the operator."""
 
-from pallas.tpu.block_sizes import BlockSizes
+from pallas.tpu.attention import Fused, fused_attention
+from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
+from pallas.tpu.chunk import Spec, pack_rows
 
-__all__ = ["BlockSizes"]
+__all__ = [
+    "BlockSizes",
+    "Fused",
+    "Spec",
+    "default_block_sizes",
+    "fused_attention",
+    "pack_rows",
+]

@@ -1,1 +1,182 @@
 """The fused operator on the kernels' own arrays: forward and backward joined by one custom_vjp."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas.tpu.backward import backward
+from pallas.tpu.band import band_backward, band_forward
+from pallas.tpu.block_sizes import BlockSizes
+from pallas.tpu.chunk import Spec
+from pallas.tpu.forward import forward
+
+VMEM = 64 << 20  # bytes that a kernel may use
+
+# Of what enters the slots.
+_TIME_AXIS = {"key": 1, "rotated_key": 1, "value": 1, "log_decay": 3}
+
+Arrays = dict[str, jax.Array]
+
+
+class Fused(NamedTuple):
+    """What the kernels return; None for what was not asked for."""
+
+    out: jax.Array  # [B, T, H * G * V]
+    slot_weight: jax.Array | None  # [B, H, G, T] float32
+    end: jax.Array | None  # [B, H, M, K + V] float32, the slots after the last token that entered
+
+
+def fused_attention(
+    inputs: Arrays,
+    constants: Arrays,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: object = False,
+) -> Fused:
+    """The operator; `inputs` are differentiated, `constants` are not.
+
+    inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], of one dtype, bfloat16
+      or float32; with spec.rotated, rotated_query and rotated_key; log_decay [B, H, M, T] float32; with spec.state, slots [B, H, M, K + V] float32.
+      T is a multiple of spec.rows, K and V of 128, M of 16.
+    constants: with spec.rope, table [1 or B, T, K] float32, cosines then sines of the rotation,
+      times the root of scale * log2(e); with spec.segments, facts [B, T / C, C] (`pack_rows`) and
+      visible [B, T / C, width] float32, the run numbers of cat's tokens, -1 for those no one
+      reads, and, if spec.wide, query_run and key_run [B, 1, T], the same of every token.
+    interpret: False, or `pltpu.InterpretParams` to run the kernels on the CPU.
+
+    Saved for the backward, by the names "nha_out" (wide windows only), "nha_lse" and "nha_starts",
+    beside the inputs: the output, its log-sum-exp, and the slots at each grid step's start.
+    """
+    return _fused(spec, block_sizes, interpret, inputs, constants)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fused(spec, block_sizes, interpret, inputs, constants) -> Fused:
+    return _run(spec, block_sizes, interpret, inputs, constants, save=False)[0]
+
+
+def _run(spec, block_sizes, interpret, inputs, constants, *, save) -> tuple[Fused, Arrays]:
+    result = forward(
+        _of_fused(inputs, constants, spec),
+        spec,
+        group=block_sizes.forward_group,
+        skew=block_sizes.forward_skew,
+        save=save,
+        interpret=interpret,
+        vmem=VMEM,
+    )
+    weight = result.get("slot_weight")
+    if spec.wide:
+        part_lse = result["lse"]
+        part = {"out": result["out"], "lse": part_lse}
+        result |= band_forward(
+            _of_band(inputs, constants) | part, spec, interpret=interpret, vmem=VMEM
+        )
+        if weight is not None:
+            weight = weight * jnp.exp2(part_lse - result["lse"])
+    return Fused(result["out"], weight, result.get("end")), result
+
+
+def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
+    fused, result = _run(spec, block_sizes, interpret, inputs, constants, save=True)
+    saved = {name: checkpoint_name(result[name], f"nha_{name}") for name in ("lse", "starts")}
+    if spec.wide:
+        saved["out"] = checkpoint_name(fused.out, "nha_out")
+        saved["slot_weight"] = fused.slot_weight
+        fused = fused._replace(out=saved["out"])
+    return fused, (inputs, constants, saved)
+
+
+def _fused_bwd(spec, block_sizes, interpret, residuals, cotangents: Fused):
+    inputs, constants, saved = residuals
+    given = {"out_cotangent": cotangents.out, "lse": saved["lse"]}
+    if spec.wide:
+        given["delta"] = _delta(saved, cotangents, spec)
+    more = {"starts": saved["starts"]}
+    if spec.weight:
+        more["weight_cotangent"] = cotangents.slot_weight
+    if spec.state:
+        more["end_cotangent"] = cotangents.end
+    result = backward(
+        _of_fused(inputs, constants, spec) | given | more,
+        spec,
+        group=block_sizes.backward_group,
+        skew=block_sizes.backward_skew,
+        interpret=interpret,
+        vmem=VMEM,
+    )
+    if spec.wide:
+        band = band_backward(
+            _of_band(inputs, constants) | given, spec, interpret=interpret, vmem=VMEM
+        )
+        for name, axis in _TIME_AXIS.items():
+            if name in result:
+                result[name] = _unshift(result[name], spec, axis=axis)
+        prefix = "rotated_" if spec.rotated else ""
+        for name, x in band.items():
+            name = name if name == "value" else prefix + name
+            result[name] = _sum(result[name], x)
+    return result, jax.tree.map(jnp.zeros_like, constants)
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)
+
+
+def _of_fused(inputs: Arrays, constants: Arrays, spec: Spec) -> Arrays:
+    """The fused kernel's inputs. Of a wide window it reads the tokens as they enter the slots."""
+    constants = {n: x for n, x in constants.items() if n not in ("query_run", "key_run")}
+    if not spec.wide:
+        return inputs | constants
+    entering = {
+        name: _shift(inputs[name], spec, axis=axis)
+        for name, axis in _TIME_AXIS.items()
+        if name in inputs
+    }
+    if spec.rope:
+        constants["entering_table"] = _shift(constants["table"], spec, axis=1)
+    return inputs | entering | constants
+
+
+def _of_band(inputs: Arrays, constants: Arrays) -> Arrays:
+    prefix = "rotated_" if "rotated_key" in inputs else ""
+    arrays = {name: inputs[prefix + name] for name in ("query", "key")}
+    arrays["value"] = inputs["value"]
+    if "table" in constants:
+        arrays |= {"query_table": constants["table"], "key_table": constants["table"]}
+    return arrays | {n: x for n, x in constants.items() if n in ("query_run", "key_run")}
+
+
+def _delta(saved: Arrays, cotangents: Fused, spec: Spec) -> jax.Array:
+    """[B, H, G, T]: the sum of p times its gradient, of slots and window."""
+    B, H, G, T = saved["lse"].shape
+    product = saved["out"].astype(jnp.float32) * cotangents.out.astype(jnp.float32)
+    delta = jnp.sum(product.reshape(B, T, H, G, -1), -1).transpose(0, 2, 3, 1)
+    if spec.weight:
+        delta += saved["slot_weight"] * cotangents.slot_weight
+    return delta
+
+
+def _sum(a: jax.Array, b: jax.Array) -> jax.Array:
+    return (a.astype(jnp.float32) + b.astype(jnp.float32)).astype(a.dtype)
+
+
+def _shift(x: jax.Array, spec: Spec, *, axis: int) -> jax.Array:
+    """Token t - W at t, zeros before."""
+    T = x.shape[axis]
+    W = min(spec.window, T)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (W, 0)
+    return jnp.pad(jax.lax.slice_in_dim(x, 0, T - W, axis=axis), padding)
+
+
+def _unshift(x: jax.Array, spec: Spec, *, axis: int) -> jax.Array:
+    """The transpose of `_shift`."""
+    T = x.shape[axis]
+    W = min(spec.window, T)
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, W)
+    return jnp.pad(jax.lax.slice_in_dim(x, W, T, axis=axis), padding)

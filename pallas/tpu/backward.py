@@ -36,7 +36,7 @@ from pallas.tpu.chunk import (
     by_head,
     emit,
     expand_table,
-    feature_map_slope,
+    feature_map_pullback,
     flat,
     floor_of,
     join,
@@ -47,6 +47,7 @@ from pallas.tpu.chunk import (
     rotate,
     rotate_back,
     row_facts,
+    scaled,
     to_column,
     to_row,
     widen,
@@ -57,9 +58,7 @@ from pallas.tpu.grid import Grid
 Arrays = dict[str, jax.Array]
 
 
-def backward(
-    inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vmem: int
-) -> Arrays:
+def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vmem: int) -> Arrays:
     """The kernel's call.
 
     inputs: those of `forward`, its lse and starts, and out_cotangent [B, T, H * G * V] of the
@@ -67,7 +66,8 @@ def backward(
     end_cotangent [B, H, M, K + V] float32; with spec.wide, delta [B, H, G, T] float32, the sum of
     out * out_cotangent (and of slot_weight * weight_cotangent), which the kernel sees only part of.
 
-    Returns the cotangents of query, key, value, log_decay and, with spec.state, slots.
+    Returns the cotangents of query, key, value, log_decay and, with spec.rotated, rotated_query
+    and rotated_key; with spec.state, slots.
     """
     grid = Grid.of(inputs, spec, reverse=True)
     K, V, M, heads = grid.K, grid.V, grid.M, grid.heads
@@ -83,18 +83,15 @@ def backward(
         "delta": grid.lanes(spec.group),
     }
     in_specs |= {name: block for name, block in optional.items() if name in inputs}
-    names = ["query", "key", "value", "log_decay"] + ["slots"] * spec.state
-    if spec.state:
-        inputs = {name: x for name, x in inputs.items() if name != "slots"}
-        slots_block = in_specs.pop("slots")
-    out_specs = {name: in_specs[name] if name != "slots" else slots_block for name in names}
-    B, H = grid.B, grid.H
+    names = ["query", "key", "value", "log_decay"]
+    names += ["rotated_query", "rotated_key"] * spec.rotated + ["slots"] * spec.state
+    out_specs = {name: in_specs[name] for name in names}
     out_shape = {
-        name: jax.ShapeDtypeStruct((B, H, M, K + V), wide)
-        if name == "slots"
-        else jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype)
-        for name in names
+        name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in names
     }
+    if spec.state:  # the starts stand for it
+        inputs = {name: x for name, x in inputs.items() if name != "slots"}
+        del in_specs["slots"]
     before = {}
     if spec.halo and grid.steps > 1:
         before = {name: inputs[name] for name in grid.halo_specs(inputs)}
@@ -104,10 +101,9 @@ def backward(
             name: pltpu.VMEM((heads, spec.halo, size), wide)
             for name, size in (("key", K), ("rotated_key", K), ("value", V), ("log_decay", M))
         }
-    if spec.rope:
-        scratch |= {
-            name: pltpu.VMEM((spec.halo + spec.rows, K), wide) for name in ("cos", "sin")
-        }
+    for name in spec.tables:
+        shape = (spec.halo + spec.rows, K)
+        scratch |= {f"{name}_{part}": pltpu.VMEM(shape, wide) for part in ("cos", "sin")}
     kernel = functools.partial(_kernel, spec=spec, steps=grid.steps, group=group, skew=skew)
     return pl.pallas_call(
         kernel,
@@ -127,12 +123,12 @@ def backward(
 
 def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, skew: int):
     step, head = steps - 1 - pl.program_id(2), pl.program_id(3)
+    names = ["slots"] + ["key", "rotated_key", "value", "log_decay"] * bool(spec.halo)
 
     @pl.when(step == steps - 1)
     def _():
-        for name, ref in later.items():
-            if name not in ("cos", "sin"):
-                ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
+        for ref in (later[name] for name in names):
+            ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
         if spec.state:
             later["slots"][head] = refs["end_cotangent"][0, 0]
 
@@ -140,8 +136,9 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
 
         @pl.when(head == 0)
         def _():
-            tables = expand_table(_with_halo(refs["table"][0], before, "table", spec))
-            later["cos"][...], later["sin"][...] = tables
+            for name in spec.tables:
+                tables = expand_table(_with_halo(refs[name][0], before, name, spec))
+                later[f"{name}_cos"][...], later[f"{name}_sin"][...] = tables
 
     tokens = _load(refs, before, later, step, spec)
     slots = [refs["starts"][0, 0, 0]]
@@ -151,7 +148,6 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
         spec.chunks,
         1,
     )
-    names = ["slots"] + ["key", "rotated_key", "value", "log_decay"] * bool(spec.halo)
     carry = {name: later[name][head] for name in names}
     decays: list[jax.Array] = []
     chunks = [
@@ -195,7 +191,10 @@ def _load(refs, before, later, step, spec: Spec) -> Arrays:
         "decay": jnp.maximum(decay * LOG2E, floor_of(key.dtype)),
     }
     if spec.rope:
-        tokens["rotated_key"] = rotate(key, later["cos"][...], later["sin"][...]).astype(key.dtype)
+        cos, sin = (later[f"{spec.tables[-1]}_{part}"][...] for part in ("cos", "sin"))
+        tokens["rotated_key"] = rotate(key, cos, sin).astype(key.dtype)
+    if spec.rotated:
+        tokens["rotated_key"] = _with_halo(refs["rotated_key"][0], before, "rotated_key", spec)
     return tokens
 
 
@@ -243,15 +242,16 @@ def _chunk(
     entering, value = cat["key"][: spec.columns], cat["value"]
     K, V, dtype = entering.shape[1], value.shape[1], value.dtype
     gates, start = now["gates"], now["start"]
-    raw = [refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)]
-    query = join([apply_feature_map(x, spec.feature_map) for x in raw], 0)
-    d_out = join([refs["out_cotangent"][0, rows, g * V : (g + 1) * V] for g in range(G)], 0)
-    rotated = raw
+    stack = lambda name, size: join([  # noqa: E731
+        refs[name][0, rows, g * size : (g + 1) * size] for g in range(G)
+    ], 0)  # fmt: skip
+    raw, d_out = stack("query", K), stack("out_cotangent", V)
+    rotated = stack("rotated_query", K) if spec.rotated else raw
     own = slice(spec.halo + n * C, spec.halo + (n + 1) * C)
     if spec.rope:
-        cos, sin = later["cos"][own], later["sin"][own]
-        rotated = [rotate(x, cos, sin).astype(dtype) for x in raw]
-    rotated = join(rotated, 0)
+        tables = [later[f"{spec.tables[0]}_{part}"][own] for part in ("cos", "sin")]
+        rotated = flat(rotate(by_head(raw, G), *tables).astype(dtype))
+    query = apply_feature_map(raw, spec.feature_map)
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
     if spec.has_window:
@@ -291,8 +291,7 @@ def _chunk(
     pa = jnp.exp2(logits - lse)
     d_weight = row("weight_cotangent") if spec.weight else 0.0
     if spec.has_window:
-        logits = b if spec.rope else b * (spec.scale * LOG2E)
-        pb = jnp.exp2(jnp.where(window_mask, logits, MASKED) - lse)
+        pb = jnp.exp2(jnp.where(window_mask, scaled(b, spec.window_scale), MASKED) - lse)
     if spec.wide:
         delta = row("delta")
     else:
@@ -301,9 +300,7 @@ def _chunk(
             delta += jnp.sum(pb * products, -1, keepdims=True)
     ds = pa * ((da + (d_weight - delta)) * spec.scale)
     if spec.has_window:
-        # With rope both factors of the logits hold the root of scale * log2(e).
-        unit = 1 / LOG2E if spec.rope else spec.scale
-        db = flat((pb * ((products - delta) * unit)).astype(dtype))
+        db = flat((pb * ((products - delta) * spec.window_slope)).astype(dtype))
     ds_carried, pa_carried = ((x * carried).astype(dtype) for x in (ds, pa))
     pairs = [
         jnp.concatenate([flat((x[:, block] * rise).astype(dtype)) for x in (ds, pa)], 0)
@@ -366,17 +363,22 @@ def _chunk(
     )
     d_decay = jnp.where(cat["decay"][: spec.columns] > floor_of(dtype), d_decay, 0.0)
 
-    for g in range(G):
-        d = d_query[g] * feature_map_slope(raw[g], spec.feature_map)
-        if spec.has_window:
-            x = d_rotated_query[g]
-            d += rotate_back(x, cos, sin) if spec.rope else x
-        outs["query"][0, rows, g * K : (g + 1) * K] = d.astype(dtype)
+    d_query = feature_map_pullback(d_query, by_head(raw, G), spec.feature_map)
     d_key = _overlap_add(d_key, carry, "key", spec)
-    d_key *= feature_map_slope(tokens["raw_key"][own], spec.feature_map)
+    d_key = feature_map_pullback(d_key, tokens["raw_key"][own], spec.feature_map)
     if spec.has_window:
-        x = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
-        d_key += rotate_back(x, cos, sin) if spec.rope else x
+        d_rotated_key = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
+        if spec.rotated:
+            _store_heads(outs["rotated_query"], rows, d_rotated_query)
+            outs["rotated_key"][0, rows] = d_rotated_key.astype(dtype)
+        elif spec.rope:
+            d_query += rotate_back(d_rotated_query, *tables)
+            tables = [later[f"{spec.tables[-1]}_{part}"][own] for part in ("cos", "sin")]
+            d_key += rotate_back(d_rotated_key, *tables)
+        else:
+            d_query += d_rotated_query
+            d_key += d_rotated_key
+    _store_heads(outs["query"], rows, d_query)
     outs["key"][0, rows] = d_key.astype(dtype)
     outs["value"][0, rows] = _overlap_add(d_value, carry, "value", spec).astype(dtype)
     decays.insert(0, _overlap_add(d_decay, carry, "log_decay", spec))
@@ -384,6 +386,13 @@ def _chunk(
     if n * C % lanes == 0:
         outs["log_decay"][0, 0, :, n * C : n * C + lanes] = join(decays[: lanes // C], 0).T
     yield
+
+
+def _store_heads(ref, rows: slice, x: jax.Array) -> None:
+    """[G, C, D] into the columns of [1, rows, G * D]."""
+    D = x.shape[2]
+    for g in range(x.shape[0]):
+        ref[0, rows, g * D : (g + 1) * D] = x[g].astype(ref.dtype)
 
 
 def _sum_blocks(

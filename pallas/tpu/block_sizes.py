@@ -1,7 +1,6 @@
 """How the TPU kernels cut their work: a validated dataclass, with defaults for each chip."""
 
 import dataclasses
-from typing import Self
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,11 +13,10 @@ class BlockSizes:
 
     Fields:
       chunk: rows of a chunk (C), 32, 64 or 128.
-      chunks_per_step: chunks of a grid step (N), 1 to 16; the slots are saved once a grid step.
+      chunks_per_step: chunks of a grid step (N), 1, 2, 4, 8 or 16, so that it has at least 256
+        rows; the slots are saved once a grid step.
       forward_group, forward_skew: emission order of the forward.
       backward_group, backward_skew: emission order of the backward.
-      band: rows of a block of the windows that are wider than the fused kernel's reach: a
-        multiple of 128.
 
     Raises:
       ValueError: a field is out of its range; the message names it and its value.
@@ -30,7 +28,6 @@ class BlockSizes:
     forward_skew: int = 2
     backward_group: int = 2
     backward_skew: int = 1
-    band: int = 512
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -39,13 +36,17 @@ class BlockSizes:
                 raise ValueError(f"BlockSizes: {field.name} must be a positive int, got {value!r}")
         if self.chunk not in (32, 64, 128):
             raise ValueError(f"BlockSizes: chunk must be 32, 64 or 128, got {self.chunk}")
-        if self.chunks_per_step > 16:
+        if self.chunks_per_step not in (1, 2, 4, 8, 16):
             raise ValueError(
-                f"BlockSizes: chunks_per_step must be at most 16, got {self.chunks_per_step}"
+                f"BlockSizes: chunks_per_step must be 1, 2, 4, 8 or 16, got {self.chunks_per_step}"
             )
-        if self.band % 128:
-            raise ValueError(f"BlockSizes: band must be a multiple of 128, got {self.band}")
+        if self.chunk * self.chunks_per_step < 256:
+            raise ValueError(
+                "BlockSizes: chunk * chunks_per_step must be at least 256, "
+                f"got {self.chunk} * {self.chunks_per_step}"
+            )
 
-    def replace(self, **changes: int) -> Self:
-        """A copy with some fields changed."""
-        return dataclasses.replace(self, **changes)
+
+def default_block_sizes(group: int) -> BlockSizes:
+    """Those of the chip that is compiled for, with `group` query heads to a KV head."""
+    return BlockSizes()

@@ -36,7 +36,9 @@ class Spec:
         slots during the chunk, and another kernel reads the remainder of the window.
       chunk, chunks: C and N.
       scale: of the logits, not negative.
-      rope, feature_map, mask_empty: as the operator's options.
+      rope: queries and keys are rotated in the kernel, by a table.
+      rotated: rotated queries and keys are given beside the others.
+      feature_map, mask_empty: as the operator's options.
       segments: run numbers say who sees whom; without, every token before sees every other.
       state: the slots at the start are given, and the slots at the end are asked for.
       weight: the slot weight is asked for.
@@ -50,6 +52,7 @@ class Spec:
     chunks: int
     scale: float
     rope: bool
+    rotated: bool
     feature_map: str
     mask_empty: bool
     segments: bool
@@ -76,6 +79,17 @@ class Spec:
         return self.reach > 0
 
     @property
+    def window_scale(self) -> float:
+        """What makes logits of base 2 of the window's products. With rope both factors hold the
+        root of scale * log2(e)."""
+        return 1.0 if self.rope else self.scale * LOG2E
+
+    @property
+    def window_slope(self) -> float:
+        """The derivative of the window's (natural) logits in their products."""
+        return 1 / LOG2E if self.rope else self.scale
+
+    @property
     def width(self) -> int:
         """Rows of cat."""
         return self.halo + self.chunk
@@ -84,6 +98,13 @@ class Spec:
     def columns(self) -> int:
         """Rows of cat that enter the slots within the chunk."""
         return self.chunk + (ROW_TILE if self.shift else 0)
+
+    @property
+    def tables(self) -> list[str]:
+        """The rotary tables: the queries' first, the keys' last."""
+        if not self.rope:
+            return []
+        return ["table", "entering_table"] if self.wide else ["table"]
 
     @property
     def rows(self) -> int:
@@ -127,6 +148,10 @@ def by_head(x: jax.Array, group: int) -> jax.Array:
     return x.reshape(group, x.shape[0] // group, x.shape[1])
 
 
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1.0 else x * factor
+
+
 def join(parts: list[jax.Array], axis: int) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
@@ -148,15 +173,15 @@ def apply_feature_map(x: jax.Array, name: str) -> jax.Array:
     return mapped.astype(x.dtype)
 
 
-def feature_map_slope(x: jax.Array, name: str) -> jax.Array | float:
-    """The derivative of the feature map at x."""
+def feature_map_pullback(gradient: jax.Array, x: jax.Array, name: str) -> jax.Array:
+    """The float32 gradient at x, of the same shape, of what the feature map made of it."""
     if name == "identity":
-        return 1.0
+        return gradient
     wide = x.astype(jnp.float32)
     if name == "relu":
-        return jnp.where(wide > 0.0, 1.0, 0.0)
+        return jnp.where(wide > 0.0, gradient, 0.0)
     sigmoid = _sigmoid(wide)
-    return sigmoid * (1.0 + wide * (1.0 - sigmoid))
+    return gradient * (sigmoid * (1.0 + wide * (1.0 - sigmoid)))
 
 
 def _sigmoid(x):

@@ -35,6 +35,7 @@ from pallas.tpu.chunk import (
     matmul_tn,
     rotate,
     row_facts,
+    scaled,
     to_column,
     to_row,
     widen,
@@ -51,7 +52,8 @@ def forward(
 
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
     float32; with spec.rope, table [1 or B, T, K] float32 (cosines, then sines, both times the root
-    of scale * log2(e)); with spec.segments, facts [B, T/C, C] float32 (`pack_rows`) and visible
+    of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
+    rotated_query and rotated_key; with spec.segments, facts [B, T/C, C] float32 (`pack_rows`) and visible
     [B, T/C, halo + C] float32; with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
     C * N, K and V of 128.
 
@@ -82,8 +84,8 @@ def forward(
             "value": pltpu.VMEM((heads, spec.halo, V), dtype),
             "decay": pltpu.VMEM((heads, spec.halo, M), wide),
         }
-    if spec.rope:
-        scratch |= {name: pltpu.VMEM((spec.rows, K), wide) for name in ("cos", "sin")}
+    for name in spec.tables:
+        scratch |= {f"{name}_{part}": pltpu.VMEM((spec.rows, K), wide) for part in ("cos", "sin")}
     return pl.pallas_call(
         kernel,
         grid=grid.shape,
@@ -102,12 +104,13 @@ def forward(
 
 def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
     step, head = pl.program_id(2), pl.program_id(3)
+    halos = ["key", "rotated_key", "value", "decay"] if spec.halo else []
+    kept = ["slots", *halos]
 
     @pl.when(step == 0)
     def _():
-        for name, ref in past.items():
-            if name not in ("cos", "sin"):
-                ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
+        for ref in (past[name] for name in kept):
+            ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
         if spec.state:
             past["slots"][head] = refs["slots"][0, 0]
 
@@ -115,7 +118,9 @@ def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
 
         @pl.when(head == 0)
         def _():
-            past["cos"][...], past["sin"][...] = expand_table(refs["table"][0])
+            for name in spec.tables:
+                tables = expand_table(refs[name][0])
+                past[f"{name}_cos"][...], past[f"{name}_sin"][...] = tables
 
     tokens = _load(refs, past, head, spec)
     slots = [past["slots"][head]]
@@ -126,9 +131,8 @@ def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
     past["slots"][head] = slots[0]
     if spec.state:
         outs["end"][0, 0] = slots[0]
-    if spec.halo:
-        for name in ("key", "rotated_key", "value", "decay"):
-            past[name][head] = tokens[name][spec.rows :]
+    for name in halos:
+        past[name][head] = tokens[name][spec.rows :]
 
 
 def _load(refs, past, head, spec: Spec) -> Arrays:
@@ -139,10 +143,11 @@ def _load(refs, past, head, spec: Spec) -> Arrays:
         "key": apply_feature_map(key, spec.feature_map),
         "value": value,
         "decay": decay,
-        "rotated_key": key,
+        "rotated_key": refs["rotated_key"][0] if spec.rotated else key,
     }
     if spec.rope:
-        tokens["rotated_key"] = rotate(key, past["cos"][...], past["sin"][...]).astype(key.dtype)
+        cos, sin = (past[f"{spec.tables[-1]}_{part}"][...] for part in ("cos", "sin"))
+        tokens["rotated_key"] = rotate(key, cos, sin).astype(key.dtype)
     if spec.halo:
         tokens = {name: jnp.concatenate([past[name][head], x], 0) for name, x in tokens.items()}
     return tokens
@@ -158,12 +163,14 @@ def _chunk(
     cat = {name: x[n * C : n * C + spec.width] for name, x in tokens.items()}
     entering, value = cat["key"][: spec.columns], cat["value"]
     dtype = value.dtype
-    heads = [refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)]
-    query = join([apply_feature_map(x, spec.feature_map) for x in heads], 0)
-    rotated = heads
+    query = join([refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
+    rotated = query
+    if spec.rotated:
+        rotated = join([refs["rotated_query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
     if spec.rope:
-        cos, sin = past["cos"][rows], past["sin"][rows]
-        rotated = [rotate(x, cos, sin).astype(dtype) for x in heads]
+        cos, sin = past["table_cos"][rows], past["table_sin"][rows]
+        rotated = flat(rotate(by_head(query, G), cos, sin).astype(dtype))
+    query = apply_feature_map(query, spec.feature_map)
     facts = visible = None
     if spec.segments:
         facts = row_facts(refs["facts"][0, n : n + 1])
@@ -173,7 +180,7 @@ def _chunk(
 
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     if spec.has_window:
-        b = by_head(matmul_nt(join(rotated, 0), cat["rotated_key"]), G)  # [G, C, width]
+        b = by_head(matmul_nt(rotated, cat["rotated_key"]), G)  # [G, C, width]
     gates = Gates(cat["decay"][: spec.columns], spec, dtype)
     yield
 
@@ -206,9 +213,7 @@ def _chunk(
     a = mask_slots(a, n, step, facts, spec)
     top = jnp.max(a, -1, keepdims=True)
     if spec.has_window:
-        if not spec.rope:
-            b *= spec.scale * LOG2E
-        b = jnp.where(window_mask, b, MASKED)
+        b = jnp.where(window_mask, scaled(b, spec.window_scale), MASKED)
         top = jnp.maximum(top, jnp.max(b, -1, keepdims=True))
     pa = jnp.exp2(a - top)
     slot_mass = mass = jnp.sum(pa, -1, keepdims=True)

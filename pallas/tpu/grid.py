@@ -56,9 +56,7 @@ class Grid:
 
     def _block(self, shape: tuple[int, ...], index) -> pl.BlockSpec:
         """index: of batch, KV head and step."""
-        return pl.BlockSpec(
-            shape, lambda b, o, t, h: index(b, o * self.heads + h, self._step(t))
-        )
+        return pl.BlockSpec(shape, lambda b, o, t, h: index(b, o * self.heads + h, self._step(t)))
 
     def tokens(self, size: int) -> pl.BlockSpec:
         """[B, T, H * size]."""
@@ -84,9 +82,7 @@ class Grid:
 
     def starts(self) -> pl.BlockSpec:
         """[B, H, steps, M, K + V]."""
-        return self._block(
-            (1, 1, 1, self.M, self.K + self.V), lambda b, h, t: (b, h, t, 0, 0)
-        )
+        return self._block((1, 1, 1, self.M, self.K + self.V), lambda b, h, t: (b, h, t, 0, 0))
 
     def input_specs(self, inputs: dict[str, jax.Array]) -> dict[str, pl.BlockSpec]:
         """The blocks of the inputs that forward and backward share."""
@@ -96,8 +92,10 @@ class Grid:
             "value": self.tokens(self.V),
             "log_decay": self.lanes(self.M),
         }
-        if self.spec.rope:
-            specs["table"] = self.table(inputs["table"].shape[0])
+        if self.spec.rotated:
+            specs |= {"rotated_query": specs["query"], "rotated_key": specs["key"]}
+        for name in self.spec.tables:
+            specs[name] = self.table(inputs[name].shape[0])
         if self.spec.segments:
             specs["facts"] = self.chunks(self.spec.chunk)
             specs["visible"] = self.chunks(self.spec.width)
@@ -123,6 +121,8 @@ class Grid:
                 (1, 1, self.M, lanes), lambda b, h, t: (b, h, 0, before(t, lanes))
             ),
         }
+        if self.spec.rotated:
+            specs["rotated_key"] = specs["key"]
         if self.spec.rope:
             shared = inputs["table"].shape[0] == 1
             specs["table"] = self._block(
