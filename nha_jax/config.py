@@ -2,10 +2,11 @@
 
 import dataclasses
 import difflib
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
 from nha_jax.ops import Implementation
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
+from pallas.tpu import BlockSizes
 
 if TYPE_CHECKING:
     DerivedInt = Any
@@ -37,6 +38,8 @@ class ModelConfig:
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head is the embedding table.
         slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`.
+        block_sizes: likewise: how the TPU kernels cut their work; a mapping of `BlockSizes`' fields
+            will do; None: as suits the chip.
         initializer_range: standard deviation of the embedding and the projections at the start.
         dtype: of the computation; norms, softmax, decays and logits are float32 in any case.
         param_dtype: of the parameters.
@@ -69,6 +72,7 @@ class ModelConfig:
     param_dtype: DType = "float32"
     remat: bool = True
     implementation: Implementation | None = None
+    block_sizes: BlockSizes | None = None
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads", "num_slots"):
@@ -88,13 +92,14 @@ class ModelConfig:
         self._check_heads()
         self._check_window_size()
         self._check_options()
+        self._build_block_sizes()
 
     def _derive(self, field: str, default: int) -> None:
         if getattr(self, field) is None:
             object.__setattr__(self, field, default)
         self._check_integer(field, minimum=1)
 
-    def _reject(self, field: str, reason: str) -> None:
+    def _reject(self, field: str, reason: str) -> NoReturn:
         raise ValueError(f"ModelConfig: {field}={getattr(self, field)!r} {reason}")
 
     def _check_integer(self, field: str, *, minimum: int) -> None:
@@ -143,6 +148,16 @@ class ModelConfig:
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
+
+    def _build_block_sizes(self) -> None:
+        if isinstance(self.block_sizes, dict):
+            try:
+                block_sizes = BlockSizes(**self.block_sizes)
+            except (TypeError, ValueError) as error:
+                self._reject("block_sizes", f"does not fit: {error}")
+            object.__setattr__(self, "block_sizes", block_sizes)
+        if not isinstance(self.block_sizes, BlockSizes | None):
+            self._reject("block_sizes", "must be a BlockSizes, a mapping of its fields, or None")
 
     def _window_entries(self) -> tuple[int | None, ...]:
         return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,)

@@ -46,7 +46,14 @@ class Key:
     @property
     def is_section(self) -> bool:
         """Whether the key holds further keys."""
-        return dataclasses.is_dataclass(self.annotation)
+        return self.section is not None
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of the keys that it holds; the key may be null all the same."""
+        members = (self.annotation, *typing.get_args(self.annotation))
+        is_section = lambda x: isinstance(x, type) and dataclasses.is_dataclass(x)  # noqa: E731
+        return next(filter(is_section, members), None)
 
 
 class _Loader(yaml.SafeLoader):
@@ -102,8 +109,8 @@ def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
         annotation = hints[entry.name]
         key = Key(prefix + entry.name, annotation, default, descriptions.get(entry.name, ""))
         yield key
-        if key.is_section:
-            yield from keys(annotation, f"{key.name}.")
+        if key.section:
+            yield from keys(key.section, f"{key.name}.")
 
 
 def describe(annotation: Any) -> str:
@@ -190,8 +197,8 @@ def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
         key = known.get(name) if "." not in str(name) else None
         if key is None:
             raise _unknown_key(f"{prefix}{name}", value)
-        if key.is_section and isinstance(value, dict):
-            _check_names(value, key.annotation, f"{key.name}.")
+        if key.section and isinstance(value, dict):
+            _check_names(value, key.section, f"{key.name}.")
 
 
 def _unknown_key(name: str, value: Any) -> ConfigError:
@@ -263,7 +270,8 @@ def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
 
 def _explain_value_error(error: ValueError, section: str) -> ConfigError:
     """A section's own complaint, with the dotted name of the key it starts with."""
-    message = " ".join(str(error).split()).removeprefix("ModelConfig: ")
+    message = " ".join(str(error).split())
+    message = message.removeprefix("ModelConfig: ").removeprefix("BlockSizes: ")
     known = {key.name for key in keys()}
     starts_with_key = f"{section}.{re.split('[^a-z0-9_]', message)[0]}" in known
     separator = "." if starts_with_key else ": "

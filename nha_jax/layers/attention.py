@@ -183,6 +183,7 @@ class NativeHybridAttention(nnx.Module):
             slot_feature_map=self.config.slot_feature_map,
             empty_slots=self.config.empty_slots,
             implementation=self.config.implementation,
+            block_sizes=self.config.block_sizes,
         )
 
     def _log_decay(self, inputs: jax.Array) -> jax.Array:

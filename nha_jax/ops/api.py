@@ -1,6 +1,7 @@
 """`nha_attention`: one door to every implementation of the operator."""
 
 import functools
+import importlib.util
 import numbers
 from collections.abc import Callable
 from typing import Literal, get_args, overload
@@ -168,7 +169,7 @@ def _implementation(
             interpreted = functools.partial(tpu_attention, interpret=True)
             return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
         case None:
-            if unsupported():
+            if unsupported() or not _can_compile_for_tpus():
                 return chunked_attention
             return _by_platform(tpu=over_mesh(tpu_attention), default=chunked_attention)
         case "pallas_gpu":
@@ -177,6 +178,15 @@ def _implementation(
                 "use 'xla', or None for the fastest there is"
             )
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
+
+
+@functools.cache
+def _can_compile_for_tpus() -> bool:
+    """Where nobody can, tracing the TPU kernels as well would only cost time.
+
+    And it would cost the derivatives that kernels lack: forward mode, and those of gradients.
+    """
+    return importlib.util.find_spec("libtpu") is not None or jax.default_backend() == "tpu"
 
 
 def _by_platform(

@@ -32,7 +32,8 @@ class MeshAxes:
     heads: tuple[str, ...] = ("tensor", "model")
 
 
-_mesh_axes = contextvars.ContextVar("mesh_axes", default=MeshAxes())
+_DEFAULT = MeshAxes()
+_mesh_axes = contextvars.ContextVar("mesh_axes", default=_DEFAULT)
 
 
 @contextlib.contextmanager
@@ -76,7 +77,7 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
             rest = {"rope": rope, "segment_ids": segment_ids, "initial_state": initial_state}
             return attend(*arrays, **rest, options=options)
 
-        rope = None if rope is None else tuple(rope)
+        rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
         inputs = ((query, key, value, log_decay), rope, segment_ids, initial_state)
         mesh = jax.sharding.get_abstract_mesh()
         sizes = _free_axes(mesh)
@@ -85,8 +86,8 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
         axes = _mesh_axes.get()
         batch = _dividing(axes.batch, sizes, query.shape[0])
         heads = _dividing(axes.heads, sizes, key.shape[2])
-        tokens = P(batch, None, heads)  # [B, T, heads, ...]
-        state = _state_spec(batch, heads)
+        tokens: Any = P(batch, None, heads)  # [B, T, heads, ...]
+        state = _state_spec(P(batch), P(batch, heads), tokens)
         return jax.shard_map(
             local,
             in_specs=(
@@ -125,8 +126,8 @@ def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tup
     return chosen
 
 
-def _state_spec(batch: tuple[str, ...], heads: tuple[str, ...]) -> Any:
-    slots, ring = P(batch, heads), P(batch, None, heads)
+def _state_spec(rows: Any, slots: Any, ring: Any) -> NHAState:
+    """A state whose leaves are specs."""
     return NHAState(
         slot_key=slots,
         slot_value=slots,
@@ -134,6 +135,6 @@ def _state_spec(batch: tuple[str, ...], heads: tuple[str, ...]) -> Any:
         window_rotated_key=ring,
         window_value=ring,
         window_log_decay=ring,
-        length=P(batch),
-        segment_id=P(batch),
+        length=rows,
+        segment_id=rows,
     )

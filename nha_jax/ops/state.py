@@ -5,7 +5,6 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-
 Slots = tuple[jax.Array, jax.Array]  # keys [B, Hkv, M, K] and values [B, Hkv, M, V]
 
 

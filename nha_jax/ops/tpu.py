@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.splash import splash_full_attention
@@ -19,12 +18,19 @@ from nha_jax.ops.state import (
     of_last_segment,
 )
 from nha_jax.ops.types import NHAOutput, Options
-from pallas.tpu import BlockSizes, Spec, default_block_sizes, fused_attention, pack_rows
+from pallas.tpu import (
+    BlockSizes,
+    Spec,
+    default_block_sizes,
+    expand_table,
+    fused_attention,
+    pack_rows,
+)
 
 LANES = 128
 SLOT_TILE = 16
 LARGEST_HEAD, MOST_SLOTS = 256, 128
-NARROW = 256  # the widest window that the fused kernel covers alone
+NARROW = 256  # the widest window that the fused kernel covers alone, if a step has as many rows
 
 
 def tpu_unsupported(
@@ -141,7 +147,7 @@ def _windowed(query, key, value, log_decay, rope, segment_ids, initial_state, op
         constants,
         spec=spec,
         block_sizes=block_sizes,
-        interpret=pltpu.InterpretParams() if interpret else False,
+        interpret=interpret,
     )
     N = rows.run.shape[1]
     out = fused.out.reshape(B, N + padding, Hq, -1)[:, N - T : N, :, :V]
@@ -193,7 +199,7 @@ def _plan(
         group=group,
         slots=slots,
         window=W,
-        wide=W > NARROW,
+        wide=min(NARROW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
         chunk=block_sizes.chunk,
         chunks=chunks,
         scale=options.scale,
@@ -276,7 +282,7 @@ def _split_slots(slots: jax.Array, M: int, K: int, V: int) -> tuple[jax.Array, j
 
 
 def _table(rope: Rope, spec: Spec, padding: int, wide_key: int) -> jax.Array:
-    """[1 or B, N', K'] float32: cosines, then sines, times the root of scale * log2(e)."""
+    """[1 or B, N', 2 K'] float32: the kernels' table, times the root of scale * log2(e)."""
     half = wide_key // 2
 
     def part(table):
@@ -285,7 +291,7 @@ def _table(rope: Rope, spec: Spec, padding: int, wide_key: int) -> jax.Array:
         return jnp.pad(table.astype(jnp.float32), ((0, 0), (0, padding), (0, missing)))
 
     root = math.sqrt(spec.scale * math.log2(math.e))
-    return jnp.concatenate([part(rope[0]), part(rope[1])], -1) * root
+    return expand_table(part(rope[0]), part(rope[1])) * root
 
 
 def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:

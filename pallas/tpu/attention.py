@@ -35,21 +35,22 @@ def fused_attention(
     *,
     spec: Spec,
     block_sizes: BlockSizes,
-    interpret: object = False,
+    interpret: bool = False,
 ) -> Fused:
     """The operator; `inputs` are differentiated, `constants` are not.
 
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], of one dtype, bfloat16
-      or float32; with spec.rotated, rotated_query and rotated_key; log_decay [B, H, M, T] float32; with spec.state, slots [B, H, M, K + V] float32.
-      T is a multiple of spec.rows, K and V of 128, M of 16.
-    constants: with spec.rope, table [1 or B, T, K] float32, cosines then sines of the rotation,
-      times the root of scale * log2(e); with spec.segments, facts [B, T / C, C] (`pack_rows`) and
+      or float32; with spec.rotated, rotated_query and rotated_key; log_decay [B, H, M, T] float32;
+      with spec.state, slots [B, H, M, K + V] float32. T is a multiple of spec.rows, K and V of 128, M of 16.
+    constants: with spec.rope, table [1 or B, T, 2 K] float32, `expand_table` of the rotation times
+      the root of scale * log2(e); with spec.segments, facts [B, T / C, C] (`pack_rows`) and
       visible [B, T / C, width] float32, the run numbers of cat's tokens, -1 for those no one
       reads, and, if spec.wide, query_run and key_run [B, 1, T], the same of every token.
-    interpret: False, or `pltpu.InterpretParams` to run the kernels on the CPU.
+    interpret: as for `pallas_call`: True runs the kernels on the CPU.
 
-    Saved for the backward, by the names "nha_out" (wide windows only), "nha_lse" and "nha_starts",
-    beside the inputs: the output, its log-sum-exp, and the slots at each grid step's start.
+    Saved for the backward, beside the inputs: the log-sum-exp, the slots at each grid step's start
+    and, of wide windows, the output. With the names "nha_out", "nha_lse" and "nha_starts" saved, a
+    `jax.checkpoint` policy spares itself the forward.
     """
     return _fused(spec, block_sizes, interpret, inputs, constants)
 
@@ -83,11 +84,10 @@ def _run(spec, block_sizes, interpret, inputs, constants, *, save) -> tuple[Fuse
 
 def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
     fused, result = _run(spec, block_sizes, interpret, inputs, constants, save=True)
+    fused = fused._replace(out=checkpoint_name(fused.out, "nha_out"))
     saved = {name: checkpoint_name(result[name], f"nha_{name}") for name in ("lse", "starts")}
     if spec.wide:
-        saved["out"] = checkpoint_name(fused.out, "nha_out")
-        saved["slot_weight"] = fused.slot_weight
-        fused = fused._replace(out=saved["out"])
+        saved |= {"out": fused.out, "slot_weight": fused.slot_weight}
     return fused, (inputs, constants, saved)
 
 

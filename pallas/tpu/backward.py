@@ -13,8 +13,8 @@ The same map gives a and da, and its transpose A and L: the pairs are stacked an
     dk = L^T q + (s exp(G_C - G)) dSK + rotate_back(db^T rotated_q),  dv = P^T d_out + ... dSV
     dg_j = x1 + sum_{r >= j} (R_r - s_r Y_r) - exp(g_j) Y_j
 
-with R_r = sum over the heads of ds a + pa da, Y_j the gradient of s_j, x1 = sum(dS * S_end). dg is a
-difference of sums that nearly cancel when decays are strong, so R, Y and x1 are made of the very
+with R_r = sum over the heads of ds a + pa da, Y_j the gradient of s_j, x1 = sum(dS * S_end). dg is
+a difference of sums that nearly cancel when decays are strong, so R, Y and x1 are made of the very
 operands, rounded, that enter the products: what cancels in exact arithmetic then cancels here.
 """
 
@@ -32,10 +32,11 @@ from pallas.tpu.chunk import (
     Gates,
     Masks,
     Spec,
+    Tokens,
     apply_feature_map,
     by_head,
+    decay_blocks,
     emit,
-    expand_table,
     feature_map_pullback,
     flat,
     floor_of,
@@ -101,9 +102,6 @@ def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vm
             name: pltpu.VMEM((heads, spec.halo, size), wide)
             for name, size in (("key", K), ("rotated_key", K), ("value", V), ("log_decay", M))
         }
-    for name in spec.tables:
-        shape = (spec.halo + spec.rows, K)
-        scratch |= {f"{name}_{part}": pltpu.VMEM(shape, wide) for part in ("cos", "sin")}
     kernel = functools.partial(_kernel, spec=spec, steps=grid.steps, group=group, skew=skew)
     return pl.pallas_call(
         kernel,
@@ -132,15 +130,7 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
         if spec.state:
             later["slots"][head] = refs["end_cotangent"][0, 0]
 
-    if spec.rope:
-
-        @pl.when(head == 0)
-        def _():
-            for name in spec.tables:
-                tables = expand_table(_with_halo(refs[name][0], before, name, spec))
-                later[f"{name}_cos"][...], later[f"{name}_sin"][...] = tables
-
-    tokens = _load(refs, before, later, step, spec)
+    tokens = _load(refs, before, step, spec)
     slots = [refs["starts"][0, 0, 0]]
     recomputed: list[Arrays] = [{} for _ in range(spec.chunks)]
     emit(
@@ -151,7 +141,7 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
     carry = {name: later[name][head] for name in names}
     decays: list[jax.Array] = []
     chunks = [
-        _chunk(n, refs, outs, later, tokens, recomputed[n], carry, decays, step, spec)
+        _chunk(n, refs, outs, tokens, recomputed[n], carry, decays, step, spec)
         for n in reversed(range(spec.chunks))
     ]
     emit(chunks, group, skew)
@@ -161,51 +151,54 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
         outs["slots"][0, 0] = carry["slots"]
 
 
-def _with_halo(x: jax.Array, before, name: str, spec: Spec) -> jax.Array:
-    """[rows, D] behind the halo's rows, zeros if the whole sequence is one step."""
-    if not spec.halo:
-        return x
-    if not before:
-        return jnp.concatenate([jnp.zeros((spec.halo, x.shape[1]), x.dtype), x], 0)
-    if name == "log_decay":
-        halo = before[name][0, 0].T
-    else:
-        halo = before[name][0]
-    return jnp.concatenate([halo[halo.shape[0] - spec.halo :], x], 0)
+def _load(refs, before, step, spec: Spec) -> Tokens:
+    """rotated_key, raw_key, key (feature-mapped), value, decay; nothing precedes the first token."""
+    C, dtype = spec.chunk, refs["key"].dtype
 
+    def key_of(raw):
+        return apply_feature_map(raw, spec.feature_map)
 
-def _load(refs, before, later, step, spec: Spec) -> Arrays:
-    """The step's tokens, [halo + rows, .]: raw_key, key (feature-mapped), rotated_key, value and
-    decay; nothing is written by tokens before the first."""
-    key = _with_halo(refs["key"][0], before, "key", spec)
-    decay = _with_halo(refs["log_decay"][0, 0].T, before, "log_decay", spec)
-    if spec.halo:
-        decay = jnp.concatenate([
-            jnp.where(step > 0, decay[: spec.halo], 0.0), decay[spec.halo :]
-        ], 0)  # fmt: skip
-    tokens = {
-        "raw_key": key,
-        "key": apply_feature_map(key, spec.feature_map),
-        "rotated_key": key,
-        "value": _with_halo(refs["value"][0], before, "value", spec),
-        "decay": jnp.maximum(decay * LOG2E, floor_of(key.dtype)),
+    def rotated_of(arrays, rows):
+        if spec.rotated:
+            return arrays["rotated_key"][0, rows]
+        raw = arrays["key"][0, rows]
+        return rotate(raw, arrays[spec.tables[-1]][0, rows]).astype(dtype) if spec.rope else raw
+
+    rows = lambda n: slice(n * C, (n + 1) * C)  # noqa: E731
+    own = {
+        "rotated_key": lambda n: rotated_of(refs, rows(n)),
+        "raw_key": lambda n: refs["key"][0, rows(n)],
+        "key": lambda n: key_of(refs["key"][0, rows(n)]),
+        "value": lambda n: refs["value"][0, rows(n)],
+        "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
-    if spec.rope:
-        cos, sin = (later[f"{spec.tables[-1]}_{part}"][...] for part in ("cos", "sin"))
-        tokens["rotated_key"] = rotate(key, cos, sin).astype(key.dtype)
-    if spec.rotated:
-        tokens["rotated_key"] = _with_halo(refs["rotated_key"][0], before, "rotated_key", spec)
-    return tokens
+    if not spec.halo:
+        return Tokens(spec, own, {})
+    if not before:  # the whole sequence is one step
+        sizes = {name: refs[name].shape[2] for name in ("key", "value", "log_decay")}
+        zeros = lambda size, dtype: jnp.zeros((spec.halo, size), dtype)  # noqa: E731
+        halo = {name: zeros(refs["key"].shape[2], dtype) for name in ("rotated_key", "key")}
+        halo["value"] = zeros(sizes["value"], dtype)
+        halo["decay"] = zeros(sizes["log_decay"], jnp.float32)
+        return Tokens(spec, own, halo)
+    last = slice(before["key"].shape[1] - spec.halo, None)
+    decay = before["log_decay"][0, 0].T
+    decay = jnp.maximum(decay[decay.shape[0] - spec.halo :] * LOG2E, floor_of(dtype))
+    halo = {
+        "rotated_key": rotated_of(before, last),
+        "key": key_of(before["key"][0, last]),
+        "value": before["value"][0, last],
+        "decay": jnp.where(step > 0, decay, 0.0),
+    }
+    return Tokens(spec, own, halo)
 
 
 def _recompute(
-    n: int, refs, tokens: Arrays, slots: list[jax.Array], result: dict, spec: Spec
+    n: int, refs, tokens: Tokens, slots: list[jax.Array], result: dict, spec: Spec
 ) -> Iterator[None]:
     """A chunk's gates, and the slots at its start and end."""
-    C = spec.chunk
-    cat = slice(n * C, n * C + C)
-    dtype = tokens["value"].dtype
-    gates = Gates(tokens["decay"][n * C : n * C + spec.columns], spec, dtype)
+    C, dtype = spec.chunk, refs["value"].dtype
+    gates = Gates(tokens.cat("decay", n, spec.columns), spec, dtype)
     yield
 
     to_end, keep = gates.to_end, jnp.exp2(gates.end)
@@ -215,7 +208,9 @@ def _recompute(
         keep = jnp.where(facts["keep"][:1], keep, 0.0)
     written = (gates.write[:C] * to_end).astype(dtype)
     keep = to_column(keep)
-    added = matmul_tn(written, jnp.concatenate([tokens["key"][cat], tokens["value"][cat]], 1))
+    added = matmul_tn(
+        written, jnp.concatenate([tokens.cat(name, n, C) for name in ("key", "value")], 1)
+    )
     yield
 
     start = slots[0].astype(dtype)
@@ -228,7 +223,7 @@ def _recompute(
 
 
 def _chunk(
-    n: int, refs, outs, later, tokens: Arrays, now: dict, carry: Arrays, decays: list, step,
+    n: int, refs, outs, tokens: Tokens, now: dict, carry: Arrays, decays: list, step,
     spec: Spec,
 ) -> Iterator[None]:  # fmt: skip
     """One chunk, a stage at a time.
@@ -238,8 +233,9 @@ def _chunk(
     """
     C, G, M = spec.chunk, spec.group, now["start"].shape[0]
     rows = slice(n * C, (n + 1) * C)
-    cat = {name: x[n * C : n * C + spec.width] for name, x in tokens.items()}
-    entering, value = cat["key"][: spec.columns], cat["value"]
+    entering = tokens.cat("key", n, spec.columns)
+    value = tokens.cat("value", n, spec.width)
+    rotated_key = tokens.cat("rotated_key", n, spec.width)
     K, V, dtype = entering.shape[1], value.shape[1], value.dtype
     gates, start = now["gates"], now["start"]
     stack = lambda name, size: join([  # noqa: E731
@@ -247,15 +243,14 @@ def _chunk(
     ], 0)  # fmt: skip
     raw, d_out = stack("query", K), stack("out_cotangent", V)
     rotated = stack("rotated_query", K) if spec.rotated else raw
-    own = slice(spec.halo + n * C, spec.halo + (n + 1) * C)
     if spec.rope:
-        tables = [later[f"{spec.tables[0]}_{part}"][own] for part in ("cos", "sin")]
-        rotated = flat(rotate(by_head(raw, G), *tables).astype(dtype))
+        table = refs["table"][0, rows]
+        rotated = flat(rotate(by_head(raw, G), table).astype(dtype))
     query = apply_feature_map(raw, spec.feature_map)
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
     if spec.has_window:
-        b = by_head(matmul_nt(rotated, cat["rotated_key"]), G)  # [G, C, width]
+        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
     carried_a = by_head(matmul_nt(query, start[:, :K]), G)  # [G, C, M]
     carried_da = by_head(matmul_nt(d_out, start[:, K:]), G)
     row = lambda name: to_column(refs[name][0, 0, :, rows][:, None, :])  # [G, C, 1]
@@ -339,7 +334,7 @@ def _chunk(
         for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
     )
     if spec.has_window:
-        d_rotated_query = by_head(matmul(db, cat["rotated_key"]), G)
+        d_rotated_query = by_head(matmul(db, rotated_key), G)
         d_rotated_key = matmul_tn(db, rotated)  # [width, K]
     ending = matmul_nt(entering[:C], d_end_narrow[:, :K])
     ending += matmul_nt(value[:C], d_end_narrow[:, K:])  # [C, M]
@@ -361,20 +356,19 @@ def _chunk(
         if spec.shift
         else d_decay + into_end
     )
-    d_decay = jnp.where(cat["decay"][: spec.columns] > floor_of(dtype), d_decay, 0.0)
+    d_decay = jnp.where(tokens.cat("decay", n, spec.columns) > floor_of(dtype), d_decay, 0.0)
 
     d_query = feature_map_pullback(d_query, by_head(raw, G), spec.feature_map)
     d_key = _overlap_add(d_key, carry, "key", spec)
-    d_key = feature_map_pullback(d_key, tokens["raw_key"][own], spec.feature_map)
+    d_key = feature_map_pullback(d_key, tokens.blocks["raw_key"][n], spec.feature_map)
     if spec.has_window:
         d_rotated_key = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
         if spec.rotated:
             _store_heads(outs["rotated_query"], rows, d_rotated_query)
             outs["rotated_key"][0, rows] = d_rotated_key.astype(dtype)
         elif spec.rope:
-            d_query += rotate_back(d_rotated_query, *tables)
-            tables = [later[f"{spec.tables[-1]}_{part}"][own] for part in ("cos", "sin")]
-            d_key += rotate_back(d_rotated_key, *tables)
+            d_query += rotate_back(d_rotated_query, table)
+            d_key += rotate_back(d_rotated_key, refs[spec.tables[-1]][0, rows])
         else:
             d_query += d_rotated_query
             d_key += d_rotated_key

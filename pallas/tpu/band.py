@@ -21,7 +21,6 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.tpu.chunk import (
     MASKED,
     Spec,
-    expand_table,
     identity_mask,
     join,
     matmul,
@@ -100,8 +99,8 @@ class Band:
         if self.spec.rope:
             shared = inputs["query_table"].shape[0] == 1
             table = lambda b, h, n: (0 if shared else b, n, 0)  # noqa: E731
-            specs["query_table"] = self._block((1, rows, K), table, queries)
-            specs["key_table"] = self._block((1, rows, K), table, keys)
+            specs["query_table"] = self._block((1, rows, 2 * K), table, queries)
+            specs["key_table"] = self._block((1, rows, 2 * K), table, keys)
         if self.spec.segments:
             run = lambda b, h, n: (b, 0, n)  # noqa: E731
             specs["query_run"] = self._block((1, 1, rows), run, queries)
@@ -256,7 +255,7 @@ def _query_kernel(refs, outs, now, *, band: Band):
         for g in range(spec.group):
             d = now["sum"][g]
             if spec.rope:
-                d = rotate_back(d, *expand_table(refs["query_table"][0]))
+                d = rotate_back(d, refs["query_table"][0])
             outs["query"][0, :, g * band.K : (g + 1) * band.K] = d.astype(outs["query"].dtype)
 
 
@@ -290,7 +289,7 @@ def _key_kernel(refs, outs, now, *, band: Band):
     def _():
         d = now["key"][...]
         if spec.rope:
-            d = rotate_back(d, *expand_table(refs["key_table"][0]))
+            d = rotate_back(d, refs["key_table"][0])
         outs["key"][0] = d.astype(outs["key"].dtype)
         outs["value"][0] = now["value"][...].astype(outs["value"].dtype)
 
@@ -307,7 +306,7 @@ def _rotated(refs, name: str, spec: Spec, columns: slice = slice(None)) -> jax.A
     x = refs[name][0, :, columns]
     if not spec.rope:
         return x
-    return rotate(x, *expand_table(refs[f"{name}_table"][0])).astype(x.dtype)
+    return rotate(x, refs[f"{name}_table"][0]).astype(x.dtype)
 
 
 def _logits(a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:

@@ -13,7 +13,7 @@ class BlockSizes:
 
     Fields:
       chunk: rows of a chunk (C), 32, 64 or 128.
-      chunks_per_step: chunks of a grid step (N), 1, 2, 4, 8 or 16, so that it has at least 256
+      chunks_per_step: chunks of a grid step (N), 1, 2, 4, 8 or 16, so that it has at least 128
         rows; the slots are saved once a grid step.
       forward_group, forward_skew: emission order of the forward.
       backward_group, backward_skew: emission order of the backward.
@@ -40,9 +40,9 @@ class BlockSizes:
             raise ValueError(
                 f"BlockSizes: chunks_per_step must be 1, 2, 4, 8 or 16, got {self.chunks_per_step}"
             )
-        if self.chunk * self.chunks_per_step < 256:
+        if self.chunk * self.chunks_per_step < 128:
             raise ValueError(
-                "BlockSizes: chunk * chunks_per_step must be at least 256, "
+                "BlockSizes: chunk * chunks_per_step must be at least 128, "
                 f"got {self.chunk} * {self.chunks_per_step}"
             )
 

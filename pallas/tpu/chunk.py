@@ -11,12 +11,14 @@ Logits and decays are in units of log 2, the hardware's exponential.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
+
+Block = Callable[[int], jax.Array]
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a masked logit; finite, so that rows that see nothing stay finite
@@ -188,23 +190,22 @@ def _sigmoid(x):
     return 1.0 / (1.0 + jnp.exp2(-x * LOG2E))
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotate-half by tables [rows, K], the sign of the first half's sine folded in; float32."""
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Rotate-half by a table [rows, 2 K] (`expand_table`); float32."""
+    cos, sin = jnp.split(table, 2, axis=1)
     turned = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
     return x.astype(jnp.float32) * cos + turned * sin
 
 
-def rotate_back(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+def rotate_back(x: jax.Array, table: jax.Array) -> jax.Array:
     """The transpose of `rotate`, of float32 x."""
+    cos, sin = jnp.split(table, 2, axis=1)
     return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
 
 
-def expand_table(table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[rows, K], cosines then sines, -> the tables of `rotate`."""
-    K = table.shape[-1]
-    swapped = pltpu.roll(table, K // 2, 1)
-    first = lax.broadcasted_iota(jnp.int32, table.shape, 1) < K // 2
-    return jnp.where(first, table, swapped), jnp.where(first, -swapped, table)
+def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """[..., K / 2] each -> [..., 2 K]: for both halves, the sign of the first's sine folded in."""
+    return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
 
 
 def cumulative_sum(x: jax.Array) -> jax.Array:
@@ -251,6 +252,28 @@ def to_row(column: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(identity_mask(column.shape[-2]), column, 0.0), axis=-2)
 
 
+class Tokens:
+    """A step's tokens behind the halo's: of each array, the halo's rows and the chunks' blocks."""
+
+    def __init__(self, spec: Spec, own: dict[str, Block], halo: dict[str, jax.Array]):
+        """own: what computes a chunk's [C, D] of each array; halo: [halo, D] of each, or empty.
+
+        All of it is issued here, array by array: loads and rotations come before the chunks.
+        """
+        self.spec, self.halo = spec, halo
+        self.blocks = {name: [block(n) for n in range(spec.chunks)] for name, block in own.items()}
+
+    def cat(self, name: str, n: int, rows: int) -> jax.Array:
+        """The first `rows` rows of chunk n's cat."""
+        C, halo = self.spec.chunk, self.spec.halo
+        first, last = n * C - halo, n * C - halo + rows  # in rows of the step
+        parts = [self.halo[name][first + halo : min(last, 0) + halo]] if first < 0 else []
+        for m in range(max(first, 0) // C, -(-last // C)):
+            block = self.blocks[name][m]
+            parts.append(block[max(first - m * C, 0) : min(last - m * C, C)])
+        return join(parts, 0)
+
+
 class Gates:
     """The decays of a chunk, of tokens j to rows r, without overflow for any decay.
 
@@ -288,6 +311,21 @@ class Gates:
     def weight(self, block: int) -> jax.Array:
         """[block columns, M], in the operands' dtype: s_j exp(G_middle - G_j)."""
         return (self.write[self.extents[block]] * self.fall(block)).astype(self.dtype)
+
+
+def decay_blocks(ref, spec: Spec, dtype: jnp.dtype) -> Block:
+    """Of log_decay [1, 1, M, rows]: the chunks' [C, M], floored, in units of log 2."""
+    lanes = min(128, spec.rows)
+    turned: dict[int, jax.Array] = {}
+
+    def block(n):
+        tile, row = divmod(n * spec.chunk, lanes)
+        if tile not in turned:
+            decay = ref[0, 0, :, tile * lanes : (tile + 1) * lanes].T
+            turned[tile] = jnp.maximum(decay * LOG2E, floor_of(dtype))
+        return turned[tile][row : row + spec.chunk]
+
+    return block
 
 
 def block_rows(dtype: jnp.dtype) -> int:

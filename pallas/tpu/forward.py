@@ -23,12 +23,12 @@ from pallas.tpu.chunk import (
     Gates,
     Masks,
     Spec,
+    Tokens,
     apply_feature_map,
     by_head,
+    decay_blocks,
     emit,
-    expand_table,
     flat,
-    floor_of,
     join,
     matmul,
     matmul_nt,
@@ -51,8 +51,8 @@ def forward(
     """The kernel's call.
 
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
-    float32; with spec.rope, table [1 or B, T, K] float32 (cosines, then sines, both times the root
-    of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
+    float32; with spec.rope, table [1 or B, T, 2 K] float32 (`expand_table` of the rotation times
+    the root of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
     rotated_query and rotated_key; with spec.segments, facts [B, T/C, C] float32 (`pack_rows`) and visible
     [B, T/C, halo + C] float32; with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
     C * N, K and V of 128.
@@ -84,8 +84,6 @@ def forward(
             "value": pltpu.VMEM((heads, spec.halo, V), dtype),
             "decay": pltpu.VMEM((heads, spec.halo, M), wide),
         }
-    for name in spec.tables:
-        scratch |= {f"{name}_{part}": pltpu.VMEM((spec.rows, K), wide) for part in ("cos", "sin")}
     return pl.pallas_call(
         kernel,
         grid=grid.shape,
@@ -114,62 +112,55 @@ def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
         if spec.state:
             past["slots"][head] = refs["slots"][0, 0]
 
-    if spec.rope:
-
-        @pl.when(head == 0)
-        def _():
-            for name in spec.tables:
-                tables = expand_table(refs[name][0])
-                past[f"{name}_cos"][...], past[f"{name}_sin"][...] = tables
-
     tokens = _load(refs, past, head, spec)
     slots = [past["slots"][head]]
     if "starts" in outs:
         outs["starts"][0, 0, 0] = slots[0]
-    chunks = [_chunk(n, refs, outs, past, tokens, slots, step, spec) for n in range(spec.chunks)]
+    chunks = [_chunk(n, refs, outs, tokens, slots, step, spec) for n in range(spec.chunks)]
     emit(chunks, group, skew)
     past["slots"][head] = slots[0]
     if spec.state:
         outs["end"][0, 0] = slots[0]
     for name in halos:
-        past[name][head] = tokens[name][spec.rows :]
+        past[name][head] = tokens.cat(name, spec.chunks, spec.halo)
 
 
-def _load(refs, past, head, spec: Spec) -> Arrays:
-    """The step's tokens, [halo + rows, .]: key (feature-mapped), rotated_key, value, decay."""
-    key, value = refs["key"][0], refs["value"][0]
-    decay = jnp.maximum(refs["log_decay"][0, 0].T * LOG2E, floor_of(key.dtype))
-    tokens = {
-        "key": apply_feature_map(key, spec.feature_map),
-        "value": value,
-        "decay": decay,
-        "rotated_key": refs["rotated_key"][0] if spec.rotated else key,
+def _load(refs, past, head, spec: Spec) -> Tokens:
+    """rotated_key, key (feature-mapped), value, decay."""
+    rows = lambda n: slice(n * spec.chunk, (n + 1) * spec.chunk)  # noqa: E731
+    dtype = refs["key"].dtype
+
+    def rotated_key(n):
+        if spec.rotated:
+            return refs["rotated_key"][0, rows(n)]
+        key = refs["key"][0, rows(n)]
+        return rotate(key, refs[spec.tables[-1]][0, rows(n)]).astype(dtype) if spec.rope else key
+
+    own = {
+        "rotated_key": rotated_key,
+        "key": lambda n: apply_feature_map(refs["key"][0, rows(n)], spec.feature_map),
+        "value": lambda n: refs["value"][0, rows(n)],
+        "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
-    if spec.rope:
-        cos, sin = (past[f"{spec.tables[-1]}_{part}"][...] for part in ("cos", "sin"))
-        tokens["rotated_key"] = rotate(key, cos, sin).astype(key.dtype)
-    if spec.halo:
-        tokens = {name: jnp.concatenate([past[name][head], x], 0) for name, x in tokens.items()}
-    return tokens
+    halos = ("key", "rotated_key", "value", "decay") if spec.halo else ()
+    return Tokens(spec, own, {name: past[name][head] for name in halos})
 
 
 def _chunk(
-    n: int, refs, outs, past, tokens: Arrays, slots: list[jax.Array], step, spec: Spec
+    n: int, refs, outs, tokens: Tokens, slots: list[jax.Array], step, spec: Spec
 ) -> Iterator[None]:
     """One chunk, a stage at a time; `slots` holds the slots at the start of the next one."""
     C, G = spec.chunk, spec.group
     rows = slice(n * C, (n + 1) * C)
-    K = tokens["key"].shape[1]
-    cat = {name: x[n * C : n * C + spec.width] for name, x in tokens.items()}
-    entering, value = cat["key"][: spec.columns], cat["value"]
-    dtype = value.dtype
+    entering = tokens.cat("key", n, spec.columns)
+    value = tokens.cat("value", n, spec.width)
+    K, dtype = entering.shape[1], value.dtype
     query = join([refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
     rotated = query
     if spec.rotated:
         rotated = join([refs["rotated_query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
     if spec.rope:
-        cos, sin = past["table_cos"][rows], past["table_sin"][rows]
-        rotated = flat(rotate(by_head(query, G), cos, sin).astype(dtype))
+        rotated = flat(rotate(by_head(query, G), refs["table"][0, rows]).astype(dtype))
     query = apply_feature_map(query, spec.feature_map)
     facts = visible = None
     if spec.segments:
@@ -180,8 +171,10 @@ def _chunk(
 
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     if spec.has_window:
-        b = by_head(matmul_nt(rotated, cat["rotated_key"]), G)  # [G, C, width]
-    gates = Gates(cat["decay"][: spec.columns], spec, dtype)
+        b = by_head(
+            matmul_nt(rotated, tokens.cat("rotated_key", n, spec.width)), G
+        )  # [G, C, width]
+    gates = Gates(tokens.cat("decay", n, spec.columns), spec, dtype)
     yield
 
     to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
@@ -191,7 +184,7 @@ def _chunk(
         keep = jnp.where(facts["keep"][:1], keep, 0.0)
         carried = jnp.where(facts["carried"], carried, 0.0)
     keep = to_column(keep)
-    added = matmul_tn(to_end.astype(dtype), jnp.concatenate([cat["key"][:C], value[:C]], 1))
+    added = matmul_tn(to_end.astype(dtype), jnp.concatenate([entering[:C], value[:C]], 1))
     start = slots[0]
     slots[0] = keep * start + added
     yield
@@ -220,7 +213,7 @@ def _chunk(
     if spec.has_window:
         pb = jnp.exp2(b - top)
         mass = mass + jnp.sum(pb, -1, keepdims=True)
-    inverse = pl.reciprocal(mass, approx=dtype != jnp.float32)
+    inverse = pltpu.reciprocal(mass, approx=dtype != jnp.float32)
     yield
 
     out = matmul(flat(pa * carried).astype(dtype), start[:, K:])

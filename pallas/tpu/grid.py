@@ -67,9 +67,9 @@ class Grid:
         return self._block((1, 1, size, self.spec.rows), lambda b, h, t: (b, h, 0, t))
 
     def table(self, batch: int) -> pl.BlockSpec:
-        """[1 or B, T, K]."""
+        """[1 or B, T, 2 K]."""
         return self._block(
-            (1, self.spec.rows, self.K), lambda b, h, t: (b if batch > 1 else 0, t, 0)
+            (1, self.spec.rows, 2 * self.K), lambda b, h, t: (b if batch > 1 else 0, t, 0)
         )
 
     def chunks(self, size: int) -> pl.BlockSpec:
@@ -126,7 +126,7 @@ class Grid:
         if self.spec.rope:
             shared = inputs["table"].shape[0] == 1
             specs["table"] = self._block(
-                (1, rows, self.K), lambda b, h, t: (0 if shared else b, before(t, rows), 0)
+                (1, rows, 2 * self.K), lambda b, h, t: (0 if shared else b, before(t, rows), 0)
             )
         return specs
 

@@ -1,14 +1,18 @@
 """Inputs of the operator's suite, and one way to run an implementation on them."""
 
+import contextlib
 import dataclasses
 import functools
 import zlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops import NHAState, nha_attention, rope_tables
+from pallas.tpu import BlockSizes
 
 WINDOWS = ("0", "1", "16", "64", "100", "T", "T+5", "None")
 GATES = ("normaliser-0.1", "normaliser-1", "normaliser-8", "-1000", "-inf", "0", "mixed", "holes")
@@ -32,11 +36,19 @@ class Case:
     state: bool = False
     empty_slots: str = "attend"
     slot_feature_map: str = "identity"
+    small_blocks: bool = True  # of the TPU kernels
 
     @property
     def window_size(self) -> int | None:
         names = {"None": None, "T": self.T, "T+5": self.T + 5}
         return names[self.window] if self.window in names else int(self.window)
+
+    def interpreter(self) -> contextlib.AbstractContextManager:
+        """Our kernels' is strict; the library's of full attention is not made for it."""
+        nothing_leaves = self.window_size is None or (self.window_size >= self.T and not self.state)
+        if nothing_leaves:
+            return contextlib.nullcontext()
+        return pltpu.force_tpu_interpret_mode(INTERPRETER)  # a race raises
 
     def __str__(self) -> str:
         flags = [name for name in ("segments", "state") if getattr(self, name)]
@@ -107,6 +119,11 @@ def make_inputs(case: Case, seed: int | None = None) -> dict:
     return {"arrays": arrays, "rest": rest, "cotangents": cotangents}
 
 
+# Two chunks a grid step: the interpreter's time is compilation, which goes by the chunks.
+BLOCK_SIZES = BlockSizes(chunks_per_step=2, forward_group=2, backward_group=1)
+INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+
+
 @functools.partial(jax.jit, static_argnames=("case", "implementation"))
 def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
     def loss(arrays):
@@ -126,6 +143,7 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
             return_state=True,
             return_slot_weight=True,
             implementation=implementation,
+            block_sizes=BLOCK_SIZES if case.small_blocks else None,
         )
         # The state's slots take part in the loss, so that gradients flow through them too.
         total = jnp.vdot(result.out, cotangents["out"].astype(result.out.dtype))
@@ -154,7 +172,8 @@ def run(case: Case, implementation: str, dtype: str, inputs: dict | None = None)
         }
         rest = jax.tree.map(jnp.asarray, inputs["rest"])
         cotangents = {name: jnp.asarray(x, wide) for name, x in inputs["cotangents"].items()}
-        result = _run(arrays, rest, cotangents, case=case, implementation=implementation)
+        with case.interpreter():
+            result = _run(arrays, rest, cotangents, case=case, implementation=implementation)
         flat, _ = jax.tree_util.tree_flatten_with_path(result)
         return {
             "/".join(str(step.key) for step in path): np.asarray(x, np.float64) for path, x in flat
@@ -185,16 +204,25 @@ def relative_error(x: np.ndarray, expected: np.ndarray, zero: float = 1e-9) -> f
     return float(np.linalg.norm(x - expected) / np.linalg.norm(expected))
 
 
+class Tolerance(NamedTuple):
+    """Of relative Frobenius errors."""
+
+    outputs: float
+    gradients: float
+
+
 def assert_close(
-    results: dict, expected: dict, tolerance: float, exceptions: dict[str, float] | None = None
+    results: dict,
+    expected: dict,
+    tolerance: Tolerance,
+    exceptions: dict[str, float] | None = None,
 ) -> None:
     """Every array within `tolerance`, or its own of `exceptions`; all errors in the message."""
-    exceptions = exceptions or {}
     assert results.keys() == expected.keys()
+    bounds = {
+        name: tolerance.gradients if name.startswith("gradient/") else tolerance.outputs
+        for name in expected
+    } | (exceptions or {})
     errors = {name: relative_error(results[name], expected[name]) for name in expected}
-    wrong = {
-        name: f"{error:.1e}"
-        for name, error in errors.items()
-        if not error <= exceptions.get(name, tolerance)
-    }
+    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= bounds[name]}
     assert not wrong, f"relative Frobenius errors above {tolerance}: {wrong}"

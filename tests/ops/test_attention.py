@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,15 +11,22 @@ from tests.ops.cases import (
     GATES,
     WINDOWS,
     Case,
+    Tolerance,
     assert_close,
+    gates,
     make_inputs,
     relative_error,
     rounded,
     run,
 )
 
-IMPLEMENTATIONS = ("reference", "xla")
-TOLERANCE = {"float32": 5e-6, "bfloat16": 1e-2}
+TOLERANCE = {
+    ("reference", "float32"): Tolerance(5e-6, 5e-6),
+    ("xla", "float32"): Tolerance(5e-6, 5e-6),
+    ("xla", "bfloat16"): Tolerance(1e-2, 1e-2),
+    ("pallas_tpu", "float32"): Tolerance(1e-4, 5e-4),
+    ("pallas_tpu", "bfloat16"): Tolerance(5e-3, 2e-2),
+}
 
 
 def grid() -> list[Case]:
@@ -50,15 +58,16 @@ def gate_cases() -> list[Case]:
 
 def check(case: Case, implementation: str, dtype: str, inputs: dict) -> None:
     """Holds an implementation against the float64 reference on the same, rounded, inputs."""
+    tolerance = TOLERANCE[implementation, dtype]
     inputs = rounded(inputs, dtype)
     expected = run(case, "reference", "float64", inputs)
     exceptions = {}
     if dtype == "float32" and nearly_equal_slots(case):
         plain = run(case, "reference", "float32", inputs)["gradient/query"]
         error = relative_error(plain, expected["gradient/query"])
-        exceptions["gradient/query"] = max(TOLERANCE[dtype], 4 * error)
+        exceptions["gradient/query"] = max(tolerance.gradients, 4 * error)
     result = run(case, implementation, dtype, inputs)
-    assert_close(result, expected, TOLERANCE[dtype], exceptions)
+    assert_close(result, expected, tolerance, exceptions)
 
 
 def nearly_equal_slots(case: Case) -> bool:
@@ -70,19 +79,64 @@ def nearly_equal_slots(case: Case) -> bool:
     return case.window == "0" and case.gate == "normaliser-0.1"
 
 
-SUITE = grid() + gate_cases()
+def wide_cases() -> list[Case]:
+    """Windows beyond the reach of the TPU's fused kernel."""
+    options = (
+        {},
+        {"segments": True, "gate": "mixed", "slot_feature_map": "silu"},
+        {"rope": "rows", "empty_slots": "mask", "G": 4},
+    )
+    return [Case(T=300, window="150", K=64, V=64, **more) for more in options]
 
 
-@pytest.mark.parametrize("case", SUITE, ids=str)
-@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
+SUITE = grid() + gate_cases() + wide_cases()
+
+
+def kernel_cases() -> list[Case]:
+    """One of each kind that the kernels treat in their own way, for every run of the tests."""
+    return [
+        Case(T=65, window="0", G=2, M=20, K=60, V=40, state=True, gate="-inf"),
+        Case(T=130, window="1", M=48, slot_feature_map="relu", rope="rows", empty_slots="mask"),
+        Case(T=200, window="64", G=4, M=64, K=128, V=128, H=2, B=1, small_blocks=False),
+        Case(T=200, window="100", segments=True, gate="mixed", empty_slots="mask"),
+        Case(T=140, window="16", segments=True, state=True, gate="-1000", rope=None),
+        Case(T=300, window="150", segments=True, G=2, slot_feature_map="silu"),
+        Case(T=64, window="None", segments=True, M=64),
+    ]
+
+
+def every_case(cases: list[Case]) -> list:
+    """Each case for xla, and for pallas_tpu behind a marker: its interpreter is slow."""
+    slow = pytest.mark.tpu_full
+    return [pytest.param(case, "xla", id=f"{case}-xla") for case in cases] + [
+        pytest.param(case, "pallas_tpu", id=f"{case}-pallas_tpu", marks=slow) for case in cases
+    ]
+
+
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE))
 def test_matches_float64_reference(case, implementation):
     check(case, implementation, "float32", make_inputs(case))
 
 
-@pytest.mark.parametrize("case", SUITE[::3], ids=str)
-@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE[::3]))
 def test_bfloat16_matches_float64_reference(case, implementation):
     check(case, implementation, "bfloat16", make_inputs(case))
+
+
+@pytest.mark.parametrize("case", kernel_cases(), ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernels_match_float64_reference(case, dtype):
+    check(case, "pallas_tpu", dtype, make_inputs(case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernels_gate_gradient_at_strong_decay(dtype):
+    """Its true value is nearly 0, the difference of sums that are not."""
+    case = Case(T=256, window="64", B=1, M=64, K=128, V=128)
+    inputs = make_inputs(case)
+    pre = np.random.default_rng(0).normal(-20, 20, inputs["arrays"]["log_decay"].shape)
+    inputs["arrays"]["log_decay"] = gates("normaliser-8", pre, None).astype(np.float32)
+    check(case, "pallas_tpu", dtype, inputs)
 
 
 @pytest.mark.parametrize("case", SUITE[::8], ids=str)
@@ -111,7 +165,9 @@ def any_case(draw) -> Case:
     )
 
 
-@pytest.mark.parametrize("implementation", [x for x in IMPLEMENTATIONS if x != "reference"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("pallas_tpu", marks=pytest.mark.tpu_full)]
+)
 @given(case=any_case(), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_option(implementation, case, seed):

@@ -77,10 +77,18 @@ def test_wrong_arguments(changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["pallas_tpu", "pallas_gpu"])
-def test_a_kernel_that_is_not_there_says_so(name):
-    with pytest.raises(NotImplementedError, match=name):
-        nha_attention(**arguments(implementation=name))
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("pallas_gpu", {}, "no such kernel"),
+        ("pallas_tpu", {"scale": -1.0}, "scale"),
+        ("pallas_tpu", {"log_decay": jnp.zeros((B, T, HKV, 200))}, "200"),
+    ],
+    ids=["no kernel", "scale", "slots"],
+)
+def test_a_kernel_that_cannot_serve_says_why(name, changes, message):
+    with pytest.raises(NotImplementedError, match=f"'{name}'.*{message}"):
+        nha_attention(**arguments(**changes, implementation=name))
 
 
 def test_an_odd_key_dim_cannot_be_rotated():

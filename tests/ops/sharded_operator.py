@@ -1,0 +1,146 @@
+"""Checks `over_mesh` on eight devices; prints how many cases agreed. Run by test_sharding.py."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from nha_jax.ops import NHAState, init_state, rope_tables
+from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.sharding import over_mesh, use_mesh_axes
+from nha_jax.ops.types import Options
+
+T, K, V, M, W = 12, 4, 4, 2, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    mesh: dict[str, int]
+    spec: PartitionSpec  # that `out` [B, T, Hq, V] gets
+    B: int = 4
+    Hkv: int = 2
+    rope: str | None = "rows"
+    segments: bool = False
+    state: bool = False
+    axes: dict[str, list[str]] | None = None
+
+
+CASES = [
+    Case(
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        PartitionSpec(("data", "fsdp"), None, "tensor"),
+        segments=True,
+        state=True,
+    ),
+    # Neither four rows over eight devices, nor one head over two.
+    Case({"data": 2, "fsdp": 4}, PartitionSpec("data"), B=2, rope="tokens"),
+    Case({"data": 4, "tensor": 2}, PartitionSpec("data"), Hkv=1, rope=None, segments=True),
+    Case(
+        {"replica": 4, "data": 2},
+        PartitionSpec("replica", None, "data"),
+        axes={"batch": ["replica"], "heads": ["data"]},
+    ),
+]
+
+
+def make_inputs(case: Case):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    B, Hkv = case.B, case.Hkv
+    arrays = (
+        normal(B, T, 2 * Hkv, K),
+        normal(B, T, Hkv, K),
+        normal(B, T, Hkv, V),
+        -jnp.abs(normal(B, T, Hkv, M)),
+    )
+    positions = {None: None, "tokens": np.arange(T), "rows": rng.integers(0, 99, (B, T))}[case.rope]
+    rope = None if positions is None else rope_tables(jnp.asarray(positions), K)
+    segment_ids = jnp.asarray(rng.integers(0, 3, (B, T)), jnp.int32) if case.segments else None
+    state = None
+    if case.state:
+        state = init_state(
+            B, num_kv_heads=Hkv, num_slots=M, key_dim=K, value_dim=V, window_size=W,
+            dtype=jnp.float32,
+        )  # fmt: skip
+        floats = {
+            name: -jnp.abs(normal(*leaf.shape))
+            for name, leaf in state._asdict().items()
+            if name in NHAState._fields[:6]
+        }
+        state = state._replace(**floats, length=jnp.arange(B, dtype=jnp.int32) + W)
+    return arrays, rope, segment_ids, state
+
+
+def results(case: Case, attend):
+    """The operator's output and the gradients of the arrays, the rope tables and the state."""
+    options = Options(
+        window_size=W,
+        scale=0.5,
+        slot_feature_map="identity",
+        empty_slots="attend",
+        return_state=case.state,
+        return_slot_weight=case.state,
+    )
+    arrays, rope, segment_ids, state = make_inputs(case)
+
+    def loss(arrays, rope, state):
+        result = attend(
+            *arrays, rope=rope, segment_ids=segment_ids, initial_state=state, options=options
+        )
+        floats = [x for x in jax.tree.leaves(result) if jnp.issubdtype(x.dtype, jnp.floating)]
+        return sum(jnp.sum(jnp.sin(x)) for x in floats), result
+
+    gradients = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True, allow_int=True))
+    return gradients(arrays, rope, state)
+
+
+def check(case: Case) -> None:
+    sizes = tuple(case.mesh.values())
+    mesh = jax.make_mesh(sizes, tuple(case.mesh), axis_types=(AxisType.Auto,) * len(sizes))
+    expected = results(case, chunked_attention)
+    with jax.set_mesh(mesh), use_mesh_axes(**(case.axes or {})):
+        found = results(case, over_mesh(chunked_attention))
+    assert found[1].out.sharding.spec == case.spec, found[1].out.sharding
+    for x, wanted in zip(*map(jax.tree.leaves, jax.device_get((found, expected))), strict=True):
+        if x.dtype != jax.dtypes.float0:
+            np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
+
+
+def check_no_communication() -> None:
+    """Where the batch is divided, the operator and its gradient exchange nothing."""
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    options = Options(W, 0.5, "identity", "attend", return_state=False, return_slot_weight=False)
+    shapes = [
+        jax.ShapeDtypeStruct((8, T, heads, size), jnp.float32, sharding=sharding)
+        for heads, size in ((4, K), (2, K), (2, V), (2, M), (4, V))
+    ]
+    rope = rope_tables(jnp.arange(T), K)
+
+    def gradients(*inputs):
+        def attend(*arrays):
+            return over_mesh(chunked_attention)(
+                *arrays, rope=rope, segment_ids=None, initial_state=None, options=options
+            ).out
+
+        return jax.vjp(attend, *inputs[:4])[1](inputs[4])
+
+    with jax.set_mesh(mesh):
+        program = jax.jit(gradients).lower(*shapes).compile().as_text()
+    exchanges = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert not re.search(rf" ({exchanges})", program)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    assert len(jax.devices()) == 8
+    for case in CASES:
+        check(case)
+    check_no_communication()
+    print(len(CASES), "cases agree")
