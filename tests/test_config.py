@@ -6,6 +6,7 @@ import json
 import pytest
 
 from nha_jax import ModelConfig
+from pallas.tpu import BlockSizes
 
 SMALL = {"vocab_size": 50, "num_layers": 4, "hidden_size": 96, "num_query_heads": 6}
 
@@ -70,6 +71,9 @@ def _fields(value: object) -> str:
         ({"empty_slots": "drop"}, "empty_slots='drop' must be one of 'attend', 'mask'"),
         ({"slot_feature_map": "elu"}, "slot_feature_map='elu' must be one of 'identity'"),
         ({"implementation": "cuda"}, "implementation='cuda' must be one of 'reference', 'xla'"),
+        ({"block_sizes": {"chunk": 7}}, r"block_sizes=\{'chunk': 7\}.*32, 64 or 128, got 7"),
+        ({"block_sizes": {"chunks": 7}}, "block_sizes=.*'chunks'"),
+        ({"block_sizes": 64}, "block_sizes=64 must be a BlockSizes"),
         ({"num_slot": 3}, "unknown field 'num_slot'; did you mean 'num_slots'?"),
         ({"qwertz": 3}, "unknown field 'qwertz'$"),
     ],
@@ -87,9 +91,12 @@ def test_missing_fields_are_named():
 
 
 def test_dictionary_survives_json():
-    config = small(window_size=(8, None), num_kv_heads=2, dtype="float32", implementation="xla")
+    config = small(
+        window_size=(8, None), num_kv_heads=2, implementation="xla", block_sizes={"chunk": 128}
+    )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.to_dict()["window_size"] == [8, None]
+    assert config.block_sizes == BlockSizes(chunk=128)
     assert hash(config) == hash(dataclasses.replace(config))
 
 

@@ -1,7 +1,6 @@
 """`nha_attention`: one door to every implementation of the operator."""
 
 import functools
-import importlib.util
 import numbers
 from collections.abc import Callable
 from typing import Literal, get_args, overload
@@ -15,7 +14,7 @@ from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.sharding import over_mesh
 from nha_jax.ops.state import NHAState
-from nha_jax.ops.tpu import tpu_attention, tpu_unsupported
+from nha_jax.ops.tpu import can_compile_for_tpus, tpu_attention, tpu_unsupported
 from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap
 from nha_jax.ops.validation import validate_arrays, validate_rest
 from pallas.tpu import BlockSizes
@@ -169,7 +168,7 @@ def _implementation(
             interpreted = functools.partial(tpu_attention, interpret=True)
             return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
         case None:
-            if unsupported() or not _can_compile_for_tpus():
+            if unsupported() or not can_compile_for_tpus():
                 return chunked_attention
             return _by_platform(tpu=over_mesh(tpu_attention), default=chunked_attention)
         case "pallas_gpu":
@@ -178,15 +177,6 @@ def _implementation(
                 "use 'xla', or None for the fastest there is"
             )
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
-
-
-@functools.cache
-def _can_compile_for_tpus() -> bool:
-    """Where nobody can, tracing the TPU kernels as well would only cost time.
-
-    And it would cost the derivatives that kernels lack: forward mode, and those of gradients.
-    """
-    return importlib.util.find_spec("libtpu") is not None or jax.default_backend() == "tpu"
 
 
 def _by_platform(

@@ -30,6 +30,7 @@ from nha_jax.ops.types import NHAOutput, Options, compute_dtype
 
 NARROW = 256  # the widest window that short chunks serve
 
+
 class Blocks(NamedTuple):
     """How T rows are cut: static, hashable."""
 

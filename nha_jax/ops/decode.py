@@ -1,12 +1,18 @@
 """One token of generation: constant time and memory for a finite window."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import NHAState, Tokens
+from nha_jax.ops.tpu import can_compile_for_tpus
 from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
 from nha_jax.ops.validation import validate_arrays, validate_rest
+from pallas.tpu.decode import DecodeState, DecodeToken, decode_attention, decode_unsupported
 
 
 def decode_step(
@@ -37,16 +43,18 @@ def decode_step(
 
     Raises:
       ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
+
+    On TPUs it is one kernel, for the shapes that `tpu_decode_unsupported` lets pass; the kernel has
+    no gradient.
     """
     validate_arrays(query, key, value, log_decay)
-    B, T, Hq, K = query.shape
-    Hkv, M, W, R = key.shape[2], log_decay.shape[3], window_size, state.capacity
+    B, T, _, K = query.shape
     if T != 1:
         raise ValueError(
             f"decode_step takes one token at a time, got query with shape {query.shape}"
         )
     options = Options(
-        window_size=W,
+        window_size=window_size,
         scale=K**-0.5 if scale is None else scale,
         slot_feature_map=slot_feature_map,
         empty_slots=empty_slots,
@@ -57,9 +65,68 @@ def decode_step(
         query, key, value, log_decay,
         rope=rope, segment_ids=None, initial_state=state, options=options,
     )  # fmt: skip
-    dtype = compute_dtype(query)
     active = jnp.ones(B, bool) if active is None else active
-    new = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
+    new = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
+    arguments = (query, apply_rope(query, rope), new, state, active)
+    step = functools.partial(decode_xla, options=options)
+    if not can_compile_for_tpus() or tpu_decode_unsupported(query, state):
+        return step(*arguments)
+    kernel = functools.partial(decode_tpu, options=options)
+    return lax.platform_dependent(*arguments, tpu=kernel, default=step)
+
+
+def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
+    """Why the TPU kernel can't serve this state, in a line; None if it can."""
+    if query.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
+    if not jax.sharding.get_abstract_mesh().empty:
+        return "XLA cannot divide its kernel over a mesh"
+    return decode_unsupported(DecodeState(state.slot_key, state.slot_value, *state.tokens))
+
+
+def decode_tpu(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    new: Tokens,
+    state: NHAState,
+    active: jax.Array,
+    *,
+    options: Options,
+    interpret: bool = False,
+) -> tuple[jax.Array, NHAState]:
+    """`decode_xla` in one kernel, in place if the state is donated. interpret: on the CPU."""
+    evicts = options.window_size is not None
+    out, after = decode_attention(
+        DecodeToken(
+            options.feature_map(query[:, 0]), rotated_query[:, 0], *new.map(lambda x: x[:, 0])
+        ),
+        DecodeState(state.slot_key, state.slot_value, *state.tokens),
+        state.length % state.capacity,
+        state.length,
+        active.astype(jnp.int32),
+        scale=options.scale,
+        evicts=evicts,
+        mask_empty=options.empty_slots == "mask",
+        feature_map=options.slot_feature_map,
+        interpret=pltpu.InterpretParams() if interpret else False,
+    )
+    length = state.length + active.astype(jnp.int32)
+    return out[:, None], NHAState(*after, length=length, segment_id=state.segment_id)
+
+
+def decode_xla(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    new: Tokens,
+    state: NHAState,
+    active: jax.Array,
+    *,
+    options: Options,
+) -> tuple[jax.Array, NHAState]:
+    """out [B, 1, Hq, V] and the state after the token, of tokens [B, 1, Hkv, .] and queries."""
+    B, _, Hq, K = query.shape
+    Hkv, M, W, R = new.key.shape[2], new.log_decay.shape[3], options.window_size, state.capacity
+    dtype = new.log_decay.dtype
     batch, entry = jnp.arange(B), state.length % max(R, 1)
 
     # The token W back enters the slots: the ring entry that the new token replaces.
@@ -80,12 +147,12 @@ def decode_step(
     length = state.length + active.astype(jnp.int32)
 
     slot_query = options.feature_map(query.reshape(B, Hkv, Hq // Hkv, K).astype(dtype))
-    rotated_query = apply_rope(query, rope).reshape(B, Hkv, Hq // Hkv, K)
+    rotated_query = rotated_query.reshape(B, Hkv, Hq // Hkv, K)
     a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", slot_query, slot_key)
     b = options.scale * jnp.einsum(
         "bhgk,brhk->bhgr", rotated_query, ring.rotated_key, preferred_element_type=dtype
     )
-    if empty_slots == "mask":
+    if options.empty_slots == "mask":
         filled = (length > R) & (W is not None)
         a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
     seen = jnp.arange(R) < length[:, None]
@@ -93,11 +160,14 @@ def decode_step(
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
     out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
     out += jnp.einsum(
-        "bhgr,brhv->bhgv", p[..., M:].astype(value.dtype), ring.value, preferred_element_type=dtype
+        "bhgr,brhv->bhgv",
+        p[..., M:].astype(new.value.dtype),
+        ring.value,
+        preferred_element_type=dtype,
     )
     out = jnp.where(active[:, None, None, None], out, 0.0).astype(query.dtype)
     after = NHAState(slot_key, slot_value, *ring, length=length, segment_id=state.segment_id)
-    return out.reshape(B, 1, Hq, value.shape[3]), after
+    return out.reshape(B, 1, Hq, new.value.shape[3]), after
 
 
 def _write_slots(

@@ -155,7 +155,7 @@ def _delta(saved: Arrays, cotangents: Fused, spec: Spec) -> jax.Array:
     B, H, G, T = saved["lse"].shape
     product = saved["out"].astype(jnp.float32) * cotangents.out.astype(jnp.float32)
     delta = jnp.sum(product.reshape(B, T, H, G, -1), -1).transpose(0, 2, 3, 1)
-    if spec.weight:
+    if cotangents.slot_weight is not None:
         delta += saved["slot_weight"] * cotangents.slot_weight
     return delta
 

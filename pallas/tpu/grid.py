@@ -37,7 +37,12 @@ class Grid:
 
     @property
     def heads(self) -> int:
-        """KV heads that take turns: as many as VMEM holds the carried state of."""
+        """KV heads that take turns: as many as VMEM holds the carried state of.
+
+        One, if the slots at the end are asked for: their block must stay while the steps go by.
+        """
+        if self.spec.state:
+            return 1
         each = 4 * (self.M + 2 * self.spec.halo) * (self.K + self.V)
         return max(h for h in range(1, self.H + 1) if self.H % h == 0 and h * each <= max(
             CARRY_BYTES, each

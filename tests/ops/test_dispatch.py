@@ -26,13 +26,13 @@ def program(platform: str, **options) -> str:
 
 @pytest.mark.parametrize("window_size", [16, None], ids="W{}".format)
 def test_the_fastest_for_the_platform_compiled_for(window_size, monkeypatch):
-    monkeypatch.setattr(api, "_can_compile_for_tpus", lambda: True)
+    monkeypatch.setattr(api, "can_compile_for_tpus", lambda: True)
     assert KERNEL in program("tpu", window_size=window_size)
     assert KERNEL not in program("cpu", window_size=window_size)
 
 
 def test_what_kernels_cannot_serve_falls_back(monkeypatch):
-    monkeypatch.setattr(api, "_can_compile_for_tpus", lambda: True)
+    monkeypatch.setattr(api, "can_compile_for_tpus", lambda: True)
     assert KERNEL not in program("tpu", window_size=16, scale=-1.0)
 
 
@@ -43,7 +43,7 @@ def test_named_implementations():
 
 def test_kernels_cost_other_machines_no_derivatives(monkeypatch):
     """Kernels have no derivative of their gradient; where there are none, XLA's code has."""
-    monkeypatch.setattr(api, "_can_compile_for_tpus", lambda: False)
+    monkeypatch.setattr(api, "can_compile_for_tpus", lambda: False)
     x = jnp.ones((1, 4, 1, 2))
 
     def loss(query):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pallas.tpu import BlockSizes
 from tests.train.tiny_run import Nha
 from train.cli import main, parse_overrides
 from train.config import TrainConfig
@@ -37,6 +38,9 @@ MISTAKES = [
     (["--model.vocab_size=256"], ["model.vocab_size = 256", "257"]),
     (["--model.dtype=float16"], ['model.dtype = "float16"', "bfloat16, float32"]),
     (["--model={preset: nha-9b}"], ['model.preset = "nha-9b"', "nha-340m"]),
+    (["--model.block_sizes.chunks=8"], ["model.block_sizes.chunks = 8", "chunk"]),
+    (["--model.block_sizes.chunk=7"], ["model.block_sizes.chunk must be", "got 7"]),
+    (["--model.block_sizes=7"], ["model.block_sizes = 7", "a section of keys or null"]),
     (["--data=words"], ['data = "words"', "a section"]),
     (["--data.sequence_length=1"], ["data.sequence_length = 1", "at least 2"]),
     (["--data.corpus=null"], ["data.corpus = null", "text"]),
@@ -119,8 +123,10 @@ def test_numbers_with_an_exponent_are_numbers(nha: Nha) -> None:
 
 
 def test_preset_with_overrides(nha: Nha) -> None:
-    model = nha.config(model={"preset": "nha-340m", "num_layers": 2}).model
+    overrides = {"num_layers": 2, "block_sizes": {"chunk": 128}}
+    model = nha.config(model={"preset": "nha-340m", **overrides}).model
     assert (model.hidden_size, model.num_layers, model.mlp_size) == (1024, 2, 2816)
+    assert model.block_sizes == BlockSizes(chunk=128)
 
 
 def test_every_key_has_help() -> None:

@@ -1,0 +1,1 @@
+"""Reads libtpu's compile-time dumps: what a schedule costs, with no accelerator at hand."""

@@ -1,0 +1,140 @@
+"""Compiles `decode_step` for one chip, as a worker of `static.compiling`, or its bounds alone."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from static.chips import CHIPS, CYCLES_PER_MATMUL
+from static.compiling import report, run_worker
+
+STEPS = 64  # of the loop
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeJob:
+    """B rows, H key/value heads, G query heads each, K = V head dims, M slots, W window.
+
+    `kernel`: as dispatched for a TPU, or in XLA. `loop`: STEPS steps in one program, in which the
+    compiler chooses the state's layout, or one step, which takes and gives the default layouts.
+    """
+
+    chip: str
+    kernel: bool
+    loop: bool
+    G: int = 1
+    W: int = 64
+    B: int = 64
+    H: int = 8
+    K: int = 128
+    M: int = 64
+
+    @property
+    def minimum_bytes(self) -> int:
+        """Slots read and written, rotated keys and values read, entries read and written."""
+        rows = self.B * self.H
+        slots = 2 * 2 * 4 * rows * self.M * self.K
+        rings = 2 * 2 * rows * self.W * self.K
+        entries = rows * (2 * (1 + 3) * self.K + 4 * (1 + 1) * self.M)
+        tokens = 2 * rows * (2 * self.G + 2) * self.K + 4 * rows * self.M
+        return slots + rings + entries + tokens
+
+    @property
+    def kernel_bytes(self) -> int:
+        """With the lanes around the entry of decays laid out that way: see `pallas.tpu.decode`."""
+        turned = self.M % 128 and self.W % 128 == 0
+        return self.minimum_bytes + 2 * 4 * self.B * self.H * self.M * 127 * bool(turned)
+
+
+def compile_decode(job: DecodeJob) -> dict[str, float]:
+    """`compile_and_read`'s object, from a fresh process. Raises RuntimeError if that fails."""
+    return run_worker("static.decoding", dataclasses.asdict(job), dump=job.kernel)
+
+
+def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
+    """Cycles a step: `cycles`, `bound`, and the kernel's `bundles`; and `temporary_bytes`."""
+    import jax
+    from jax.experimental import topologies
+
+    from static import hlo, llo, traffic
+
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip].topology)
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    function, arguments = _program(job)
+    jitted = jax.jit(function, in_shardings=device, out_shardings=device, donate_argnums=4)
+    compiled = jitted.lower(*arguments).compile()
+    chip, steps = CHIPS[job.chip], STEPS if job.loop else 1
+    figures = {
+        "cycles": hlo.estimated_cycles(compiled.as_text()) / steps,
+        "bound": job.minimum_bytes / chip.hbm_bytes_per_cycle,
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+    }
+    for schedule in llo.read_schedules(dumps, ("nha_decode",)).values():
+        (call,) = (c for c in traffic.pallas_calls(function, *arguments) if c.name == "nha_decode")
+        figures["bundles"] = schedule.bundles * call.steps
+        figures["cycles"] += max(
+            figures["bundles"],
+            schedule.matmuls * CYCLES_PER_MATMUL * call.steps,
+            job.kernel_bytes / chip.hbm_bytes_per_cycle,
+        )
+    return figures
+
+
+def _program(job: DecodeJob):
+    import functools
+
+    import jax
+    import jax.numpy as jnp
+
+    from nha_jax.ops import decode_step, init_state, rope_tables
+
+    B, H, K, M = job.B, job.H, job.K, job.M
+
+    def step(query, key, value, log_decay, state):
+        out, state = decode_step(
+            query.reshape(B, 1, H * job.G, K),
+            key.reshape(B, 1, H, K),
+            value.reshape(B, 1, H, K),
+            log_decay.reshape(B, 1, H, M),
+            state,
+            window_size=job.W,
+            rope=rope_tables(state.length[:, None], K),
+        )
+        return out.reshape(query.shape), state
+
+    def steps(query, key, value, log_decay, state):
+        def body(_, carry):  # the next token depends on the last one's output
+            query, state = carry
+            return step(query, key, value, log_decay, state)
+
+        return jax.lax.fori_loop(0, STEPS, body, (query, state))
+
+    wide = jax.ShapeDtypeStruct((B, H * job.G * K), jnp.bfloat16)
+    narrow = jax.ShapeDtypeStruct((B, H * K), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((B, H * M), jnp.float32)
+    create = functools.partial(
+        init_state,
+        B,
+        num_kv_heads=H,
+        num_slots=M,
+        key_dim=K,
+        value_dim=K,
+        window_size=job.W,
+        dtype=jnp.bfloat16,
+    )
+    if not job.kernel:
+        _without_kernel()
+    arguments = [wide, narrow, narrow, log_decay, jax.eval_shape(create)]
+    return (steps if job.loop else step), arguments
+
+
+def _without_kernel() -> None:
+    """In this process `decode_step` is the one in XLA on every platform."""
+    from nha_jax.ops import decode
+
+    decode.tpu_decode_unsupported = lambda *_: "compared with"
+
+
+if __name__ == "__main__":
+    report(compile_and_read(DecodeJob(**json.loads(sys.argv[1])), Path(sys.argv[2])))

@@ -1,0 +1,76 @@
+"""How many bytes the Pallas kernels of a function move between HBM and VMEM."""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One `pallas_call`, repeated `times` (it may stand in a scan).
+
+    Attributes:
+        steps: of the whole grid.
+        bytes: blocks fetched and written over the whole grid: one whenever its index changes.
+        exact: whether that holds for all blocks; else those whose index is not known before the
+            run (scalar prefetch), or that the kernel copies itself, count as the array, once.
+    """
+
+    name: str
+    steps: int
+    bytes: int
+    exact: bool
+    times: int
+
+
+def pallas_calls(function, *arguments) -> list[Call]:
+    """The kernels that `function` of these (abstract) arguments calls, in program order."""
+    return list(_walk(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
+
+
+def _walk(jaxpr, times: int) -> Iterator[Call]:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield _call(equation.params, times)
+            continue
+        inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(inner, core.ClosedJaxpr):
+                    yield from _walk(inner.jaxpr, inside)
+                elif isinstance(inner, core.Jaxpr):
+                    yield from _walk(inner, inside)
+
+
+def _call(parameters, times: int) -> Call:
+    mapping = parameters["grid_mapping"]
+    moved, exact = 0, True
+    for block in mapping.block_mappings:
+        fetches = _fetches(block, mapping)
+        if fetches is None:
+            exact = False
+            moved += _bytes(block.array_aval)
+        else:
+            moved += fetches * _bytes(block.transformed_block_aval)
+    name = parameters["name"] or "pallas_call"
+    return Call(name, math.prod(mapping.grid), moved, exact, times)
+
+
+def _fetches(block, mapping) -> int | None:
+    """How often the block's index changes over the grid; None if that is not known."""
+    space = str(block.transformed_block_aval.memory_space)
+    if mapping.num_index_operands or "any" in space or "hbm" in space:
+        return None
+    grid = np.indices(mapping.grid, np.int32).reshape(len(mapping.grid), -1)
+    index_map = core.jaxpr_as_fun(block.index_map_jaxpr)
+    indices = np.stack(jax.vmap(index_map)(*map(jnp.asarray, grid)))
+    return 1 + int(np.any(indices[:, 1:] != indices[:, :-1], axis=0).sum())
+
+
+def _bytes(array) -> int:
+    return math.prod(array.shape) * array.dtype.itemsize

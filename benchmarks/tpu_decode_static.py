@@ -1,0 +1,63 @@
+"""What a step of generation costs on TPUs by its compiled schedule: nothing measured.
+
+`decode_step` as one Pallas kernel and in XLA, with its state donated, against the bytes that it
+must move: slots read and written, rotated keys and values read, and one entry of each ring.
+
+    uv run --extra tpu python benchmarks/tpu_decode_static.py
+    uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e --windows 64 --groups 1
+
+B=64, 8 key/value heads, K=V=128, M=64, bfloat16. `one step` is a program of its own, which takes
+and gives the state in XLA's default layouts; `loop` is many steps in one program, as `generate`
+has them. `cycles` of a core: XLA's estimates plus, for the kernel, the largest of its bundles,
+its matrix units' time and its HBM traffic. A kernel's and XLA's transfers may overlap; not counted.
+"""
+
+import argparse
+
+from static.chips import CHIPS
+from static.decoding import DecodeJob, compile_decode
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--chips", nargs="+", choices=CHIPS, default=["v5e", "v6e"])
+    parser.add_argument("--windows", nargs="+", type=int, default=[64, 1024], metavar="W")
+    parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], metavar="G")
+    arguments = parser.parse_args()
+    print("### Decode step: static schedule, not measured\n")
+    print(
+        "| chip | G | W | program | decode_step | cycles | bound | cycles / bound "
+        "| kernel bundles | temporary, MB |"
+    )
+    print("|" + " --- |" * 10)
+    for chip in arguments.chips:
+        for group in arguments.groups:
+            for window in arguments.windows:
+                for loop in (False, True):
+                    for kernel in (False, True):
+                        job = DecodeJob(chip, kernel, loop, G=group, W=window)
+                        print(row(job), flush=True)
+
+
+def row(job: DecodeJob) -> str:
+    figures = compile_decode(job)
+    cycles, bound, bundles = figures["cycles"], figures["bound"], figures.get("bundles")
+    cells = [
+        job.chip,
+        str(job.G),
+        str(job.W),
+        "loop" if job.loop else "one step",
+        "Pallas" if job.kernel else "XLA",
+        f"{cycles:,.0f}",
+        f"{bound:,.0f}",
+        f"**{cycles / bound:.2f}**",
+        "-" if bundles is None else f"{bundles:,.0f}",
+        f"{figures['temporary_bytes'] / 1e6:.0f}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Every kernel compiles to machine code for every TPU, as do decoding and a training step.
+
+uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests/tpu     # a few minutes
+uv run --isolated --extra tpu pytest -n 2 -m tpu_full tests/tpu    # all combinations, hours
+"""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from nha_jax import ModelConfig
+from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
+from tests.tpu.topology import CHIPS, compile_for, make_mesh, relayouts
+from train.config import DataConfig, MeshConfig, TrainConfig
+from train.mesh import MESH_AXES, batch_sharding
+from train.step import Steps
+
+HEADS, GROUP = 4, 2
+# So large that XLA does not bring whole arrays into VMEM ahead of a kernel: that would hide copies.
+BATCH, TOKENS = 16, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """K = V head dim, M slots, W window."""
+
+    chip: str
+    K: int
+    M: int
+    W: int
+    segments: bool
+
+    def __str__(self) -> str:
+        return f"{self.chip}-K{self.K}-M{self.M}-W{self.W}" + "-segments" * self.segments
+
+
+# Each value of each field with several of the others'.
+SMALL = [
+    Case("v5e", K=128, M=64, W=64, segments=False),
+    Case("v5e", K=64, M=32, W=0, segments=True),
+    Case("v5e", K=256, M=128, W=1024, segments=False),
+    Case("v5p", K=128, M=64, W=100, segments=True),
+    Case("v5p", K=256, M=32, W=64, segments=False),
+    Case("v5p", K=64, M=128, W=1024, segments=True),
+    Case("v6e", K=128, M=64, W=64, segments=True),
+    Case("v6e", K=64, M=64, W=100, segments=False),
+    Case("v6e", K=128, M=128, W=0, segments=False),
+    Case("tpu7x", K=128, M=64, W=64, segments=False),
+    Case("tpu7x", K=256, M=64, W=0, segments=True),
+    Case("tpu7x", K=128, M=32, W=1024, segments=True),
+]
+PRODUCT = list(
+    itertools.product(CHIPS, (64, 128, 256), (32, 64, 128), (0, 64, 100, 1024), (False, True))
+)
+
+
+def parameters(small: list[Case]) -> list:
+    """All cases, in the small run or only in the full one."""
+    cases = [Case(*values) for values in PRODUCT]
+    mark = lambda case: pytest.mark.tpu_aot if case in small else pytest.mark.tpu_full  # noqa: E731
+    return [pytest.param(case, marks=mark(case), id=str(case)) for case in cases]
+
+
+def attention(case: Case):
+    """The operator on arrays as a layer has them; log_decay as [B, H, M, T], as the kernel does."""
+
+    def run(query, key, value, log_decay, segment_ids):
+        out = nha_attention(
+            query.reshape(BATCH, TOKENS, HEADS * GROUP, case.K),
+            key.reshape(BATCH, TOKENS, HEADS, case.K),
+            value.reshape(BATCH, TOKENS, HEADS, case.K),
+            log_decay.transpose(0, 3, 1, 2),
+            window_size=case.W,
+            rope=rope_tables(jnp.arange(TOKENS), case.K),
+            segment_ids=segment_ids,
+        )
+        return out.reshape(query.shape)
+
+    return run
+
+
+def arguments(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    query = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * GROUP * case.K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * case.K), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((BATCH, HEADS, case.M, TOKENS), jnp.float32)
+    segment_ids = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32) if case.segments else None
+    return query, key, key, log_decay, segment_ids
+
+
+def check(case: Case, compiled: jax.stages.Compiled) -> None:
+    assert "tpu_custom_call" in compiled.as_text()
+    if case.K == 128:
+        assert relayouts(compiled, BATCH * TOKENS * HEADS * case.K) == []
+
+
+@pytest.mark.parametrize(
+    "case", parameters([case for case in SMALL if (case.K, case.M) == (128, 64)])
+)
+def test_forward(case: Case) -> None:
+    check(case, compile_for(case.chip, attention(case), *arguments(case)))
+
+
+@pytest.mark.parametrize("case", parameters(SMALL))
+def test_gradients(case: Case) -> None:
+    def gradients(query, key, value, log_decay, segment_ids, cotangent):
+        run = lambda *inputs: attention(case)(*inputs, segment_ids)  # noqa: E731
+        return jax.vjp(run, query, key, value, log_decay)[1](cotangent)
+
+    query, *rest = arguments(case)
+    check(case, compile_for(case.chip, gradients, query, *rest, query))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("window_size", [64, 1024])
+def test_decode(chip: str, window_size: int) -> None:
+    """The state is updated in place: nothing of a ring's size is copied."""
+    B, H, K, M = 64, 8, 128, 64
+
+    def decode(query, key, value, log_decay, state: NHAState):
+        rope = rope_tables(state.length[:, None], K)
+        return decode_step(query, key, value, log_decay, state, window_size=window_size, rope=rope)
+
+    state = jax.eval_shape(
+        lambda: init_state(
+            B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=K,
+            window_size=window_size, dtype=jnp.bfloat16,
+        )
+    )  # fmt: skip
+    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), jnp.bfloat16)
+    token = jax.ShapeDtypeStruct((B, 1, H, K), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((B, 1, H, M), jnp.float32)
+    compiled = compile_for(chip, decode, query, token, token, log_decay, state, donate=(4,))
+    assert "nha_decode" in compiled.as_text()
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
+    assert relayouts(compiled, B * window_size * H * M) == []
+
+
+@pytest.mark.parametrize(
+    "mesh_shape",
+    [
+        pytest.param((1, 1), marks=pytest.mark.tpu_full, id="one device"),
+        pytest.param((2, 2), marks=pytest.mark.tpu_aot, id="data 2, fsdp 2"),
+    ],
+)
+def test_training_step(mesh_shape: tuple[int, int]) -> None:
+    """An update of the published 340M model at its context length, in one chip's memory."""
+    mesh = make_mesh("v5e", mesh_shape, MESH_AXES)
+    config = TrainConfig(
+        run="unused",
+        steps=10,
+        batch_size=8,
+        model=ModelConfig.preset("nha-340m"),
+        data=DataConfig(corpus="unused", sequence_length=2048),
+        mesh=MeshConfig(data=mesh_shape[0], fsdp=mesh_shape[1]),
+    )
+    with jax.set_mesh(mesh):
+        steps = Steps(config, mesh)
+        state = jax.tree.map(
+            with_sharding,
+            steps.abstract_state,
+            steps.shardings,
+            is_leaf=lambda node: isinstance(node, nnx.Variable),
+        )
+        dtypes = dict.fromkeys(("tokens", "targets", "segment_ids"), jnp.int32)
+        batch = {
+            name: with_sharding(jax.ShapeDtypeStruct((8, 2048), dtype), batch_sharding(mesh))
+            for name, dtype in (dtypes | {"loss_mask": jnp.bool_}).items()
+        }
+        compiled = steps._update.lower(state, batch).compile()
+    assert "nha_backward" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
+
+
+def with_sharding(tree, sharding: NamedSharding):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
