@@ -25,7 +25,7 @@ from nha_jax.ops.state import (
     of_last_segment,
 )
 from nha_jax.ops.types import NHAOutput, Options
-from pallas.tpu import BlockSizes, Spec, default_block_sizes, fused_attention, pack_rows
+from pallas.tpu import BlockSizes, Spec, default_block_sizes, fused_attention, pack_facts
 
 LARGEST_HEAD, MOST_SLOTS = 256, 128
 NARROW = 256  # the widest window that the fused kernel covers alone, if a step has as many rows
@@ -261,7 +261,7 @@ def _constants(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
 
 
 def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
-    """The kernels' run numbers and `pack_rows`, of the rows and of what their chunks read."""
+    """The kernels' run numbers and `pack_facts`, of the rows and of what their chunks read."""
     B, N = rows.run.shape
     C, halo = spec.chunk, spec.window if spec.wide else spec.halo
     last = rows.last[:, None] - spec.window  # the last token to enter the slots
@@ -280,7 +280,7 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
     start = row // C * C - halo  # the first row of the chunk's cat
     run = at(rows.run, row, -2)
     carried, ended = run_entered(start - 1), run_entered(start + C - 1)
-    facts = pack_rows(
+    facts = pack_facts(
         run,
         carried=carried == run,
         enters=at(visible, row - spec.window, -1) == run,
@@ -289,7 +289,7 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
     )
     cat = jnp.arange(0, N + padding, C)[:, None] - halo + jnp.arange(spec.width)
     constants = {
-        "facts": facts.reshape(B, -1, C),
+        "facts": facts,
         "visible": at(visible, cat.reshape(-1), -1).reshape(B, -1, spec.width),
     }
     if spec.wide:

@@ -2,7 +2,7 @@
 
 from pallas.tpu.attention import Fused, fused_attention
 from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
-from pallas.tpu.chunk import Spec, expand_table, pack_rows
+from pallas.tpu.chunk import Spec, expand_table, pack_facts
 
 __all__ = [
     "BlockSizes",
@@ -11,5 +11,5 @@ __all__ = [
     "default_block_sizes",
     "expand_table",
     "fused_attention",
-    "pack_rows",
+    "pack_facts",
 ]

@@ -43,7 +43,7 @@ def fused_attention(
       or float32; with spec.rotated, rotated_query and rotated_key; log_decay [B, H, M, T] float32;
       with spec.state, slots [B, H, M, K + V] float32. T is a multiple of spec.rows, K and V of 128, M of 16.
     constants: with spec.rope, table [1 or B, T, 2 K] float32, `expand_table` of the rotation times
-      the root of scale * log2(e); with spec.segments, facts [B, T / C, C] (`pack_rows`) and
+      the root of scale * log2(e); with spec.segments, facts [B, 8, T] (`pack_facts`) and
       visible [B, T / C, width] float32, the run numbers of cat's tokens, -1 for those no one
       reads, and, if spec.wide, query_run and key_run [B, 1, T], the same of every token.
     interpret: as for `pallas_call`: True runs the kernels on the CPU.

@@ -35,8 +35,10 @@ from pallas.tpu.chunk import (
     Tokens,
     apply_feature_map,
     by_head,
+    column_blocks,
     decay_blocks,
     emit,
+    facts_of,
     feature_map_pullback,
     flat,
     floor_of,
@@ -44,10 +46,10 @@ from pallas.tpu.chunk import (
     matmul,
     matmul_nt,
     matmul_tn,
+    overlay,
     reverse_cumulative_sum,
     rotate,
     rotate_back,
-    row_facts,
     scaled,
     to_column,
     to_row,
@@ -172,6 +174,8 @@ def _load(refs, before, step, spec: Spec) -> Tokens:
         "value": lambda n: refs["value"][0, rows(n)],
         "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
+    if spec.segments:
+        own["facts"] = column_blocks(lambda lanes: refs["facts"][0, :, lanes].T, spec)
     if not spec.halo:
         return Tokens(spec, own, {})
     if not before:  # the whole sequence is one step
@@ -202,10 +206,10 @@ def _recompute(
     yield
 
     to_end, keep = gates.to_end, jnp.exp2(gates.end)
-    facts = row_facts(refs["facts"][0, n : n + 1]) if spec.segments else None
+    facts = facts_of(tokens, n) if spec.segments else None
     if facts is not None:
-        to_end = jnp.where(facts["writes"], to_end, 0.0)
-        keep = jnp.where(facts["keep"][:1], keep, 0.0)
+        to_end *= facts["writes"]
+        keep *= facts["keep"][:1]
     written = (gates.write[:C] * to_end).astype(dtype)
     keep = to_column(keep)
     added = matmul_tn(
@@ -213,7 +217,8 @@ def _recompute(
     )
     yield
 
-    start = slots[0].astype(dtype)
+    K = refs["key"].shape[2]
+    start = [x.astype(dtype) for x in (slots[0][:, :K], slots[0][:, K:])]
     slots[0] = keep * slots[0] + added
     result.update(
         gates=gates, facts=facts, to_end=to_end, written=written, keep=keep, start=start,
@@ -231,13 +236,13 @@ def _chunk(
     `carry` holds what the later chunks add to the gradients of this one's tokens (`overlap_add`)
     and of the slots at its end; `decays` collects the decays' gradients.
     """
-    C, G, M = spec.chunk, spec.group, now["start"].shape[0]
+    C, G, M = spec.chunk, spec.group, now["keep"].shape[0]
     rows = slice(n * C, (n + 1) * C)
     entering = tokens.cat("key", n, spec.columns)
     value = tokens.cat("value", n, spec.width)
     rotated_key = tokens.cat("rotated_key", n, spec.width)
     K, V, dtype = entering.shape[1], value.shape[1], value.dtype
-    gates, start = now["gates"], now["start"]
+    gates, (start_key, start_value) = now["gates"], now["start"]
     stack = lambda name, size: join([  # noqa: E731
         refs[name][0, rows, g * size : (g + 1) * size] for g in range(G)
     ], 0)  # fmt: skip
@@ -245,14 +250,10 @@ def _chunk(
     rotated = stack("rotated_query", K) if spec.rotated else raw
     if spec.rope:
         table = refs["table"][0, rows]
-        rotated = flat(rotate(by_head(raw, G), table).astype(dtype))
+        rotated = flat(rotate(by_head(raw, G), table)).astype(dtype)
     query = apply_feature_map(raw, spec.feature_map)
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
-    if spec.has_window:
-        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
-    carried_a = by_head(matmul_nt(query, start[:, :K]), G)  # [G, C, M]
-    carried_da = by_head(matmul_nt(d_out, start[:, K:]), G)
     row = lambda name: to_column(refs[name][0, 0, :, rows][:, None, :])  # [G, C, 1]
     lse = row("lse")
     yield
@@ -262,18 +263,19 @@ def _chunk(
     window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
     carried = jnp.exp2(gates.rows)
     if spec.segments:
-        carried = jnp.where(now["facts"]["carried"], carried, 0.0)
+        carried *= now["facts"]["carried"]
     size = range(len(gates.blocks))
     weights, rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
-    masked = [
-        jnp.where(masks.causal, x[..., : spec.columns], 0.0).astype(dtype)
-        for x in (scores, products)
-    ]
+    masked = [jnp.where(masks.causal, x[..., : spec.columns], 0.0) for x in (scores, products)]
     stacked = [
-        jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0)
+        jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0).astype(dtype)
         for block, extent in zip(gates.blocks, gates.extents, strict=True)
     ]
+    carried_a = by_head(matmul_nt(query, start_key), G)  # [G, C, M]
+    carried_da = by_head(matmul_nt(d_out, start_value), G)
     spread = [matmul(x, weight) for x, weight in zip(stacked, weights, strict=True)]
+    if spec.has_window:
+        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
     half = G * (gates.blocks[0].stop)
     a, da = (
         x * carried
@@ -290,15 +292,14 @@ def _chunk(
     if spec.wide:
         delta = row("delta")
     else:
-        delta = jnp.sum(pa * (da + d_weight), -1, keepdims=True)
-        if spec.has_window:
-            delta += jnp.sum(pb * products, -1, keepdims=True)
+        share = pb * products if spec.has_window else None
+        delta = jnp.sum(overlay(jnp.add, pa * (da + d_weight), share, 0.0), -1, keepdims=True)
     ds = pa * ((da + (d_weight - delta)) * spec.scale)
     if spec.has_window:
-        db = flat((pb * ((products - delta) * spec.window_slope)).astype(dtype))
-    ds_carried, pa_carried = ((x * carried).astype(dtype) for x in (ds, pa))
+        db = flat(pb * ((products - delta) * spec.window_slope)).astype(dtype)
+    ds_carried, pa_carried = (flat(x * carried).astype(dtype) for x in (ds, pa))
     pairs = [
-        jnp.concatenate([flat((x[:, block] * rise).astype(dtype)) for x in (ds, pa)], 0)
+        jnp.concatenate([flat(x[:, block] * rise) for x in (ds, pa)], 0).astype(dtype)
         for block, rise in zip(gates.blocks, rises, strict=True)
     ]
     yield
@@ -308,24 +309,29 @@ def _chunk(
         jnp.sum((pair.astype(wide) * x).reshape(2 * G, -1, M), 0)
         for pair, x in zip(pairs, spread, strict=True)
     ], 0) + jnp.sum(
-        ds_carried.astype(wide) * carried_a + pa_carried.astype(wide) * carried_da, 0
+        by_head(ds_carried.astype(wide), G) * carried_a
+        + by_head(pa_carried.astype(wide), G) * carried_da,
+        0,
     )  # R, [C, M]  # fmt: skip
     gathered = [matmul_nt(pair, weight) for pair, weight in zip(pairs, weights, strict=True)]
     d_scores = join([widen(by_head(x[:half], G), spec.columns) for x in gathered], 1)  # L
-    d_scores = flat(jnp.where(masks.causal, d_scores, 0.0).astype(dtype))
+    d_scores = flat(jnp.where(masks.causal, d_scores, 0.0)).astype(dtype)
     p = join([widen(by_head(x[half:], G), spec.width) for x in gathered], 1)  # A, then P
-    p = flat(jnp.where(masks.slots, p, pb if spec.has_window else 0.0).astype(dtype))
+    p = flat(jnp.where(masks.slots, p, pb if spec.has_window else 0.0)).astype(dtype)
     per_block = [matmul_tn(x, pair) for x, pair in zip(stacked, pairs, strict=True)]
-    ds_carried, pa_carried = flat(ds_carried), flat(pa_carried)
     d_start = jnp.concatenate([matmul_tn(ds_carried, query), matmul_tn(pa_carried, d_out)], 1)
+    if spec.has_window:
+        d_rotated_query = by_head(matmul(db, rotated_key), G)
+        d_rotated_key = matmul_tn(db, rotated)  # [width, K]
     yield
 
     d_end = carry["slots"]
-    d_end_narrow = d_end.astype(dtype)
+    d_end_key, d_end_value = (x.astype(dtype) for x in (d_end[:, :K], d_end[:, K:]))
+    d_end_narrow = jnp.concatenate([d_end_key, d_end_value], 1)
     into_end = to_row(jnp.sum(d_end_narrow.astype(wide) * now["end"], -1, keepdims=True))  # x1
     carry["slots"] = now["keep"] * d_end + d_start
 
-    d_query = by_head(matmul(ds_carried, start[:, :K]) + matmul(d_scores, entering), G)
+    d_query = by_head(matmul(ds_carried, start_key) + matmul(d_scores, entering), G)
     written = matmul(now["written"], d_end_narrow)  # [C, K + V]
     d_key = matmul_tn(d_scores, query)  # [columns, K]
     d_value = matmul_tn(p, d_out)  # [width, V]
@@ -333,11 +339,8 @@ def _chunk(
         jnp.concatenate([x[:C] + y, x[C:]], 0) if x.shape[0] > C else x + y
         for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
     )
-    if spec.has_window:
-        d_rotated_query = by_head(matmul(db, rotated_key), G)
-        d_rotated_key = matmul_tn(db, rotated)  # [width, K]
-    ending = matmul_nt(entering[:C], d_end_narrow[:, :K])
-    ending += matmul_nt(value[:C], d_end_narrow[:, K:])  # [C, M]
+    ending = matmul_nt(entering[:C], d_end_key)
+    ending += matmul_nt(value[:C], d_end_value)  # [C, M]
     yield
 
     d_write = _sum_blocks(per_block, [gates.fall(i) for i in size], gates, spec)
@@ -360,7 +363,7 @@ def _chunk(
 
     d_query = feature_map_pullback(d_query, by_head(raw, G), spec.feature_map)
     d_key = _overlap_add(d_key, carry, "key", spec)
-    d_key = feature_map_pullback(d_key, tokens.blocks["raw_key"][n], spec.feature_map)
+    d_key = feature_map_pullback(d_key, tokens.block("raw_key", n), spec.feature_map)
     if spec.has_window:
         d_rotated_key = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
         if spec.rotated:

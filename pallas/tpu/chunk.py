@@ -10,6 +10,7 @@ Logits and decays are in units of log 2, the hardware's exponential.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator
 
@@ -19,6 +20,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 Block = Callable[[int], jax.Array]
+Facts = dict[str, jax.Array]  # `FACTS`, a column [C, 1] each
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a masked logit; finite, so that rows that see nothing stay finite
@@ -158,12 +160,22 @@ def join(parts: list[jax.Array], axis: int) -> jax.Array:
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def widen(x: jax.Array, width: int) -> jax.Array:
-    """Zero columns up to `width`."""
+def widen(x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
+    """Columns of `fill` up to `width`."""
     missing = width - x.shape[-1]
     if not missing:
         return x
-    return jnp.concatenate([x, jnp.zeros((*x.shape[:-1], missing), x.dtype)], -1)
+    return jnp.concatenate([x, jnp.full((*x.shape[:-1], missing), fill, x.dtype)], -1)
+
+
+def overlay(
+    op: Callable[..., jax.Array], a: jax.Array, b: jax.Array | None, neutral: float
+) -> jax.Array:
+    """op(a, b), the narrower one widened by op's neutral element, for one reduction of both."""
+    if b is None:
+        return a
+    width = max(a.shape[-1], b.shape[-1])
+    return op(widen(a, width, neutral), widen(b, width, neutral))
 
 
 def apply_feature_map(x: jax.Array, name: str) -> jax.Array:
@@ -211,13 +223,9 @@ def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
 def cumulative_sum(x: jax.Array) -> jax.Array:
     """Inclusive, along the rows of [rows, M] float32; in log steps, as Mosaic has no cumsum."""
     rows, columns = x.shape
-    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     step = 1
     while step < rows:
-        if step < 8:
-            shifted = jnp.where(row >= step, pltpu.roll(x, step, 0), 0.0)
-        else:  # whole registers: nothing moves
-            shifted = jnp.concatenate([jnp.zeros((step, columns), x.dtype), x[:-step]], 0)
+        shifted = jnp.concatenate([jnp.zeros((step, columns), x.dtype), x[:-step]], 0)
         x, step = x + shifted, 2 * step
     return x
 
@@ -225,13 +233,9 @@ def cumulative_sum(x: jax.Array) -> jax.Array:
 def reverse_cumulative_sum(x: jax.Array) -> jax.Array:
     """Of each row of [rows, M] and all below it."""
     rows, columns = x.shape
-    row = lax.broadcasted_iota(jnp.int32, x.shape, 0)
     step = 1
     while step < rows:
-        if step < 8:
-            shifted = jnp.where(row < rows - step, pltpu.roll(x, rows - step, 0), 0.0)
-        else:
-            shifted = jnp.concatenate([x[step:], jnp.zeros((step, columns), x.dtype)], 0)
+        shifted = jnp.concatenate([x[step:], jnp.zeros((step, columns), x.dtype)], 0)
         x, step = x + shifted, 2 * step
     return x
 
@@ -258,10 +262,20 @@ class Tokens:
     def __init__(self, spec: Spec, own: dict[str, Block], halo: dict[str, jax.Array]):
         """own: what computes a chunk's [C, D] of each array; halo: [halo, D] of each, or empty.
 
-        All of it is issued here, array by array: loads and rotations come before the chunks.
+        A chunk's is computed where it is first asked for.
         """
         self.spec, self.halo = spec, halo
-        self.blocks = {name: [block(n) for n in range(spec.chunks)] for name, block in own.items()}
+        self._own = {name: functools.cache(block) for name, block in own.items()}
+
+    def block(self, name: str, n: int) -> jax.Array:
+        """The rows [C, D] of chunk n."""
+        return self._own[name](n)
+
+    def issue(self) -> None:
+        """Computes every chunk's, array by array."""
+        for name in self._own:
+            for n in range(self.spec.chunks):
+                self.block(name, n)
 
     def cat(self, name: str, n: int, rows: int) -> jax.Array:
         """The first `rows` rows of chunk n's cat."""
@@ -269,7 +283,7 @@ class Tokens:
         first, last = n * C - halo, n * C - halo + rows  # in rows of the step
         parts = [self.halo[name][first + halo : min(last, 0) + halo]] if first < 0 else []
         for m in range(max(first, 0) // C, -(-last // C)):
-            block = self.blocks[name][m]
+            block = self.block(name, m)
             parts.append(block[max(first - m * C, 0) : min(last - m * C, C)])
         return join(parts, 0)
 
@@ -315,15 +329,19 @@ class Gates:
 
 def decay_blocks(ref, spec: Spec, dtype: jnp.dtype) -> Block:
     """Of log_decay [1, 1, M, rows]: the chunks' [C, M], floored, in units of log 2."""
+    return column_blocks(
+        lambda lanes: jnp.maximum(ref[0, 0, :, lanes].T * LOG2E, floor_of(dtype)), spec
+    )
+
+
+def column_blocks(turned: Callable[[slice], jax.Array], spec: Spec) -> Block:
+    """A chunk's rows of what `turned` gives for the tile of 128 lanes that they were."""
     lanes = min(128, spec.rows)
-    turned: dict[int, jax.Array] = {}
+    tile = functools.cache(lambda i: turned(slice(i * lanes, (i + 1) * lanes)))
 
     def block(n):
-        tile, row = divmod(n * spec.chunk, lanes)
-        if tile not in turned:
-            decay = ref[0, 0, :, tile * lanes : (tile + 1) * lanes].T
-            turned[tile] = jnp.maximum(decay * LOG2E, floor_of(dtype))
-        return turned[tile][row : row + spec.chunk]
+        i, row = divmod(n * spec.chunk, lanes)
+        return tile(i)[row : row + spec.chunk]
 
     return block
 
@@ -341,47 +359,42 @@ def floor_of(dtype: jnp.dtype) -> float:
 class Masks:
     """Who sees whom in a chunk; bool [C, columns or width], or None where everyone does."""
 
-    def __init__(self, spec: Spec, rows: dict[str, jax.Array] | None, visible: jax.Array | None):
-        """rows: `row_facts`; visible: [1, width], the run numbers of cat, -1 for none."""
+    def __init__(self, spec: Spec, facts: Facts | None, visible: jax.Array | None):
+        """visible: [1, width], the run numbers of cat, -1 for none."""
         shape = (spec.chunk, spec.width)
         row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         self.slots = column <= row + spec.shift
         self.window = ~self.slots
         if not spec.wide:
             self.window &= column <= row + spec.reach
-        if rows is not None:
-            same = rows["run"] == visible
+        if facts is not None:
+            same = facts["run"] == visible
             self.slots &= same
             self.window &= same
         self.causal = self.slots[:, : spec.columns]
 
 
-def row_facts(packed: jax.Array) -> dict[str, jax.Array]:
-    """[1, C] float32, as `pack_rows` made it, -> columns [C, 1]."""
-    column = to_column(packed)
-    run = jnp.floor(column * (1 / FACTS))
-    rest = column - run * FACTS
-    facts = {"run": run}
-    for name, weight in (("writes", 8), ("keep", 4), ("enters", 2), ("carried", 1)):
-        facts[name] = rest >= weight
-        rest = jnp.where(facts[name], rest - weight, rest)
-    return facts
+FACTS = ("run", "carried", "keep", "writes", "enters")  # rows of the array of `pack_facts`
 
 
-FACTS = 16
-
-
-def pack_rows(
-    run: jax.Array, *, carried: jax.Array, enters: jax.Array, keep: jax.Array, writes: jax.Array
+def pack_facts(
+    run: jax.Array, *, carried: jax.Array, keep: jax.Array, writes: jax.Array, enters: jax.Array
 ) -> jax.Array:
-    """What a row of the kernel must know, in one float32 (exact for run numbers below 2^20).
+    """What each row must know of segments: [B, T] each -> [B, 8, T] float32.
 
-    run: the row's own. carried: the slots at the chunk's start are of the row's segment.
-    enters: the slots hold a token of the row's segment. keep: the slots at the chunk's start are
-    of the same segment as at its end. writes: what row r of cat writes lasts to the chunk's end.
+    run: the number of the row's own. carried: the slots at the chunk's start are of the row's
+    segment. keep: the slots at the chunk's start are of the same segment as at its end. writes:
+    what row r of cat writes lasts to the chunk's end. enters: the slots hold a token of the row's
+    segment.
     """
-    bits = carried + 2 * enters + 4 * keep + 8 * writes
-    return (FACTS * run + bits).astype(jnp.float32)
+    facts = jnp.stack([run, carried, keep, writes, enters], axis=1).astype(jnp.float32)
+    return jnp.pad(facts, ((0, 0), (0, 8 - len(FACTS)), (0, 0)))
+
+
+def facts_of(tokens: Tokens, n: int) -> Facts:
+    """Chunk n's, flags as 0 and 1."""
+    facts = tokens.block("facts", n)
+    return {name: facts[:, i : i + 1] for i, name in enumerate(FACTS)}
 
 
 def emit(units: list[Iterator[None]], group: int, skew: int) -> None:

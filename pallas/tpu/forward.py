@@ -26,15 +26,17 @@ from pallas.tpu.chunk import (
     Tokens,
     apply_feature_map,
     by_head,
+    column_blocks,
     decay_blocks,
     emit,
+    facts_of,
     flat,
     join,
     matmul,
     matmul_nt,
     matmul_tn,
+    overlay,
     rotate,
-    row_facts,
     scaled,
     to_column,
     to_row,
@@ -53,7 +55,7 @@ def forward(
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
     float32; with spec.rope, table [1 or B, T, 2 K] float32 (`expand_table` of the rotation times
     the root of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
-    rotated_query and rotated_key; with spec.segments, facts [B, T/C, C] float32 (`pack_rows`) and visible
+    rotated_query and rotated_key; with spec.segments, facts [B, 8, T] float32 (`pack_facts`) and visible
     [B, T/C, halo + C] float32; with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
     C * N, K and V of 128.
 
@@ -113,6 +115,7 @@ def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
             past["slots"][head] = refs["slots"][0, 0]
 
     tokens = _load(refs, past, head, spec)
+    tokens.issue()  # the transpositions and rotations, long in coming, ahead of all else
     slots = [past["slots"][head]]
     if "starts" in outs:
         outs["starts"][0, 0, 0] = slots[0]
@@ -142,6 +145,8 @@ def _load(refs, past, head, spec: Spec) -> Tokens:
         "value": lambda n: refs["value"][0, rows(n)],
         "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
+    if spec.segments:
+        own["facts"] = column_blocks(lambda lanes: refs["facts"][0, :, lanes].T, spec)
     halos = ("key", "rotated_key", "value", "decay") if spec.halo else ()
     return Tokens(spec, own, {name: past[name][head] for name in halos})
 
@@ -160,42 +165,41 @@ def _chunk(
     if spec.rotated:
         rotated = join([refs["rotated_query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
     if spec.rope:
-        rotated = flat(rotate(by_head(query, G), refs["table"][0, rows]).astype(dtype))
+        rotated = flat(rotate(by_head(query, G), refs["table"][0, rows])).astype(dtype)
     query = apply_feature_map(query, spec.feature_map)
     facts = visible = None
     if spec.segments:
-        facts = row_facts(refs["facts"][0, n : n + 1])
+        facts = facts_of(tokens, n)
         visible = refs["visible"][0, n : n + 1]
     masks = Masks(spec, facts, visible)
     window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
 
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
-    if spec.has_window:
-        b = by_head(
-            matmul_nt(rotated, tokens.cat("rotated_key", n, spec.width)), G
-        )  # [G, C, width]
     gates = Gates(tokens.cat("decay", n, spec.columns), spec, dtype)
     yield
 
     to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
     carried = jnp.exp2(gates.rows)
     if facts is not None:
-        to_end = jnp.where(facts["writes"], to_end, 0.0)
-        keep = jnp.where(facts["keep"][:1], keep, 0.0)
-        carried = jnp.where(facts["carried"], carried, 0.0)
+        to_end *= facts["writes"]
+        keep *= facts["keep"][:1]
+        carried *= facts["carried"]
     keep = to_column(keep)
     added = matmul_tn(to_end.astype(dtype), jnp.concatenate([entering[:C], value[:C]], 1))
-    start = slots[0]
-    slots[0] = keep * start + added
+    b = None
+    if spec.has_window:
+        rotated_key = tokens.cat("rotated_key", n, spec.width)
+        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
+    start_key, start_value = slots[0][:, :K].astype(dtype), slots[0][:, K:].astype(dtype)
+    slots[0] = keep * slots[0] + added
     yield
 
-    start = start.astype(dtype)
-    masked = jnp.where(masks.causal, scores, 0.0).astype(dtype)
+    masked = jnp.where(masks.causal, scores, 0.0)
     weights = [gates.weight(i) for i in range(len(gates.blocks))]
     rises = [gates.rise(i) for i in range(len(gates.blocks))]
-    a = by_head(matmul_nt(query, start[:, :K]), G) * carried
+    a = by_head(matmul_nt(query, start_key), G) * carried
     a += join([
-        by_head(matmul(flat(masked[:, block, extent]), weight), G) * rise
+        by_head(matmul(flat(masked[:, block, extent]).astype(dtype), weight), G) * rise
         for block, extent, weight, rise in zip(
             gates.blocks, gates.extents, weights, rises, strict=True
         )
@@ -204,19 +208,16 @@ def _chunk(
     yield
 
     a = mask_slots(a, n, step, facts, spec)
-    top = jnp.max(a, -1, keepdims=True)
     if spec.has_window:
         b = jnp.where(window_mask, scaled(b, spec.window_scale), MASKED)
-        top = jnp.maximum(top, jnp.max(b, -1, keepdims=True))
+    top = jnp.max(overlay(jnp.maximum, a, b, MASKED), -1, keepdims=True)
     pa = jnp.exp2(a - top)
-    slot_mass = mass = jnp.sum(pa, -1, keepdims=True)
-    if spec.has_window:
-        pb = jnp.exp2(b - top)
-        mass = mass + jnp.sum(pb, -1, keepdims=True)
+    pb = jnp.exp2(b - top) if spec.has_window else None
+    mass = jnp.sum(overlay(jnp.add, pa, pb, 0.0), -1, keepdims=True)
     inverse = pltpu.reciprocal(mass, approx=dtype != jnp.float32)
     yield
 
-    out = matmul(flat(pa * carried).astype(dtype), start[:, K:])
+    out = matmul(flat(pa * carried).astype(dtype), start_value)
     p = join([
         widen(by_head(matmul_nt(flat(pa[:, block] * rise).astype(dtype), weight), G), spec.width)
         for block, weight, rise in zip(gates.blocks, weights, rises, strict=True)
@@ -230,7 +231,7 @@ def _chunk(
         outs["out"][0, rows, g * V : (g + 1) * V] = out[g].astype(dtype)
     outs["lse"][0, 0, :, rows] = to_row(top + jnp.log2(mass))
     if spec.weight:
-        outs["slot_weight"][0, 0, :, rows] = to_row(slot_mass * inverse)
+        outs["slot_weight"][0, 0, :, rows] = to_row(jnp.sum(pa, -1, keepdims=True) * inverse)
     yield
 
 
@@ -241,7 +242,7 @@ def mask_slots(a: jax.Array, n: int, step, facts: Arrays | None, spec: Spec) -> 
     if not spec.mask_empty:
         return a
     if facts is not None:
-        return jnp.where(facts["enters"], a, MASKED)
+        return jnp.where(facts["enters"] > 0.0, a, MASKED)
     if n * spec.chunk >= spec.window and not spec.wide:
         return a
     row = lax.broadcasted_iota(jnp.int32, (spec.chunk, 1), 0)

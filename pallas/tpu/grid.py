@@ -102,7 +102,7 @@ class Grid:
         for name in self.spec.tables:
             specs[name] = self.table(inputs[name].shape[0])
         if self.spec.segments:
-            specs["facts"] = self.chunks(self.spec.chunk)
+            specs["facts"] = self._block((1, 8, self.spec.rows), lambda b, h, t: (b, 0, t))
             specs["visible"] = self.chunks(self.spec.width)
         if self.spec.state:
             specs["slots"] = self.slots()
