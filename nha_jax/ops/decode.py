@@ -79,7 +79,8 @@ def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
     """Why the TPU kernel can't serve this state, in a line; None if it can."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
-    if not jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
         return "XLA cannot divide its kernel over a mesh"
     return decode_unsupported(DecodeState(state.slot_key, state.slot_value, *state.tokens))
 

@@ -25,7 +25,14 @@ from nha_jax.ops.state import (
     of_last_segment,
 )
 from nha_jax.ops.types import NHAOutput, Options
-from pallas.tpu import BlockSizes, Spec, default_block_sizes, fused_attention, pack_facts
+from pallas.tpu import (
+    BlockSizes,
+    Spec,
+    default_block_sizes,
+    fused_attention,
+    pack_facts,
+    pack_visible,
+)
 
 LARGEST_HEAD, MOST_SLOTS = 256, 128
 NARROW = 256  # the widest window that the fused kernel covers alone, if a step has as many rows
@@ -261,38 +268,41 @@ def _constants(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
 
 
 def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
-    """The kernels' run numbers and `pack_facts`, of the rows and of what their chunks read."""
+    """The kernels' constants of segments: whose the rows, the chunks' tokens and the slots are.
+
+    Segments are numbered from 2; 1 is of rows beyond the last, 0 of tokens that no one reads.
+    """
     B, N = rows.run.shape
     C, halo = spec.chunk, spec.window if spec.wide else spec.halo
     last = rows.last[:, None] - spec.window  # the last token to enter the slots
+    number = rows.run + 2
 
     def at(x, index, outside):  # x [B, N] at index [n], or a constant beyond the rows
         inside = (index >= 0) & (index < N)
         return jnp.where(inside, x[:, jnp.clip(index, 0, N - 1)], outside)
 
-    def run_entered(index):  # of the last token to have entered when index had its turn
+    def entered(index):  # of the last token to have entered when index had its turn
         index = jnp.minimum(index, last)  # [B, n]
-        run = jnp.take_along_axis(rows.run, jnp.clip(index, 0, N - 1), axis=1)
-        return jnp.where(index >= 0, run, 0)
+        found = jnp.take_along_axis(number, jnp.clip(index, 0, N - 1), axis=1)
+        return jnp.where(index >= 0, found, 2)
 
-    visible = jnp.where(rows.real, rows.run, -1)
-    row = jnp.arange(N + padding)
-    start = row // C * C - halo  # the first row of the chunk's cat
-    run = at(rows.run, row, -2)
-    carried, ended = run_entered(start - 1), run_entered(start + C - 1)
-    facts = pack_facts(
-        run,
-        carried=carried == run,
-        enters=at(visible, row - spec.window, -1) == run,
-        keep=carried == ended,
-        writes=run_entered(row - halo) == ended,
-    )
-    cat = jnp.arange(0, N + padding, C)[:, None] - halo + jnp.arange(spec.width)
+    visible = jnp.where(rows.real, number, 0)
+    row, chunk = jnp.arange(N + padding), jnp.arange(0, N + padding, C)
+    run = at(number, row, 1)
+    cat = chunk[:, None] - halo + jnp.arange(spec.width)  # the tokens that each chunk reads
     constants = {
-        "facts": facts,
-        "visible": at(visible, cat.reshape(-1), -1).reshape(B, -1, spec.width),
+        "facts": pack_facts(
+            run=run,
+            entering=entered(row - halo),
+            enters=at(visible, row - spec.window, 0) == run,
+        ),
+        "visible": pack_visible(
+            at(visible, cat.reshape(-1), 0).reshape(B, *cat.shape),
+            entered(chunk - halo - 1),
+            entered(chunk - halo + C - 1),
+        ),
     }
     if spec.wide:
         constants["query_run"] = run[:, None]
-        constants["key_run"] = at(visible, row, -1)[:, None]
+        constants["key_run"] = at(visible, row, 0)[:, None]
     return {name: x.astype(jnp.float32) for name, x in constants.items()}

@@ -2,7 +2,7 @@
 
 from pallas.tpu.attention import Fused, fused_attention
 from pallas.tpu.block_sizes import BlockSizes, default_block_sizes
-from pallas.tpu.chunk import Spec, expand_table, pack_facts
+from pallas.tpu.chunk import Spec, expand_table, pack_facts, pack_visible
 
 __all__ = [
     "BlockSizes",
@@ -12,4 +12,5 @@ __all__ = [
     "expand_table",
     "fused_attention",
     "pack_facts",
+    "pack_visible",
 ]

@@ -41,11 +41,12 @@ def fused_attention(
 
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], of one dtype, bfloat16
       or float32; with spec.rotated, rotated_query and rotated_key; log_decay [B, H, M, T] float32;
-      with spec.state, slots [B, H, M, K + V] float32. T is a multiple of spec.rows, K and V of 128, M of 16.
+      with spec.state, slots [B, H, M, K + V] float32. T is a multiple of spec.rows, K and V of
+      128, M of 16.
     constants: with spec.rope, table [1 or B, T, 2 K] float32, `expand_table` of the rotation times
-      the root of scale * log2(e); with spec.segments, facts [B, 8, T] (`pack_facts`) and
-      visible [B, T / C, width] float32, the run numbers of cat's tokens, -1 for those no one
-      reads, and, if spec.wide, query_run and key_run [B, 1, T], the same of every token.
+      the root of scale * log2(e); with spec.segments, facts (`pack_facts`) and visible
+      (`pack_visible`) and, if spec.wide, query_run and key_run [B, 1, T], the numbers of the
+      segments of all rows and tokens.
     interpret: as for `pallas_call`: True runs the kernels on the CPU.
 
     Saved for the backward, beside the inputs: the log-sum-exp, the slots at each grid step's start

@@ -29,16 +29,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.tpu.chunk import (
     LOG2E,
     MASKED,
+    Facts,
     Gates,
     Masks,
     Spec,
     Tokens,
     apply_feature_map,
     by_head,
-    column_blocks,
     decay_blocks,
     emit,
-    facts_of,
+    facts_blocks,
     feature_map_pullback,
     flat,
     floor_of,
@@ -154,7 +154,7 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
 
 
 def _load(refs, before, step, spec: Spec) -> Tokens:
-    """rotated_key, raw_key, key (feature-mapped), value, decay; nothing precedes the first token."""
+    """rotated_key, raw_key, key (feature-mapped), value, decay; zeros before the first token."""
     C, dtype = spec.chunk, refs["key"].dtype
 
     def key_of(raw):
@@ -175,7 +175,7 @@ def _load(refs, before, step, spec: Spec) -> Tokens:
         "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
     if spec.segments:
-        own["facts"] = column_blocks(lambda lanes: refs["facts"][0, :, lanes].T, spec)
+        own |= facts_blocks(refs["facts"], spec)
     if not spec.halo:
         return Tokens(spec, own, {})
     if not before:  # the whole sequence is one step
@@ -206,10 +206,9 @@ def _recompute(
     yield
 
     to_end, keep = gates.to_end, jnp.exp2(gates.end)
-    facts = facts_of(tokens, n) if spec.segments else None
+    facts = Facts(tokens, refs["visible"][0, n : n + 1], n, spec) if spec.segments else None
     if facts is not None:
-        to_end *= facts["writes"]
-        keep *= facts["keep"][:1]
+        to_end, keep = facts.written(to_end), facts.kept(keep)
     written = (gates.write[:C] * to_end).astype(dtype)
     keep = to_column(keep)
     added = matmul_tn(
@@ -254,16 +253,14 @@ def _chunk(
     query = apply_feature_map(raw, spec.feature_map)
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
     products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
-    row = lambda name: to_column(refs[name][0, 0, :, rows][:, None, :])  # [G, C, 1]
-    lse = row("lse")
+    lse = _row_column(refs["lse"], rows)
     yield
 
-    visible = refs["visible"][0, n : n + 1] if spec.segments else None
-    masks = Masks(spec, now["facts"], visible)
+    masks = Masks(spec, now["facts"])
     window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
     carried = jnp.exp2(gates.rows)
     if spec.segments:
-        carried *= now["facts"]["carried"]
+        carried = now["facts"].carried(carried)
     size = range(len(gates.blocks))
     weights, rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
     masked = [jnp.where(masks.causal, x[..., : spec.columns], 0.0) for x in (scores, products)]
@@ -286,11 +283,11 @@ def _chunk(
 
     logits = mask_slots(a * (spec.scale * LOG2E), n, step, now["facts"], spec)
     pa = jnp.exp2(logits - lse)
-    d_weight = row("weight_cotangent") if spec.weight else 0.0
+    d_weight = _row_column(refs["weight_cotangent"], rows) if spec.weight else 0.0
     if spec.has_window:
         pb = jnp.exp2(jnp.where(window_mask, scaled(b, spec.window_scale), MASKED) - lse)
     if spec.wide:
-        delta = row("delta")
+        delta = _row_column(refs["delta"], rows)
     else:
         share = pb * products if spec.has_window else None
         delta = jnp.sum(overlay(jnp.add, pa * (da + d_weight), share, 0.0), -1, keepdims=True)
@@ -383,6 +380,11 @@ def _chunk(
     if n * C % lanes == 0:
         outs["log_decay"][0, 0, :, n * C : n * C + lanes] = join(decays[: lanes // C], 0).T
     yield
+
+
+def _row_column(ref, rows: slice) -> jax.Array:
+    """[1, 1, G, rows] -> [G, C, 1]."""
+    return to_column(ref[0, 0, :, rows][:, None, :])
 
 
 def _store_heads(ref, rows: slice, x: jax.Array) -> None:

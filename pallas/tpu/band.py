@@ -47,7 +47,7 @@ class Band:
 
     @classmethod
     def of(cls, inputs: Arrays, spec: Spec) -> Self:
-        B, H, G, T = inputs["lse"].shape
+        B, H, _, T = inputs["lse"].shape
         K, V = (inputs[name].shape[2] // H for name in ("key", "value"))
         return cls(B, H, K, V, T // spec.rows, spec)
 
@@ -129,8 +129,8 @@ def band_forward(inputs: Arrays, spec: Spec, *, interpret, vmem: int) -> Arrays:
     """Goes on with the softmax of the fused kernel's part.
 
     inputs: query, key, value as `forward`; out and lse, the part's; with spec.rope, query_table
-    and key_table, both the table; with spec.segments, query_run and key_run [B, 1, T] float32, the
-    latter -1 where no one reads. T is a multiple of the block.
+    and key_table, both the table; with spec.segments, query_run and key_run [B, 1, T] float32,
+    segments' numbers. T is a multiple of the block.
 
     Returns out and lse of the whole.
     """

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from jax.experimental.pallas import tpu as pltpu
+
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
@@ -47,6 +49,34 @@ class BlockSizes:
             )
 
 
+# Chosen by static schedules at K = V = 128, M = W = 64 in bfloat16: for one query head to a KV
+# head, and for several.
+_SKEWED = BlockSizes(chunks_per_step=16, forward_group=2, forward_skew=1, backward_group=2)
+_DEFAULTS = {
+    "v5e": (
+        _SKEWED,
+        BlockSizes(forward_group=1, forward_skew=1, backward_group=2, backward_skew=2),
+    ),
+    "v5p": (
+        _SKEWED,
+        BlockSizes(forward_group=1, forward_skew=1, backward_group=2, backward_skew=2),
+    ),
+    "v6e": (
+        dataclasses.replace(_SKEWED, backward_group=4, backward_skew=2),
+        BlockSizes(forward_group=2, forward_skew=1, backward_group=4, backward_skew=2),
+    ),
+}
+_DEFAULTS["7x"] = _DEFAULTS["v6e"]
+
+
 def default_block_sizes(group: int) -> BlockSizes:
-    """Those of the chip that is compiled for, with `group` query heads to a KV head."""
-    return BlockSizes()
+    """Those of the chip that is compiled for, with `group` query heads to a KV head.
+
+    The chip is the ambient mesh's (`jax.set_mesh`), or else the default device; v5e's sizes serve
+    where that is no TPU.
+    """
+    try:
+        chip = str(pltpu.get_tpu_info().chip_version)
+    except ValueError:
+        chip = "v5e"
+    return _DEFAULTS.get(chip, _DEFAULTS["v5e"])[group > 1]

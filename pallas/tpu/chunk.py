@@ -20,7 +20,6 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 Block = Callable[[int], jax.Array]
-Facts = dict[str, jax.Array]  # `FACTS`, a column [C, 1] each
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30  # a masked logit; finite, so that rows that see nothing stay finite
@@ -359,8 +358,7 @@ def floor_of(dtype: jnp.dtype) -> float:
 class Masks:
     """Who sees whom in a chunk; bool [C, columns or width], or None where everyone does."""
 
-    def __init__(self, spec: Spec, facts: Facts | None, visible: jax.Array | None):
-        """visible: [1, width], the run numbers of cat, -1 for none."""
+    def __init__(self, spec: Spec, facts: "Facts | None"):
         shape = (spec.chunk, spec.width)
         row, column = (lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         self.slots = column <= row + spec.shift
@@ -368,33 +366,93 @@ class Masks:
         if not spec.wide:
             self.window &= column <= row + spec.reach
         if facts is not None:
-            same = facts["run"] == visible
+            same = facts.same()
             self.slots &= same
             self.window &= same
         self.causal = self.slots[:, : spec.columns]
 
 
-FACTS = ("run", "carried", "keep", "writes", "enters")  # rows of the array of `pack_facts`
+class Facts:
+    """What a chunk must know of segments, from `pack_facts` and `pack_visible`."""
+
+    def __init__(self, tokens: Tokens, visible: jax.Array, n: int, spec: Spec):
+        """visible: [1, 256 + width] of the chunk."""
+        self.spec = spec
+        self.run, self.entering = tokens.block("run", n), tokens.block("entering", n)
+        self.carried_run, self.end_run = visible[:, :128], visible[:, 128:256]  # all lanes alike
+        self.visible = visible[:, 256:]
+        if spec.mask_empty:
+            self.enters = tokens.block("enters", n) > 0.0  # [C, 128]
+
+    def same(self) -> jax.Array:
+        """[C, width]: cat's tokens of the row's segment."""
+        return spread(self.run, self.spec.width) == self.visible
+
+    def carried(self, x: jax.Array) -> jax.Array:
+        """x [C, M] in the rows that are of the segment of the slots at the chunk's start."""
+        return jnp.where((self.run == self.carried_run)[:, : x.shape[1]], x, 0.0)
+
+    def written(self, x: jax.Array) -> jax.Array:
+        """x [C, M] in the rows of cat whose segment the slots are of at the chunk's end."""
+        return jnp.where((self.entering == self.end_run)[:, : x.shape[1]], x, 0.0)
+
+    def kept(self, x: jax.Array) -> jax.Array:
+        """x [1, M] if the slots at the chunk's start are of the segment of those at its end."""
+        return jnp.where((self.carried_run == self.end_run)[:, : x.shape[1]], x, 0.0)
 
 
-def pack_facts(
-    run: jax.Array, *, carried: jax.Array, keep: jax.Array, writes: jax.Array, enters: jax.Array
-) -> jax.Array:
-    """What each row must know of segments: [B, T] each -> [B, 8, T] float32.
+def spread(x: jax.Array, width: int) -> jax.Array:
+    """[C, 128], all lanes alike, -> [C, width]."""
+    return join([x] * -(-width // x.shape[1]), 1)[:, :width]
 
-    run: the number of the row's own. carried: the slots at the chunk's start are of the row's
-    segment. keep: the slots at the chunk's start are of the same segment as at its end. writes:
-    what row r of cat writes lasts to the chunk's end. enters: the slots hold a token of the row's
-    segment.
+
+def pack_facts(*, run: jax.Array, entering: jax.Array, enters: jax.Array) -> jax.Array:
+    """What is known of each row, [B, T] each -> [B, 8, T] float32, in digits of base 256.
+
+    run: the number, from 0 to 2^24, of the row's own segment. entering: of what is in the slots
+    once row r of cat has entered. enters: the slots hold a token of the row's segment.
     """
-    facts = jnp.stack([run, carried, keep, writes, enters], axis=1).astype(jnp.float32)
-    return jnp.pad(facts, ((0, 0), (0, 8 - len(FACTS)), (0, 0)))
+    digits = [(x >> shift) & 255 for x in (run, entering) for shift in (0, 8, 16)]
+    facts = jnp.stack([*digits, enters, jnp.zeros_like(run)], axis=1)
+    return facts.astype(jnp.float32)
 
 
-def facts_of(tokens: Tokens, n: int) -> Facts:
-    """Chunk n's, flags as 0 and 1."""
-    facts = tokens.block("facts", n)
-    return {name: facts[:, i : i + 1] for i, name in enumerate(FACTS)}
+def pack_visible(visible: jax.Array, carried: jax.Array, end: jax.Array) -> jax.Array:
+    """What is known of each chunk, [B, T / C, width] and twice [B, T / C], -> [., 256 + width].
+
+    visible: the numbers of the segments of cat's tokens. carried, end: of the slots at the chunk's
+    start and end; the kernel wants them in every lane.
+    """
+    spread = [jnp.repeat(x[..., None], 128, axis=-1) for x in (carried, end)]
+    return jnp.concatenate([*spread, visible], axis=-1).astype(jnp.float32)
+
+
+def facts_blocks(ref, spec: Spec) -> dict[str, Block]:
+    """Of facts [1, 8, rows]: for each, the chunks' [C, 128], all lanes alike.
+
+    The matrix unit turns the digits' rows to columns, spreads them over the lanes and adds them up,
+    exactly; it has the time, and lanes are slow to talk to each other.
+    """
+    names = ["run", "entering"] + ["enters"] * spec.mask_empty
+    weights = join([_digit_weights(i) for i in range(len(names))], 1)
+    tiles = column_blocks(
+        lambda lanes: matmul_tn(ref[0, :, lanes].astype(jnp.bfloat16), weights), spec
+    )
+
+    def fact(i):
+        return lambda n: tiles(n)[:, i * 128 : (i + 1) * 128]
+
+    return {name: fact(i) for i, name in enumerate(names)}
+
+
+def _digit_weights(fact: int) -> jax.Array:
+    """[8, 128]: what the rows of `pack_facts` count for its fact 0, 1 or 2."""
+    row = lax.broadcasted_iota(jnp.int32, (8, 128), 0)
+    digits = {0: (0, 1, 2), 1: (3, 4, 5), 2: (6,)}[fact]
+    weights = jnp.zeros((8, 128), jnp.float32)
+    for power, digit in enumerate(digits):
+        weights = jnp.where(row == digit, 256.0**power, weights)
+    return weights.astype(jnp.bfloat16)
 
 
 def emit(units: list[Iterator[None]], group: int, skew: int) -> None:

@@ -20,16 +20,16 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.tpu.chunk import (
     LOG2E,
     MASKED,
+    Facts,
     Gates,
     Masks,
     Spec,
     Tokens,
     apply_feature_map,
     by_head,
-    column_blocks,
     decay_blocks,
     emit,
-    facts_of,
+    facts_blocks,
     flat,
     join,
     matmul,
@@ -55,9 +55,9 @@ def forward(
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
     float32; with spec.rope, table [1 or B, T, 2 K] float32 (`expand_table` of the rotation times
     the root of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
-    rotated_query and rotated_key; with spec.segments, facts [B, 8, T] float32 (`pack_facts`) and visible
-    [B, T/C, halo + C] float32; with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
-    C * N, K and V of 128.
+    rotated_query and rotated_key; with spec.segments, facts [B, 8, T] float32 (`pack_facts`) and
+    visible [B, T / C, 256 + width] float32 (`pack_visible`); with spec.state, slots
+    [B, H, M, K + V] float32. T is a multiple of C * N, K and V of 128.
 
     Returns out [B, T, H * G * V] and lse [B, H, G, T] float32 (base 2); with spec.weight,
     slot_weight [B, H, G, T]; with spec.state, end [B, H, M, K + V]; with `save`, starts
@@ -146,7 +146,7 @@ def _load(refs, past, head, spec: Spec) -> Tokens:
         "decay": decay_blocks(refs["log_decay"], spec, dtype),
     }
     if spec.segments:
-        own["facts"] = column_blocks(lambda lanes: refs["facts"][0, :, lanes].T, spec)
+        own |= facts_blocks(refs["facts"], spec)
     halos = ("key", "rotated_key", "value", "decay") if spec.halo else ()
     return Tokens(spec, own, {name: past[name][head] for name in halos})
 
@@ -167,11 +167,8 @@ def _chunk(
     if spec.rope:
         rotated = flat(rotate(by_head(query, G), refs["table"][0, rows])).astype(dtype)
     query = apply_feature_map(query, spec.feature_map)
-    facts = visible = None
-    if spec.segments:
-        facts = facts_of(tokens, n)
-        visible = refs["visible"][0, n : n + 1]
-    masks = Masks(spec, facts, visible)
+    facts = Facts(tokens, refs["visible"][0, n : n + 1], n, spec) if spec.segments else None
+    masks = Masks(spec, facts)
     window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
 
     scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
@@ -181,9 +178,8 @@ def _chunk(
     to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
     carried = jnp.exp2(gates.rows)
     if facts is not None:
-        to_end *= facts["writes"]
-        keep *= facts["keep"][:1]
-        carried *= facts["carried"]
+        to_end, keep = facts.written(to_end), facts.kept(keep)
+        carried = facts.carried(carried)
     keep = to_column(keep)
     added = matmul_tn(to_end.astype(dtype), jnp.concatenate([entering[:C], value[:C]], 1))
     b = None
@@ -208,11 +204,11 @@ def _chunk(
     yield
 
     a = mask_slots(a, n, step, facts, spec)
-    if spec.has_window:
+    if b is not None:
         b = jnp.where(window_mask, scaled(b, spec.window_scale), MASKED)
     top = jnp.max(overlay(jnp.maximum, a, b, MASKED), -1, keepdims=True)
     pa = jnp.exp2(a - top)
-    pb = jnp.exp2(b - top) if spec.has_window else None
+    pb = None if b is None else jnp.exp2(b - top)
     mass = jnp.sum(overlay(jnp.add, pa, pb, 0.0), -1, keepdims=True)
     inverse = pltpu.reciprocal(mass, approx=dtype != jnp.float32)
     yield
@@ -222,7 +218,7 @@ def _chunk(
         widen(by_head(matmul_nt(flat(pa[:, block] * rise).astype(dtype), weight), G), spec.width)
         for block, weight, rise in zip(gates.blocks, weights, rises, strict=True)
     ], 1)  # fmt: skip
-    p = jnp.where(masks.slots, p, pb if spec.has_window else 0.0)
+    p = jnp.where(masks.slots, p, 0.0 if pb is None else pb)
     yield
 
     out = by_head(out + matmul(flat(p).astype(dtype), value), G) * inverse
@@ -235,14 +231,14 @@ def _chunk(
     yield
 
 
-def mask_slots(a: jax.Array, n: int, step, facts: Arrays | None, spec: Spec) -> jax.Array:
+def mask_slots(a: jax.Array, n: int, step, facts: Facts | None, spec: Spec) -> jax.Array:
     """Slot logits [G, C, M] without those that are padding, or still empty if they are masked."""
     if spec.slots < a.shape[-1]:
         a = jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, 2) < spec.slots, a, MASKED)
     if not spec.mask_empty:
         return a
     if facts is not None:
-        return jnp.where(facts["enters"] > 0.0, a, MASKED)
+        return jnp.where(facts.enters[:, : a.shape[2]], a, MASKED)
     if n * spec.chunk >= spec.window and not spec.wide:
         return a
     row = lax.broadcasted_iota(jnp.int32, (spec.chunk, 1), 0)

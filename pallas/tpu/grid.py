@@ -103,7 +103,7 @@ class Grid:
             specs[name] = self.table(inputs[name].shape[0])
         if self.spec.segments:
             specs["facts"] = self._block((1, 8, self.spec.rows), lambda b, h, t: (b, 0, t))
-            specs["visible"] = self.chunks(self.spec.width)
+            specs["visible"] = self.chunks(256 + self.spec.width)
         if self.spec.state:
             specs["slots"] = self.slots()
         return specs

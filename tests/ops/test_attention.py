@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,6 +69,8 @@ def check(case: Case, implementation: str, dtype: str, inputs: dict) -> None:
         exceptions["gradient/query"] = max(tolerance.gradients, 4 * error)
     result = run(case, implementation, dtype, inputs)
     assert_close(result, expected, tolerance, exceptions)
+    if implementation == "pallas_tpu":
+        jax.clear_caches()  # interpreted kernels are large: some dozens of them exhaust a process
 
 
 def nearly_equal_slots(case: Case) -> bool:

@@ -40,7 +40,9 @@ def compile_for(
     """`function` of abstract arguments (trees of ShapeDtypeStruct), for one device of the chip."""
     device = SingleDeviceSharding(devices(chip)[0])
     jitted = jax.jit(function, in_shardings=device, out_shardings=device, donate_argnums=donate)
-    return jitted.lower(*arguments).compile()
+    mesh = make_mesh(chip, (1,), ("data",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the kernels' sizes go by the chip
+        return jitted.lower(*arguments).compile()
 
 
 def make_mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
