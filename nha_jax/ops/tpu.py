@@ -272,37 +272,43 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
 
     Segments are numbered from 2; 1 is of rows beyond the last, 0 of tokens that no one reads.
     """
-    B, N = rows.run.shape
     C, halo = spec.chunk, spec.window if spec.wide else spec.halo
-    last = rows.last[:, None] - spec.window  # the last token to enter the slots
+    N = rows.num_rows + padding
     number = rows.run + 2
-
-    def at(x, index, outside):  # x [B, N] at index [n], or a constant beyond the rows
-        inside = (index >= 0) & (index < N)
-        return jnp.where(inside, x[:, jnp.clip(index, 0, N - 1)], outside)
-
-    def entered(index):  # of the last token to have entered when index had its turn
-        index = jnp.minimum(index, last)  # [B, n]
-        found = jnp.take_along_axis(number, jnp.clip(index, 0, N - 1), axis=1)
-        return jnp.where(index >= 0, found, 2)
-
     visible = jnp.where(rows.real, number, 0)
-    row, chunk = jnp.arange(N + padding), jnp.arange(0, N + padding, C)
-    run = at(number, row, 1)
-    cat = chunk[:, None] - halo + jnp.arange(spec.width)  # the tokens that each chunk reads
+    last = rows.last[:, None] - spec.window  # the last token to enter the slots
+    in_the_end = jnp.where(
+        last >= 0, jnp.take_along_axis(number, jnp.maximum(last, 0), axis=1), 2
+    )  # [B, 1]
+
+    def entered(offset):  # [B, N], of the last token to have entered when t + offset had its turn
+        turn = jnp.arange(N) + offset
+        return jnp.where(turn > last, in_the_end, _at_offset(number, offset, N, outside=2))
+
+    run = _at_offset(number, 0, N, outside=1)
+    tokens = _at_offset(visible, -halo, N + spec.width, outside=0)
+    cat = [tokens[:, i : i + N].reshape(-1, N // C, C) for i in range(0, spec.width, C)]
     constants = {
         "facts": pack_facts(
             run=run,
-            entering=entered(row - halo),
-            enters=at(visible, row - spec.window, 0) == run,
+            entering=entered(-halo),
+            enters=_at_offset(visible, -spec.window, N, outside=0) == run,
         ),
         "visible": pack_visible(
-            at(visible, cat.reshape(-1), 0).reshape(B, *cat.shape),
-            entered(chunk - halo - 1),
-            entered(chunk - halo + C - 1),
+            jnp.concatenate(cat, axis=-1)[..., : spec.width],
+            entered(-halo - 1)[:, ::C],
+            entered(-halo + C - 1)[:, ::C],
         ),
     }
     if spec.wide:
         constants["query_run"] = run[:, None]
-        constants["key_run"] = at(visible, row, 0)[:, None]
+        constants["key_run"] = _at_offset(visible, 0, N, outside=0)[:, None]
     return {name: x.astype(jnp.float32) for name, x in constants.items()}
+
+
+def _at_offset(x: jax.Array, offset: int, rows: int, *, outside: int) -> jax.Array:
+    """x [B, n] at t + offset, [B, rows]; slices, because gathers are slow on a TPU."""
+    before = max(-offset, 0)
+    after = max(rows + offset - x.shape[1], 0)
+    padded = jnp.pad(x, ((0, 0), (before, after)), constant_values=outside)
+    return jax.lax.slice_in_dim(padded, offset + before, offset + before + rows, axis=1)
