@@ -93,10 +93,6 @@ def tpu_attention(
     out, state, weight = attend(
         query, key, value, log_decay, rope, segment_ids, initial_state, options, interpret
     )
-    if segment_ids is not None:
-        real = (segment_ids != 0)[:, :, None]
-        out = jnp.where(real[..., None], out, 0)
-        weight = None if weight is None else jnp.where(real, weight, 0)
     return NHAOutput(out.astype(query.dtype), state, weight)
 
 
@@ -115,6 +111,9 @@ def _full(query, key, value, log_decay, rope, segment_ids, initial_state, option
             jnp.zeros((B, H, M, value.shape[3]), jnp.float32),
         )
         state = next_state(timeline, T, empty, segment_ids, initial_state, W)
+    if segment_ids is not None:
+        real = timeline.real[:, -T:, None]
+        out, weight = jnp.where(real[..., None], out, 0), jnp.where(real, weight, 0)
     return NHAOutput(out, state, weight if options.return_slot_weight else None)
 
 
@@ -221,7 +220,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
         rotated=rows.rotated_query is not None and W > 0,
         feature_map=options.slot_feature_map,
         mask_empty=options.empty_slots == "mask",
-        segments=rows.segments,
+        segments=rows.segments or options.return_state,
         state=has_state or options.return_state,
         weight=options.return_slot_weight,
     )
@@ -231,13 +230,8 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
 def _inputs(
     rows: _Rows, spec: Spec, padding: int, initial_state: NHAState | None
 ) -> dict[str, jax.Array]:
-    """What the kernels differentiate. Decays are 0 where no token enters the slots."""
+    """What the kernels differentiate."""
     key, rotated_key, value, log_decay = rows.tokens
-    if spec.segments or spec.state:
-        # After the last real row nothing enters: the slots stay as it left them.
-        last = rows.last[:, None] - spec.window
-        enters = rows.real & (jnp.arange(rows.num_rows) <= last)
-        log_decay = jnp.where(enters[..., None, None], log_decay, 0)
     inputs = {
         "query": flatten_heads(rows.query, padding, halves=True),
         "key": flatten_heads(key, padding, halves=True),
@@ -270,7 +264,8 @@ def _constants(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
 def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
     """The kernels' constants of segments: whose the rows, the chunks' tokens and the slots are.
 
-    Segments are numbered from 2; 1 is of rows beyond the last, 0 of tokens that no one reads.
+    Segments are numbered from 2; 1 is of padding and of rows beyond the last, 0 of tokens that no
+    one reads.
     """
     C, halo = spec.chunk, spec.window if spec.wide else spec.halo
     N = rows.num_rows + padding
@@ -285,7 +280,9 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
         turn = jnp.arange(N) + offset
         return jnp.where(turn > last, in_the_end, _at_offset(number, offset, N, outside=2))
 
-    run = _at_offset(number, 0, N, outside=1)
+    # After the last real row nothing enters: the slots stay as it left them.
+    written = rows.real & (jnp.arange(rows.num_rows) <= last)
+    run = _at_offset(jnp.where(rows.real, number, 1), 0, N, outside=1)
     tokens = _at_offset(visible, -halo, N + spec.width, outside=0)
     cat = [tokens[:, i : i + N].reshape(-1, N // C, C) for i in range(0, spec.width, C)]
     constants = {
@@ -293,6 +290,7 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
             run=run,
             entering=entered(-halo),
             enters=_at_offset(visible, -spec.window, N, outside=0) == run,
+            written=_at_offset(written, -spec.window if spec.wide else 0, N, outside=False),
         ),
         "visible": pack_visible(
             jnp.concatenate(cat, axis=-1)[..., : spec.width],

@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas.tpu.backward import backward
 from pallas.tpu.band import band_backward, band_forward
 from pallas.tpu.block_sizes import BlockSizes
-from pallas.tpu.chunk import Spec
 from pallas.tpu.forward import forward
+from pallas.tpu.spec import Spec
 
 VMEM = 64 << 20  # bytes that a kernel may use
 

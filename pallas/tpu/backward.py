@@ -1,6 +1,6 @@
 """The fused backward: every gradient in one pass over the chunks, from the last to the first.
 
-Symbols as in `chunk.py` and `forward.py`; D = d_out value^T, dS the gradient of the slots at the
+Symbols as in `spec.py` and `forward.py`; D = d_out value^T, dS the gradient of the slots at the
 chunk's end, and, with the forward's weights w_rj = s_j exp(G_r - G_j):
 
     a = exp(G) (q SK0^T) + sum_j (q k^T)_rj w_rj     da = exp(G) (d_out SV0^T) + sum_j D_rj w_rj
@@ -18,45 +18,52 @@ a difference of sums that nearly cancel when decays are strong, so R, Y and x1 a
 operands, rounded, that enter the products: what cancels in exact arithmetic then cancels here.
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.chunk import (
+from pallas.tpu.arithmetic import (
     LOG2E,
     MASKED,
-    Facts,
-    Gates,
-    Masks,
-    Spec,
-    Tokens,
     apply_feature_map,
     by_head,
-    decay_blocks,
-    emit,
-    facts_blocks,
     feature_map_pullback,
     flat,
-    floor_of,
     join,
     matmul,
     matmul_nt,
     matmul_tn,
     overlay,
     reverse_cumulative_sum,
-    rotate,
     rotate_back,
     scaled,
     to_column,
     to_row,
     widen,
 )
-from pallas.tpu.forward import mask_slots, since_start
+from pallas.tpu.gates import Gates, floor_of, turned_decays
 from pallas.tpu.grid import Grid
+from pallas.tpu.masks import Masks
+from pallas.tpu.segments import where_written
+from pallas.tpu.spec import Spec
+from pallas.tpu.tokens import (
+    Tokens,
+    chunk_facts,
+    emit,
+    own_blocks,
+    rotated_keys,
+    rotated_queries,
+    rows_of,
+    stack_heads,
+    unstack_heads,
+    written_decays,
+)
 
 Arrays = dict[str, jax.Array]
 
@@ -132,266 +139,293 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
         if spec.state:
             later["slots"][head] = refs["end_cotangent"][0, 0]
 
-    tokens = _load(refs, before, step, spec)
-    slots = [refs["starts"][0, 0, 0]]
-    recomputed: list[Arrays] = [{} for _ in range(spec.chunks)]
-    emit(
-        [_recompute(n, refs, tokens, slots, recomputed[n], spec) for n in range(spec.chunks)],
-        spec.chunks,
-        1,
-    )
+    tokens = Tokens(spec, own_blocks(refs, spec), _halo(refs, before, step, spec))
     carry = {name: later[name][head] for name in names}
-    decays: list[jax.Array] = []
-    chunks = [
-        _chunk(n, refs, outs, tokens, recomputed[n], carry, decays, step, spec)
-        for n in reversed(range(spec.chunks))
-    ]
-    emit(chunks, group, skew)
+    shared = _Step(refs, outs, tokens, spec, step, refs["starts"][0, 0, 0], carry)
+    chunks = [_Chunk(n, shared) for n in range(spec.chunks)]
+    emit([chunk.forward_stages() for chunk in chunks], spec.chunks, 1)
+    emit([chunk.backward_stages() for chunk in reversed(chunks)], group, skew)
     for name in names:
         later[name][head] = carry[name]
     if spec.state:
         outs["slots"][0, 0] = carry["slots"]
 
 
-def _load(refs, before, step, spec: Spec) -> Tokens:
-    """rotated_key, raw_key, key (feature-mapped), value, decay; zeros before the first token."""
-    C, dtype = spec.chunk, refs["key"].dtype
-
-    def key_of(raw):
-        return apply_feature_map(raw, spec.feature_map)
-
-    def rotated_of(arrays, rows):
-        if spec.rotated:
-            return arrays["rotated_key"][0, rows]
-        raw = arrays["key"][0, rows]
-        return rotate(raw, arrays[spec.tables[-1]][0, rows]).astype(dtype) if spec.rope else raw
-
-    rows = lambda n: slice(n * C, (n + 1) * C)  # noqa: E731
-    own = {
-        "rotated_key": lambda n: rotated_of(refs, rows(n)),
-        "raw_key": lambda n: refs["key"][0, rows(n)],
-        "key": lambda n: key_of(refs["key"][0, rows(n)]),
-        "value": lambda n: refs["value"][0, rows(n)],
-        "decay": decay_blocks(refs["log_decay"], spec, dtype),
-    }
-    if spec.segments:
-        own |= facts_blocks(refs["facts"], spec)
+def _halo(refs, before, step, spec: Spec) -> Arrays:
+    """The tokens before the step's own; before the first token, keys and values of any kind."""
     if not spec.halo:
-        return Tokens(spec, own, {})
+        return {}
+    dtype = refs["key"].dtype
     if not before:  # the whole sequence is one step
         sizes = {name: refs[name].shape[2] for name in ("key", "value", "log_decay")}
-        zeros = lambda size, dtype: jnp.zeros((spec.halo, size), dtype)  # noqa: E731
-        halo = {name: zeros(refs["key"].shape[2], dtype) for name in ("rotated_key", "key")}
-        halo["value"] = zeros(sizes["value"], dtype)
-        halo["decay"] = zeros(sizes["log_decay"], jnp.float32)
-        return Tokens(spec, own, halo)
+        key = jnp.zeros((spec.halo, sizes["key"]), dtype)
+        value = jnp.zeros((spec.halo, sizes["value"]), dtype)
+        decay = jnp.zeros((spec.halo, sizes["log_decay"]), jnp.float32)
+        return {"rotated_key": key, "key": key, "value": value, "decay": decay}
     last = slice(before["key"].shape[1] - spec.halo, None)
-    decay = before["log_decay"][0, 0].T
-    decay = jnp.maximum(decay[decay.shape[0] - spec.halo :] * LOG2E, floor_of(dtype))
-    halo = {
-        "rotated_key": rotated_of(before, last),
-        "key": key_of(before["key"][0, last]),
+    decay = turned_decays(written_decays(before, slice(None), spec), dtype)
+    return {
+        "rotated_key": rotated_keys(before, last, spec),
+        "key": apply_feature_map(before["key"][0, last], spec.feature_map),
         "value": before["value"][0, last],
-        "decay": jnp.where(step > 0, decay, 0.0),
+        "decay": jnp.where(step > 0, decay[decay.shape[0] - spec.halo :], 0.0),
     }
-    return Tokens(spec, own, halo)
 
 
-def _recompute(
-    n: int, refs, tokens: Tokens, slots: list[jax.Array], result: dict, spec: Spec
-) -> Iterator[None]:
-    """A chunk's gates, and the slots at its start and end."""
-    C, dtype = spec.chunk, refs["value"].dtype
-    gates = Gates(tokens.cat("decay", n, spec.columns), spec, dtype)
-    yield
+@dataclasses.dataclass
+class _Step:
+    """What the chunks of a grid step share.
 
-    to_end, keep = gates.to_end, jnp.exp2(gates.end)
-    facts = Facts(tokens, refs["visible"][0, n : n + 1], n, spec) if spec.segments else None
-    if facts is not None:
-        to_end, keep = facts.written(to_end), facts.kept(keep)
-    written = (gates.write[:C] * to_end).astype(dtype)
-    keep = to_column(keep)
-    added = matmul_tn(
-        written, jnp.concatenate([tokens.cat(name, n, C) for name in ("key", "value")], 1)
-    )
-    yield
-
-    K = refs["key"].shape[2]
-    start = [x.astype(dtype) for x in (slots[0][:, :K], slots[0][:, K:])]
-    slots[0] = keep * slots[0] + added
-    result.update(
-        gates=gates, facts=facts, to_end=to_end, written=written, keep=keep, start=start,
-        end=slots[0],
-    )  # fmt: skip
-    yield
-
-
-def _chunk(
-    n: int, refs, outs, tokens: Tokens, now: dict, carry: Arrays, decays: list, step,
-    spec: Spec,
-) -> Iterator[None]:  # fmt: skip
-    """One chunk, a stage at a time.
-
-    `carry` holds what the later chunks add to the gradients of this one's tokens (`overlap_add`)
-    and of the slots at its end; `decays` collects the decays' gradients.
+    Fields:
+      slots: [M, K + V], at the start of the next chunk whose forward is to come.
+      carry: what the later chunks add to the gradients of this one's tokens (`_overlap_add`), and
+        of the slots at its end.
+      decays: the gradients [C, M] of the chunks' decays, as far as they are known.
     """
-    C, G, M = spec.chunk, spec.group, now["keep"].shape[0]
-    rows = slice(n * C, (n + 1) * C)
-    entering = tokens.cat("key", n, spec.columns)
-    value = tokens.cat("value", n, spec.width)
-    rotated_key = tokens.cat("rotated_key", n, spec.width)
-    K, V, dtype = entering.shape[1], value.shape[1], value.dtype
-    gates, (start_key, start_value) = now["gates"], now["start"]
-    stack = lambda name, size: join([  # noqa: E731
-        refs[name][0, rows, g * size : (g + 1) * size] for g in range(G)
-    ], 0)  # fmt: skip
-    raw, d_out = stack("query", K), stack("out_cotangent", V)
-    rotated = stack("rotated_query", K) if spec.rotated else raw
-    if spec.rope:
-        table = refs["table"][0, rows]
-        rotated = flat(rotate(by_head(raw, G), table)).astype(dtype)
-    query = apply_feature_map(raw, spec.feature_map)
-    scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
-    products = by_head(matmul_nt(d_out, value), G)  # D, [G, C, width]
-    lse = _row_column(refs["lse"], rows)
-    yield
 
-    masks = Masks(spec, now["facts"])
-    window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
-    carried = jnp.exp2(gates.rows)
-    if spec.segments:
-        carried = now["facts"].carried(carried)
-    size = range(len(gates.blocks))
-    weights, rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
-    masked = [jnp.where(masks.causal, x[..., : spec.columns], 0.0) for x in (scores, products)]
-    stacked = [
-        jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0).astype(dtype)
-        for block, extent in zip(gates.blocks, gates.extents, strict=True)
-    ]
-    carried_a = by_head(matmul_nt(query, start_key), G)  # [G, C, M]
-    carried_da = by_head(matmul_nt(d_out, start_value), G)
-    spread = [matmul(x, weight) for x, weight in zip(stacked, weights, strict=True)]
-    if spec.has_window:
-        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
-    half = G * (gates.blocks[0].stop)
-    a, da = (
-        x * carried
-        + join([by_head(y[part], G) * rise for y, rise in zip(spread, rises, strict=True)], 1)
-        for x, part in ((carried_a, slice(0, half)), (carried_da, slice(half, None)))
-    )
-    yield
+    refs: Any
+    outs: Any
+    tokens: Tokens
+    spec: Spec
+    index: jax.Array  # of the step
+    slots: jax.Array
+    carry: Arrays
+    decays: list[jax.Array] = dataclasses.field(default_factory=list)
 
-    logits = mask_slots(a * (spec.scale * LOG2E), n, step, now["facts"], spec)
-    pa = jnp.exp2(logits - lse)
-    d_weight = _row_column(refs["weight_cotangent"], rows) if spec.weight else 0.0
-    if spec.has_window:
-        pb = jnp.exp2(jnp.where(window_mask, scaled(b, spec.window_scale), MASKED) - lse)
-    if spec.wide:
-        delta = _row_column(refs["delta"], rows)
-    else:
-        share = pb * products if spec.has_window else None
-        delta = jnp.sum(overlay(jnp.add, pa * (da + d_weight), share, 0.0), -1, keepdims=True)
-    ds = pa * ((da + (d_weight - delta)) * spec.scale)
-    if spec.has_window:
-        db = flat(pb * ((products - delta) * spec.window_slope)).astype(dtype)
-    ds_carried, pa_carried = (flat(x * carried).astype(dtype) for x in (ds, pa))
-    pairs = [
-        jnp.concatenate([flat(x[:, block] * rise) for x in (ds, pa)], 0).astype(dtype)
-        for block, rise in zip(gates.blocks, rises, strict=True)
-    ]
-    yield
 
-    wide = jnp.float32
-    into_rows = join([
-        jnp.sum((pair.astype(wide) * x).reshape(2 * G, -1, M), 0)
-        for pair, x in zip(pairs, spread, strict=True)
-    ], 0) + jnp.sum(
-        by_head(ds_carried.astype(wide), G) * carried_a
-        + by_head(pa_carried.astype(wide), G) * carried_da,
-        0,
-    )  # R, [C, M]  # fmt: skip
-    gathered = [matmul_nt(pair, weight) for pair, weight in zip(pairs, weights, strict=True)]
-    d_scores = join([widen(by_head(x[:half], G), spec.columns) for x in gathered], 1)  # L
-    d_scores = flat(jnp.where(masks.causal, d_scores, 0.0)).astype(dtype)
-    p = join([widen(by_head(x[half:], G), spec.width) for x in gathered], 1)  # A, then P
-    p = flat(jnp.where(masks.slots, p, pb if spec.has_window else 0.0)).astype(dtype)
-    per_block = [matmul_tn(x, pair) for x, pair in zip(stacked, pairs, strict=True)]
-    d_start = jnp.concatenate([matmul_tn(ds_carried, query), matmul_tn(pa_carried, d_out)], 1)
-    if spec.has_window:
-        d_rotated_query = by_head(matmul(db, rotated_key), G)
-        d_rotated_key = matmul_tn(db, rotated)  # [width, K]
-    yield
+class _Chunk:
+    """One chunk's work; the stages leave to each other what they set as attributes."""
 
-    d_end = carry["slots"]
-    d_end_key, d_end_value = (x.astype(dtype) for x in (d_end[:, :K], d_end[:, K:]))
-    d_end_narrow = jnp.concatenate([d_end_key, d_end_value], 1)
-    into_end = to_row(jnp.sum(d_end_narrow.astype(wide) * now["end"], -1, keepdims=True))  # x1
-    carry["slots"] = now["keep"] * d_end + d_start
+    def __init__(self, n: int, step: _Step):
+        self.n, self.step, self.spec, self.rows = n, step, step.spec, rows_of(n, step.spec)
+        self.dtype = step.refs["value"].dtype
+        self.K, self.V = (step.refs[name].shape[2] for name in ("key", "value"))
 
-    d_query = by_head(matmul(ds_carried, start_key) + matmul(d_scores, entering), G)
-    written = matmul(now["written"], d_end_narrow)  # [C, K + V]
-    d_key = matmul_tn(d_scores, query)  # [columns, K]
-    d_value = matmul_tn(p, d_out)  # [width, V]
-    d_key, d_value = (
-        jnp.concatenate([x[:C] + y, x[C:]], 0) if x.shape[0] > C else x + y
-        for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
-    )
-    ending = matmul_nt(entering[:C], d_end_key)
-    ending += matmul_nt(value[:C], d_end_value)  # [C, M]
-    yield
+    def forward_stages(self) -> Iterator[None]:
+        """The chunk's gates, and the slots at its start and end."""
+        for stage in (self._gate, self._write_slots, self._pass_slots_on):
+            stage()
+            yield
 
-    d_write = _sum_blocks(per_block, [gates.fall(i) for i in size], gates, spec)
-    rounded = _sum_blocks(per_block, [x.astype(wide) for x in weights], gates, spec)
-    d_write, rounded = (
-        jnp.concatenate([x[:C] + y, x[C:]], 0) if spec.shift else x + y
-        for x, y in (
-            (d_write, ending * now["to_end"]),
-            (rounded, ending * now["written"].astype(wide)),
+    def backward_stages(self) -> Iterator[None]:
+        for stage in (
+            self._start, self._slot_logits, self._softmax, self._probabilities, self._tokens,
+            self._finish,
+        ):  # fmt: skip
+            stage()
+            yield
+
+    def _gate(self) -> None:
+        decay = self.step.tokens.cat("decay", self.n, self.spec.columns)
+        self.gates = Gates(decay, self.spec, self.dtype)
+
+    def _write_slots(self) -> None:
+        C, tokens = self.spec.chunk, self.step.tokens
+        self.to_end, keep = self.gates.to_end, jnp.exp2(self.gates.end)
+        self.facts = chunk_facts(self.step.refs, tokens, self.n, self.spec)
+        if self.facts is not None:
+            self.to_end, keep = self.facts.written(self.to_end), self.facts.kept(keep)
+        self.written = (self.gates.write[:C] * self.to_end).astype(self.dtype)
+        self.keep = to_column(keep)
+        entered = jnp.concatenate([tokens.cat(name, self.n, C) for name in ("key", "value")], 1)
+        self.added = matmul_tn(self.written, entered)
+
+    def _pass_slots_on(self) -> None:
+        start = self.step.slots
+        self.start_key, self.start_value = (
+            x.astype(self.dtype) for x in (start[:, : self.K], start[:, self.K :])
         )
-    )
-    d_decay = reverse_cumulative_sum(_at_tokens(into_rows, spec) - rounded)
-    d_decay -= (1.0 - gates.write) * d_write
-    d_decay = (
-        jnp.concatenate([d_decay[:C] + into_end, d_decay[C:]], 0)
-        if spec.shift
-        else d_decay + into_end
-    )
-    d_decay = jnp.where(tokens.cat("decay", n, spec.columns) > floor_of(dtype), d_decay, 0.0)
+        self.end = self.step.slots = self.keep * start + self.added
 
-    d_query = feature_map_pullback(d_query, by_head(raw, G), spec.feature_map)
-    d_key = _overlap_add(d_key, carry, "key", spec)
-    d_key = feature_map_pullback(d_key, tokens.block("raw_key", n), spec.feature_map)
-    if spec.has_window:
-        d_rotated_key = _overlap_add(d_rotated_key, carry, "rotated_key", spec)
-        if spec.rotated:
-            _store_heads(outs["rotated_query"], rows, d_rotated_query)
-            outs["rotated_key"][0, rows] = d_rotated_key.astype(dtype)
-        elif spec.rope:
-            d_query += rotate_back(d_rotated_query, table)
-            d_key += rotate_back(d_rotated_key, refs[spec.tables[-1]][0, rows])
+    def _start(self) -> None:
+        n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
+        self.entering = tokens.cat("key", n, spec.columns)
+        self.value = tokens.cat("value", n, spec.width)
+        self.rotated_key = tokens.cat("rotated_key", n, spec.width)
+        self.raw_query = stack_heads(refs["query"], self.rows, spec.group)
+        self.d_out = stack_heads(refs["out_cotangent"], self.rows, spec.group)
+        self.rotated_query = rotated_queries(refs, self.rows, spec)
+        self.query = apply_feature_map(self.raw_query, spec.feature_map)
+        self.scores = by_head(matmul_nt(self.query, self.entering), spec.group)  # [G, C, columns]
+        self.products = by_head(matmul_nt(self.d_out, self.value), spec.group)  # D, [G, C, width]
+        self.lse = self._row_column("lse")
+
+    def _slot_logits(self) -> None:
+        spec, gates, G = self.spec, self.gates, self.spec.group
+        self.masks = Masks(spec, self.facts, self.n, self.step.index)
+        self.carried = jnp.exp2(gates.rows)
+        if self.facts is not None:
+            self.carried = self.facts.carried(self.carried)
+        size = range(len(gates.blocks))
+        self.weights, self.rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
+        masked = [
+            jnp.where(self.masks.causal, x[..., : spec.columns], 0.0)
+            for x in (self.scores, self.products)
+        ]
+        self.stacked = [
+            jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0).astype(self.dtype)
+            for block, extent in zip(gates.blocks, gates.extents, strict=True)
+        ]
+        self.carried_a = by_head(matmul_nt(self.query, self.start_key), G)  # [G, C, M]
+        self.carried_da = by_head(matmul_nt(self.d_out, self.start_value), G)
+        self.spread = [matmul(x, w) for x, w in zip(self.stacked, self.weights, strict=True)]
+        if spec.has_window:
+            self.b = by_head(matmul_nt(self.rotated_query, self.rotated_key), G)  # [G, C, width]
+        self.half = G * gates.blocks[0].stop
+        self.a, self.da = (
+            x * self.carried
+            + join([
+                by_head(y[part], G) * rise
+                for y, rise in zip(self.spread, self.rises, strict=True)
+            ], 1)
+            for x, part in (
+                (self.carried_a, slice(0, self.half)), (self.carried_da, slice(self.half, None))
+            )
+        )  # fmt: skip
+
+    def _softmax(self) -> None:
+        spec, da, products = self.spec, self.da, self.products
+        logits = self.masks.slot_logits(self.a * (spec.scale * LOG2E))
+        pa = jnp.exp2(logits - self.lse)
+        d_weight = self._row_column("weight_cotangent") if spec.weight else 0.0
+        if spec.has_window:
+            b = jnp.where(self.masks.window, scaled(self.b, spec.window_scale), MASKED)
+            self.pb = jnp.exp2(b - self.lse)
+        if spec.wide:
+            delta = self._row_column("delta")
         else:
-            d_query += d_rotated_query
-            d_key += d_rotated_key
-    _store_heads(outs["query"], rows, d_query)
-    outs["key"][0, rows] = d_key.astype(dtype)
-    outs["value"][0, rows] = _overlap_add(d_value, carry, "value", spec).astype(dtype)
-    decays.insert(0, _overlap_add(d_decay, carry, "log_decay", spec))
-    lanes = min(128, spec.rows)
-    if n * C % lanes == 0:
-        outs["log_decay"][0, 0, :, n * C : n * C + lanes] = join(decays[: lanes // C], 0).T
-    yield
+            share = self.pb * products if spec.has_window else None
+            delta = jnp.sum(overlay(jnp.add, pa * (da + d_weight), share, 0.0), -1, keepdims=True)
+        ds = pa * ((da + (d_weight - delta)) * spec.scale)
+        if spec.has_window:
+            self.db = flat(self.pb * ((products - delta) * spec.window_slope)).astype(self.dtype)
+        self.ds_carried, self.pa_carried = (
+            flat(x * self.carried).astype(self.dtype) for x in (ds, pa)
+        )
+        self.pairs = [
+            jnp.concatenate([flat(x[:, block] * rise) for x in (ds, pa)], 0).astype(self.dtype)
+            for block, rise in zip(self.gates.blocks, self.rises, strict=True)
+        ]
+
+    def _probabilities(self) -> None:
+        spec, G, half, dtype = self.spec, self.spec.group, self.half, self.dtype
+        self.into_rows = self._into_rows()
+        gathered = [matmul_nt(x, w) for x, w in zip(self.pairs, self.weights, strict=True)]
+        d_scores = join([widen(by_head(x[:half], G), spec.columns) for x in gathered], 1)  # L
+        self.d_scores = flat(jnp.where(self.masks.causal, d_scores, 0.0)).astype(dtype)
+        p = join([widen(by_head(x[half:], G), spec.width) for x in gathered], 1)  # A, then P
+        p = jnp.where(self.masks.slots, p, self.pb if spec.has_window else 0.0)
+        self.p = flat(p).astype(dtype)
+        self.per_block = [matmul_tn(x, y) for x, y in zip(self.stacked, self.pairs, strict=True)]
+        self.d_start = jnp.concatenate(
+            [matmul_tn(self.ds_carried, self.query), matmul_tn(self.pa_carried, self.d_out)], 1
+        )
+        if spec.has_window:
+            self.d_rotated_query = by_head(matmul(self.db, self.rotated_key), G)
+            self.d_rotated_key = matmul_tn(self.db, self.rotated_query)  # [width, K]
+
+    def _into_rows(self) -> jax.Array:
+        """R, [C, M]."""
+        wide, G = jnp.float32, self.spec.group
+        within = [
+            jnp.sum((pair.astype(wide) * x).reshape(2 * G, -1, x.shape[1]), 0)
+            for pair, x in zip(self.pairs, self.spread, strict=True)
+        ]
+        carried = (
+            by_head(self.ds_carried.astype(wide), G) * self.carried_a
+            + by_head(self.pa_carried.astype(wide), G) * self.carried_da
+        )
+        return join(within, 0) + jnp.sum(carried, 0)
+
+    def _tokens(self) -> None:
+        C, K, carry = self.spec.chunk, self.K, self.step.carry
+        d_end = carry["slots"]
+        d_end_key, d_end_value = (x.astype(self.dtype) for x in (d_end[:, :K], d_end[:, K:]))
+        d_end_narrow = jnp.concatenate([d_end_key, d_end_value], 1)
+        into_end = jnp.sum(d_end_narrow.astype(jnp.float32) * self.end, -1, keepdims=True)
+        self.into_end = to_row(into_end)  # x1
+        carry["slots"] = self.keep * d_end + self.d_start
+
+        d_query = matmul(self.ds_carried, self.start_key) + matmul(self.d_scores, self.entering)
+        self.d_query = by_head(d_query, self.spec.group)
+        written = matmul(self.written, d_end_narrow)  # [C, K + V]
+        d_key = matmul_tn(self.d_scores, self.query)  # [columns, K]
+        d_value = matmul_tn(self.p, self.d_out)  # [width, V]
+        self.d_key, self.d_value = (
+            _add_to_first(x, y) for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
+        )
+        self.ending = matmul_nt(self.entering[:C], d_end_key)
+        self.ending += matmul_nt(self.value[:C], d_end_value)  # [C, M]
+
+    def _finish(self) -> None:
+        d_decay = self._decay_gradient()
+        self._store_tokens()
+        self._store_decays(d_decay)
+
+    def _decay_gradient(self) -> jax.Array:
+        """[columns, M]."""
+        gates, spec = self.gates, self.spec
+        falls = [gates.fall(i) for i in range(len(gates.blocks))]
+        d_write = _sum_blocks(self.per_block, falls, gates, spec)
+        weights = [x.astype(jnp.float32) for x in self.weights]
+        rounded = _sum_blocks(self.per_block, weights, gates, spec)
+        d_write = _add_to_first(d_write, self.ending * self.to_end)
+        rounded = _add_to_first(rounded, self.ending * self.written.astype(jnp.float32))
+        d_decay = reverse_cumulative_sum(_at_tokens(self.into_rows, spec) - rounded)
+        d_decay -= (1.0 - gates.write) * d_write
+        d_decay = _add_to_first(d_decay, self.into_end, spec.chunk)
+        decay = self.step.tokens.cat("decay", self.n, spec.columns)
+        return jnp.where(decay > floor_of(self.dtype), d_decay, 0.0)
+
+    def _store_tokens(self) -> None:
+        spec, rows, refs, outs, carry = (
+            self.spec, self.rows, self.step.refs, self.step.outs, self.step.carry
+        )  # fmt: skip
+        raw_query = by_head(self.raw_query, spec.group)
+        d_query = feature_map_pullback(self.d_query, raw_query, spec.feature_map)
+        d_key = _overlap_add(self.d_key, carry, "key", spec)
+        d_key = feature_map_pullback(d_key, refs["key"][0, rows], spec.feature_map)
+        if spec.has_window:
+            d_rotated_query = self.d_rotated_query
+            d_rotated_key = _overlap_add(self.d_rotated_key, carry, "rotated_key", spec)
+            if spec.rotated:
+                unstack_heads(outs["rotated_query"], rows, d_rotated_query)
+                outs["rotated_key"][0, rows] = d_rotated_key.astype(self.dtype)
+            elif spec.rope:
+                d_query += rotate_back(d_rotated_query, refs["table"][0, rows])
+                d_key += rotate_back(d_rotated_key, refs[spec.tables[-1]][0, rows])
+            else:
+                d_query += d_rotated_query
+                d_key += d_rotated_key
+        unstack_heads(outs["query"], rows, d_query)
+        outs["key"][0, rows] = d_key.astype(self.dtype)
+        d_value = _overlap_add(self.d_value, carry, "value", spec)
+        outs["value"][0, rows] = d_value.astype(self.dtype)
+
+    def _store_decays(self, d_decay: jax.Array) -> None:
+        """A tile of 128 lanes at a time, once all its chunks are known."""
+        spec, refs, decays = self.spec, self.step.refs, self.step.decays
+        decays.insert(0, _overlap_add(d_decay, self.step.carry, "log_decay", spec))
+        lanes, first = min(128, spec.rows), self.rows.start
+        if first % lanes:
+            return
+        tile = slice(first, first + lanes)
+        turned = join(decays[: lanes // spec.chunk], 0).T
+        if spec.segments:
+            turned = where_written(turned, refs["facts"][0, :, tile])
+        self.step.outs["log_decay"][0, 0, :, tile] = turned
+
+    def _row_column(self, name: str) -> jax.Array:
+        """The chunk's rows of [1, 1, G, rows] -> [G, C, 1]."""
+        return to_column(self.step.refs[name][0, 0, :, self.rows][:, None, :])
 
 
-def _row_column(ref, rows: slice) -> jax.Array:
-    """[1, 1, G, rows] -> [G, C, 1]."""
-    return to_column(ref[0, 0, :, rows][:, None, :])
-
-
-def _store_heads(ref, rows: slice, x: jax.Array) -> None:
-    """[G, C, D] into the columns of [1, rows, G * D]."""
-    D = x.shape[2]
-    for g in range(x.shape[0]):
-        ref[0, rows, g * D : (g + 1) * D] = x[g].astype(ref.dtype)
+def _add_to_first(x: jax.Array, y: jax.Array, rows: int | None = None) -> jax.Array:
+    """y added to the first rows of x, as many as y has, or `rows`."""
+    rows = y.shape[0] if rows is None else rows
+    if x.shape[0] == rows:
+        return x + y
+    return jnp.concatenate([x[:rows] + y, x[rows:]], 0)
 
 
 def _sum_blocks(

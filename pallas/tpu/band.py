@@ -5,7 +5,7 @@ c + C - W <= j <= r of its segment here, and everything else there. The forward 
 fused kernel's softmax: it takes the normalised output and log-sum-exp of the part, and gives those
 of the whole. The backward needs only the whole's log-sum-exp, so it knows nothing of the part.
 
-Symbols as in `chunk.py`. Blocks of R rows; `span` blocks of keys reach a block of queries.
+Symbols as in `spec.py`. Blocks of R rows; `span` blocks of keys reach a block of queries.
 """
 
 import dataclasses
@@ -18,9 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.chunk import (
+from pallas.tpu.arithmetic import (
     MASKED,
-    Spec,
     identity_mask,
     join,
     matmul,
@@ -30,6 +29,7 @@ from pallas.tpu.chunk import (
     scaled,
     to_row,
 )
+from pallas.tpu.spec import Spec
 
 Arrays = dict[str, jax.Array]
 

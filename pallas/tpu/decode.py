@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.chunk import apply_feature_map, matmul, matmul_nt, to_column
+from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
 
 LANES = 128
 HIDDEN = -1e30

@@ -1,6 +1,6 @@
 """The fused forward: slots, window, rotary embedding and one softmax in one pass over the tokens.
 
-With symbols as in `chunk.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the
+With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the
 cumulative decay and a, b the logits of slots and window:
 
     a_r = exp(G_r) (q_r . SK0) + sum_{i <= r + d} (q_r . k_i) s_i exp(G_r - G_i)
@@ -8,41 +8,46 @@ cumulative decay and a, b the logits of slots and window:
     P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r + d, and the window's p beyond
 """
 
+import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas.tpu.chunk import (
+from pallas.tpu.arithmetic import (
     LOG2E,
     MASKED,
-    Facts,
-    Gates,
-    Masks,
-    Spec,
-    Tokens,
     apply_feature_map,
     by_head,
-    decay_blocks,
-    emit,
-    facts_blocks,
     flat,
     join,
     matmul,
     matmul_nt,
     matmul_tn,
     overlay,
-    rotate,
     scaled,
     to_column,
     to_row,
     widen,
 )
+from pallas.tpu.gates import Gates
 from pallas.tpu.grid import Grid
+from pallas.tpu.masks import Masks
+from pallas.tpu.spec import Spec
+from pallas.tpu.tokens import (
+    Tokens,
+    chunk_facts,
+    emit,
+    own_blocks,
+    rotated_queries,
+    rows_of,
+    stack_heads,
+    unstack_heads,
+)
 
 Arrays = dict[str, jax.Array]
 
@@ -105,150 +110,130 @@ def forward(
 def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
     step, head = pl.program_id(2), pl.program_id(3)
     halos = ["key", "rotated_key", "value", "decay"] if spec.halo else []
-    kept = ["slots", *halos]
 
     @pl.when(step == 0)
     def _():
-        for ref in (past[name] for name in kept):
+        for ref in (past[name] for name in ("slots", *halos)):
             ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
         if spec.state:
             past["slots"][head] = refs["slots"][0, 0]
 
-    tokens = _load(refs, past, head, spec)
+    tokens = Tokens(spec, own_blocks(refs, spec), {name: past[name][head] for name in halos})
     tokens.issue()  # the transpositions and rotations, long in coming, ahead of all else
-    slots = [past["slots"][head]]
+    shared = _Step(refs, outs, tokens, spec, step, slots=past["slots"][head])
     if "starts" in outs:
-        outs["starts"][0, 0, 0] = slots[0]
-    chunks = [_chunk(n, refs, outs, tokens, slots, step, spec) for n in range(spec.chunks)]
-    emit(chunks, group, skew)
-    past["slots"][head] = slots[0]
+        outs["starts"][0, 0, 0] = shared.slots
+    emit([_Chunk(n, shared).stages() for n in range(spec.chunks)], group, skew)
+    past["slots"][head] = shared.slots
     if spec.state:
-        outs["end"][0, 0] = slots[0]
+        outs["end"][0, 0] = shared.slots
     for name in halos:
         past[name][head] = tokens.cat(name, spec.chunks, spec.halo)
 
 
-def _load(refs, past, head, spec: Spec) -> Tokens:
-    """rotated_key, key (feature-mapped), value, decay."""
-    rows = lambda n: slice(n * spec.chunk, (n + 1) * spec.chunk)  # noqa: E731
-    dtype = refs["key"].dtype
+@dataclasses.dataclass
+class _Step:
+    """What the chunks of a grid step share."""
 
-    def rotated_key(n):
-        if spec.rotated:
-            return refs["rotated_key"][0, rows(n)]
-        key = refs["key"][0, rows(n)]
-        return rotate(key, refs[spec.tables[-1]][0, rows(n)]).astype(dtype) if spec.rope else key
-
-    own = {
-        "rotated_key": rotated_key,
-        "key": lambda n: apply_feature_map(refs["key"][0, rows(n)], spec.feature_map),
-        "value": lambda n: refs["value"][0, rows(n)],
-        "decay": decay_blocks(refs["log_decay"], spec, dtype),
-    }
-    if spec.segments:
-        own |= facts_blocks(refs["facts"], spec)
-    halos = ("key", "rotated_key", "value", "decay") if spec.halo else ()
-    return Tokens(spec, own, {name: past[name][head] for name in halos})
+    refs: Any
+    outs: Any
+    tokens: Tokens
+    spec: Spec
+    index: jax.Array  # of the step
+    slots: jax.Array  # [M, K + V], at the start of the next chunk
 
 
-def _chunk(
-    n: int, refs, outs, tokens: Tokens, slots: list[jax.Array], step, spec: Spec
-) -> Iterator[None]:
-    """One chunk, a stage at a time; `slots` holds the slots at the start of the next one."""
-    C, G = spec.chunk, spec.group
-    rows = slice(n * C, (n + 1) * C)
-    entering = tokens.cat("key", n, spec.columns)
-    value = tokens.cat("value", n, spec.width)
-    K, dtype = entering.shape[1], value.dtype
-    query = join([refs["query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
-    rotated = query
-    if spec.rotated:
-        rotated = join([refs["rotated_query"][0, rows, g * K : (g + 1) * K] for g in range(G)], 0)
-    if spec.rope:
-        rotated = flat(rotate(by_head(query, G), refs["table"][0, rows])).astype(dtype)
-    query = apply_feature_map(query, spec.feature_map)
-    facts = Facts(tokens, refs["visible"][0, n : n + 1], n, spec) if spec.segments else None
-    masks = Masks(spec, facts)
-    window_mask = masks.window if spec.segments else since_start(masks.window, n, step, spec)
+class _Chunk:
+    """One chunk's work; the stages leave to each other what they set as attributes."""
 
-    scores = by_head(matmul_nt(query, entering), G)  # [G, C, columns]
-    gates = Gates(tokens.cat("decay", n, spec.columns), spec, dtype)
-    yield
+    def __init__(self, n: int, step: _Step):
+        self.n, self.step, self.spec, self.rows = n, step, step.spec, rows_of(n, step.spec)
 
-    to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
-    carried = jnp.exp2(gates.rows)
-    if facts is not None:
-        to_end, keep = facts.written(to_end), facts.kept(keep)
-        carried = facts.carried(carried)
-    keep = to_column(keep)
-    added = matmul_tn(to_end.astype(dtype), jnp.concatenate([entering[:C], value[:C]], 1))
-    b = None
-    if spec.has_window:
-        rotated_key = tokens.cat("rotated_key", n, spec.width)
-        b = by_head(matmul_nt(rotated, rotated_key), G)  # [G, C, width]
-    start_key, start_value = slots[0][:, :K].astype(dtype), slots[0][:, K:].astype(dtype)
-    slots[0] = keep * slots[0] + added
-    yield
+    def stages(self) -> Iterator[None]:
+        for stage in (
+            self._start, self._write_slots, self._slot_logits, self._softmax, self._probabilities,
+            self._store,
+        ):  # fmt: skip
+            stage()
+            yield
 
-    masked = jnp.where(masks.causal, scores, 0.0)
-    weights = [gates.weight(i) for i in range(len(gates.blocks))]
-    rises = [gates.rise(i) for i in range(len(gates.blocks))]
-    a = by_head(matmul_nt(query, start_key), G) * carried
-    a += join([
-        by_head(matmul(flat(masked[:, block, extent]).astype(dtype), weight), G) * rise
-        for block, extent, weight, rise in zip(
-            gates.blocks, gates.extents, weights, rises, strict=True
+    def _start(self) -> None:
+        n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
+        self.entering = tokens.cat("key", n, spec.columns)
+        self.value = tokens.cat("value", n, spec.width)
+        self.dtype = self.value.dtype
+        self.rotated_query = rotated_queries(refs, self.rows, spec)
+        query = stack_heads(refs["query"], self.rows, spec.group)
+        self.query = apply_feature_map(query, spec.feature_map)
+        self.facts = chunk_facts(refs, tokens, n, spec)
+        self.masks = Masks(spec, self.facts, n, self.step.index)
+        self.scores = by_head(matmul_nt(self.query, self.entering), spec.group)  # [G, C, columns]
+        self.gates = Gates(tokens.cat("decay", n, spec.columns), spec, self.dtype)
+
+    def _write_slots(self) -> None:
+        C, gates, facts, dtype = self.spec.chunk, self.gates, self.facts, self.dtype
+        to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
+        self.carried = jnp.exp2(gates.rows)
+        if facts is not None:
+            to_end, keep = facts.written(to_end), facts.kept(keep)
+            self.carried = facts.carried(self.carried)
+        keep = to_column(keep)
+        entered = jnp.concatenate([self.entering[:C], self.value[:C]], 1)
+        added = matmul_tn(to_end.astype(dtype), entered)
+        self.b = None
+        if self.spec.has_window:
+            rotated_key = self.step.tokens.cat("rotated_key", self.n, self.spec.width)
+            self.b = by_head(matmul_nt(self.rotated_query, rotated_key), self.spec.group)
+        K = self.entering.shape[1]
+        self.start_key, self.start_value = (
+            x.astype(dtype) for x in (self.step.slots[:, :K], self.step.slots[:, K:])
         )
-    ], 1)  # fmt: skip
-    a *= spec.scale * LOG2E
-    yield
+        self.step.slots = keep * self.step.slots + added
 
-    a = mask_slots(a, n, step, facts, spec)
-    if b is not None:
-        b = jnp.where(window_mask, scaled(b, spec.window_scale), MASKED)
-    top = jnp.max(overlay(jnp.maximum, a, b, MASKED), -1, keepdims=True)
-    pa = jnp.exp2(a - top)
-    pb = None if b is None else jnp.exp2(b - top)
-    mass = jnp.sum(overlay(jnp.add, pa, pb, 0.0), -1, keepdims=True)
-    inverse = pltpu.reciprocal(mass, approx=dtype != jnp.float32)
-    yield
+    def _slot_logits(self) -> None:
+        G, gates = self.spec.group, self.gates
+        masked = jnp.where(self.masks.causal, self.scores, 0.0)
+        self.weights = [gates.weight(i) for i in range(len(gates.blocks))]
+        self.rises = [gates.rise(i) for i in range(len(gates.blocks))]
+        a = by_head(matmul_nt(self.query, self.start_key), G) * self.carried
+        a += join([
+            by_head(matmul(flat(masked[:, block, extent]).astype(self.dtype), weight), G) * rise
+            for block, extent, weight, rise in zip(
+                gates.blocks, gates.extents, self.weights, self.rises, strict=True
+            )
+        ], 1)  # fmt: skip
+        self.a = a * (self.spec.scale * LOG2E)
 
-    out = matmul(flat(pa * carried).astype(dtype), start_value)
-    p = join([
-        widen(by_head(matmul_nt(flat(pa[:, block] * rise).astype(dtype), weight), G), spec.width)
-        for block, weight, rise in zip(gates.blocks, weights, rises, strict=True)
-    ], 1)  # fmt: skip
-    p = jnp.where(masks.slots, p, 0.0 if pb is None else pb)
-    yield
+    def _softmax(self) -> None:
+        a, b = self.masks.slot_logits(self.a), self.b
+        if b is not None:
+            b = jnp.where(self.masks.window, scaled(b, self.spec.window_scale), MASKED)
+        logits = overlay(jnp.maximum, a, b, MASKED)
+        if self.facts is not None:  # then all p are 0, here and in the backward
+            logits = overlay(jnp.maximum, logits, self.facts.top[None], MASKED)
+        self.top = jnp.max(logits, -1, keepdims=True)
+        self.pa = jnp.exp2(a - self.top)
+        self.pb = None if b is None else jnp.exp2(b - self.top)
+        self.mass = jnp.sum(overlay(jnp.add, self.pa, self.pb, 0.0), -1, keepdims=True)
+        if self.facts is not None:
+            self.mass = jnp.maximum(self.mass, 0.5)  # padding has none
+        self.inverse = pltpu.reciprocal(self.mass, approx=self.dtype != jnp.float32)
 
-    out = by_head(out + matmul(flat(p).astype(dtype), value), G) * inverse
-    V = value.shape[1]
-    for g in range(G):
-        outs["out"][0, rows, g * V : (g + 1) * V] = out[g].astype(dtype)
-    outs["lse"][0, 0, :, rows] = to_row(top + jnp.log2(mass))
-    if spec.weight:
-        outs["slot_weight"][0, 0, :, rows] = to_row(jnp.sum(pa, -1, keepdims=True) * inverse)
-    yield
+    def _probabilities(self) -> None:
+        G, width, dtype = self.spec.group, self.spec.width, self.dtype
+        self.out = matmul(flat(self.pa * self.carried).astype(dtype), self.start_value)
+        within = [
+            matmul_nt(flat(self.pa[:, block] * rise).astype(dtype), weight)
+            for block, weight, rise in zip(self.gates.blocks, self.weights, self.rises, strict=True)
+        ]
+        p = join([widen(by_head(x, G), width) for x in within], 1)
+        self.p = jnp.where(self.masks.slots, p, 0.0 if self.pb is None else self.pb)
 
-
-def mask_slots(a: jax.Array, n: int, step, facts: Facts | None, spec: Spec) -> jax.Array:
-    """Slot logits [G, C, M] without those that are padding, or still empty if they are masked."""
-    if spec.slots < a.shape[-1]:
-        a = jnp.where(lax.broadcasted_iota(jnp.int32, a.shape, 2) < spec.slots, a, MASKED)
-    if not spec.mask_empty:
-        return a
-    if facts is not None:
-        return jnp.where(facts.enters[:, : a.shape[2]], a, MASKED)
-    if n * spec.chunk >= spec.window and not spec.wide:
-        return a
-    row = lax.broadcasted_iota(jnp.int32, (spec.chunk, 1), 0)
-    return jnp.where(row >= spec.window - step * spec.rows - n * spec.chunk, a, MASKED)
-
-
-def since_start(mask: jax.Array, n: int, step, spec: Spec) -> jax.Array:
-    """The mask [C, width] without the columns of cat that lie before the sequence."""
-    before = spec.window if spec.wide else spec.halo
-    if n * spec.chunk >= before and not spec.wide:
-        return mask
-    column = lax.broadcasted_iota(jnp.int32, mask.shape, 1)
-    return mask & (column >= before - step * spec.rows - n * spec.chunk)
+    def _store(self) -> None:
+        outs, rows = self.step.outs, self.rows
+        out = self.out + matmul(flat(self.p).astype(self.dtype), self.value)
+        unstack_heads(outs["out"], rows, by_head(out, self.spec.group) * self.inverse)
+        outs["lse"][0, 0, :, rows] = to_row(self.top + jnp.log2(self.mass))
+        if self.spec.weight:
+            weight = jnp.sum(self.pa, -1, keepdims=True) * self.inverse
+            outs["slot_weight"][0, 0, :, rows] = to_row(weight)

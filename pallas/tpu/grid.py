@@ -7,7 +7,7 @@ from typing import Self
 import jax
 from jax.experimental import pallas as pl
 
-from pallas.tpu.chunk import Spec
+from pallas.tpu.spec import Spec
 
 CARRY_BYTES = 4 << 20  # of VMEM, for what a step leaves to the next
 
@@ -128,6 +128,8 @@ class Grid:
         }
         if self.spec.rotated:
             specs["rotated_key"] = specs["key"]
+        if self.spec.segments:
+            specs["facts"] = self._block((1, 8, lanes), lambda b, h, t: (b, 0, before(t, lanes)))
         if self.spec.rope:
             shared = inputs["table"].shape[0] == 1
             specs["table"] = self._block(
