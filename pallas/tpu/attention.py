@@ -11,14 +11,11 @@ from pallas.tpu.backward import backward
 from pallas.tpu.band import band_backward, band_forward
 from pallas.tpu.block_sizes import BlockSizes
 from pallas.tpu.forward import forward
+from pallas.tpu.launch import Arrays
 from pallas.tpu.spec import Spec
-
-VMEM = 64 << 20  # bytes that a kernel may use
 
 # Of what enters the slots.
 _TIME_AXIS = {"key": 1, "rotated_key": 1, "value": 1, "log_decay": 3}
-
-Arrays = dict[str, jax.Array]
 
 
 class Fused(NamedTuple):
@@ -69,15 +66,12 @@ def _run(spec, block_sizes, interpret, inputs, constants, *, save) -> tuple[Fuse
         skew=block_sizes.forward_skew,
         save=save,
         interpret=interpret,
-        vmem=VMEM,
     )
     weight = result.get("slot_weight")
     if spec.wide:
         part_lse = result["lse"]
         part = {"out": result["out"], "lse": part_lse}
-        result |= band_forward(
-            _of_band(inputs, constants) | part, spec, interpret=interpret, vmem=VMEM
-        )
+        result |= band_forward(_of_band(inputs, constants) | part, spec, interpret=interpret)
         if weight is not None:
             weight = weight * jnp.exp2(part_lse - result["lse"])
     return Fused(result["out"], weight, result.get("end")), result
@@ -108,12 +102,9 @@ def _fused_bwd(spec, block_sizes, interpret, residuals, cotangents: Fused):
         group=block_sizes.backward_group,
         skew=block_sizes.backward_skew,
         interpret=interpret,
-        vmem=VMEM,
     )
     if spec.wide:
-        band = band_backward(
-            _of_band(inputs, constants) | given, spec, interpret=interpret, vmem=VMEM
-        )
+        band = band_backward(_of_band(inputs, constants) | given, spec, interpret=interpret)
         for name, axis in _TIME_AXIS.items():
             if name in result:
                 result[name] = _unshift(result[name], spec, axis=axis)

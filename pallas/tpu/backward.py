@@ -49,6 +49,7 @@ from pallas.tpu.arithmetic import (
 )
 from pallas.tpu.gates import Gates, floor_of, turned_decays
 from pallas.tpu.grid import Grid
+from pallas.tpu.launch import Arrays, launch, like
 from pallas.tpu.masks import Masks
 from pallas.tpu.segments import where_written
 from pallas.tpu.spec import Spec
@@ -65,10 +66,8 @@ from pallas.tpu.tokens import (
     written_decays,
 )
 
-Arrays = dict[str, jax.Array]
 
-
-def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vmem: int) -> Arrays:
+def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret: bool) -> Arrays:
     """The kernel's call.
 
     inputs: those of `forward`, its lse and starts, and out_cotangent [B, T, H * G * V] of the
@@ -95,10 +94,7 @@ def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vm
     in_specs |= {name: block for name, block in optional.items() if name in inputs}
     names = ["query", "key", "value", "log_decay"]
     names += ["rotated_query", "rotated_key"] * spec.rotated + ["slots"] * spec.state
-    out_specs = {name: in_specs[name] for name in names}
-    out_shape = {
-        name: jax.ShapeDtypeStruct(inputs[name].shape, inputs[name].dtype) for name in names
-    }
+    outputs = {name: like(inputs[name], in_specs[name]) for name in names}
     if spec.state:  # the starts stand for it
         inputs = {name: x for name, x in inputs.items() if name != "slots"}
         del in_specs["slots"]
@@ -111,21 +107,17 @@ def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret, vm
             name: pltpu.VMEM((heads, spec.halo, size), wide)
             for name, size in (("key", K), ("rotated_key", K), ("value", V), ("log_decay", M))
         }
-    kernel = functools.partial(_kernel, spec=spec, steps=grid.steps, group=group, skew=skew)
-    return pl.pallas_call(
-        kernel,
-        grid=grid.shape,
-        in_specs=[in_specs, grid.halo_specs(inputs) if before else {}],
-        out_specs=[out_specs],
-        out_shape=[out_shape],
-        scratch_shapes=[scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem,
-        ),
-        interpret=interpret,
+    return launch(
+        functools.partial(_kernel, spec=spec, steps=grid.steps, group=group, skew=skew),
+        (inputs, in_specs),
+        (before, grid.halo_specs(inputs) if before else {}),
         name="nha_backward",
-    )(inputs, before)[0]
+        grid=grid.shape,
+        parallel=2,
+        outputs=outputs,
+        scratch=scratch,
+        interpret=interpret,
+    )
 
 
 def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, skew: int):

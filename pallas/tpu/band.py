@@ -10,7 +10,7 @@ Symbols as in `spec.py`. Blocks of R rows; `span` blocks of keys reach a block o
 
 import dataclasses
 import functools
-from typing import Self
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,8 @@ from pallas.tpu.arithmetic import (
     scaled,
     to_row,
 )
+from pallas.tpu.launch import Arrays, launch, like
 from pallas.tpu.spec import Spec
-
-Arrays = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +42,14 @@ class Band:
     K: int
     V: int
     blocks: int
+    dtype: jnp.dtype
     spec: Spec
 
     @classmethod
     def of(cls, inputs: Arrays, spec: Spec) -> Self:
         B, H, _, T = inputs["lse"].shape
         K, V = (inputs[name].shape[2] // H for name in ("key", "value"))
-        return cls(B, H, K, V, T // spec.rows, spec)
+        return cls(B, H, K, V, T // spec.rows, inputs["query"].dtype, spec)
 
     @property
     def span(self) -> int:
@@ -60,7 +60,7 @@ class Band:
     def grid(self) -> tuple[int, ...]:
         return (self.B, self.H, self.blocks, self.span)
 
-    def _stays(self, i, j):
+    def stays(self, i, j):
         return i
 
     def key_block(self, i, j):
@@ -107,25 +107,29 @@ class Band:
             specs["key_run"] = self._block((1, 1, rows), run, keys)
         return {name: specs[name] for name in inputs}
 
-    def call(self, kernel, name, inputs, in_specs, outs, scratch, *, interpret, vmem) -> Arrays:
-        """outs: name -> (shape, dtype, block)."""
-        return pl.pallas_call(
-            functools.partial(kernel, band=self),
-            grid=self.grid,
-            in_specs=[in_specs],
-            out_specs=[{name: block for name, (_, _, block) in outs.items()}],
-            out_shape=[{n: jax.ShapeDtypeStruct(s, t) for n, (s, t, _) in outs.items()}],
-            scratch_shapes=[scratch],
-            compiler_params=pltpu.CompilerParams(
-                dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
-                vmem_limit_bytes=vmem,
-            ),
-            interpret=interpret,
-            name=name,
-        )(inputs)[0]
+    def query_scratch(self, columns: tuple[str, ...], size: int) -> dict[str, Any]:
+        """What a block of queries keeps while the keys go by: the queries, rotated; some columns
+        [G, R, 128], all lanes alike; and a sum [G, R, size]."""
+        G, R, wide = self.spec.group, self.spec.rows, jnp.float32
+        scratch = {name: pltpu.VMEM((G, R, 128), wide) for name in columns}
+        scratch |= {
+            "query": pltpu.VMEM((G, R, self.K), self.dtype),
+            "sum": pltpu.VMEM((G, R, size), wide),
+        }
+        return scratch | self.run_scratch()
+
+    def run_scratch(self) -> dict[str, Any]:
+        """For the numbers of the segments of the rows that stay."""
+        return {"run": pltpu.VMEM((self.spec.rows, 128), jnp.float32)} if self.spec.segments else {}
+
+    def launch(self, kernel, name, inputs, specs, outputs, scratch, interpret) -> Arrays:
+        return launch(
+            functools.partial(kernel, band=self), (inputs, specs), name=name, grid=self.grid,
+            parallel=3, outputs=outputs, scratch=scratch, interpret=interpret,
+        )  # fmt: skip
 
 
-def band_forward(inputs: Arrays, spec: Spec, *, interpret, vmem: int) -> Arrays:
+def band_forward(inputs: Arrays, spec: Spec, *, interpret: bool) -> Arrays:
     """Goes on with the softmax of the fused kernel's part.
 
     inputs: query, key, value as `forward`; out and lse, the part's; with spec.rope, query_table
@@ -135,23 +139,12 @@ def band_forward(inputs: Arrays, spec: Spec, *, interpret, vmem: int) -> Arrays:
     Returns out and lse of the whole.
     """
     band = Band.of(inputs, spec)
-    dtype, wide, G, R = inputs["query"].dtype, jnp.float32, spec.group, spec.rows
-    scratch = {
-        "query": pltpu.VMEM((G, R, band.K), dtype),
-        "top": pltpu.VMEM((G, R, 128), wide),
-        "mass": pltpu.VMEM((G, R, 128), wide),
-        "sum": pltpu.VMEM((G, R, band.V), wide),
-    }
-    if spec.segments:
-        scratch["run"] = pltpu.VMEM((R, 128), wide)
-    in_specs = band.specs(inputs, band._stays, band.key_block)
-    outs = {
-        name: (inputs[name].shape, inputs[name].dtype, in_specs[name]) for name in ("out", "lse")
-    }
-    return band.call(
-        _forward_kernel, "nha_band_forward", inputs, in_specs, outs, scratch,
-        interpret=interpret, vmem=vmem,
-    )  # fmt: skip
+    specs = band.specs(inputs, band.stays, band.key_block)
+    outputs = {name: like(inputs[name], specs[name]) for name in ("out", "lse")}
+    scratch = band.query_scratch(("top", "mass"), band.V)
+    return band.launch(
+        _forward_kernel, "nha_band_forward", inputs, specs, outputs, scratch, interpret
+    )
 
 
 def _forward_kernel(refs, outs, now, *, band: Band):
@@ -190,40 +183,28 @@ def _forward_kernel(refs, outs, now, *, band: Band):
             outs["lse"][0, 0, g : g + 1] = _row(now["top"][g][:, :1] + jnp.log2(mass))
 
 
-def band_backward(inputs: Arrays, spec: Spec, *, interpret, vmem: int) -> Arrays:
+def band_backward(inputs: Arrays, spec: Spec, *, interpret: bool) -> Arrays:
     """The band's share of the cotangents of query, key and value.
 
     inputs: as `band_forward`, but lse of the whole, out_cotangent in place of out, and delta
     [B, H, G, T] float32.
     """
-    band = Band.of(inputs, spec)
-    dtype, wide, G, R = inputs["query"].dtype, jnp.float32, spec.group, spec.rows
+    band, wide = Band.of(inputs, spec), jnp.float32
+    specs = band.specs(inputs, band.stays, band.key_block)
+    outputs = {"query": like(inputs["query"], specs["query"])}
+    scratch = band.query_scratch(("lse", "delta"), band.K)
+    of_query = band.launch(
+        _query_kernel, "nha_band_backward_query", inputs, specs, outputs, scratch, interpret
+    )
+    specs = band.specs(inputs, band.query_block, band.stays)
+    outputs = {name: like(inputs[name], specs[name]) for name in ("key", "value")}
     scratch = {
-        "query": pltpu.VMEM((G, R, band.K), dtype),
-        "lse": pltpu.VMEM((G, R, 128), wide),
-        "delta": pltpu.VMEM((G, R, 128), wide),
-        "sum": pltpu.VMEM((G, R, band.K), wide),
-    }
-    if spec.segments:
-        scratch["run"] = pltpu.VMEM((R, 128), wide)
-    in_specs = band.specs(inputs, band._stays, band.key_block)
-    like = lambda name, specs: (inputs[name].shape, inputs[name].dtype, specs[name])  # noqa: E731
-    options = {"interpret": interpret, "vmem": vmem}
-    results = band.call(
-        _query_kernel, "nha_band_backward_query", inputs, in_specs,
-        {"query": like("query", in_specs)}, scratch, **options,
-    )  # fmt: skip
-    in_specs = band.specs(inputs, band.query_block, band._stays)
-    scratch = {
-        "rotated_key": pltpu.VMEM((R, band.K), dtype),
-        "key": pltpu.VMEM((R, band.K), wide),
-        "value": pltpu.VMEM((R, band.V), wide),
-    }
-    if spec.segments:
-        scratch["run"] = pltpu.VMEM((R, 128), wide)
-    outs = {name: like(name, in_specs) for name in ("key", "value")}
-    return results | band.call(
-        _key_kernel, "nha_band_backward_key", inputs, in_specs, outs, scratch, **options
+        "rotated_key": pltpu.VMEM((spec.rows, band.K), band.dtype),
+        "key": pltpu.VMEM((spec.rows, band.K), wide),
+        "value": pltpu.VMEM((spec.rows, band.V), wide),
+    } | band.run_scratch()
+    return of_query | band.launch(
+        _key_kernel, "nha_band_backward_key", inputs, specs, outputs, scratch, interpret
     )
 
 

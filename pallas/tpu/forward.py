@@ -36,6 +36,7 @@ from pallas.tpu.arithmetic import (
 )
 from pallas.tpu.gates import Gates
 from pallas.tpu.grid import Grid
+from pallas.tpu.launch import Arrays, Output, launch
 from pallas.tpu.masks import Masks
 from pallas.tpu.spec import Spec
 from pallas.tpu.tokens import (
@@ -49,11 +50,9 @@ from pallas.tpu.tokens import (
     unstack_heads,
 )
 
-Arrays = dict[str, jax.Array]
-
 
 def forward(
-    inputs: Arrays, spec: Spec, *, group: int, skew: int, save: bool, interpret, vmem: int
+    inputs: Arrays, spec: Spec, *, group: int, skew: int, save: bool, interpret: bool
 ) -> Arrays:
     """The kernel's call.
 
@@ -71,40 +70,35 @@ def forward(
     grid = Grid.of(inputs, spec)
     B, H, T, K, V, M = grid.B, grid.H, grid.T, grid.K, grid.V, grid.M
     dtype, wide = inputs["query"].dtype, jnp.float32
-    shapes = {
-        "out": ((B, T, H * spec.group * V), dtype, grid.tokens(spec.group * V)),
-        "lse": ((B, H, spec.group, T), wide, grid.lanes(spec.group)),
+    outputs = {
+        "out": Output((B, T, H * spec.group * V), dtype, grid.tokens(spec.group * V)),
+        "lse": Output((B, H, spec.group, T), wide, grid.lanes(spec.group)),
     }
     if spec.weight:
-        shapes["slot_weight"] = shapes["lse"]
+        outputs["slot_weight"] = outputs["lse"]
     if spec.state:
-        shapes["end"] = ((B, H, M, K + V), wide, grid.slots())
+        outputs["end"] = Output((B, H, M, K + V), wide, grid.slots())
     if save:
-        shapes["starts"] = ((B, H, grid.steps, M, K + V), wide, grid.starts())
-    kernel = functools.partial(_kernel, spec=spec, group=group, skew=skew)
-    heads = grid.heads
-    scratch = {"slots": pltpu.VMEM((heads, M, K + V), wide)}
+        outputs["starts"] = Output((B, H, grid.steps, M, K + V), wide, grid.starts())
+    scratch = {"slots": pltpu.VMEM((grid.heads, M, K + V), wide)}
     if spec.halo:
         scratch |= {
-            "key": pltpu.VMEM((heads, spec.halo, K), dtype),
-            "rotated_key": pltpu.VMEM((heads, spec.halo, K), dtype),
-            "value": pltpu.VMEM((heads, spec.halo, V), dtype),
-            "decay": pltpu.VMEM((heads, spec.halo, M), wide),
-        }
-    return pl.pallas_call(
-        kernel,
-        grid=grid.shape,
-        in_specs=[grid.input_specs(inputs)],
-        out_specs=[{name: block for name, (_, _, block) in shapes.items()}],
-        out_shape=[{n: jax.ShapeDtypeStruct(s, t) for n, (s, t, _) in shapes.items()}],
-        scratch_shapes=[scratch],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=vmem,
-        ),
-        interpret=interpret,
+            name: pltpu.VMEM((grid.heads, spec.halo, size), kind)
+            for name, size, kind in (
+                ("key", K, dtype), ("rotated_key", K, dtype), ("value", V, dtype),
+                ("decay", M, wide),
+            )
+        }  # fmt: skip
+    return launch(
+        functools.partial(_kernel, spec=spec, group=group, skew=skew),
+        (inputs, grid.input_specs(inputs)),
         name="nha_forward",
-    )(inputs)[0]
+        grid=grid.shape,
+        parallel=2,
+        outputs=outputs,
+        scratch=scratch,
+        interpret=interpret,
+    )
 
 
 def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):

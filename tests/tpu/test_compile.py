@@ -5,7 +5,9 @@ uv run --isolated --extra tpu pytest -n 2 -m tpu_full tests/tpu    # all combina
 """
 
 import dataclasses
+import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +115,27 @@ def test_gradients(case: Case) -> None:
 
     query, *rest = arguments(case)
     check(case, compile_for(case.chip, gradients, query, *rest, query))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("saved", "forwards"), [((), 2), (("nha_out", "nha_lse", "nha_starts"), 1)], ids=str
+)
+def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -> None:
+    case = Case("v5e", K=128, M=64, W=64, segments=False)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    def loss(query, key, value, log_decay):
+        @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        def layer(hidden, _):
+            return jnp.tanh(hidden + attention(case)(hidden, key, value, log_decay, None)), None
+
+        return jnp.sum(jax.lax.scan(layer, query, length=2)[0].astype(jnp.float32))
+
+    *inputs, _ = arguments(case)
+    compiled = compile_for(case.chip, jax.grad(loss, argnums=(0, 1, 2, 3)), *inputs)
+    calls = re.findall(r"%nha_(forward|backward)[.\d]* = .* custom-call\(", compiled.as_text())
+    assert sorted(calls) == ["backward"] + ["forward"] * forwards
 
 
 @pytest.mark.tpu_aot

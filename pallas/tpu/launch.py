@@ -1,0 +1,55 @@
+"""How every kernel of a pass over the tokens is called: arrays by name, in and out."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+VMEM = 64 << 20  # bytes that a kernel may use
+
+Arrays = dict[str, jax.Array]
+
+
+class Output(NamedTuple):
+    """An array that a kernel writes."""
+
+    shape: tuple[int, ...]
+    dtype: Any
+    block: pl.BlockSpec
+
+
+def like(x: jax.Array, block: pl.BlockSpec) -> Output:
+    return Output(x.shape, x.dtype, block)
+
+
+def launch(
+    kernel: Callable[..., None],
+    *inputs: tuple[Arrays, dict[str, pl.BlockSpec]],
+    name: str,
+    grid: tuple[int, ...],
+    parallel: int,
+    outputs: dict[str, Output],
+    scratch: dict[str, Any],
+    interpret: bool,
+) -> Arrays:
+    """kernel(*input references, output references, scratch references), each a dict by name.
+
+    parallel: the grid's first axes, whose order does not matter.
+    """
+    semantics: list[Literal["parallel", "arbitrary"]] = [
+        "parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))
+    ]
+    call = pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=[specs for _, specs in inputs],
+        out_specs=[{name: output.block for name, output in outputs.items()}],
+        out_shape=[{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in outputs.items()}],
+        scratch_shapes=[scratch],
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM),
+        interpret=interpret,
+        name=name,
+    )
+    return call(*(arrays for arrays, _ in inputs))[0]
