@@ -1,7 +1,8 @@
 """The decoder-only language model: `Model`, its forward pass, prefill and decode step."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,21 @@ class Model(nnx.Module):
 
         hidden, _ = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
         return self.norm(hidden)
+
+    def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
+        """The same model, its parameters shared and not copied, under another window layout.
+
+        Args:
+            window_size: as `ModelConfig.window_size`.
+
+        Raises:
+            ValueError: the layout does not fit the model's number of layers.
+        """
+        layout = tuple(window_size) if isinstance(window_size, Sequence) else window_size
+        config = dataclasses.replace(self.config, window_size=layout)
+        # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
+        graph, _ = jax.eval_shape(lambda: nnx.split(type(self)(config, rngs=nnx.Rngs(0))))
+        return nnx.merge(graph, nnx.state(self))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size], as `hidden_states` gives it -> [..., vocab_size] float32."""

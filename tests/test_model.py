@@ -344,3 +344,17 @@ def test_importing_the_library_imports_no_training_stack():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_with_windows_shares_the_parameters():
+    model = Model(tiny_config(window_size=4), rngs=nnx.Rngs(0))
+    num_layers = model.config.num_layers
+    layout = [None, *range(num_layers - 1)]
+    other = model.with_windows(layout)
+    assert other.config.windows == tuple(layout)
+    assert other.embed.embedding is model.embed.embedding
+    same = Model(tiny_config(window_size=layout), rngs=nnx.Rngs(0))
+    tokens = random_tokens(1, 20)
+    chex.assert_trees_all_equal(other(tokens), same(tokens))
+    with pytest.raises(ValueError, match="window_size"):
+        model.with_windows([4] * (num_layers + 1))

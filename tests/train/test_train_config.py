@@ -8,7 +8,8 @@ import pytest
 
 from pallas.tpu import BlockSizes
 from tests.train.tiny_run import Nha
-from train.cli import main, parse_overrides
+from train.cli import main
+from train.commands.train import parse_overrides
 from train.config import TrainConfig
 from train.config_loader import keys, load_config
 from train.errors import ConfigError

@@ -1,0 +1,23 @@
+"""The commands of `nha`: a module each, with its parser and what it runs.
+
+Everything that imports jax is imported by the function that needs it: help comes at once.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import Protocol
+
+from train.commands import generate, train
+
+
+class Command(Protocol):
+    """What a command's module offers."""
+
+    def add_parser(self, commands: "argparse._SubParsersAction") -> None:
+        """Adds the command's parser."""
+
+    def run(self, options: argparse.Namespace, rest: Sequence[str]) -> int:
+        """Runs it; `rest` is what the parser did not know, of `train` the overrides."""
+
+
+COMMANDS: dict[str, Command] = {"train": train, "generate": generate}
