@@ -3,19 +3,25 @@
 from importlib.metadata import version
 
 from nha_jax.config import ModelConfig
-from nha_jax.generate import generate
+from nha_jax.engine import Engine, Event
+from nha_jax.generate import Generated, generate
 from nha_jax.model import Model, ModelCache
 from nha_jax.ops import NHAOutput, NHAState, nha_attention
+from nha_jax.sampling import SamplingOptions
 from nha_jax.serialization import load, save
 
 __version__ = version("nha_jax")
 
 __all__ = [
+    "Engine",
+    "Event",
+    "Generated",
     "Model",
     "ModelCache",
     "ModelConfig",
     "NHAOutput",
     "NHAState",
+    "SamplingOptions",
     "generate",
     "load",
     "nha_attention",

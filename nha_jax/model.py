@@ -147,20 +147,44 @@ class Model(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
+    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
+        """The cache of rows without a token; max_length as for `prefill`.
+
+        Raises:
+            ValueError: max_length is missing though a layer has full attention.
+        """
+        windows = self.config.window_period
+        self._check_room(max_length, 0)
+        repeats = self.config.num_layers // len(windows)
+        layers = tuple(
+            jax.tree.map(
+                lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)),
+                self.blocks.attention.init_cache(
+                    batch_size, window_size=window_size, max_length=max_length
+                ),
+            )
+            for window_size in windows
+        )
+        return ModelCache(layers, jnp.zeros(batch_size, jnp.int32))
+
     def prefill(
         self,
         tokens: jax.Array,
         *,
         lengths: jax.typing.ArrayLike | None = None,
         max_length: int | None = None,
+        cache: ModelCache | None = None,
     ) -> tuple[jax.Array, ModelCache]:
-        """Reads the prompts; then `decode_step` continues them.
+        """Reads the prompts, or a chunk of each; then `decode_step` continues them.
 
         Args:
             tokens: [B, T] integers; row b has its lengths[b] tokens first, then anything.
-            lengths: [B] integers in [1, T]; None: all rows have T tokens.
+            lengths: [B] integers in [1, T], or in [0, T] with a cache: a row without tokens stays
+                as it is, and its logits mean nothing. None: all rows have T tokens.
             max_length: the longest a row will become, prompt included. Needed for, and used by,
                 layers with full attention only; the others never run out of room.
+            cache: of the tokens before, as `init_cache`, this method or `decode_step` returned it;
+                it brings its own max_length. None: there are none.
 
         Returns:
             logits of the token after each row's last, [B, vocab_size] float32, and the cache.
@@ -174,31 +198,39 @@ class Model(nnx.Module):
         batch_size, num_tokens = tokens.shape
         row_lengths = None
         if lengths is not None:
-            row_lengths = _check_lengths(lengths, batch_size, num_tokens)
-        if None in self.config.windows and (max_length is None or max_length < num_tokens):
-            raise ValueError(
-                f"max_length={max_length}: layers with full attention (window None) keep every "
-                f"token; give the longest a row will become, at least the prompt's {num_tokens}"
-            )
-        rope = self._rope(jnp.arange(num_tokens))
+            least = 1 if cache is None else 0
+            row_lengths = _check_lengths(lengths, batch_size, num_tokens, least)
+        if cache is None:
+            self._check_room(max_length, num_tokens)
+            rope = self._rope(jnp.arange(num_tokens))
+        else:
+            self._check_cache(cache, max_length, batch_size)
+            rope = self._rope(cache.length[:, None] + jnp.arange(num_tokens))
 
-        def prefill(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
+        def prefill(
+            block: Block, hidden: jax.Array, cache: LayerCache | None, window_size: int | None
+        ):
             return block.prefill(
                 hidden,
                 window_size=window_size,
                 rope=rope,
                 lengths=row_lengths,
                 max_length=max_length,
+                cache=cache,
             )
 
-        hidden, layers = self._scan_blocks(prefill, self._embed(tokens))
+        caches = None if cache is None else cache.layers
+        hidden, layers = self._scan_blocks(prefill, self._embed(tokens), caches)
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
-        last = row_lengths[:, None, None] - 1
+        last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
         hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
-        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, row_lengths)
+        length = row_lengths if cache is None else cache.length + row_lengths
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
 
-    def decode_step(self, tokens: jax.Array, cache: ModelCache) -> tuple[jax.Array, ModelCache]:
+    def decode_step(
+        self, tokens: jax.Array, cache: ModelCache, *, active: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelCache]:
         """One more token a row.
 
         Args:
@@ -206,6 +238,7 @@ class Model(nnx.Module):
             cache: as `prefill` or this method returned it. With full attention in a layer, no
                 row's length may pass the max_length given to `prefill`: past it the oldest
                 tokens would be overwritten.
+            active: [B] bool; a row that is False keeps its cache, and its logits mean nothing.
 
         Returns:
             logits of the token after it, [B, vocab_size] float32, and the cache.
@@ -222,10 +255,30 @@ class Model(nnx.Module):
         rope = self._rope(cache.length[:, None])
 
         def step(block: Block, hidden: jax.Array, cache: LayerCache, window_size: int | None):
-            return block.decode_step(hidden, cache, window_size=window_size, rope=rope)
+            return block.decode_step(
+                hidden, cache, window_size=window_size, rope=rope, active=active
+            )
 
         hidden, layers = self._scan_blocks(step, self._embed(tokens[:, None]), cache.layers)
-        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, cache.length + 1)
+        length = cache.length + (1 if active is None else active.astype(jnp.int32))
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
+
+    def _check_room(self, max_length: int | None, num_tokens: int) -> None:
+        if None in self.config.windows and (max_length is None or max_length < num_tokens):
+            raise ValueError(
+                f"max_length={max_length}: layers with full attention (window None) keep every "
+                f"token; give the longest a row will become, at least the prompt's {num_tokens}"
+            )
+
+    def _check_cache(self, cache: ModelCache, max_length: int | None, batch_size: int) -> None:
+        if max_length is not None:
+            raise ValueError(
+                f"max_length={max_length}: the cache has its own; leave it out with a cache"
+            )
+        if cache.length.shape != (batch_size,):
+            raise ValueError(
+                f"tokens have {batch_size} rows, but the cache {cache.length.shape[0]}"
+            )
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
@@ -310,7 +363,9 @@ def _check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
     return array
 
 
-def _check_lengths(lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: int) -> jax.Array:
+def _check_lengths(
+    lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: int, least: int
+) -> jax.Array:
     if np.shape(lengths) != (batch_size,):
         raise ValueError(
             f"lengths must be [batch] = ({batch_size},), got shape {np.shape(lengths)}"
@@ -318,6 +373,8 @@ def _check_lengths(lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: i
     # Under jit the values are not known; there they are the caller's responsibility.
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
-        if values.min() < 1 or values.max() > num_tokens:
-            raise ValueError(f"lengths must be within [1, {num_tokens}], got {values.tolist()}")
+        if values.min() < least or values.max() > num_tokens:
+            raise ValueError(
+                f"lengths must be within [{least}, {num_tokens}], got {values.tolist()}"
+            )
     return _check_integers("lengths", lengths).astype(jnp.int32)

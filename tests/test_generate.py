@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nha_jax.generate
-from nha_jax import Model, ModelConfig, generate
-from nha_jax.generate import _sample
+from nha_jax import Model, ModelConfig, generate, sampling
+from nha_jax.sampling import RowSampling, SamplingOptions, Stages
 
 VOCAB = 24
 
@@ -76,7 +76,7 @@ def test_a_tiny_temperature_is_greedy(model):
 def test_after_the_stop_token_there_is_nothing_else(model):
     free = np.asarray(generate(model, PROMPT, max_new_tokens=8, temperature=0))
     stop = int(free[0, 2])
-    stopped = generate(model, PROMPT, max_new_tokens=8, temperature=0, stop_token=stop)
+    stopped = generate(model, PROMPT, max_new_tokens=8, temperature=0, stop_tokens=[stop])
     for row, expected in zip(np.asarray(stopped), free, strict=True):
         ends = np.flatnonzero(expected == stop)
         if ends.size:
@@ -88,17 +88,18 @@ def test_the_loop_ends_when_every_row_is_finished(model, monkeypatch):
     steps = []
     decode_step = Model.decode_step
 
-    def counted(self, tokens, cache):
+    def counted(self, tokens, cache, **options):
         jax.debug.callback(lambda: steps.append(1))
-        return decode_step(self, tokens, cache)
+        return decode_step(self, tokens, cache, **options)
 
     monkeypatch.setattr(Model, "decode_step", counted)
+    jax.clear_caches()
     row = np.asarray(generate(model, PROMPT[0], max_new_tokens=7, temperature=0))
     jax.effects_barrier()
     assert len(steps) == 6  # the first token comes from the prefill
     steps.clear()
     stop = int(row[1])
-    generate(model, PROMPT[0], max_new_tokens=7, temperature=0, stop_token=stop)
+    generate(model, PROMPT[0], max_new_tokens=7, temperature=0, stop_tokens=[stop])
     jax.effects_barrier()
     assert len(steps) == list(row).index(stop)
 
@@ -110,22 +111,39 @@ def test_compiled_functions_are_kept(model, monkeypatch):
         Model, "prefill", lambda self, *a, **k: traces.append("prefill") or prefill(self, *a, **k)
     )
     monkeypatch.setattr(
-        Model, "decode_step", lambda self, *a: traces.append("decode") or decode_step(self, *a)
+        Model,
+        "decode_step",
+        lambda self, *a, **k: traces.append("decode") or decode_step(self, *a, **k),
     )
-    generate(model, PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, stop_token=1)
+    jax.clear_caches()
+    generate(model, PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, stop_tokens=[1])
     assert {"prefill", "decode"} == set(traces)
     traces.clear()
-    options = {"seed": 9, "temperature": 0.7, "top_p": 0.5, "stop_token": 2}
-    generate(model, PROMPT[:, :4], max_new_tokens=3, top_k=5, **options)
+    options = {"seed": 9, "temperature": 0.7, "top_p": 0.5, "stop_tokens": [2, 3], "min_p": 0.1}
+    generate(model, PROMPT[:, :4], max_new_tokens=5, top_k=2, **options)
     same_config = Model(model.config, rngs=nnx.Rngs(1))
     generate(same_config, PROMPT, max_new_tokens=3, top_k=5, **options)
     assert traces == []
 
 
-def draws(logits, **options) -> set[int]:
-    keys = jax.random.split(jax.random.key(0), 400)
-    rows = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (400, len(logits)))
-    return set(np.asarray(_sample(rows, keys, **options)).tolist())
+draw = jax.jit(sampling.draw, static_argnames="stages")
+
+
+def rows_of(count: int, vocab_size: int, prompt=(), **options) -> RowSampling:
+    """Rows with these options and a key each."""
+    one = RowSampling.of([SamplingOptions(**options)], [np.array(prompt, int)], vocab_size)
+    rows = jax.tree.map(lambda x: jnp.repeat(x, count, axis=0), one)
+    return rows._replace(key=jax.random.split(jax.random.key(0), count))
+
+
+def draws(logits, count: int = 400, **options) -> np.ndarray:
+    rows = rows_of(count, len(logits), **options)
+    logits = jnp.broadcast_to(jnp.asarray(logits, jnp.float32), (count, len(logits)))
+    tokens, log_probabilities, after = draw(logits, rows, Stages(penalty=True, ranking=True))
+    expected = jax.nn.log_softmax(logits)[0, tokens]
+    np.testing.assert_allclose(log_probabilities, expected, rtol=1e-6)
+    assert np.all(np.take_along_axis(np.asarray(after.seen), np.asarray(tokens)[:, None], 1))
+    return np.asarray(tokens)
 
 
 @settings(max_examples=20, deadline=None)
@@ -140,7 +158,7 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens(probabilities, top_k, top_p
     mass = np.cumsum(p[ranking]) / p[ranking].sum()
     kept = set(ranking[: 1 + np.searchsorted(mass, top_p - 1e-6)].tolist())
     maybe = set(ranking[: 1 + np.searchsorted(mass, top_p + 1e-6)].tolist())
-    drawn = draws(np.log(p), top_k=top_k, top_p=jnp.float32(top_p))
+    drawn = set(draws(np.log(p), top_k=top_k, top_p=top_p).tolist())
     assert drawn <= kept | maybe
     frequent = {int(token) for token in kept if p[token] / p[list(kept)].sum() > 0.05}
     assert frequent <= drawn
@@ -148,10 +166,43 @@ def test_top_k_and_top_p_keep_the_most_likely_tokens(probabilities, top_k, top_p
 
 def test_no_restriction_draws_in_proportion():
     probabilities = np.asarray([0.5, 0.3, 0.15, 0.05])
-    keys = jax.random.split(jax.random.key(1), 20_000)
-    rows = jnp.broadcast_to(jnp.log(jnp.asarray(probabilities)), (20_000, 4))
-    counts = np.bincount(np.asarray(_sample(rows, keys, top_k=None, top_p=None)), minlength=4)
+    counts = np.bincount(draws(np.log(probabilities), count=20_000), minlength=4)
     np.testing.assert_allclose(counts / 20_000, probabilities, atol=0.015)
+
+
+def test_min_p_is_relative_to_the_likeliest():
+    probabilities = np.asarray([0.5, 0.26, 0.24])
+    assert set(draws(np.log(probabilities), min_p=0.5).tolist()) == {0, 1}
+
+
+def test_repetition_penalty_lowers_what_was_there():
+    logits = np.asarray([2.0, -1.0, 1.5, -1.5])
+    greedy = {"temperature": 0.0, "repetition_penalty": 2.0}
+    assert set(draws(logits, **greedy)) == {0}
+    assert set(draws(logits, prompt=[0], **greedy)) == {2}  # 1.0 after the penalty
+    assert set(draws(logits, prompt=[0, 2], **greedy)) == {0}  # 1.0 and 0.75
+    assert set(draws(logits[1::2], prompt=[0], **greedy)) == {1}  # -2.0 and -1.5
+
+
+def test_stages_that_a_row_does_not_need_change_nothing():
+    logits = jax.random.normal(jax.random.key(3), (50, 20)) * 3
+    found = [
+        draw(logits, rows_of(50, 20, temperature=0.9), Stages(penalty, ranking))[0]
+        for penalty in (False, True)
+        for ranking in (False, True)
+    ]
+    for tokens in found[1:]:
+        np.testing.assert_array_equal(tokens, found[0])
+
+
+def test_log_probabilities_are_the_forwards(model):
+    found = generate(
+        model, PROMPT, max_new_tokens=5, temperature=0.5, return_log_probabilities=True
+    )
+    text = np.concatenate([PROMPT, found.tokens], axis=1)
+    logits = jax.nn.log_softmax(jax.jit(Model.__call__)(model, jnp.asarray(text)))
+    expected = np.take_along_axis(np.asarray(logits)[:, 8:-1], found.tokens[..., None], 2)[..., 0]
+    np.testing.assert_allclose(found.log_probabilities, expected, atol=1e-5)
 
 
 def _fields(value: object) -> str:
@@ -178,9 +229,14 @@ def _fields(value: object) -> str:
         ({"max_new_tokens": 0}, ValueError, "max_new_tokens=0 must be an integer of at least 1"),
         ({"temperature": -1.0}, ValueError, "temperature=-1.0 must be finite and at least 0"),
         ({"top_k": 25}, ValueError, r"top_k=25 must be an integer within \[1, 24\]"),
+        ({"top_k": 0}, ValueError, "top_k=0 must be an integer of at least 1"),
+        ({"min_p": 1.5}, ValueError, r"min_p=1.5 must be within \[0, 1\]"),
+        ({"repetition_penalty": 0}, ValueError, "repetition_penalty=0 must be finite and above 0"),
         ({"top_p": 0.0}, ValueError, r"top_p=0.0 must be within \(0, 1\]"),
         ({"seed": 0.5}, TypeError, "seed=0.5 must be an integer"),
-        ({"stop_token": 24}, ValueError, r"stop_token=24 must be a token within \[0, 24\)"),
+        ({"stop_tokens": [24]}, ValueError, r"stop_tokens=\(24,\) must be tokens within \[0, 24\)"),
+        ({"stop_tokens": 2}, ValueError, "stop_tokens=2 must be a sequence of up to 8 tokens"),
+        ({"stop": [2]}, TypeError, "stop"),
     ],
     ids=_fields,
 )

@@ -76,6 +76,29 @@ def test_prefill_and_decode_equal_the_forward(window_size, lengths):
     np.testing.assert_array_equal(cache.length, starts + 7)
 
 
+@pytest.mark.parametrize("conv_width", [0, 4])
+def test_prompts_read_in_chunks_equal_prompts_read_at_once(conv_width):
+    model = tiny_model(window_size=LAYOUTS["mixed"], conv_width=conv_width)
+    tokens, lengths = np.asarray(random_tokens(3, 32)), np.array([30, 11, 1])
+    prefill = jax.jit(Model.prefill, static_argnames="max_length")
+    expected, whole = prefill(model, tokens, lengths=lengths, max_length=40)
+    cache, logits = model.init_cache(3, max_length=40), jnp.zeros_like(expected)
+    for start in range(0, 32, 8):
+        present = np.clip(lengths - start, 0, 8)
+        chunk = tokens[:, start : start + 8]
+        found, cache = prefill(model, chunk, lengths=present, cache=cache)
+        logits = jnp.where((present > 0)[:, None], found, logits)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
+    following = logits.argmax(-1)
+    step, active = jax.jit(Model.decode_step), jnp.array([True, False, True])
+    found, after = step(model, following, cache, active=active)
+    expected, _ = step(model, following, whole)
+    chex.assert_trees_all_close(found[::2], expected[::2], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal(after.length, jnp.array([31, 11, 2]))
+    waiting = lambda cache: jax.tree.map(lambda leaf: leaf[:, 1], cache.layers)  # noqa: E731
+    chex.assert_trees_all_equal(waiting(after), waiting(cache))
+
+
 def test_the_cache_of_finite_windows_does_not_grow():
     model = tiny_model(window_size=(8, 0, 4))
     shapes = [

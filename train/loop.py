@@ -130,9 +130,11 @@ class Trainer:
         sample = complete(
             model,
             config.sample.prompt,
-            max_new_tokens=config.sample.max_new_tokens,
-            temperature=config.sample.temperature,
-            seed=config.seed,
+            nha_jax.SamplingOptions(
+                max_new_tokens=config.sample.max_new_tokens,
+                temperature=config.sample.temperature,
+                seed=config.seed,
+            ),
         )
         nha_jax.save(self._folder.model, model, overwrite=True)
         step, references = self.progress.step, self._references()

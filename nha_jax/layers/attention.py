@@ -1,7 +1,7 @@
 """The Native Hybrid Attention layer: projections, gates, the operator, and the way out."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from flax import nnx
 from nha_jax.config import ModelConfig
 from nha_jax.layers.convolution import ShortConvolution
 from nha_jax.layers.parameters import linear, rms_norm
-from nha_jax.ops import NHAState, Rope, decode_step, nha_attention, resize_state
+from nha_jax.ops import NHAState, Rope, decode_step, init_state, nha_attention, resize_state
 
 Projections = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -87,13 +87,16 @@ class NativeHybridAttention(nnx.Module):
         rope: Rope,
         lengths: jax.Array | None = None,
         max_length: int | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """The forward of right-padded rows, and the cache after each row's last token.
 
         Args:
             inputs: [B, T, hidden_size].
             lengths: [B], the tokens of each row; None: all T.
-            max_length: the tokens a layer with window_size=None has room for; None: only these T.
+            max_length: the tokens a layer with window_size=None has room for; None: as many as the
+                cache, or only these T.
+            cache: of the tokens before; None: there are none.
         """
         batch_size, num_tokens, _ = inputs.shape
         segment_ids = None
@@ -103,26 +106,67 @@ class NativeHybridAttention(nnx.Module):
             segment_ids = (jnp.arange(num_tokens) < lengths[:, None]).astype(jnp.int32)
         projections = self._projections(inputs)
         convolution = None
+        taps: tuple[jax.Array | None, ...] = (None,) * 3
         if self.config.conv_width:
+            taps = (cache.convolution if cache is not None else None) or taps
             convolution = ConvolutionState(
                 *(
-                    conv.state_after(projection, lengths)
-                    for conv, projection in zip(self._convolutions(), projections, strict=True)
+                    conv.state_after(projection, lengths, before)
+                    for conv, projection, before in zip(
+                        self._convolutions(), projections, taps, strict=True
+                    )
                 )
             )
-        projections = self._convolve(projections, segment_ids)
+        projections = self._convolve(projections, segment_ids, taps)
         operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
         attended, state, _ = operator(
-            *self._heads(*projections), self._log_decay(inputs), return_state=True
+            *self._heads(*projections),
+            self._log_decay(inputs),
+            initial_state=None if cache is None else cache.attention,
+            return_state=True,
         )
         if window_size is None:
-            state = resize_state(state, num_tokens if max_length is None else max_length)
+            room = num_tokens if cache is None else cache.attention.capacity
+            state = resize_state(state, room if max_length is None else max_length)
         return self._output(attended), LayerCache(state, convolution)
 
+    def init_cache(
+        self, batch_size: int, *, window_size: int | None, max_length: int | None
+    ) -> LayerCache:
+        """The cache of rows without a token; max_length as for `prefill`."""
+        config = self.config
+        dtype = jnp.dtype(config.dtype)
+        state = init_state(
+            batch_size,
+            num_kv_heads=config.num_kv_heads,
+            num_slots=config.num_slots,
+            key_dim=config.key_dim,
+            value_dim=config.value_dim,
+            window_size=window_size,
+            dtype=dtype,
+            max_length=max_length,
+        )
+        if not config.conv_width:
+            return LayerCache(state, None)
+        taps = (
+            jnp.zeros((batch_size, config.conv_width - 1, conv.channels), dtype)
+            for conv in self._convolutions()
+        )
+        return LayerCache(state, ConvolutionState(*taps))
+
     def decode_step(
-        self, inputs: jax.Array, cache: LayerCache, *, window_size: int | None, rope: Rope
+        self,
+        inputs: jax.Array,
+        cache: LayerCache,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        active: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """One token a row: inputs [B, 1, hidden_size] -> (outputs [B, 1, hidden_size], cache)."""
+        """One token a row: inputs [B, 1, hidden_size] -> (outputs [B, 1, hidden_size], cache).
+
+        Rows whose `active` [B] is False keep their cache.
+        """
         projections = self._projections(inputs)
         convolution = cache.convolution
         if convolution is not None:
@@ -135,6 +179,12 @@ class NativeHybridAttention(nnx.Module):
             query, key, value = (output for output, _ in steps)
             projections = query, key, value
             convolution = ConvolutionState(*(state for _, state in steps))
+            if active is not None:
+                convolution = jax.tree.map(
+                    lambda new, old: jnp.where(active[:, None, None], new, old),
+                    convolution,
+                    cache.convolution,
+                )
         attended, state = decode_step(
             *self._heads(*projections),
             self._log_decay(inputs),
@@ -143,6 +193,7 @@ class NativeHybridAttention(nnx.Module):
             rope=rope,
             slot_feature_map=self.config.slot_feature_map,
             empty_slots=self.config.empty_slots,
+            active=active,
         )
         return self._output(attended), LayerCache(state, convolution)
 
@@ -152,15 +203,21 @@ class NativeHybridAttention(nnx.Module):
     def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
         return self.q_conv, self.k_conv, self.v_conv
 
-    def _convolve(self, projections: Projections, segment_ids: jax.Array | None) -> Projections:
+    def _convolve(
+        self,
+        projections: Projections,
+        segment_ids: jax.Array | None,
+        taps: Sequence[jax.Array | None] = (None, None, None),
+    ) -> Projections:
         if not self.config.conv_width:
             return projections
-        query, key, value = projections
-        return (
-            self.q_conv(query, segment_ids),
-            self.k_conv(key, segment_ids),
-            self.v_conv(value, segment_ids),
+        query, key, value = (
+            conv(projection, segment_ids, before)
+            for conv, projection, before in zip(
+                self._convolutions(), projections, taps, strict=True
+            )
         )
+        return query, key, value
 
     def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Projections:
         """[B, T, heads * size] -> [B, T, heads, size], and the value's activation."""

@@ -44,6 +44,7 @@ class Block(nnx.Module):
         rope: Rope,
         lengths: jax.Array | None = None,
         max_length: int | None = None,
+        cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """As `NativeHybridAttention.prefill`."""
         attended, cache = self.attention.prefill(
@@ -52,16 +53,23 @@ class Block(nnx.Module):
             rope=rope,
             lengths=lengths,
             max_length=max_length,
+            cache=cache,
         )
         hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden)), cache
 
     def decode_step(
-        self, hidden: jax.Array, cache: LayerCache, *, window_size: int | None, rope: Rope
+        self,
+        hidden: jax.Array,
+        cache: LayerCache,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        active: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """As `NativeHybridAttention.decode_step`: [B, 1, hidden_size] and the cache."""
         attended, cache = self.attention.decode_step(
-            self.attention_norm(hidden), cache, window_size=window_size, rope=rope
+            self.attention_norm(hidden), cache, window_size=window_size, rope=rope, active=active
         )
         hidden = hidden + attended
         return hidden + self.mlp(self.mlp_norm(hidden)), cache

@@ -16,7 +16,7 @@ class ShortConvolution(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, channels: int, name: str, *, rngs: nnx.Rngs):
-        self.width = config.conv_width
+        self.width, self.channels = config.conv_width, channels
         # Uniform within +-1/sqrt(width), the usual start of a filter with `width` inputs.
         initializer = jax.nn.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1
@@ -27,8 +27,22 @@ class ShortConvolution(nnx.Module):
         )
         self.kernel = nnx.Param(kernel)
 
-    def __call__(self, inputs: jax.Array, segment_ids: jax.Array | None = None) -> jax.Array:
-        """[B, T, channels] -> [B, T, channels] in the inputs' dtype; padding (id 0) gives 0."""
+    def __call__(
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array | None = None,
+        state: jax.Array | None = None,
+    ) -> jax.Array:
+        """[B, T, channels] -> [B, T, channels] in the inputs' dtype; padding (id 0) gives 0.
+
+        state: [B, width - 1, channels], as `state_after` gives it, of what came before; segment 1.
+        """
+        if state is not None:
+            if segment_ids is not None:
+                before = jnp.ones(state.shape[:2], segment_ids.dtype)
+                segment_ids = jnp.concatenate([before, segment_ids], axis=1)
+            joined = jnp.concatenate([state, inputs], axis=1)
+            return self(joined, segment_ids)[:, self.width - 1 :]
         kernel = self.kernel[...].astype(jnp.float32)
         total = inputs * kernel[-1]  # [B, T, channels] float32
         in_segment = None  # [B, T]: the tap lies in the token's own segment
@@ -45,16 +59,22 @@ class ShortConvolution(nnx.Module):
             outputs = jnp.where((segment_ids != 0)[..., None], outputs, 0)
         return outputs
 
-    def state_after(self, inputs: jax.Array, lengths: jax.Array) -> jax.Array:
+    def state_after(
+        self, inputs: jax.Array, lengths: jax.Array, state: jax.Array | None = None
+    ) -> jax.Array:
         """The last width - 1 inputs of each row: what `decode_step` needs of the past.
 
         Args:
             inputs: [B, T, channels], right padded.
             lengths: [B], the tokens of each row, one segment.
+            state: as this method gave it of the inputs before; None: there are none.
 
         Returns:
             [B, width - 1, channels], oldest first, zero before the first token.
         """
+        if state is not None:
+            inputs = jnp.concatenate([state, inputs], axis=1)
+            lengths = lengths + self.width - 1
         index = lengths[:, None] + jnp.arange(1 - self.width, 0)  # [B, width - 1]
         taps = jnp.take_along_axis(inputs, jnp.maximum(index, 0)[..., None], axis=1)
         return jnp.where((index >= 0)[..., None], taps, 0)

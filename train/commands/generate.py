@@ -1,44 +1,186 @@
 """`nha generate`."""
 
 import argparse
+import dataclasses
+import json
+import sys
+import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nha_jax import SamplingOptions
+
+SAMPLING = {
+    "max_new_tokens": "bytes to write at most",
+    "temperature": "divides the logits; 0: always the likeliest byte",
+    "top_k": "draw from the K likeliest bytes only",
+    "top_p": "draw from the likeliest bytes that add up to this probability",
+    "min_p": "draw from bytes at least this times as likely as the likeliest",
+    "repetition_penalty": "divides positive logits of bytes that were there before; 1: none",
+    "seed": "of the random numbers; each prompt gets its own from it",
+}
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "generate",
-        help="let a trained model continue a text",
-        description="Prints the prompt and what the model writes after it.",
+        help="let a trained model continue texts",
+        description="Prints each prompt and what the model writes after it, as it is written if "
+        "there is one prompt. Prompts come from --prompt, --prompt-file and --prompt-tokens, each "
+        "as often as you like, or else from standard input.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="bytes to write at most")
-    parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0: always the likeliest byte"
-    )
-    parser.add_argument("--top-k", type=int, help="draw from the k likeliest bytes only")
-    parser.add_argument("--top-p", type=float, help="draw from the likeliest of this total")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers")
+    parser.add_argument("folder", metavar="RUN", help="a run's folder or a saved model's")
+    add = parser.add_argument
+    add("--prompt", dest="prompts", action=_Prompt, metavar="TEXT", help="text to continue")
+    add("--prompt-file", dest="prompts", action=_Prompt, metavar="FILE", help="the same; -: stdin")
+    add(
+        "--prompt-tokens", dest="prompts", action=_Prompt, metavar="TOKENS",
+        help="the same as numbers, e.g. '100 101 102'",
+    )  # fmt: skip
+    kinds = {"max_new_tokens": int, "top_k": int, "seed": int}
+    shown = {"max_new_tokens": 256, "temperature": 0.8, "repetition_penalty": 1.0, "seed": 0}
+    for name, text in SAMPLING.items():
+        option = f"--{name.replace('_', '-')}"
+        default = shown.get(name, argparse.SUPPRESS)
+        add(option, type=kinds.get(name, float), default=default, help=text)
+    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable")
+    add("--stop-token", action="append", type=int, default=[], metavar="N", help="the same")
+    add("--json", action="store_true", default=False, help="a JSON line for each prompt, with its "
+        "tokens and their log-probabilities (natural)")  # fmt: skip
+    add("--batch-size", type=int, default=8, help="prompts that are continued at once")
+    add("--prefill-chunk", type=int, default=512, help="tokens of a prompt that are read at once")
+    add(
+        "--max-length", type=int, metavar="N",
+        help="room for a prompt with its text in layers of full attention; by default as needed",
+    )  # fmt: skip
+
+
+class _Prompt(argparse.Action):
+    """Keeps the prompts in the order given, with the option that each came from."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        prompts = [*getattr(namespace, self.dest, []), (option_string, values)]
+        setattr(namespace, self.dest, prompts)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.text import complete, load_model
+    given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
+    from nha_jax import Engine, SamplingOptions
+    from train.corpus import END_OF_DOCUMENT
+    from train.text import load_model
+
+    prompts = [_read_prompt(option, value) for option, value in given]
+    sampling = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
+    model = load_model(options.folder)
     try:
-        text = complete(
-            load_model(options.run),
-            options.prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
+        chosen = SamplingOptions(**sampling, stop_tokens=(END_OF_DOCUMENT, *options.stop_token))
+        longest = max(map(len, prompts)) + chosen.max_new_tokens
+        engine = Engine(
+            model,
+            batch_size=min(options.batch_size, len(prompts)),
+            max_length=getattr(options, "max_length", max(longest, 3)),
+            prefill_chunk=options.prefill_chunk,
         )
+        _write(engine, prompts, chosen, options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    print(options.prompt + text)
     return 0
+
+
+def _read_prompt(option: str, value: str) -> "np.ndarray":
+    import numpy as np
+
+    from train.text import encode
+
+    if option == "--prompt-tokens":
+        try:
+            return np.array([int(token) for token in value.split()], np.int64)
+        except ValueError:
+            raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
+    if option == "--prompt-file":
+        try:
+            data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+        except OSError as error:
+            raise ConfigError(f"--prompt-file={value}: {error.strerror}") from None
+        value = data.decode(errors="surrogateescape")
+    if not value:
+        raise ConfigError(f"{option}: the prompt is empty")
+    return encode(value)
+
+
+def _write(
+    engine, prompts: "list[np.ndarray]", sampling: "SamplingOptions", options: argparse.Namespace
+) -> None:
+    """Streams one text, or prints several in the order of the prompts; then says how fast."""
+    from train.text import continue_texts
+
+    streams = len(prompts) == 1 and not options.json
+    records = [_Record(prompt) for prompt in prompts]
+    compile_seconds = _warm_up(engine, sampling)
+    printed, start, first = 0, time.perf_counter(), 0.0
+    if streams:
+        print(records[0].prompt_text, end="", flush=True)
+    for piece in continue_texts(engine, prompts, sampling, options.stop):
+        first = first or time.perf_counter() - start
+        records[piece.prompt].add(piece)
+        if streams:
+            print(piece.text, end="", flush=True)
+        while not streams and printed < len(records) and records[printed].finished:
+            print(records[printed].show(printed, as_json=options.json), flush=True)
+            printed += 1
+    if streams:
+        print()
+    seconds, count = time.perf_counter() - start, sum(len(record.tokens) for record in records)
+    print(
+        f"compiled in {compile_seconds:.1f} s; first token after {first:.2f} s "
+        f"({sum(map(len, prompts))} read); {count} written in {seconds:.2f} s: "
+        f"{count / seconds:.0f} tokens/s",
+        file=sys.stderr,
+    )
+
+
+def _warm_up(engine, sampling: "SamplingOptions") -> float:
+    """Compiles all that the texts need, by writing two tokens; the seconds it took."""
+    start = time.perf_counter()
+    engine.submit([0], dataclasses.replace(sampling, max_new_tokens=2, stop_tokens=()))
+    for _ in engine.run():
+        pass
+    return time.perf_counter() - start
+
+
+class _Record:
+    """A prompt and what came after it."""
+
+    def __init__(self, prompt: "np.ndarray"):
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.text, self.finished = "", None
+
+    @property
+    def prompt_text(self) -> str:
+        return bytes(token for token in self.prompt.tolist() if token < 256).decode(
+            errors="replace"
+        )
+
+    def add(self, piece) -> None:
+        self.tokens.append(piece.token)
+        self.log_probabilities.append(round(piece.log_probability, 6))
+        self.text, self.finished = self.text + piece.text, piece.finished
+
+    def show(self, index: int, *, as_json: bool) -> str:
+        if not as_json:
+            return f"{'\n' * (index > 0)}=== prompt {index + 1} ===\n{self.prompt_text}{self.text}"
+        fields = ("tokens", "log_probabilities", "text", "finished")
+        record = {"prompt": self.prompt_text} | {name: getattr(self, name) for name in fields}
+        return json.dumps(record, ensure_ascii=False)

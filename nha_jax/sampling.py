@@ -1,0 +1,202 @@
+"""How the next token is drawn: options for people, and their arrays for a batch of rows."""
+
+import dataclasses
+import math
+import numbers
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MOST_STOP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How one prompt is continued.
+
+    Logits go through repetition_penalty, temperature, top_k, top_p and min_p, in this order. Of
+    equal logits the lower token comes first.
+
+    Fields:
+      max_new_tokens: how many tokens at most.
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: draw from the k most likely tokens only.
+      top_p: draw from the fewest most likely tokens whose probabilities add up to at least top_p
+        (nucleus sampling, arXiv 1904.09751).
+      min_p: draw from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
+      repetition_penalty: logits of tokens that are in the prompt or were drawn are divided by it if
+        they are positive, and multiplied if not (arXiv 1909.05858); 1: none.
+      seed: of the random numbers. The n-th token depends on the seed, on n and on the tokens
+        before, not on what else is in the batch.
+      stop_tokens: up to 8 tokens, each of which ends the text.
+
+    Raises:
+      ValueError, TypeError: a field has a wrong value; the message names both.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_tokens: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        self._check_stop_tokens()
+        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
+            self._reject("max_new_tokens", "must be an integer of at least 1")
+        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+            self._reject("temperature", "must be finite and at least 0 (0: greedy)")
+        if self.top_k is not None and not (_is_integer(self.top_k) and self.top_k >= 1):
+            self._reject("top_k", "must be an integer of at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            self._reject("top_p", "must be within (0, 1], or None")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            self._reject("min_p", "must be within [0, 1], or None")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            self._reject("repetition_penalty", "must be finite and above 0 (1: none)")
+        if not _is_integer(self.seed):
+            raise TypeError(f"seed={self.seed!r} must be an integer")
+
+    def _check_stop_tokens(self) -> None:
+        stop = tuple(self.stop_tokens) if isinstance(self.stop_tokens, Sequence) else (None,)
+        if len(stop) > MOST_STOP_TOKENS or not all(_is_integer(token) for token in stop):
+            self._reject("stop_tokens", f"must be a sequence of up to {MOST_STOP_TOKENS} tokens")
+        object.__setattr__(self, "stop_tokens", stop)
+
+    def for_row(self, row: int) -> "SamplingOptions":
+        """The options with a seed that depends on the seed and on the row of a batch."""
+        seed = np.random.SeedSequence([abs(self.seed), int(self.seed < 0), row])
+        return dataclasses.replace(self, seed=int(seed.generate_state(1)[0]))
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raises ValueError if the options name tokens that the vocabulary has not."""
+        if self.top_k is not None and self.top_k > vocab_size:
+            self._reject("top_k", f"must be an integer within [1, {vocab_size}], or None")
+        if not all(0 <= token < vocab_size for token in self.stop_tokens):
+            self._reject("stop_tokens", f"must be tokens within [0, {vocab_size})")
+
+    def _reject(self, field: str, reason: str) -> None:
+        raise ValueError(f"{field}={getattr(self, field)!r} {reason}")
+
+
+class RowSampling(NamedTuple):
+    """The options of each row of a batch, and what drawing must remember."""
+
+    temperature: jax.Array  # [B] float32
+    top_k: jax.Array  # [B] int32; the vocabulary's size where there is no limit
+    top_p: jax.Array  # [B] float32; 1: no limit
+    min_p: jax.Array  # [B] float32; 0: no limit
+    repetition_penalty: jax.Array  # [B] float32
+    stop_tokens: jax.Array  # [B, MOST_STOP_TOKENS] int32, filled up with -1
+    key: jax.Array  # [B] random keys
+    drawn: jax.Array  # [B] int32, tokens drawn so far
+    seen: jax.Array  # [B, vocab_size] bool, tokens in the prompt or drawn
+
+    @classmethod
+    def of(
+        cls, options: Sequence[SamplingOptions], prompts: Sequence[np.ndarray], vocab_size: int
+    ) -> "RowSampling":
+        """One row for each of the options and prompts."""
+        seen = np.zeros((len(prompts), vocab_size), bool)
+        for row, prompt in zip(seen, prompts, strict=True):
+            row[prompt] = True
+        stop = [[*o.stop_tokens, *[-1] * (MOST_STOP_TOKENS - len(o.stop_tokens))] for o in options]
+        floats = lambda values: jnp.asarray(list(values), jnp.float32)  # noqa: E731
+        return cls(
+            temperature=floats(o.temperature for o in options),
+            top_k=jnp.asarray([o.top_k or vocab_size for o in options], jnp.int32),
+            top_p=floats(1.0 if o.top_p is None else o.top_p for o in options),
+            min_p=floats(o.min_p or 0.0 for o in options),
+            repetition_penalty=floats(o.repetition_penalty for o in options),
+            stop_tokens=jnp.asarray(stop, jnp.int32),
+            key=jnp.stack([jax.random.key(o.seed) for o in options]),
+            drawn=jnp.zeros(len(options), jnp.int32),
+            seen=jnp.asarray(seen),
+        )
+
+    @classmethod
+    def idle(cls, batch_size: int, vocab_size: int) -> "RowSampling":
+        """Rows that no one draws from."""
+        empty = np.zeros(0, np.int32)
+        return cls.of([SamplingOptions()] * batch_size, [empty] * batch_size, vocab_size)
+
+
+class Stages(NamedTuple):
+    """What the rows of a batch need; leaving a stage out changes no row that does not need it."""
+
+    penalty: bool
+    ranking: bool
+
+    @classmethod
+    def needed(cls, options: Sequence[SamplingOptions]) -> "Stages":
+        return cls(
+            penalty=any(o.repetition_penalty != 1 for o in options),
+            ranking=any(o.top_k is not None or o.top_p not in (None, 1) for o in options),
+        )
+
+
+def draw(
+    logits: jax.Array, rows: RowSampling, stages: Stages
+) -> tuple[jax.Array, jax.Array, RowSampling]:
+    """A token a row: logits [B, vocab_size] float32 -> tokens [B] int32, log-probabilities [B].
+
+    The log-probability is the model's own, of the logits as they came. The rows returned remember
+    the tokens drawn.
+    """
+    log_probability = jax.nn.log_softmax(logits, axis=-1)
+    adjusted = _penalised(logits, rows) if stages.penalty else logits
+    greedy = adjusted.argmax(axis=-1)
+    # From the largest logit down: a small temperature then only gives -inf, never inf - inf.
+    adjusted = adjusted - adjusted.max(axis=-1, keepdims=True)
+    adjusted = adjusted / jnp.maximum(rows.temperature, 1e-30)[:, None]
+    noise = jax.vmap(_noise, (0, 0, None))(rows.key, rows.drawn, logits.shape[-1])
+    # Of the tokens the likeliest has the logit 0.
+    likely = adjusted >= jnp.log(rows.min_p)[:, None]
+    scores = jnp.where(likely, adjusted + noise, -jnp.inf)
+    if stages.ranking:
+        scores = _ranked(adjusted, scores, rows)
+    tokens = jnp.where(rows.temperature == 0, greedy, scores.argmax(axis=-1)).astype(jnp.int32)
+    batch = jnp.arange(logits.shape[0])
+    rows = rows._replace(drawn=rows.drawn + 1, seen=rows.seen.at[batch, tokens].set(True))
+    return tokens, log_probability[batch, tokens], rows
+
+
+def is_stop(tokens: jax.Array, rows: RowSampling) -> jax.Array:
+    """[B] -> [B] bool."""
+    return (tokens[:, None] == rows.stop_tokens).any(axis=1)
+
+
+def _noise(key: jax.Array, drawn: jax.Array, vocab_size: int) -> jax.Array:
+    """Gumbel noise, one for each token: the largest sum with the logits is a fair draw."""
+    return jax.random.gumbel(jax.random.fold_in(key, drawn), (vocab_size,))
+
+
+def _penalised(logits: jax.Array, rows: RowSampling) -> jax.Array:
+    penalty = rows.repetition_penalty[:, None]
+    lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
+    return jnp.where(rows.seen, lowered, logits)
+
+
+def _ranked(logits: jax.Array, scores: jax.Array, rows: RowSampling) -> jax.Array:
+    """The scores [B, vocab_size] of the tokens that top_k and top_p leave, -inf of others."""
+    ranked, candidates = jax.lax.top_k(logits, logits.shape[-1])
+    rank = jnp.arange(logits.shape[-1])
+    ranked = jnp.where(rank < rows.top_k[:, None], ranked, -jnp.inf)
+    probability = jax.nn.softmax(ranked, axis=-1)
+    likelier = probability.cumsum(axis=-1) - probability
+    # The most likely token stays even if rounding leaves nothing below top_p, and all if it is 1.
+    top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)
+    keep = ((likelier < top_p[:, None]) | (rank == 0)) & jnp.isfinite(ranked)
+    batch = jnp.arange(logits.shape[0])[:, None]
+    kept = jnp.zeros(logits.shape, bool).at[batch, candidates].set(keep)
+    return jnp.where(kept, scores, -jnp.inf)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
