@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from nha_jax.config import ModelConfig
+from nha_jax.diagnostics import Diagnostics
 from nha_jax.generate import generate
 from nha_jax.model import Model, ModelCache
 from nha_jax.ops import NHAOutput, NHAState, nha_attention
@@ -11,6 +12,7 @@ from nha_jax.serialization import load, save
 __version__ = version("nha_jax")
 
 __all__ = [
+    "Diagnostics",
     "Model",
     "ModelCache",
     "ModelConfig",
