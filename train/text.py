@@ -29,6 +29,22 @@ def load_model(path: str) -> nha_jax.Model:
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
 
 
+def read_tokens(path: str, limit: int) -> np.ndarray:
+    """The first `limit` bytes of a file as tokens, [at most limit] int32.
+
+    Raises:
+        ConfigError: it cannot be read, or is empty.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(limit)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the text: {error.strerror}") from None
+    if not content:
+        raise ConfigError(f"{path}: the text is empty")
+    return np.frombuffer(content, np.uint8).astype(np.int32)
+
+
 def complete(
     model: nha_jax.Model,
     prompt: str,
