@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.inspection import Inspection
+from train.inspection import PERCENTILES, Inspection, LayerSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,6 @@ def _draw_heat(axes: "Axes", inspection: Inspection) -> Any:
         cmap=COLOURS,
         vmin=0,
         vmax=1,
-        rasterized=True,
     )
     axes.invert_yaxis()
     for edge in range(num_heads, num_layers * num_heads, num_heads):
@@ -98,27 +97,10 @@ def _draw_means(axes: "Axes", inspection: Inspection) -> None:
 
 def _draw_half_lives(axes: "Axes", inspection: Inspection) -> None:
     """A column of dots a head, a dot a slot; the middle 80% and the median; the layer's window."""
-    num_layers, num_heads, num_slots = inspection.half_life.shape
-    shown = np.clip(inspection.half_life, SHORTEST, LONGEST)
-    offsets = (np.arange(num_heads) - (num_heads - 1) / 2) * 0.7 / num_heads
+    num_layers, num_heads, _ = inspection.half_life.shape
     summaries = inspection.layers()
-    for summary in summaries:
-        layer, window = summary.layer, summary.window
-        colour = "silver" if summary.beyond_window is None else "C0"
-        for head, offset in enumerate(offsets):
-            x, slots = layer + offset, np.sort(shown[layer, head])
-            spread = np.linspace(-0.25, 0.25, num_slots) * 0.7 / num_heads
-            axes.plot(x + spread, slots, ".", color=colour, markersize=3, alpha=0.5, zorder=2)
-            low, middle, high = np.percentile(slots, (10, 50, 90))
-            axes.plot([x, x], [low, high], color="black", linewidth=1, alpha=0.6, zorder=3)
-            axes.plot(x, middle, "o", color="black", markersize=4, zorder=4)
-        if window:
-            axes.plot([layer - 0.45, layer + 0.45], [window] * 2, color="C3", linewidth=2, zorder=5)
-        if summary.beyond_window is not None:
-            axes.text(
-                layer, 1.01, f"{summary.beyond_window:.0%}", color="C3", fontsize=9,
-                ha="center", va="bottom", transform=axes.get_xaxis_transform(),
-            )  # fmt: skip
+    for summary, half_life in zip(summaries, inspection.half_life, strict=True):
+        _draw_layer(axes, summary, np.clip(half_life, SHORTEST, LONGEST))
     axes.set_yscale("log")
     axes.set_xlim(-0.6, num_layers - 0.4)
     names = _layer_names(inspection, "\nW=" if num_layers <= 12 else "\n")
@@ -129,14 +111,38 @@ def _draw_half_lives(axes: "Axes", inspection: Inspection) -> None:
     if any(summary.beyond_window is None for summary in summaries):
         axes.plot([], [], ".", color="silver", label="a slot that stays empty")
     axes.plot([], [], "o-", color="black", markersize=4, label="a head's median and middle 80%")
-    axes.plot([], [], color="C3", linewidth=2, label="the window W")
+    axes.plot(
+        [], [], color="C3", linewidth=2, label="the window W, and the share of slots beyond it"
+    )
     axes.legend(loc="lower right", bbox_to_anchor=(1, 1.05), ncols=4, fontsize=9, frameon=False)
     beyond = f" (longer ones at {LONGEST:.0e})" if (inspection.half_life > LONGEST).any() else ""
     axes.set(
         xlabel=f"layer and its window W ({num_heads} key/value heads each, from left to right)",
         ylabel=f"half-life, tokens{beyond}",
     )
-    axes.set_title("How long slots remember; in red, the share beyond W", loc="left", pad=20)
+    axes.set_title("How long slots remember", loc="left", pad=20)
+
+
+def _draw_layer(axes: "Axes", summary: LayerSummary, half_life: np.ndarray) -> None:
+    """half_life: [Hkv, M]."""
+    num_heads, num_slots = half_life.shape
+    layer, width = summary.layer, 0.7 / num_heads
+    colour = "silver" if summary.beyond_window is None else "C0"
+    for head, slots in enumerate(np.sort(half_life)):
+        x = layer + (head - (num_heads - 1) / 2) * width
+        spread = np.linspace(-0.25, 0.25, num_slots) * width
+        axes.plot(x + spread, slots, ".", color=colour, markersize=3, alpha=0.5, zorder=2)
+        low, middle, high = np.percentile(slots, PERCENTILES)
+        axes.plot([x, x], [low, high], color="black", linewidth=1, alpha=0.6, zorder=3)
+        axes.plot(x, middle, "o", color="black", markersize=4, zorder=4)
+    if summary.window:
+        ends = [layer - 0.45, layer + 0.45]
+        axes.plot(ends, [summary.window] * 2, color="C3", linewidth=2, zorder=5)
+    if summary.beyond_window is not None:
+        axes.text(
+            layer, 1.01, f"{summary.beyond_window:.0%}", color="C3", fontsize=9,
+            ha="center", va="bottom", transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
 
 
 def _layer_names(inspection: Inspection, separator: str) -> list[str]:
