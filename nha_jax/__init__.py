@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from nha_jax.config import ModelConfig
+from nha_jax.diagnostics import Diagnostics
 from nha_jax.engine import Engine, Event
 from nha_jax.generate import Generated, generate
 from nha_jax.model import Model, ModelCache
@@ -13,6 +14,7 @@ from nha_jax.serialization import load, save
 __version__ = version("nha_jax")
 
 __all__ = [
+    "Diagnostics",
     "Engine",
     "Event",
     "Generated",

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from nha_jax.config import ModelConfig
-from nha_jax.layers import Block, LayerCache
+from nha_jax.diagnostics import Diagnostics, stack_layers
+from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, rope_tables
 
@@ -93,32 +94,31 @@ class Model(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads: [B, T, hidden_size] float32. Arguments as for a call."""
-        tokens = _check_integers("tokens", tokens)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
-        if segment_ids is not None:
-            segment_ids = _check_integers("segment_ids", segment_ids)
-            if segment_ids.shape != tokens.shape:
-                raise ValueError(
-                    f"segment_ids must have the tokens' shape {tokens.shape}, "
-                    f"got {segment_ids.shape}"
-                )
-        if positions is None:
-            positions = _default_positions(tokens, segment_ids)
-        positions = _check_integers("positions", positions)
-        if positions.shape not in (tokens.shape, tokens.shape[1:]):
-            raise ValueError(
-                f"positions must be [time] or [batch, time] for tokens of shape {tokens.shape}, "
-                f"got {positions.shape}"
-            )
-        rope = self._rope(positions)
+        hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=False)
+        return hidden
 
-        def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
-            hidden = block(hidden, window_size=window_size, rope=rope, segment_ids=segment_ids)
-            return hidden, cache
+    def diagnose(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> Diagnostics:
+        """The forward, and what every layer did: its softmax mass on the slots, and its gates.
 
-        hidden, _ = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
-        return self.norm(hidden)
+        Costs little more than the forward, and can be part of a loss. Where no token has left the
+        window yet (everywhere, with window None), the mass is that of the empty slots; with
+        `empty_slots="mask"` it is 0.
+
+            seen = model.diagnose(tokens)
+            logits = model.logits(seen.hidden)  # as model(tokens)
+            seen.slot_weight.mean((1, 2))  # [L, Hq]: how much each head reads from its slots
+            jnp.log(2) / -seen.log_decay.mean((1, 2))  # [L, Hkv, M]: half-lives in tokens
+
+        Arguments and errors as for a call.
+        """
+        hidden, layers = self._forward(tokens, segment_ids, positions, diagnose=True)
+        stacked = stack_layers(layers)
+        return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
     def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
         """The same model, its parameters shared and not copied, under another window layout.
@@ -286,6 +286,47 @@ class Model(nnx.Module):
     def _rope(self, positions: jax.Array) -> Rope:
         """One pair of tables for all layers."""
         return rope_tables(positions, self.config.key_dim, self.config.rope_theta)
+
+    def _forward(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        *,
+        diagnose: bool,
+    ) -> tuple[jax.Array, tuple[LayerDiagnostics | None, ...]]:
+        """What the head reads, and of each layer of the window period, stacked, what it did."""
+        tokens = _check_integers("tokens", tokens)
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
+        if segment_ids is not None:
+            segment_ids = _check_integers("segment_ids", segment_ids)
+            if segment_ids.shape != tokens.shape:
+                raise ValueError(
+                    f"segment_ids must have the tokens' shape {tokens.shape}, "
+                    f"got {segment_ids.shape}"
+                )
+        if positions is None:
+            positions = _default_positions(tokens, segment_ids)
+        positions = _check_integers("positions", positions)
+        if positions.shape not in (tokens.shape, tokens.shape[1:]):
+            raise ValueError(
+                f"positions must be [time] or [batch, time] for tokens of shape {tokens.shape}, "
+                f"got {positions.shape}"
+            )
+        rope = self._rope(positions)
+
+        def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
+            return block.forward(
+                hidden,
+                window_size=window_size,
+                rope=rope,
+                segment_ids=segment_ids,
+                diagnose=diagnose,
+            )
+
+        hidden, layers = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
+        return self.norm(hidden), layers
 
     def _scan_blocks(
         self,

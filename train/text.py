@@ -1,6 +1,7 @@
 """Byte tokens to text and back, and a model continuing texts."""
 
 import codecs
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -37,6 +38,22 @@ def load_model(path: str) -> nha_jax.Model:
 def encode(text: str) -> np.ndarray:
     """[bytes] int32, the text's UTF-8. Lone surrogates stand for bytes that are not UTF-8."""
     return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
+
+
+def read_tokens(path: str, limit: int | None = None) -> np.ndarray:
+    """The first `limit` bytes of a file as tokens, [at most limit] int32; "-": standard input.
+
+    Raises:
+        ConfigError: it cannot be read, or is empty.
+    """
+    try:
+        with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
+            content = file.read(-1 if limit is None else limit)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the text: {error.strerror}") from None
+    if not content:
+        raise ConfigError(f"{path}: the text is empty")
+    return np.frombuffer(content, np.uint8).astype(np.int32)
 
 
 class Piece(NamedTuple):

@@ -1,6 +1,11 @@
 """The layers of the model, as flax.nnx modules, with named parameter axes."""
 
-from nha_jax.layers.attention import ConvolutionState, LayerCache, NativeHybridAttention
+from nha_jax.layers.attention import (
+    ConvolutionState,
+    LayerCache,
+    LayerDiagnostics,
+    NativeHybridAttention,
+)
 from nha_jax.layers.block import Block
 from nha_jax.layers.convolution import ShortConvolution
 from nha_jax.layers.mlp import SwiGLU
@@ -11,6 +16,7 @@ __all__ = [
     "Block",
     "ConvolutionState",
     "LayerCache",
+    "LayerDiagnostics",
     "NativeHybridAttention",
     "ShortConvolution",
     "SwiGLU",

@@ -31,6 +31,13 @@ class LayerCache(NamedTuple):
     convolution: ConvolutionState | None  # None: the model has no short convolution
 
 
+class LayerDiagnostics(NamedTuple):
+    """What one layer did with its tokens."""
+
+    slot_weight: jax.Array  # [B, T, Hq] float32, the softmax mass on the slots; 0 at padding
+    log_decay: jax.Array  # [B, T, Hkv, M] float32, natural log of the gate
+
+
 class NativeHybridAttention(nnx.Module):
     """Native Hybrid Attention (Du et al., arXiv 2510.07019), as in models trained from scratch.
 
@@ -75,9 +82,28 @@ class NativeHybridAttention(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives 0."""
+        outputs, _ = self.forward(
+            inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=False
+        )
+        return outputs
+
+    def forward(
+        self,
+        inputs: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        segment_ids: jax.Array | None,
+        diagnose: bool,
+    ) -> tuple[jax.Array, LayerDiagnostics | None]:
+        """What a call returns, and if `diagnose` what the layer did; None otherwise."""
         operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
-        projections = self._convolve(self._projections(inputs), segment_ids)
-        return self._output(operator(*self._heads(*projections), self._log_decay(inputs)))
+        heads = self._heads(*self._convolve(self._projections(inputs), segment_ids))
+        log_decay = self._log_decay(inputs)
+        if not diagnose:
+            return self._output(operator(*heads, log_decay)), None
+        attended, _, slot_weight = operator(*heads, log_decay, return_slot_weight=True)
+        return self._output(attended), LayerDiagnostics(slot_weight, log_decay)
 
     def prefill(
         self,

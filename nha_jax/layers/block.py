@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from nha_jax.config import ModelConfig
-from nha_jax.layers.attention import LayerCache, NativeHybridAttention
+from nha_jax.layers.attention import LayerCache, LayerDiagnostics, NativeHybridAttention
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
 from nha_jax.ops import Rope
@@ -28,13 +28,30 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, hidden_size] -> [B, T, hidden_size], as `NativeHybridAttention.__call__`."""
-        hidden = hidden + self.attention(
+        hidden, _ = self.forward(
+            hidden, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=False
+        )
+        return hidden
+
+    def forward(
+        self,
+        hidden: jax.Array,
+        *,
+        window_size: int | None,
+        rope: Rope,
+        segment_ids: jax.Array | None,
+        diagnose: bool,
+    ) -> tuple[jax.Array, LayerDiagnostics | None]:
+        """What a call returns, and the diagnostics as `NativeHybridAttention.forward`."""
+        attended, diagnostics = self.attention.forward(
             self.attention_norm(hidden),
             window_size=window_size,
             rope=rope,
             segment_ids=segment_ids,
+            diagnose=diagnose,
         )
-        return hidden + self.mlp(self.mlp_norm(hidden))
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), diagnostics
 
     def prefill(
         self,

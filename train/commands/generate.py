@@ -6,7 +6,6 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError
@@ -100,7 +99,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _read_prompt(option: str, value: str) -> "np.ndarray":
     import numpy as np
 
-    from train.text import encode
+    from train.text import encode, read_tokens
 
     if option == "--prompt-tokens":
         try:
@@ -108,13 +107,9 @@ def _read_prompt(option: str, value: str) -> "np.ndarray":
         except ValueError:
             raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
     if option == "--prompt-file":
-        try:
-            data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
-        except OSError as error:
-            raise ConfigError(f"--prompt-file={value}: {error.strerror}") from None
-        value = data.decode(errors="surrogateescape")
+        return read_tokens(value)
     if not value:
-        raise ConfigError(f"{option}: the prompt is empty")
+        raise ConfigError("--prompt: the text is empty")
     return encode(value)
 
 

@@ -1,0 +1,92 @@
+"""`nha inspect`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from train.errors import ConfigError
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "inspect",
+        help="show how much a model reads from its slots, and how long they remember",
+        description=(
+            "Reads a text and shows, by layer, head and position, the slot share omega (the "
+            "softmax mass on the slots), and the slots' half-lives. Prints a table; writes a "
+            "picture and, beside it under the same name with .json, all its numbers (the keys: "
+            "train/inspection.py, class Inspection)."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
+    parser.add_argument("--text", required=True, metavar="FILE", help="the text, of any kind")
+    parser.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="read the first N bytes at most"
+    )
+    parser.add_argument(
+        "--context",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="start afresh after N tokens; memory grows with it, not with the text",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="FILE.png",
+        help="the picture; without it RUN/inspect-TEXT.png, TEXT being the text's name",
+    )
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    for name in ("max_tokens", "context"):
+        if getattr(options, name) < 1:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
+    picture = _output_path(options)
+
+    from train.inspection import format_table, inspect
+    from train.run_folder import write_atomically
+    from train.text import load_model, read_tokens
+
+    tokens = read_tokens(options.text, options.max_tokens)
+    model = load_model(options.run)
+    if tokens.max() >= model.config.vocab_size:
+        raise ConfigError(
+            f"{options.run}: its vocabulary of {model.config.vocab_size} tokens is none of bytes"
+        )
+    inspection = inspect(model, tokens, options.context)
+
+    from train.inspection_figure import draw
+
+    text = Path(options.text).name
+    title = f"{Path(options.run).resolve().name} reading {text}, {inspection.tokens} tokens"
+    numbers = picture.with_suffix(".json")
+    try:
+        write_atomically(numbers, inspection.to_json(run=options.run, text=options.text))
+        write_atomically(picture, draw(inspection, title))
+    except OSError as error:
+        raise ConfigError(
+            f"{picture.parent}: cannot write there: {error.strerror}; give --output"
+        ) from None
+    print(title)
+    print(format_table(inspection))
+    print(f"{picture}\n{numbers}")
+    return 0
+
+
+def _output_path(options: argparse.Namespace) -> Path:
+    """Where the picture goes.
+
+    Raises:
+        ConfigError: it is no PNG by its name, or there is no such folder.
+    """
+    if options.output is None:
+        return Path(options.run) / f"inspect-{Path(options.text).stem}.png"
+    path = Path(options.output)
+    if path.suffix != ".png":
+        raise ConfigError(f"--output = {options.output!r}: must end in .png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output = {options.output!r}: there is no folder {path.parent}")
+    return path
