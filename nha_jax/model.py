@@ -96,29 +96,66 @@ class Model(nnx.Module):
         tokens = _check_integers("tokens", tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
-        if segment_ids is not None:
-            segment_ids = _check_integers("segment_ids", segment_ids)
-            if segment_ids.shape != tokens.shape:
-                raise ValueError(
-                    f"segment_ids must have the tokens' shape {tokens.shape}, "
-                    f"got {segment_ids.shape}"
-                )
-        if positions is None:
-            positions = _default_positions(tokens, segment_ids)
-        positions = _check_integers("positions", positions)
-        if positions.shape not in (tokens.shape, tokens.shape[1:]):
-            raise ValueError(
-                f"positions must be [time] or [batch, time] for tokens of shape {tokens.shape}, "
-                f"got {positions.shape}"
-            )
+        segment_ids, positions = _check_places(tokens.shape, segment_ids, positions)
         rope = self._rope(positions)
 
         def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
             hidden = block(hidden, window_size=window_size, rope=rope, segment_ids=segment_ids)
             return hidden, cache
 
-        hidden, _ = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
+        hidden, _ = self._scan_blocks(forward, self.embed_tokens(tokens), remat=self.config.remat)
         return self.norm(hidden)
+
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads: [B, T] integers -> [B, T, hidden_size] in config.dtype."""
+        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
+
+    def apply_layer(
+        self,
+        index: int | jax.Array,
+        hidden: jax.Array,
+        window_size: int | None,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """One layer under any window, whatever the config says of it.
+
+        `embed_tokens`, all layers in order and `norm` make up `hidden_states`.
+
+        Args:
+            index: which layer, in [0, num_layers). It may be traced, so that one compiled
+                function serves every layer with this window; out of range it is then clamped.
+            hidden: [B, T, hidden_size] in config.dtype, what the layer before gave.
+            window_size: the last tokens kept exactly (W); None for full attention.
+            segment_ids, positions: as for a call.
+
+        Returns:
+            [B, T, hidden_size] in config.dtype.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+        """
+        num_layers = self.config.num_layers
+        if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < num_layers:
+            raise ValueError(f"index={index} must be within [0, num_layers={num_layers})")
+        if hidden.ndim != 3 or hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden must be [batch, time, hidden_size={self.config.hidden_size}], "
+                f"got shape {hidden.shape}"
+            )
+        segment_ids, positions = _check_places(hidden.shape[:2], segment_ids, positions)
+        graph, stack = nnx.split(self.blocks)
+        parameters = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+        )  # [L, ...] -> [...]
+        block = nnx.merge(graph, parameters)
+        return block(
+            hidden,
+            window_size=window_size,
+            rope=self._rope(positions),
+            segment_ids=segment_ids,
+        )
 
     def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
         """The same model, its parameters shared and not copied, under another window layout.
@@ -191,7 +228,7 @@ class Model(nnx.Module):
                 max_length=max_length,
             )
 
-        hidden, layers = self._scan_blocks(prefill, self._embed(tokens))
+        hidden, layers = self._scan_blocks(prefill, self.embed_tokens(tokens))
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         last = row_lengths[:, None, None] - 1
@@ -224,11 +261,8 @@ class Model(nnx.Module):
         def step(block: Block, hidden: jax.Array, cache: LayerCache, window_size: int | None):
             return block.decode_step(hidden, cache, window_size=window_size, rope=rope)
 
-        hidden, layers = self._scan_blocks(step, self._embed(tokens[:, None]), cache.layers)
+        hidden, layers = self._scan_blocks(step, self.embed_tokens(tokens[:, None]), cache.layers)
         return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, cache.length + 1)
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
 
     def _rope(self, positions: jax.Array) -> Rope:
         """One pair of tables for all layers."""
@@ -294,9 +328,30 @@ def _unstack(tree: Any, count: int) -> list[Any]:
     ]
 
 
-def _default_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+def _check_places(
+    shape: tuple[int, ...], segment_ids: jax.Array | None, positions: jax.Array | None
+) -> tuple[jax.Array | None, jax.Array]:
+    """The segment ids and the positions, given or not, of tokens [B, T] of this shape."""
+    if segment_ids is not None:
+        segment_ids = _check_integers("segment_ids", segment_ids)
+        if segment_ids.shape != shape:
+            raise ValueError(
+                f"segment_ids must have the tokens' shape {shape}, got {segment_ids.shape}"
+            )
+    if positions is None:
+        positions = _default_positions(shape[1], segment_ids)
+    positions = _check_integers("positions", positions)
+    if positions.shape not in (shape, shape[1:]):
+        raise ValueError(
+            f"positions must be [time] or [batch, time] for tokens of shape {shape}, "
+            f"got {positions.shape}"
+        )
+    return segment_ids, positions
+
+
+def _default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Array:
     """[T], or with segments [B, T]: each token's distance from its segment's first."""
-    index = jnp.arange(tokens.shape[1])
+    index = jnp.arange(num_tokens)
     if segment_ids is None:
         return index
     first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
