@@ -140,15 +140,15 @@ class SearchResult:
         if even is None:
             return "The budget does not allow even one full layer to compare with."
         gain = even.bits_per_byte - self.found.bits_per_byte
+        if self.found.layout == even.layout:
+            return "The search found the evenly spaced layout itself: nothing was gained."
+        if gain <= 0:
+            return f"Evenly spaced full layers are better by {-gain:.4f} bits per byte."
         if self.found == self.history[0]:
             return (
                 "The search stayed with the base: nothing it tried has a lower loss. Evenly spaced "
                 f"full layers are worse by {gain:.4f} bits per byte."
             )
-        if self.found.layout == even.layout:
-            return "The search found the evenly spaced layout itself: nothing was gained."
-        if gain <= 0:
-            return f"Evenly spaced full layers are better by {-gain:.4f} bits per byte."
         return (
             f"The search is better than evenly spaced full layers by {gain:.4f} bits per byte, "
             "on the very windows by which it chose."

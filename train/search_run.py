@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from flax import nnx
 
 import nha_jax
 from train.config import BYTE_VOCABULARY, DataConfig, EvaluationConfig, require
-from train.corpus import load_corpus
+from train.corpus import Corpus, load_corpus
 from train.data import Windows, evaluation_batches
 from train.errors import ConfigError
 from train.layerwise import LayerwiseLoss
@@ -67,15 +68,7 @@ def run_search(options: SearchOptions) -> int:
     corpus = load_corpus(data)
     windows = Windows(corpus.held_out, data.sequence_length)
     count = min(count, len(windows))
-    measured_on = {
-        "parameters": _fingerprint(model),
-        "model": {k: v for k, v in model.config.to_dict().items() if k != "window_size"},
-        "corpus": corpus.fingerprint,
-        "held_out_fraction": data.held_out_fraction,
-        "sequence_length": data.sequence_length,
-        "windows_count": count,
-        "platform": jax.default_backend(),
-    }
+    measured_on = _measured_on(model, corpus, data, count)
     print(f"base      {format_layout(space.base)}")
     print(f"budget    {space.budget.limit:g} {space.budget.unit}")
     length = data.sequence_length
@@ -221,6 +214,23 @@ def _compare(
     return {
         name: Trial(0, layout, measured[layout], space.budget.cost(layout))
         for name, layout in present.items()
+    }
+
+
+def _measured_on(
+    model: nha_jax.Model, corpus: Corpus, data: DataConfig, count: int
+) -> dict[str, Any]:
+    """All that a layout's loss depends on."""
+    sizes = model.config.to_dict()
+    del sizes["window_size"]
+    return {
+        "parameters": _fingerprint(model),
+        "model": sizes,
+        "corpus": corpus.fingerprint,
+        "held_out_fraction": data.held_out_fraction,
+        "sequence_length": data.sequence_length,
+        "windows_count": count,
+        "platform": jax.default_backend(),
     }
 
 
