@@ -201,14 +201,13 @@ def _windows(layout: Window | Layout) -> Layout:
 def _compare(
     space: SearchSpace, config: nha_jax.ModelConfig, losses: RecordedLosses
 ) -> dict[str, Trial]:
-    layouts = {
+    layouts: dict[str, Layout | None] = {
         "base": space.base,
-        "the model's own": config.windows,
         EVENLY_SPACED: space.evenly_spaced(),
         "all layers full": (None,) * config.num_layers,
     }
-    if config.windows == space.base:
-        del layouts["the model's own"]
+    if config.windows not in layouts.values():
+        layouts["the model's own"] = config.windows
     present = {name: layout for name, layout in layouts.items() if layout is not None}
     measured = losses(list(present.values()))
     return {
