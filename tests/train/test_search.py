@@ -118,7 +118,7 @@ def test_a_layout_file_that_cannot_be_used(
 
 
 def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list[Batch]) -> None:
-    layouts: list[Layout] = [(4, 4, 4), (None, 4, 4), (4, 0, 4), (4, 4, 7), (4, 4, 7), (0, None, 4)]
+    layouts: list[Layout] = [(4, 4, 4), (None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
 
     def loss(layout: Layout) -> float:
         forward = jax.jit(model.with_windows(layout).__call__)
@@ -127,7 +127,7 @@ def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list
     found = list(LayerwiseLoss(model, batches).bits_per_byte(layouts))
     wanted = {layout: loss(layout) for layout in set(layouts)}
     np.testing.assert_allclose(found, [wanted[layout] for layout in layouts], rtol=1e-6)
-    assert len({round(loss, 5) for loss in found}) == 5
+    assert len({round(loss, 5) for loss in found}) == 4
 
 
 def test_a_layer_is_compiled_once_for_each_window(
