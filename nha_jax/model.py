@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
+from nha_jax.arguments import check_integers, check_lengths, check_places
 from nha_jax.config import ModelConfig
 from nha_jax.diagnostics import Diagnostics, stack_layers
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
@@ -120,6 +120,57 @@ class Model(nnx.Module):
         stacked = stack_layers(layers)
         return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """What the first layer reads: [B, T] integers -> [B, T, hidden_size] in config.dtype."""
+        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
+
+    def apply_layer(
+        self,
+        index: int | jax.Array,
+        hidden: jax.Array,
+        window_size: int | None,
+        *,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+    ) -> jax.Array:
+        """One layer under any window, whatever the config says of it.
+
+        `embed_tokens`, all layers in order and `norm` make up `hidden_states`.
+
+        Args:
+            index: which layer, in [0, num_layers). It may be traced, so that one compiled
+                function serves every layer with this window; out of range it is then clamped.
+            hidden: [B, T, hidden_size] in config.dtype, what the layer before gave.
+            window_size: the last tokens kept exactly (W); None for full attention.
+            segment_ids, positions: as for a call.
+
+        Returns:
+            [B, T, hidden_size] in config.dtype.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+        """
+        num_layers = self.config.num_layers
+        if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < num_layers:
+            raise ValueError(f"index={index} must be within [0, num_layers={num_layers})")
+        if hidden.ndim != 3 or hidden.shape[-1] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden must be [batch, time, hidden_size={self.config.hidden_size}], "
+                f"got shape {hidden.shape}"
+            )
+        segment_ids, positions = check_places(hidden.shape[:2], segment_ids, positions)
+        graph, stack = nnx.split(self.blocks)
+        parameters = jax.tree.map(
+            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+        )  # [L, ...] -> [...]
+        block = nnx.merge(graph, parameters)
+        return block(
+            hidden,
+            window_size=window_size,
+            rope=self._rope(positions),
+            segment_ids=segment_ids,
+        )
+
     def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
         """The same model, its parameters shared and not copied, under another window layout.
 
@@ -192,14 +243,14 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: an argument has a wrong shape, dtype or value.
         """
-        tokens = _check_integers("tokens", tokens)
+        tokens = check_integers("tokens", tokens)
         if tokens.ndim != 2 or not tokens.shape[1]:
             raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {tokens.shape}")
         batch_size, num_tokens = tokens.shape
         row_lengths = None
         if lengths is not None:
             least = 1 if cache is None else 0
-            row_lengths = _check_lengths(lengths, batch_size, num_tokens, least)
+            row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
         if cache is None:
             self._check_room(max_length, num_tokens)
             rope = self._rope(jnp.arange(num_tokens))
@@ -220,7 +271,7 @@ class Model(nnx.Module):
             )
 
         caches = None if cache is None else cache.layers
-        hidden, layers = self._scan_blocks(prefill, self._embed(tokens), caches)
+        hidden, layers = self._scan_blocks(prefill, self.embed_tokens(tokens), caches)
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
@@ -246,7 +297,7 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: tokens have a wrong shape or dtype.
         """
-        tokens = _check_integers("tokens", tokens)
+        tokens = check_integers("tokens", tokens)
         if tokens.shape != cache.length.shape:
             raise ValueError(
                 f"tokens must be [batch] as in the cache, {cache.length.shape}; "
@@ -259,7 +310,7 @@ class Model(nnx.Module):
                 hidden, cache, window_size=window_size, rope=rope, active=active
             )
 
-        hidden, layers = self._scan_blocks(step, self._embed(tokens[:, None]), cache.layers)
+        hidden, layers = self._scan_blocks(step, self.embed_tokens(tokens[:, None]), cache.layers)
         length = cache.length + (1 if active is None else active.astype(jnp.int32))
         return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
 
@@ -280,9 +331,6 @@ class Model(nnx.Module):
                 f"tokens have {batch_size} rows, but the cache {cache.length.shape[0]}"
             )
 
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
-
     def _rope(self, positions: jax.Array) -> Rope:
         """One pair of tables for all layers."""
         return rope_tables(positions, self.config.key_dim, self.config.rope_theta)
@@ -296,24 +344,10 @@ class Model(nnx.Module):
         diagnose: bool,
     ) -> tuple[jax.Array, tuple[LayerDiagnostics | None, ...]]:
         """What the head reads, and of each layer of the window period, stacked, what it did."""
-        tokens = _check_integers("tokens", tokens)
+        tokens = check_integers("tokens", tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
-        if segment_ids is not None:
-            segment_ids = _check_integers("segment_ids", segment_ids)
-            if segment_ids.shape != tokens.shape:
-                raise ValueError(
-                    f"segment_ids must have the tokens' shape {tokens.shape}, "
-                    f"got {segment_ids.shape}"
-                )
-        if positions is None:
-            positions = _default_positions(tokens, segment_ids)
-        positions = _check_integers("positions", positions)
-        if positions.shape not in (tokens.shape, tokens.shape[1:]):
-            raise ValueError(
-                f"positions must be [time] or [batch, time] for tokens of shape {tokens.shape}, "
-                f"got {positions.shape}"
-            )
+        segment_ids, positions = check_places(tokens.shape, segment_ids, positions)
         rope = self._rope(positions)
 
         def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
@@ -325,7 +359,9 @@ class Model(nnx.Module):
                 diagnose=diagnose,
             )
 
-        hidden, layers = self._scan_blocks(forward, self._embed(tokens), remat=self.config.remat)
+        hidden, layers = self._scan_blocks(
+            forward, self.embed_tokens(tokens), remat=self.config.remat
+        )
         return self.norm(hidden), layers
 
     def _scan_blocks(
@@ -386,36 +422,3 @@ def _unstack(tree: Any, count: int) -> list[Any]:
     return [
         jax.tree.unflatten(structure, [part[i].squeeze(0) for part in parts]) for i in range(count)
     ]
-
-
-def _default_positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """[T], or with segments [B, T]: each token's distance from its segment's first."""
-    index = jnp.arange(tokens.shape[1])
-    if segment_ids is None:
-        return index
-    first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
-
-
-def _check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
-    array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
-    return array
-
-
-def _check_lengths(
-    lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: int, least: int
-) -> jax.Array:
-    if np.shape(lengths) != (batch_size,):
-        raise ValueError(
-            f"lengths must be [batch] = ({batch_size},), got shape {np.shape(lengths)}"
-        )
-    # Under jit the values are not known; there they are the caller's responsibility.
-    if not isinstance(lengths, jax.core.Tracer):
-        values = np.asarray(lengths)
-        if values.min() < least or values.max() > num_tokens:
-            raise ValueError(
-                f"lengths must be within [{least}, {num_tokens}], got {values.tolist()}"
-            )
-    return _check_integers("lengths", lengths).astype(jnp.int32)

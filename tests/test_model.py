@@ -381,3 +381,28 @@ def test_with_windows_shares_the_parameters():
     chex.assert_trees_all_equal(other(tokens), same(tokens))
     with pytest.raises(ValueError, match="window_size"):
         model.with_windows([4] * (num_layers + 1))
+
+
+def test_layers_one_by_one_make_up_the_model():
+    model = tiny_model(window_size=(8, 0, None))
+    tokens = random_tokens(1, 28)
+    apply_layer = jax.jit(Model.apply_layer, static_argnums=3)
+    hidden = model.embed_tokens(tokens)
+    for index, window_size in enumerate(model.config.windows):
+        hidden = apply_layer(model, index, hidden, window_size, segment_ids=SEGMENT_IDS)
+    found = model.logits(model.norm(hidden))
+    chex.assert_trees_all_close(found, forward(model, tokens, SEGMENT_IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (3, (1, 4, 16), "index=3"),
+        (-1, (1, 4, 16), "index=-1"),
+        (0, (1, 4, 17), "hidden must be"),
+        (0, (4, 16), "hidden must be"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused(index, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().apply_layer(index, jnp.zeros(shape), 8)

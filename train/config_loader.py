@@ -22,6 +22,7 @@ import yaml
 from nha_jax import ModelConfig
 from train.config import TrainConfig
 from train.errors import ConfigError
+from train.layout import LAYOUT_KEY, read_layout
 
 PRESET_KEY = "preset"
 _ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
@@ -92,8 +93,8 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     for name, text in overrides:
         _override(values, name, _parse(text, f"--{name}={text}"))
     _check_names(values, TrainConfig, "")
-    values = _expand_preset({key: value for key, value in values.items() if value is not None})
-    return _validate(values)
+    values = {key: value for key, value in values.items() if value is not None}
+    return _validate(_expand_preset(_read_layout_file(values)))
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
@@ -217,6 +218,18 @@ def _unknown_key(name: str, value: Any) -> ConfigError:
     else:
         hint = "`nha train --help` lists them all"
     return ConfigError(f"{name} = {_show(value)}: there is no such key; {hint}")
+
+
+def _read_layout_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a `model.window_size` that names the result of an `nha search` by its layout."""
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return values
+    path = model.get(LAYOUT_KEY)
+    if not isinstance(path, str) or not path.endswith(".json"):
+        return values
+    layout = read_layout(path, f"model.{LAYOUT_KEY}")
+    return {**values, "model": {**model, LAYOUT_KEY: layout}}
 
 
 def _expand_preset(values: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 import gzip
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from train.data import Windows, evaluation_batches
-from train.step import Steps
+from train.step import LossSum, Steps
 
 
 def held_out_bits_per_byte(
@@ -16,10 +17,16 @@ def held_out_bits_per_byte(
     Each window is read on its own, from an empty state; a document's first byte is given, and
     its end counts like a byte.
     """
-    sums = [
-        steps.evaluate(model_state, batch)
-        for batch in evaluation_batches(windows, batch_size, count)
-    ]
+    return bits_per_target(
+        [
+            steps.evaluate(model_state, batch)
+            for batch in evaluation_batches(windows, batch_size, count)
+        ]
+    )
+
+
+def bits_per_target(sums: Sequence[LossSum]) -> float:
+    """The cross-entropy of all batches together; on bytes, bits per byte."""
     nats = math.fsum(float(total.nats) for total in sums)
     return nats / max(sum(int(total.targets) for total in sums), 1) / math.log(2)
 

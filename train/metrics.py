@@ -65,13 +65,13 @@ def read_rows(path: Path) -> list[Row]:
 
 
 class ProgressBar:
-    """tqdm on stderr: steps, time left, loss, held-out bits per byte, tokens a second."""
+    """tqdm on stderr: steps (or whatever `unit` says), time left, and named values beside it."""
 
-    def __init__(self, total: int, initial: int):
+    def __init__(self, total: int, initial: int, unit: str = "step"):
         # Where no one watches it live, a line every ten seconds is enough.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=total, initial=initial, unit="step", mininterval=interval, dynamic_ncols=True
+            total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True
         )
         self._shown: dict[str, str] = {}
 
@@ -80,6 +80,11 @@ class ProgressBar:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
+
+    def expect(self, more: int) -> None:
+        """There are so many steps more than was known before."""
+        self._bar.total = (self._bar.total or 0) + more
+        self._bar.refresh()
 
     def advance(self, **shown: str) -> None:
         """One step done; `shown` replaces what stands beside the bar under these names."""

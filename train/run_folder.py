@@ -108,9 +108,14 @@ class RunFolder:
         Raises:
             ConfigError: the folder holds no run.
         """
-        if not self._record.exists():
+        config = self.config()
+        if config is None:
             raise ConfigError(f"{self.path}: no run and no saved model in this folder")
-        return self._read_record()["config"]["model"]
+        return config["model"]
+
+    def config(self) -> dict[str, Any] | None:
+        """The stored run's configuration, section by section; None if the folder holds no run."""
+        return self._read_record()["config"] if self._record.exists() else None
 
     def _read_record(self) -> dict[str, Any]:
         return json.loads(self._record.read_text(encoding="utf-8"))

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import generate, inspect, train
+from train.commands import generate, inspect, search, train
 
 
 class Command(Protocol):
@@ -20,4 +20,9 @@ class Command(Protocol):
         """Runs it; `rest` is what the parser did not know, of `train` the overrides."""
 
 
-COMMANDS: dict[str, Command] = {"train": train, "generate": generate, "inspect": inspect}
+COMMANDS: dict[str, Command] = {
+    "train": train,
+    "generate": generate,
+    "search": search,
+    "inspect": inspect,
+}

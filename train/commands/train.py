@@ -74,7 +74,10 @@ def _config_help() -> str:
     """Every configuration key with its type, default and meaning."""
     from train.config_loader import describe, keys
 
-    lines = ["Keys of CONFIG, and --key=value to replace them (the value is read as YAML):"]
+    lines = [
+        "Keys of CONFIG, and --key=value to replace them (the value is read as YAML):",
+        "(model.window_size may also name the .json file that `nha search` wrote.)",
+    ]
     for key in keys():
         if key.is_section:
             lines += ["", f"{key.name}:"]
