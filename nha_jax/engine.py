@@ -14,6 +14,13 @@ from flax import nnx
 from nha_jax.model import Model, ModelCache
 from nha_jax.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 
+SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
+
+
+def chunk_for(num_tokens: int) -> int:
+    """A good size of chunks for prompts of so many tokens; one of few, as each is compiled."""
+    return min(max(1 << (num_tokens - 1).bit_length(), SHORTEST_CHUNK), LONGEST_CHUNK)
+
 
 class Event(NamedTuple):
     """A token of a request's text."""
@@ -45,7 +52,7 @@ class Engine:
         batch_size: int,
         max_length: int | None = None,
         prefill_rows: int = 1,
-        prefill_chunk: int = 512,
+        prefill_chunk: int = LONGEST_CHUNK,
         steps_per_call: int = 8,
     ):
         """Makes room for the batch.

@@ -6,12 +6,11 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import numpy as np
 
-from nha_jax.engine import Engine
+from nha_jax.engine import Engine, chunk_for
 from nha_jax.model import Model
 from nha_jax.sampling import SamplingOptions
 
-# Chunks of a prompt, and room in caches, come in few sizes: not every length is compiled anew.
-_SHORTEST_CHUNK, _LONGEST_CHUNK = 64, 512
+_ROOM_MULTIPLE = 64  # of tokens in caches: not every length is compiled anew
 _STEPS_PER_CALL = 16
 
 
@@ -83,13 +82,12 @@ def generate(
     prompts = _split(prompt, lengths)
     common = SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **options)
     longest = max(map(len, prompts))
-    chunk = min(max(1 << (longest - 1).bit_length(), _SHORTEST_CHUNK), _LONGEST_CHUNK)
     engine = Engine(
         model,
         batch_size=len(prompts),
-        max_length=-(-(longest + max_new_tokens) // _SHORTEST_CHUNK) * _SHORTEST_CHUNK,
+        max_length=-(-(longest + max_new_tokens) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE,
         prefill_rows=len(prompts),
-        prefill_chunk=chunk,
+        prefill_chunk=chunk_for(longest),
         steps_per_call=_STEPS_PER_CALL,
     )
     for row, tokens in enumerate(prompts):

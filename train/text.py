@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
+from nha_jax.engine import chunk_for
 from train.checkpoint import load_model_state
 from train.corpus import END_OF_DOCUMENT
 from train.errors import ConfigError
@@ -98,7 +99,10 @@ def complete(model: nha_jax.Model, prompt: str, options: nha_jax.SamplingOptions
     """What the model writes after `prompt`, up to the end of the document."""
     tokens = encode(prompt)
     engine = nha_jax.Engine(
-        model, batch_size=1, max_length=len(tokens) + options.max_new_tokens, prefill_chunk=64
+        model,
+        batch_size=1,
+        max_length=len(tokens) + options.max_new_tokens,
+        prefill_chunk=chunk_for(len(tokens)),
     )
     return "".join(piece.text for piece in continue_texts(engine, [tokens], options))
 

@@ -119,20 +119,6 @@ def test_model_of_a_run_can_be_loaded_in_both_ways(undisturbed: Nha) -> None:
     np.testing.assert_array_equal(exported(tokens), newest(tokens))
 
 
-def test_generate_prints_the_prompt_and_its_continuation(
-    undisturbed: Nha, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--prompt", "line 3 of", "--max-new-tokens", "8", "--temperature", "0"]
-    assert main(["generate", str(undisturbed.run), *arguments]) == 0
-    first = capsys.readouterr().out
-    assert first.startswith("line 3 of")
-    assert len(first) > len("line 3 of\n")
-    assert main(["generate", str(undisturbed.run / "model"), *arguments]) == 0
-    assert capsys.readouterr().out == first
-    assert main(["generate", str(undisturbed.run), "--prompt", "x", "--top-p", "7"]) == 2
-    assert "top_p=7" in capsys.readouterr().err
-
-
 def test_log_drops_rows_after_the_restored_step_and_a_torn_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     lines = [json.dumps({"step": step, "loss": 1.0 / step}) for step in (1, 2, 3, 4)]

@@ -55,8 +55,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--stop-token", action="append", type=int, default=[], metavar="N", help="the same")
     add("--json", action="store_true", default=False, help="a JSON line for each prompt, with its "
         "tokens and their log-probabilities (natural)")  # fmt: skip
+    add("--windows", metavar="LAYOUT", help="other windows than the model's: '32,32,none', or a "
+        "result of nha search")  # fmt: skip
     add("--batch-size", type=int, default=8, help="prompts that are continued at once")
-    add("--prefill-chunk", type=int, default=512, help="tokens of a prompt that are read at once")
+    add(
+        "--prefill-chunk", type=int, metavar="N",
+        help="tokens of a prompt that are read at once; by default up to 512",
+    )  # fmt: skip
     add(
         "--max-length", type=int, metavar="N",
         help="room for a prompt with its text in layers of full attention; by default as needed",
@@ -75,20 +80,26 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
     from nha_jax import Engine, SamplingOptions
+    from nha_jax.engine import chunk_for
     from train.corpus import END_OF_DOCUMENT
+    from train.layout import read_layout
     from train.text import load_model
 
     prompts = [_read_prompt(option, value) for option, value in given]
     sampling = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
+    windows = getattr(options, "windows", None)
+    layout = None if windows is None else read_layout(windows, "--windows")
     model = load_model(options.folder)
     try:
+        if windows is not None:
+            model = model.with_windows(layout)
         chosen = SamplingOptions(**sampling, stop_tokens=(END_OF_DOCUMENT, *options.stop_token))
-        longest = max(map(len, prompts)) + chosen.max_new_tokens
+        longest = max(map(len, prompts))
         engine = Engine(
             model,
             batch_size=min(options.batch_size, len(prompts)),
-            max_length=getattr(options, "max_length", max(longest, 3)),
-            prefill_chunk=options.prefill_chunk,
+            max_length=getattr(options, "max_length", max(longest + chosen.max_new_tokens, 3)),
+            prefill_chunk=getattr(options, "prefill_chunk", chunk_for(longest)),
         )
         _write(engine, prompts, chosen, options)
     except ValueError as error:
@@ -123,10 +134,10 @@ def _write(
     records = [_Record(prompt) for prompt in prompts]
     compile_seconds = _warm_up(engine, sampling)
     printed, start, first = 0, time.perf_counter(), 0.0
-    if streams:
-        print(records[0].prompt_text, end="", flush=True)
     for piece in continue_texts(engine, prompts, sampling, options.stop):
-        first = first or time.perf_counter() - start
+        if not first:
+            first = time.perf_counter() - start
+            print(records[0].prompt_text if streams else "", end="")
         records[piece.prompt].add(piece)
         if streams:
             print(piece.text, end="", flush=True)

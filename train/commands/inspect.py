@@ -33,6 +33,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="start afresh after N tokens; memory grows with it, not with the text",
     )
     parser.add_argument(
+        "--windows",
+        metavar="LAYOUT",
+        help="other windows than the model's: '32,32,none', or a result of nha search",
+    )
+    parser.add_argument(
         "--output",
         metavar="FILE.png",
         help="the picture; without it RUN/inspect-TEXT.png, TEXT being the text's name",
@@ -47,11 +52,18 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     picture = _output_path(options)
 
     from train.inspection import format_table, inspect
+    from train.layout import read_layout
     from train.run_folder import write_atomically
     from train.text import load_model, read_tokens
 
     tokens = read_tokens(options.text, options.max_tokens)
     model = load_model(options.run)
+    if options.windows is not None:
+        layout = read_layout(options.windows, "--windows")
+        try:
+            model = model.with_windows(layout)
+        except ValueError as error:
+            raise ConfigError(f"--windows = {options.windows!r}: {error}") from None
     if tokens.max() >= model.config.vocab_size:
         raise ConfigError(
             f"{options.run}: its vocabulary of {model.config.vocab_size} tokens is none of bytes"
