@@ -1,6 +1,7 @@
 """One token of generation: constant time and memory for a finite window."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.sharding import divide_over_mesh
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.tpu import can_compile_for_tpus
 from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
@@ -52,7 +54,7 @@ def decode_step(
       ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
 
     On TPUs it is one kernel, for the shapes that `tpu_decode_unsupported` lets pass; the kernel has
-    no gradient.
+    no gradient, and needs `jax.set_mesh` where a mesh divides the arrays.
     """
     validate_arrays(query, key, value, log_decay)
     B, T, _, K = query.shape
@@ -79,18 +81,34 @@ def decode_step(
     step = functools.partial(decode_xla, options=options)
     if not can_compile_for_tpus() or tpu_decode_unsupported(query, state):
         return step(*arguments)
-    kernel = functools.partial(decode_tpu, options=options)
+    kernel = decode_over_mesh(functools.partial(decode_tpu, options=options))
     return lax.platform_dependent(*arguments, tpu=kernel, default=step)
 
 
 def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
-    """Why the TPU kernel can't serve this state, in a line; None if it can."""
+    """Why the TPU kernel can't serve a device's part of this state, in a line; None if it can."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return "XLA cannot divide its kernel over a mesh"
-    return decode_unsupported(_kernel_state(state))
+    division = divide_over_mesh(query.shape[0], state.slot_key.shape[1])
+    return decode_unsupported(_kernel_state(division.local_shapes(state, division.state)))
+
+
+def decode_over_mesh(
+    step: Callable[..., tuple[jax.Array, NHAState]],
+) -> Callable[..., tuple[jax.Array, NHAState]]:
+    """`step`, with the arrays of `decode_xla`, on each device's rows and heads."""
+
+    def step_over_mesh(query, rotated_query, new, state, active):
+        division = divide_over_mesh(query.shape[0], new.key.shape[2])
+        tokens = division.tokens
+        divided = division.map(
+            step,
+            in_specs=(tokens, tokens, tokens, division.state, division.rows),
+            out_specs=(tokens, division.state),
+        )
+        return divided(query, rotated_query, new, state, active)
+
+    return step_over_mesh
 
 
 def decode_tpu(
