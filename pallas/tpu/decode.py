@@ -66,8 +66,8 @@ def decode_unsupported(state: DecodeState) -> str | None:
     (R, H, K), V = state.rotated_key.shape[1:], state.value.shape[3]
     if K % LANES or V % LANES:
         return f"its kernel takes heads of a multiple of 128, got keys of {K} and values of {V}"
-    if H % 8:
-        return f"its kernel takes heads in multiples of 8, got {H}"
+    if H % 8 and H not in (2, 4):
+        return f"its kernel takes 2, 4 or a multiple of 8 heads, got {H}"
     if state.slots is not None and state.slots.slot_key.shape[2] % 8:
         return f"its kernel takes slots in multiples of 8, got {state.slots.slot_key.shape[2]}"
     if R == 0 or _ring_rows(state) == 0:

@@ -139,9 +139,9 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -
     assert sorted(calls) == ["backward"] + ["forward"] * forwards
 
 
-def decode_program(B: int, H: int, window_size: int | None):
+def decode_program(B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16):
     """A step and its abstract arguments, the state the last; 1024 tokens of full attention."""
-    K, M = 128, 64
+    M = 64
 
     def decode(query, key, value, log_decay, state: NHAState):
         rope = rope_tables(state.length[:, None], K)
@@ -150,11 +150,11 @@ def decode_program(B: int, H: int, window_size: int | None):
     state = jax.eval_shape(
         lambda: init_state(
             B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=K,
-            window_size=window_size, dtype=jnp.bfloat16, max_length=1024,
+            window_size=window_size, dtype=dtype, max_length=1024,
         )
     )  # fmt: skip
-    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), jnp.bfloat16)
-    token = jax.ShapeDtypeStruct((B, 1, H, K), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), dtype)
+    token = jax.ShapeDtypeStruct((B, 1, H, K), dtype)
     log_decay = jax.ShapeDtypeStruct((B, 1, H, M), jnp.float32)
     return decode, (query, token, token, log_decay, state)
 
@@ -173,6 +173,17 @@ def check_decode(compiled: jax.stages.Compiled, state: NHAState, devices: int) -
 @pytest.mark.parametrize("window_size", [64, 1024, None], ids="W{}".format)
 def test_decode(chip: str, window_size: int | None) -> None:
     decode, arguments = decode_program(64, 8, window_size)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("heads", "window_size"), [(4, 32), (4, None), (2, 128)])
+def test_decode_with_few_heads(chip: str, dtype, heads: int, window_size: int | None) -> None:
+    """Four heads of 256 and W=32 are the published 340M model's."""
+    decode, arguments = decode_program(64, heads, window_size, K=256, dtype=dtype)
     compiled = compile_for(chip, decode, *arguments, donate=(4,))
     check_decode(compiled, arguments[-1], devices=1)
 
