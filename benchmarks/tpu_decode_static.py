@@ -6,13 +6,15 @@ must move: slots read and written, rotated keys and values read, and one entry o
     uv run --extra tpu python benchmarks/tpu_decode_static.py
     uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e --windows 64 --groups 1
 
-B=64, 8 key/value heads, K=V=128, M=64, bfloat16. `one step` is a program of its own, which takes
+B=64, M=64, bfloat16; 8 key/value heads of K=V=128, and first, with W=32, the published 340M
+model's 4 of 256. `one step` is a program of its own, which takes
 and gives the state in XLA's default layouts; `loop` is many steps in one program, as `generate`
 has them. `cycles` of a core: XLA's estimates plus, for the kernel, the largest of its bundles,
 its matrix units' time and its HBM traffic. A kernel's and XLA's transfers may overlap; not counted.
 """
 
 import argparse
+import itertools
 
 from static.chips import CHIPS
 from static.decoding import DecodeJob, compile_decode
@@ -28,17 +30,15 @@ def main() -> None:
     arguments = parser.parse_args()
     print("### Decode step: static schedule, not measured\n")
     print(
-        "| chip | G | W | program | decode_step | cycles | bound | cycles / bound "
+        "| chip | Hkv | K | G | W | program | decode_step | cycles | bound | cycles / bound "
         "| kernel bundles | temporary, MB |"
     )
-    print("|" + " --- |" * 10)
-    for chip in arguments.chips:
-        for group in arguments.groups:
-            for window in arguments.windows:
-                for loop in (False, True):
-                    for kernel in (False, True):
-                        job = DecodeJob(chip, kernel, loop, G=group, W=window)
-                        print(row(job), flush=True)
+    print("|" + " --- |" * 12)
+    layouts = [{"H": 4, "K": 256, "W": 32}]
+    layouts += [{"G": G, "W": W} for G in arguments.groups for W in arguments.windows]
+    for chip, layout in itertools.product(arguments.chips, layouts):
+        for loop, kernel in itertools.product((False, True), repeat=2):
+            print(row(DecodeJob(chip, kernel, loop, **layout)), flush=True)
 
 
 def row(job: DecodeJob) -> str:
@@ -46,8 +46,7 @@ def row(job: DecodeJob) -> str:
     cycles, bound, bundles = figures["cycles"], figures["bound"], figures.get("bundles")
     cells = [
         job.chip,
-        str(job.G),
-        str(job.W),
+        *map(str, (job.H, job.K, job.G, job.W)),
         "loop" if job.loop else "one step",
         "Pallas" if job.kernel else "XLA",
         f"{cycles:,.0f}",

@@ -1,6 +1,7 @@
 """One token of generation: constant time and memory for a finite window."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +9,19 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.sharding import divide_over_mesh
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.tpu import can_compile_for_tpus
 from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
-from nha_jax.ops.validation import validate_arrays, validate_rest
-from pallas.tpu.decode import DecodeState, DecodeToken, decode_attention, decode_unsupported
+from nha_jax.ops.validation import check_state, validate_arrays, validate_rest
+from pallas.tpu.decode import (
+    DecodeState,
+    DecodeToken,
+    SlotState,
+    SlotToken,
+    decode_attention,
+    decode_unsupported,
+)
 
 
 def decode_step(
@@ -45,7 +54,7 @@ def decode_step(
       ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
 
     On TPUs it is one kernel, for the shapes that `tpu_decode_unsupported` lets pass; the kernel has
-    no gradient.
+    no gradient, and needs `jax.set_mesh` where a mesh divides the arrays.
     """
     validate_arrays(query, key, value, log_decay)
     B, T, _, K = query.shape
@@ -63,26 +72,43 @@ def decode_step(
     )
     validate_rest(
         query, key, value, log_decay,
-        rope=rope, segment_ids=None, initial_state=state, options=options,
+        rope=rope, segment_ids=None, initial_state=None, options=options,
     )  # fmt: skip
+    check_state("state", state, key, value, log_decay, window_size)
     active = jnp.ones(B, bool) if active is None else active
     new = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     arguments = (query, apply_rope(query, rope), new, state, active)
     step = functools.partial(decode_xla, options=options)
     if not can_compile_for_tpus() or tpu_decode_unsupported(query, state):
         return step(*arguments)
-    kernel = functools.partial(decode_tpu, options=options)
+    kernel = decode_over_mesh(functools.partial(decode_tpu, options=options))
     return lax.platform_dependent(*arguments, tpu=kernel, default=step)
 
 
 def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
-    """Why the TPU kernel can't serve this state, in a line; None if it can."""
+    """Why the TPU kernel can't serve a device's part of this state, in a line; None if it can."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and mesh.size > 1:
-        return "XLA cannot divide its kernel over a mesh"
-    return decode_unsupported(DecodeState(state.slot_key, state.slot_value, *state.tokens))
+    division = divide_over_mesh(query.shape[0], state.slot_key.shape[1])
+    return decode_unsupported(_kernel_state(division.local_shapes(state, division.state)))
+
+
+def decode_over_mesh(
+    step: Callable[..., tuple[jax.Array, NHAState]],
+) -> Callable[..., tuple[jax.Array, NHAState]]:
+    """`step`, with the arrays of `decode_xla`, on each device's rows and heads."""
+
+    def step_over_mesh(query, rotated_query, new, state, active):
+        division = divide_over_mesh(query.shape[0], new.key.shape[2])
+        tokens = division.tokens
+        divided = division.map(
+            step,
+            in_specs=(tokens, tokens, tokens, division.state, division.rows),
+            out_specs=(tokens, division.state),
+        )
+        return divided(query, rotated_query, new, state, active)
+
+    return step_over_mesh
 
 
 def decode_tpu(
@@ -96,23 +122,43 @@ def decode_tpu(
     interpret: bool = False,
 ) -> tuple[jax.Array, NHAState]:
     """`decode_xla` in one kernel, in place if the state is donated. interpret: on the CPU."""
-    evicts = options.window_size is not None
+    key, rotated_key, value, log_decay = new.map(lambda x: x[:, 0])
+    entering = None
+    if options.window_size is not None:
+        entering = SlotToken(options.feature_map(query[:, 0]), key, log_decay)
     out, after = decode_attention(
-        DecodeToken(
-            options.feature_map(query[:, 0]), rotated_query[:, 0], *new.map(lambda x: x[:, 0])
-        ),
-        DecodeState(state.slot_key, state.slot_value, *state.tokens),
+        DecodeToken(rotated_query[:, 0], rotated_key, value, entering),
+        _kernel_state(state),
         state.length % state.capacity,
         state.length,
         active.astype(jnp.int32),
         scale=options.scale,
-        evicts=evicts,
+        num_slots=log_decay.shape[2],
         mask_empty=options.empty_slots == "mask",
         feature_map=options.slot_feature_map,
         interpret=pltpu.InterpretParams() if interpret else False,
     )
     length = state.length + active.astype(jnp.int32)
-    return out[:, None], NHAState(*after, length=length, segment_id=state.segment_id)
+    state = state._replace(
+        window_rotated_key=after.rotated_key, window_value=after.value, length=length
+    )
+    if after.slots is not None:
+        state = state._replace(
+            slot_key=after.slots.slot_key,
+            slot_value=after.slots.slot_value,
+            window_key=after.slots.key,
+            window_log_decay=after.slots.log_decay,
+        )
+    return out[:, None], state
+
+
+def _kernel_state(state: NHAState) -> DecodeState:
+    slots = None
+    if state.window_key.shape[1]:
+        slots = SlotState(
+            state.slot_key, state.slot_value, state.window_key, state.window_log_decay
+        )
+    return DecodeState(state.window_rotated_key, state.window_value, slots)
 
 
 def decode_xla(
@@ -129,46 +175,70 @@ def decode_xla(
     Hkv, M, W, R = new.key.shape[2], new.log_decay.shape[3], options.window_size, state.capacity
     dtype = new.log_decay.dtype
     batch, entry = jnp.arange(B), state.length % max(R, 1)
-
-    # The token W back enters the slots: the ring entry that the new token replaces.
-    leaving, leaves = new.map(lambda x: x[:, 0]), active
-    if R:
-        leaving = state.tokens.map(lambda x: x[batch, entry])
-        leaves = active & (state.length >= R) & (W is not None)
-    slot_key, slot_value = _write_slots(state, leaving, leaves, options)
-    ring = state.tokens
-    if R:
-        ring = Tokens(*(
-            old.at[batch, entry].set(
-                jnp.where(active[:, None, None], x[:, 0], old[batch, entry]),
-                unique_indices=True,
-            )
-            for old, x in zip(ring, new, strict=True)
-        ))  # fmt: skip
     length = state.length + active.astype(jnp.int32)
-
-    slot_query = options.feature_map(query.reshape(B, Hkv, Hq // Hkv, K).astype(dtype))
-    rotated_query = rotated_query.reshape(B, Hkv, Hq // Hkv, K)
-    a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", slot_query, slot_key)
-    b = options.scale * jnp.einsum(
-        "bhgk,brhk->bhgr", rotated_query, ring.rotated_key, preferred_element_type=dtype
+    now = new.map(lambda x: x[:, 0])  # [B, Hkv, .]
+    # Read before the rings are written, or XLA would keep a copy of them for it.
+    replaced, ring = lax.optimization_barrier(
+        (state.tokens.map(lambda x: x[batch, entry] if x.shape[1] else None), state.tokens)
     )
+    slot_key, slot_value = state.slot_key, state.slot_value
+    if W is not None:
+        # The token W back enters the slots: the ring entry that the new token replaces.
+        leaves = active & (state.length >= W)
+        slot_key, slot_value = _write_slots(state, replaced if W else now, leaves, options)
+
+    def write(ring, x, old):
+        if old is None:
+            return ring
+        x = jnp.where(active[:, None, None], x, old)
+        return ring.at[batch, entry].set(x, unique_indices=True)
+
+    ring = Tokens(*map(write, ring, now, replaced))
+
+    rotated_query = rotated_query.reshape(B, Hkv, Hq // Hkv, K)
+    if W is None:
+        a = jnp.zeros((B, Hkv, Hq // Hkv, M), dtype)
+    else:
+        slot_query = options.feature_map(query.reshape(B, Hkv, Hq // Hkv, K).astype(dtype))
+        a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", slot_query, slot_key)
+    b = options.scale * _window_logits(rotated_query, ring.rotated_key, dtype)
     if options.empty_slots == "mask":
         filled = (length > R) & (W is not None)
         a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
     seen = jnp.arange(R) < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
-    out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
-    out += jnp.einsum(
-        "bhgr,brhv->bhgv",
-        p[..., M:].astype(new.value.dtype),
-        ring.value,
-        preferred_element_type=dtype,
-    )
+    out = _window_sum(p[..., M:], ring.value, dtype)
+    if W is not None:
+        out += jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
     out = jnp.where(active[:, None, None, None], out, 0.0).astype(query.dtype)
     after = NHAState(slot_key, slot_value, *ring, length=length, segment_id=state.segment_id)
     return out.reshape(B, 1, Hq, new.value.shape[3]), after
+
+
+def _window_logits(query: jax.Array, keys: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[B, H, G, R], of queries [B, H, G, K] and a ring [B, R, H, K].
+
+    A product per head would first copy the ring, heads outermost. So the queries meet all heads'
+    keys at once, each with zeros for the heads that are not its own.
+    """
+    B, H, G, K = query.shape
+    own = jnp.eye(H, dtype=bool)[:, None, :, None]
+    spread = jnp.where(own, query[:, :, :, None], 0).reshape(B, H * G, H * K)
+    keys = keys.reshape(B, keys.shape[1], H * K)
+    logits = jnp.einsum("bqk,brk->bqr", spread, keys, preferred_element_type=dtype)
+    return logits.reshape(B, H, G, keys.shape[1])
+
+
+def _window_sum(weights: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """[B, H, G, V], of weights [B, H, G, R] and a ring [B, R, H, V]; as in `_window_logits`."""
+    B, H, G, R = weights.shape
+    V = values.shape[3]
+    weights = weights.reshape(B, H * G, R).astype(values.dtype)
+    values = values.reshape(B, R, H * V)
+    sums = jnp.einsum("bqr,brv->bqv", weights, values, preferred_element_type=dtype)
+    own = jnp.eye(H, dtype=bool)[:, None, :, None]
+    return jnp.sum(jnp.where(own, sums.reshape(B, H, G, H, V), 0), axis=3)
 
 
 def _write_slots(

@@ -54,13 +54,82 @@ def use_mesh_axes(
         _mesh_axes.reset(token)
 
 
-def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
-    """`attend`, an implementation of the operator, on each device's rows and heads.
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Which axes of the mesh divide a call's rows and its heads.
 
-    The mesh is the one of `jax.set_mesh`; without one, or where all its axes are manual already
-    (inside a `jax.shard_map`), `attend` is called as it is. Axes whose sizes divide neither B nor
-    Hkv do the same work several times over.
+    Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...], and of a state.
     """
+
+    sizes: dict[str, int]  # of all axes that are not manual
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+
+    @property
+    def rows(self) -> Any:
+        return P(self.batch)
+
+    @property
+    def tokens(self) -> Any:
+        return P(self.batch, None, self.heads)
+
+    @property
+    def state(self) -> Any:
+        slots: Any = P(self.batch, self.heads)
+        return NHAState(
+            slot_key=slots,
+            slot_value=slots,
+            window_key=self.tokens,
+            window_rotated_key=self.tokens,
+            window_value=self.tokens,
+            window_log_decay=self.tokens,
+            length=self.rows,
+            segment_id=self.rows,
+        )
+
+    def local_shapes(self, tree: Any, specs: Any) -> Any:
+        """What a device gets of each array."""
+
+        def local(x, spec):
+            shape = list(x.shape)
+            for axis, names in enumerate(spec):
+                names = (names,) if isinstance(names, str) else names or ()
+                shape[axis] //= math.prod(self.sizes[name] for name in names)
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return jax.tree.map(local, tree, specs)
+
+    def map(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """`function` on each device's part; as it is where there is but one device."""
+        if math.prod(self.sizes.values()) == 1:
+            return function
+        return jax.shard_map(
+            function,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.sizes),
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )
+
+
+def divide_over_mesh(batch_size: int, num_kv_heads: int) -> Division:
+    """Of a call of B rows and Hkv heads, over the mesh of `jax.set_mesh`.
+
+    Without one, or where all its axes are manual already (inside a `jax.shard_map`), nothing is
+    divided. Axes whose sizes divide neither B nor Hkv do the same work several times over.
+    """
+    sizes, axes = _free_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
+    return Division(
+        sizes,
+        _dividing(axes.batch, sizes, batch_size),
+        _dividing(axes.heads, sizes, num_kv_heads),
+    )
+
+
+def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
+    """`attend`, an implementation of the operator, on each device's rows and heads."""
 
     def attend_over_mesh(
         query: jax.Array,
@@ -78,32 +147,22 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
             return attend(*arrays, **rest, options=options)
 
         rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
-        inputs = ((query, key, value, log_decay), rope, segment_ids, initial_state)
-        mesh = jax.sharding.get_abstract_mesh()
-        sizes = _free_axes(mesh)
-        if math.prod(sizes.values()) == 1:
-            return local(*inputs)
-        axes = _mesh_axes.get()
-        batch = _dividing(axes.batch, sizes, query.shape[0])
-        heads = _dividing(axes.heads, sizes, key.shape[2])
-        tokens: Any = P(batch, None, heads)  # [B, T, heads, ...]
-        state = _state_spec(P(batch), P(batch, heads), tokens)
-        return jax.shard_map(
+        division = divide_over_mesh(query.shape[0], key.shape[2])
+        divided = division.map(
             local,
             in_specs=(
-                tokens,
-                rope and tuple(P(batch) if table.ndim == 3 else P() for table in rope),
-                P(batch),
-                None if initial_state is None else state,
+                division.tokens,
+                rope and tuple(division.rows if table.ndim == 3 else P() for table in rope),
+                division.rows,
+                None if initial_state is None else division.state,
             ),
             out_specs=NHAOutput(
-                out=tokens,
-                state=state if options.return_state else None,
-                slot_weight=tokens if options.return_slot_weight else None,
+                out=division.tokens,
+                state=division.state if options.return_state else None,
+                slot_weight=division.tokens if options.return_slot_weight else None,
             ),
-            axis_names=set(sizes),
-            check_vma=False,  # kernels do not say over which axes their results vary
-        )(*inputs)
+        )
+        return divided((query, key, value, log_decay), rope, segment_ids, initial_state)
 
     return attend_over_mesh
 
@@ -124,17 +183,3 @@ def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tup
         if name in sizes and length % (math.prod(sizes[x] for x in chosen) * sizes[name]) == 0:
             chosen += (name,)
     return chosen
-
-
-def _state_spec(rows: Any, slots: Any, ring: Any) -> NHAState:
-    """A state whose leaves are specs."""
-    return NHAState(
-        slot_key=slots,
-        slot_value=slots,
-        window_key=ring,
-        window_rotated_key=ring,
-        window_value=ring,
-        window_log_decay=ring,
-        length=rows,
-        segment_id=rows,
-    )

@@ -12,8 +12,11 @@ class NHAState(NamedTuple):
     """What a layer remembers of each batch row after its last real (non-padding) token.
 
     B rows, Hkv heads, M slots, R ring entries: R = window_size, or, for `window_size=None`, the
-    number of tokens there is room for (and the slots stay zero). The token with index i of its
-    segment sits at ring entry `i % R`. float64 inputs give float64 where float32 stands here.
+    number of tokens there is room for. The token with index i of its segment sits at ring entry
+    `i % R`. float64 inputs give float64 where float32 stands here.
+
+    With `window_size=None` no token ever enters the slots: they stay zero and are not read, and
+    what only they would need, `window_key` and `window_log_decay`, has 0 ring entries.
     """
 
     slot_key: jax.Array  # [B, Hkv, M, K] float32
@@ -28,7 +31,7 @@ class NHAState(NamedTuple):
     @property
     def capacity(self) -> int:
         """R, the tokens the ring has room for."""
-        return self.window_key.shape[1]
+        return self.window_value.shape[1]
 
     @property
     def tokens(self) -> "Tokens":
@@ -39,7 +42,10 @@ class NHAState(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the operator keeps of a token, for N tokens: [B, N, Hkv, .] each."""
+    """What the operator keeps of a token, for N tokens: [B, N, Hkv, .] each.
+
+    In a `window_size=None` state there are 0 instead of N keys and log decays.
+    """
 
     key: jax.Array
     rotated_key: jax.Array
@@ -54,7 +60,8 @@ class Timeline(NamedTuple):
     """A call's tokens behind the R that came before it, oldest first: N = R + T rows.
 
     A run numbers the segments from 0, the one the carried state belongs to. A row is real unless
-    it is padding or lies before the first token.
+    it is padding or lies before the first token. Of a `window_size=None` state's tokens there are
+    no keys and log decays: those in `tokens` are the call's T.
     """
 
     tokens: Tokens
@@ -75,21 +82,24 @@ def init_state(
 ) -> NHAState:
     """An empty state. `max_length`, required for `window_size=None` only, is the room it has.
 
-    Raises ValueError if `window_size` is None and `max_length` is not given.
+    Raises ValueError if `window_size` is None and `max_length` is not given or below 1.
     """
     capacity = window_size if window_size is not None else max_length
     if capacity is None:
         raise ValueError("init_state: window_size=None keeps every token, so it needs max_length")
+    if window_size is None and capacity < 1:
+        raise ValueError(f"init_state: max_length must be at least 1, got {capacity}")
     ring = (batch_size, capacity, num_kv_heads)
+    entering = (batch_size, 0 if window_size is None else capacity, num_kv_heads)
     slots = (batch_size, num_kv_heads, num_slots)
     accumulator = jnp.promote_types(dtype, jnp.float32)
     return NHAState(
         slot_key=jnp.zeros((*slots, key_dim), accumulator),
         slot_value=jnp.zeros((*slots, value_dim), accumulator),
-        window_key=jnp.zeros((*ring, key_dim), dtype),
+        window_key=jnp.zeros((*entering, key_dim), dtype),
         window_rotated_key=jnp.zeros((*ring, key_dim), dtype),
         window_value=jnp.zeros((*ring, value_dim), dtype),
-        window_log_decay=jnp.zeros((*ring, num_slots), accumulator),
+        window_log_decay=jnp.zeros((*entering, num_slots), accumulator),
         length=jnp.zeros(batch_size, jnp.int32),
         segment_id=jnp.ones(batch_size, jnp.int32),
     )
@@ -99,13 +109,26 @@ def resize_state(state: NHAState, max_length: int) -> NHAState:
     """The state of a `window_size=None` layer with room for `max_length` tokens.
 
     No row may hold more tokens than that: the ones beyond it would be lost.
+
+    Raises ValueError if the state is of a finite window, or `max_length` is below 1.
     """
-    room = max_length - state.capacity
+    if state.window_key.shape[1] or not state.capacity:
+        raise ValueError(
+            f"resize_state: state is of window_size={state.capacity}, whose ring has a fixed size; "
+            "only a window_size=None layer's can be resized"
+        )
+    if max_length < 1:
+        raise ValueError(f"resize_state: max_length must be at least 1, got {max_length}")
+    room = max(max_length - state.capacity, 0)
+
     # Nothing was evicted, so entry i holds token i and the spare room is at the end.
-    ring = state.tokens.map(
-        lambda x: jnp.pad(x[:, :max_length], ((0, 0), (0, max(room, 0)), (0, 0), (0, 0)))
+    def resize(ring):
+        return jnp.pad(ring[:, :max_length], ((0, 0), (0, room), (0, 0), (0, 0)))
+
+    return state._replace(
+        window_rotated_key=resize(state.window_rotated_key),
+        window_value=resize(state.window_value),
     )
-    return state._replace(**{f"window_{name}": x for name, x in ring._asdict().items()})
 
 
 def build_timeline(
@@ -169,7 +192,8 @@ def next_state(
 ) -> NHAState:
     """The state after the call, given the slots [B, Hkv, M, .] as each row's last token left them.
 
-    Of a window the ring keeps window_size tokens; of `window_size=None` all, so it grows by T.
+    Of a window the ring keeps window_size tokens; of `window_size=None` all, so it grows by T, but
+    of their keys and log decays none.
     """
     T = num_tokens
     B, N = timeline.run.shape
@@ -190,12 +214,19 @@ def next_state(
         rows = last[:, None] + 1 + jnp.arange(capacity)
         return _rotate_rows(jnp.take_along_axis(padded, rows[:, :, None, None], 1), length)
 
-    kept = timeline.tokens.map(ring)
+    tokens = timeline.tokens
+    rotated_key, value = map(ring, (tokens.rotated_key, tokens.value))
+    if window_size is None:
+        key, log_decay = tokens.key[:, :0], tokens.log_decay[:, :0]
+    else:
+        key, log_decay = map(ring, (tokens.key, tokens.log_decay))
     segment_id = jnp.ones(B, jnp.int32) if state is None else state.segment_id
     if segment_ids is not None:
         at_last = jnp.take_along_axis(segment_ids, last[:, None], 1, mode="clip")[:, 0]
         segment_id = jnp.where(last >= 0, at_last.astype(jnp.int32), segment_id)
-    return NHAState(*slots, *kept, length=length, segment_id=segment_id)
+    return NHAState(
+        *slots, key, rotated_key, value, log_decay, length=length, segment_id=segment_id
+    )
 
 
 def _rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:

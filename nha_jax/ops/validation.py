@@ -33,7 +33,7 @@ def validate_rest(
         if not jnp.issubdtype(segment_ids.dtype, jnp.integer):
             raise TypeError(f"segment_ids must have an integer dtype, got {segment_ids.dtype}")
     if initial_state is not None:
-        check_state(initial_state, key, value, log_decay, options.window_size)
+        check_state("initial_state", initial_state, key, value, log_decay, options.window_size)
 
 
 def validate_arrays(
@@ -62,6 +62,7 @@ def validate_arrays(
 
 
 def check_state(
+    argument: str,
     state: NHAState,
     key: jax.Array,
     value: jax.Array,
@@ -70,27 +71,45 @@ def check_state(
 ) -> None:
     """Raises ValueError or TypeError naming the state's first field that does not fit the call."""
     if not isinstance(state, NHAState):
-        raise TypeError(f"initial_state must be an NHAState, got {type(state).__name__}")
+        raise TypeError(f"{argument} must be an NHAState, got {type(state).__name__}")
+    _check_kind(argument, state, window_size)
     B, _, H, K = key.shape
     V, M = value.shape[3], log_decay.shape[3]
     R = state.capacity if window_size is None else window_size
+    entering = 0 if window_size is None else window_size  # ring entries of what the slots will read
     wide = compute_dtype(key)
     expected: dict[str, tuple[tuple[int, ...], jnp.dtype]] = {
         "slot_key": ((B, H, M, K), wide),
         "slot_value": ((B, H, M, V), wide),
-        "window_key": ((B, R, H, K), key.dtype),
+        "window_key": ((B, entering, H, K), key.dtype),
         "window_rotated_key": ((B, R, H, K), key.dtype),
         "window_value": ((B, R, H, V), value.dtype),
-        "window_log_decay": ((B, R, H, M), wide),
+        "window_log_decay": ((B, entering, H, M), wide),
         "length": ((B,), jnp.dtype(jnp.int32)),
         "segment_id": ((B,), jnp.dtype(jnp.int32)),
     }
     for name, (shape, dtype) in expected.items():
         x = getattr(state, name)
         why = f"window_size={window_size}, key {key.shape}, value {value.shape}, {M} slots"
-        _check_shape(f"initial_state.{name}", x, shape, why)
+        _check_shape(f"{argument}.{name}", x, shape, why)
         if x.dtype != dtype:
-            raise TypeError(f"initial_state.{name} must have dtype {dtype}, got {x.dtype}")
+            raise TypeError(f"{argument}.{name} must have dtype {dtype}, got {x.dtype}")
+
+
+def _check_kind(argument: str, state: NHAState, window_size: int | None) -> None:
+    """A state of the whole past has values and no keys that could enter the slots."""
+    R = state.capacity
+    keeps_all = R > 0 and state.window_key.shape[1] == 0
+    if keeps_all and window_size is not None:
+        raise ValueError(
+            f"{argument} is of window_size=None (and room for {R} tokens), the call of "
+            f"window_size={window_size}: pass window_size=None, or prefill again"
+        )
+    if not keeps_all and window_size is None:
+        raise ValueError(
+            f"{argument} is of window_size={R}, the call of window_size=None: pass "
+            f"window_size={R}, or prefill again"
+        )
 
 
 def _check_options(options: Options) -> None:

@@ -102,11 +102,12 @@ def make_inputs(case: Case, seed: int | None = None) -> dict:
         W = case.window_size
         R = 20 if W is None else W
         slots = 0.0 if W is None else 1.0  # what never left the window is not in the slots
-        pre = rng.standard_normal((B, R, H, M))
+        entering = 0 if W is None else W  # ring entries of what only the slots will read
+        pre = rng.standard_normal((B, entering, H, M))
         arrays |= {
             "slot_key": slots * normal(B, H, M, K),
             "slot_value": slots * normal(B, H, M, V),
-            "window_key": normal(B, R, H, K),
+            "window_key": normal(B, entering, H, K),
             "window_rotated_key": normal(B, R, H, K),
             "window_value": normal(B, R, H, V),
             "window_log_decay": gates(case.gate, pre, rng).astype(np.float32),

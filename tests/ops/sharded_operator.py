@@ -1,6 +1,7 @@
-"""Checks `over_mesh` on eight devices; prints how many cases agreed. Run by test_sharding.py."""
+"""Operator and decode step on eight devices; prints how many cases agreed. For test_sharding.py."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -10,7 +11,9 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nha_jax.ops import NHAState, init_state, rope_tables
 from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 from nha_jax.ops.sharding import over_mesh, use_mesh_axes
+from nha_jax.ops.state import Tokens
 from nha_jax.ops.types import Options
 
 T, K, V, M, W = 12, 4, 4, 2, 4
@@ -44,6 +47,8 @@ CASES = [
         axes={"batch": ["replica"], "heads": ["data"]},
     ),
 ]
+
+DECODE_WINDOWS = [16, None]
 
 
 def make_inputs(case: Case):
@@ -112,6 +117,32 @@ def check(case: Case) -> None:
             np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
 
 
+def check_decode(window_size: int | None) -> None:
+    """The kernel, interpreted, on 2 x 2 rows and 2 x 8 heads against XLA's step on all of them."""
+    B, H, R = 4, 16, 16
+    rng = np.random.default_rng(0)
+    fill = lambda x: jnp.asarray(-np.abs(rng.standard_normal(x.shape)), x.dtype)  # noqa: E731
+    state = init_state(
+        B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=V, window_size=window_size,
+        dtype=jnp.float32, max_length=R,
+    )  # fmt: skip
+    lengths = jnp.array([0, 5, R - 1, R // 2 if window_size is None else 2 * R + 3], jnp.int32)
+    state = NHAState(*map(fill, state[:6]), length=lengths, segment_id=state.segment_id)
+    token = [jax.ShapeDtypeStruct((B, 1, H, size), jnp.float32) for size in (K, K, V, M)]
+    query = jax.ShapeDtypeStruct((B, 1, 2 * H, K), jnp.float32)
+    new = Tokens(*map(fill, token))
+    arguments = (fill(query), fill(query), new, state, jnp.array([True, False, True, True]))
+    options = Options(window_size, 0.5, "identity", "attend", True, False)
+    expected = decode_xla(*arguments, options=options)
+    kernel = functools.partial(decode_tpu, options=options, interpret=True)
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3)
+    with jax.set_mesh(mesh):
+        found = jax.jit(decode_over_mesh(kernel))(*arguments)
+    assert found[0].sharding.spec == PartitionSpec(("data", "fsdp"), None, "tensor")
+    for x, wanted in zip(*map(jax.tree.leaves, jax.device_get((found, expected))), strict=True):
+        np.testing.assert_allclose(x, wanted, rtol=2e-6, atol=2e-6)
+
+
 def check_no_communication() -> None:
     """Where the batch is divided, the operator and its gradient exchange nothing."""
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
@@ -142,5 +173,7 @@ if __name__ == "__main__":
     assert len(jax.devices()) == 8
     for case in CASES:
         check(case)
+    for window_size in DECODE_WINDOWS:
+        check_decode(window_size)
     check_no_communication()
-    print(len(CASES), "cases agree")
+    print(len(CASES) + len(DECODE_WINDOWS), "cases agree")

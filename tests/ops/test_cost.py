@@ -1,10 +1,16 @@
-"""What the compiler makes of the XLA implementation: linear memory, no T x T, T x M x K."""
+"""What the compiler makes of the XLA implementation: linear memory, no T x T, T x M x K.
+
+And of a step of generation: the cache stays where it is.
+"""
+
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nha_jax.ops import nha_attention, rope_tables
+from nha_jax.ops import decode_step, init_state, nha_attention, rope_tables
 
 HEADS, DIM, SLOTS = 8, 64, 64
 
@@ -39,3 +45,41 @@ def test_memory_is_linear(window_size):
 def test_full_attention_stores_no_square():
     T = 8192
     assert temporary_bytes(T, None)[0] < HEADS * T * T  # a quarter of one float32 copy
+
+
+@pytest.mark.usefixtures("optimized")
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("window_size", [4096, None], ids="W{}".format)
+def test_decode_copies_no_ring(window_size, dtype):
+    """Of a donated state only entries are written, and no temporary has a ring's size."""
+    B, R, group = 2, 4096, 2
+    state = jax.eval_shape(
+        lambda: init_state(
+            B, num_kv_heads=HEADS, num_slots=SLOTS, key_dim=DIM, value_dim=DIM,
+            window_size=window_size, dtype=dtype, max_length=R,
+        )
+    )  # fmt: skip
+
+    def decode(query, key, value, log_decay, state):
+        rope = rope_tables(state.length[:, None], DIM)
+        return decode_step(query, key, value, log_decay, state, window_size=window_size, rope=rope)
+
+    query = jax.ShapeDtypeStruct((B, 1, HEADS * group, DIM), dtype)
+    token = jax.ShapeDtypeStruct((B, 1, HEADS, DIM), dtype)
+    log_decay = jax.ShapeDtypeStruct((B, 1, HEADS, SLOTS), jnp.float32)
+    step = jax.jit(decode, donate_argnums=4).lower(query, token, token, log_decay, state).compile()
+    memory = step.memory_analysis()
+    assert memory.alias_size_in_bytes == sum(x.size * x.dtype.itemsize for x in state)
+    assert memory.temp_size_in_bytes < B * R * HEADS * DIM * jnp.dtype(dtype).itemsize / 2
+    assert large_copies(step.as_text(), B * R * HEADS * DIM) == []
+
+
+def large_copies(program: str, elements: int) -> list[str]:
+    """Operations that move at least so many elements."""
+    operation = r"= \w+\[([\d,]+)\]\S* (copy|transpose|concatenate|convert|select)\("
+    return [
+        line.strip()[:200]
+        for line in program.splitlines()
+        if (match := re.search(operation, line))
+        and math.prod(map(int, match[1].split(","))) >= elements
+    ]

@@ -169,6 +169,21 @@ def test_memory_does_not_grow_with_context(window_size):
     assert sizes == {sum(x.nbytes for x in empty)}
 
 
+def test_full_attention_keeps_rotated_keys_and_values_only():
+    """The ordinary cache: nothing else grows with context."""
+    sizes = {}
+    for length in (10, 50):
+        arrays, keywords = tokens_of(Case(T=length, window="None"))
+        state = nha_attention(*arrays(0, length), **keywords(0, length), return_state=True).state
+        sizes[length] = {name: x.nbytes for name, x in state._asdict().items()}
+    token = 2 * 8 * 4  # rows, K = V, bytes
+    grown = {name: sizes[50][name] - sizes[10][name] for name in state._fields}
+    assert {name: size for name, size in grown.items() if size} == {
+        "window_rotated_key": 40 * token,
+        "window_value": 40 * token,
+    }
+
+
 def test_decode_compiles_once():
     arrays, keywords = tokens_of(Case(T=T, window="16"))
     state = nha_attention(*arrays(0, 5), **keywords(0, 5), return_state=True).state

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
-from nha_jax.ops import decode_step, init_state, nha_attention, rope_tables
+from nha_jax.ops import decode_step, init_state, nha_attention, resize_state, rope_tables
 
 B, T, HQ, HKV, K, V, M = 2, 6, 4, 2, 8, 5, 3
 F32, INT = jnp.float32, jnp.int32
@@ -17,10 +17,11 @@ def arguments(**changes):
     return {name: jnp.zeros(shape) for name, shape in shapes.items()} | {"window_size": 4} | changes
 
 
-def state(window_size=4, **changes):
+def state(window_size=4, max_length=None, **changes):
     empty = init_state(
-        B, num_kv_heads=HKV, num_slots=M, key_dim=K, value_dim=V, window_size=window_size, dtype=F32
-    )
+        B, num_kv_heads=HKV, num_slots=M, key_dim=K, value_dim=V, window_size=window_size,
+        dtype=F32, max_length=max_length,
+    )  # fmt: skip
     return empty._replace(**changes)
 
 
@@ -58,6 +59,18 @@ WRONG = {
     "state-type": ({"initial_state": (1, 2)}, "initial_state must be an NHAState, got tuple"),
     "state-window": (
         {"initial_state": state(window_size=5)}, r"initial_state.window_key must have shape \(2, 4"
+    ),
+    "state-of-everything": (
+        {"initial_state": state(window_size=None, max_length=9)},
+        "initial_state is of window_size=None .*the call of window_size=4: pass window_size=None",
+    ),
+    "state-of-a-window": (
+        {"initial_state": state(), "window_size": None},
+        "initial_state is of window_size=4, the call of window_size=None: pass window_size=4",
+    ),
+    "state-without-a-window": (
+        {"initial_state": state(window_size=0), "window_size": None},
+        "initial_state is of window_size=0, the call of window_size=None",
     ),
     "state-slots": (
         {"initial_state": state(slot_key=jnp.zeros((B, HKV, M + 1, K)))},
@@ -109,9 +122,25 @@ def test_decode_takes_one_token():
         decode_step(**changes, state=state(), window_size=window)
 
 
+def test_decode_takes_a_state_of_its_window():
+    one = {name: jnp.zeros((B, 1, *x.shape[2:])) for name, x in list(arguments().items())[:4]}
+    with pytest.raises(ValueError, match=r"^state is of window_size=None .*window_size=4"):
+        decode_step(**one, state=state(window_size=None, max_length=9), window_size=4)
+
+
 def test_a_state_of_the_whole_past_needs_room():
     with pytest.raises(ValueError, match=r"window_size=None keeps every token.*max_length"):
         state(window_size=None)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        state(window_size=None, max_length=0)
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        resize_state(state(window_size=None, max_length=2), 0)
+
+
+@pytest.mark.parametrize("window_size", [0, 4])
+def test_only_a_state_of_the_whole_past_is_resized(window_size):
+    with pytest.raises(ValueError, match=f"state is of window_size={window_size}.*fixed size"):
+        resize_state(state(window_size=window_size), 8)
 
 
 def test_only_what_was_asked_for():

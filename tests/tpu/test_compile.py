@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding
 
 from nha_jax import ModelConfig
 from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
+from nha_jax.ops.sharding import divide_over_mesh
 from tests.tpu.topology import CHIPS, compile_for, make_mesh, relayouts
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.mesh import MESH_AXES, batch_sharding
@@ -138,12 +139,9 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -
     assert sorted(calls) == ["backward"] + ["forward"] * forwards
 
 
-@pytest.mark.tpu_aot
-@pytest.mark.parametrize("chip", CHIPS)
-@pytest.mark.parametrize("window_size", [64, 1024])
-def test_decode(chip: str, window_size: int) -> None:
-    """The state is updated in place: nothing of a ring's size is copied."""
-    B, H, K, M = 64, 8, 128, 64
+def decode_program(B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16):
+    """A step and its abstract arguments, the state the last; 1024 tokens of full attention."""
+    M = 64
 
     def decode(query, key, value, log_decay, state: NHAState):
         rope = rope_tables(state.length[:, None], K)
@@ -152,17 +150,60 @@ def test_decode(chip: str, window_size: int) -> None:
     state = jax.eval_shape(
         lambda: init_state(
             B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=K,
-            window_size=window_size, dtype=jnp.bfloat16,
+            window_size=window_size, dtype=dtype, max_length=1024,
         )
     )  # fmt: skip
-    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), jnp.bfloat16)
-    token = jax.ShapeDtypeStruct((B, 1, H, K), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), dtype)
+    token = jax.ShapeDtypeStruct((B, 1, H, K), dtype)
     log_decay = jax.ShapeDtypeStruct((B, 1, H, M), jnp.float32)
-    compiled = compile_for(chip, decode, query, token, token, log_decay, state, donate=(4,))
+    return decode, (query, token, token, log_decay, state)
+
+
+def check_decode(compiled: jax.stages.Compiled, state: NHAState, devices: int) -> None:
+    """The kernel, and each device's part of the state updated in place: no ring is copied."""
     assert "nha_decode" in compiled.as_text()
     state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
-    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes
-    assert relayouts(compiled, B * window_size * H * M) == []
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes // devices
+    ring = state.window_log_decay if state.window_log_decay.size else state.window_value
+    assert relayouts(compiled, ring.size // devices) == []
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("window_size", [64, 1024, None], ids="W{}".format)
+def test_decode(chip: str, window_size: int | None) -> None:
+    decode, arguments = decode_program(64, 8, window_size)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("heads", "window_size"), [(4, 32), (4, None), (2, 128)])
+def test_decode_with_few_heads(chip: str, dtype, heads: int, window_size: int | None) -> None:
+    """Four heads of 256 and W=32 are the published 340M model's."""
+    decode, arguments = decode_program(64, heads, window_size, K=256, dtype=dtype)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("window_size", [64, None], ids="W{}".format)
+def test_decode_over_a_mesh(window_size: int | None) -> None:
+    """Two halves of the batch by two of the heads; nothing is exchanged."""
+    decode, arguments = decode_program(128, 16, window_size)
+    mesh = make_mesh("v5e", (2, 2), ("data", "tensor"))
+    with jax.set_mesh(mesh):
+        division = divide_over_mesh(128, 16)
+        specs = (*(division.tokens,) * 4, division.state)
+        arguments = jax.tree.map(
+            lambda spec, leaf: with_sharding(leaf, NamedSharding(mesh, spec)), specs, arguments
+        )
+        compiled = jax.jit(decode, donate_argnums=4).lower(*arguments).compile()
+    check_decode(compiled, arguments[-1], devices=4)
+    exchanges = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert not re.search(rf" ({exchanges})", compiled.as_text())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from nha_jax.ops.rope import apply_rope
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.types import Options
 
-B, H, K, V, M = 3, 8, 128, 128, 16
+B, K, V, M = 3, 128, 128, 16
 
 
 def options(window_size: int | None, empty_slots, feature_map) -> Options:
@@ -28,6 +28,7 @@ def options(window_size: int | None, empty_slots, feature_map) -> Options:
 def a_token(seed: int, group: int, dtype, state: NHAState):
     """query, rotated query, Tokens [B, 1, heads, .]; decays mild, strong and -inf."""
     keys = jax.random.split(jax.random.key(seed), 4)
+    H = state.slot_key.shape[1]
     query = jax.random.normal(keys[0], (B, 1, H * group, K), dtype)
     key = jax.random.normal(keys[1], (B, 1, H, K), dtype)
     value = jax.random.normal(keys[2], (B, 1, H, V), dtype)
@@ -38,10 +39,10 @@ def a_token(seed: int, group: int, dtype, state: NHAState):
     return query, apply_rope(query, rope), new
 
 
-def a_state(window_size: int | None, dtype, lengths: list[int]) -> NHAState:
+def a_state(window_size: int | None, dtype, lengths: list[int], heads: int = 8) -> NHAState:
     """Full of numbers, also where the rows' lengths say that there is no token."""
     state = init_state(
-        B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=V,
+        B, num_kv_heads=heads, num_slots=M, key_dim=K, value_dim=V,
         window_size=window_size, dtype=dtype, max_length=48,
     )  # fmt: skip
     random = np.random.default_rng(0)
@@ -79,6 +80,13 @@ def test_kernel_matches_xla(dtype, tolerance, group, window_size, empty_slots, f
     state = check((*a_token(0, group, dtype, state), state, active), chosen, tolerance)
     active = active.at[1].set(False)
     check((*a_token(1, group, dtype, state), state, active), chosen, tolerance)
+
+
+def test_few_heads() -> None:
+    """As the published 340M model has: four heads, W = 32."""
+    state = a_state(32, jnp.float32, [0, 31, 100], heads=4)
+    arguments = (*a_token(0, 1, jnp.float32, state), state, jnp.array([True, True, False]))
+    check(arguments, options(32, "attend", "identity"), 2e-6)
 
 
 def test_ring_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
