@@ -14,6 +14,7 @@ from nha_jax.diagnostics import Diagnostics, stack_layers
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, rope_tables
+from nha_jax.ops.sharding import divide_over_mesh
 
 
 class ModelCache(NamedTuple):
@@ -201,21 +202,27 @@ class Model(nnx.Module):
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
         """The cache of rows without a token; max_length as for `prefill`.
 
+        On a mesh (`jax.set_mesh`) rows and heads are divided as `nha_jax.ops.use_mesh_axes` says.
+
         Raises:
             ValueError: max_length is missing though a layer has full attention.
         """
-        windows = self.config.window_period
         self._check_room(max_length, 0)
-        repeats = self.config.num_layers // len(windows)
-        layers = tuple(
-            jax.tree.map(
-                lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)),
-                self.blocks.attention.init_cache(
-                    batch_size, window_size=window_size, max_length=max_length
-                ),
+        windows, config = self.config.window_period, self.config
+        repeats = config.num_layers // len(windows)
+        division = divide_over_mesh(batch_size, config.num_kv_heads)
+
+        def stacked(window_size: int | None) -> LayerCache:
+            one = self.blocks.attention.init_cache(
+                batch_size, window_size=window_size, max_length=max_length
             )
-            for window_size in windows
-        )
+            layers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
+            taps = (
+                None if one.convolution is None else type(one.convolution)(*[division.tokens] * 3)
+            )
+            return division.place_layers(layers, LayerCache(division.state, taps))
+
+        layers = tuple(map(stacked, windows))
         return ModelCache(layers, jnp.zeros(batch_size, jnp.int32))
 
     def prefill(

@@ -1,6 +1,10 @@
 """Continuous batching: every text as if it were alone, whatever comes, goes and waits around it."""
 
 import collections
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +180,38 @@ def test_full_attention_needs_max_length(model):
         Engine(model, batch_size=1)
     with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
         Engine(model, batch_size=1, max_length=4, prefill_chunk=0)
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from tests.test_engine import tiny_model
+from nha_jax import Engine, generate
+
+model = tiny_model(num_kv_heads=2, conv_width=4)
+prompt = np.random.default_rng(0).integers(0, 24, (4, 9))
+wanted = generate(model, prompt, max_new_tokens=20, seed=1)
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+with jax.set_mesh(mesh):
+    cache = Engine(model, batch_size=4, max_length=64)._rows.cache
+    for layer in cache.layers:
+        assert layer.attention.slot_key.sharding.spec == PartitionSpec(None, "data", "tensor")
+        ring = layer.attention.window_value.sharding.spec
+        assert ring == PartitionSpec(None, "data", None, "tensor"), ring
+    found = generate(model, prompt, max_new_tokens=20, seed=1)
+np.testing.assert_array_equal(found, wanted)
+print(len(jax.devices()), "devices agree")
+"""
+
+
+def test_a_batch_divided_over_eight_devices_gives_the_same_texts():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8 devices agree" in result.stdout

@@ -58,7 +58,8 @@ def use_mesh_axes(
 class Division:
     """Which axes of the mesh divide a call's rows and its heads.
 
-    Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...], and of a state.
+    Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...] or [B, T, heads * size],
+    and of a state.
     """
 
     sizes: dict[str, int]  # of all axes that are not manual
@@ -111,6 +112,14 @@ class Division:
             out_specs=out_specs,
             axis_names=set(self.sizes),
             check_vma=False,  # kernels do not say over which axes their results vary
+        )
+
+    def place_layers(self, tree: Any, specs: Any) -> Any:
+        """Arrays [layers, ...], every layer divided by the specs."""
+        if math.prod(self.sizes.values()) == 1:
+            return tree
+        return jax.tree.map(
+            lambda x, spec: jax.lax.with_sharding_constraint(x, P(None, *spec)), tree, specs
         )
 
 

@@ -206,7 +206,8 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
     W = options.window_size
     assert W is not None
     group = rows.query.shape[2] // rows.tokens.key.shape[2]
-    block_sizes = options.block_sizes or default_block_sizes(group)
+    segments = rows.segments or options.return_state
+    block_sizes = options.block_sizes or default_block_sizes(group, segments)
     chunks = -(-rows.num_rows // block_sizes.chunk)
     spec = Spec(
         group=group,
@@ -220,7 +221,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
         rotated=rows.rotated_query is not None and W > 0,
         feature_map=options.slot_feature_map,
         mask_empty=options.empty_slots == "mask",
-        segments=rows.segments or options.return_state,
+        segments=segments,
         state=has_state or options.return_state,
         weight=options.return_slot_weight,
     )

@@ -69,14 +69,19 @@ _DEFAULTS = {
 _DEFAULTS["7x"] = _DEFAULTS["v6e"]
 
 
-def default_block_sizes(group: int) -> BlockSizes:
-    """Those of the chip that is compiled for, with `group` query heads to a KV head.
+def default_block_sizes(group: int, segments: bool) -> BlockSizes:
+    """Those of the chip that is compiled for.
 
     The chip is the ambient mesh's (`jax.set_mesh`), or else the default device; v5e's sizes serve
     where that is no TPU.
+
+    Args:
+      group: query heads to a KV head.
+      segments: whether there are segments: the backward then waits longer for its masks.
     """
     try:
         chip = str(pltpu.get_tpu_info().chip_version)
     except ValueError:
         chip = "v5e"
-    return _DEFAULTS.get(chip, _DEFAULTS["v5e"])[group > 1]
+    sizes = _DEFAULTS.get(chip, _DEFAULTS["v5e"])[group > 1]
+    return dataclasses.replace(sizes, backward_skew=2) if segments and group == 1 else sizes
