@@ -43,8 +43,8 @@ class Decoder:
     def __init__(self, model: Model, context: int, batch_size: int):
         graph, self._parameters = nnx.split(model)
         self._tokens = jnp.zeros(batch_size, jnp.int32)
-        self._length = jnp.full(batch_size, context - 1, jnp.int32)
-        self.cache = with_length(model.init_cache(batch_size, max_length=context), self._length)
+        length = jnp.full(batch_size, context - 1, jnp.int32)
+        self.cache = with_length(model.init_cache(batch_size, max_length=context), length)
 
         def step(parameters: nnx.State, tokens: jax.Array, cache: ModelCache):
             return nnx.merge(graph, parameters).decode_step(tokens, cache)
@@ -61,23 +61,18 @@ class Decoder:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)) // len(self._tokens)
 
     def __call__(self) -> None:
-        """The step that reads the context's last token."""
-        logits, cache = self._step(self._parameters, self._tokens, self.cache)
-        self.cache = with_length(cache, self._length)
+        """A step; beyond the room of a cache the oldest entry is overwritten."""
+        logits, self.cache = self._step(self._parameters, self._tokens, self.cache)
         jax.block_until_ready((logits, self.cache))
 
 
 def with_length(cache: ModelCache, length: jax.Array) -> ModelCache:
     """The cache, as if its rows had so many tokens."""
     layers = tuple(
-        layer._replace(
-            attention=layer.attention._replace(
-                length=jnp.broadcast_to(length, layer.attention.length.shape)
-            )
-        )
+        layer._replace(attention=layer.attention._replace(length=jnp.copy(length)))
         for layer in cache.layers
     )
-    return ModelCache(layers, length + 0)
+    return ModelCache(layers, length)
 
 
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
@@ -96,20 +91,27 @@ def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
 def context_table(model: Model, contexts: list[int], seconds: float) -> None:
     print("| context | " + " | ".join(f"{name}, ms" for name in LAYOUTS), end=" | ")
     print(" | ".join(f"{name}, cache a row" for name in LAYOUTS), end=" | ")
-    print("1 in 4 full / nha | full / nha | nha / nha at the first context |")
-    print("|" + " --- |" * (2 * len(LAYOUTS) + 4))
-    first = Decoder(model, contexts[0], 1)
+    print("1 in 4 full / nha | full / nha |")
+    print("|" + " --- |" * (2 * len(LAYOUTS) + 3))
     for context in contexts:
         decoders = {
             name: Decoder(model.with_windows(layout), context, 1)
             for name, layout in LAYOUTS.items()
         }
-        median = medians({**decoders, "first": first}, seconds)
+        median = medians(dict(decoders), seconds)
         cells = [f"{median[name] * 1e3:.2f}" for name in LAYOUTS]
-        cells += [readable(decoder.cache_bytes) for decoder in decoders.values()]
+        cells += [f"{decoder.cache_bytes / 2**20:.2f} MiB" for decoder in decoders.values()]
         cells += [f"{median[name] / median['nha']:.1f}x" for name in list(LAYOUTS)[1:]]
-        cells.append(f"{median['nha'] / median['first']:.2f}")
         print(f"| {context} | " + " | ".join(cells) + " |", flush=True)
+
+
+def flatness_table(model: Model, contexts: list[int], seconds: float) -> None:
+    """ "nha" alone, at every context in turns: full attention would leave it a cold processor."""
+    decoders = {str(context): Decoder(model, context, 1) for context in contexts}
+    median = medians(dict(decoders), seconds * len(contexts))
+    print("\n| nha alone, context | " + " | ".join(median) + " |")
+    print("|" + " --- |" * (len(median) + 1))
+    print("| ms | " + " | ".join(f"{x * 1e3:.3f}" for x in median.values()) + " |", flush=True)
 
 
 def batch_table(model: Model, batch_sizes: list[int], context: int, seconds: float) -> None:
@@ -157,10 +159,6 @@ def prefill_table(model: Model, seconds: float) -> None:
         print(f"| {name} | {sizes[name] / seconds_each:.0f} |")
 
 
-def readable(size: int) -> str:
-    return f"{size / 2**20:.2f} MiB"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -174,6 +172,7 @@ def main() -> None:
     model = make_model(arguments.dtype)
     print(f"{jax.devices()[0].device_kind}, {arguments.dtype}, jax {jax.__version__}\n")
     context_table(model, arguments.contexts, arguments.seconds)
+    flatness_table(model, arguments.contexts, arguments.seconds)
     batch_table(model, arguments.batch_sizes, 4096, arguments.seconds)
     prefill_table(model, arguments.seconds)
 

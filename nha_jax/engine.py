@@ -324,21 +324,8 @@ def _start(
     remaining = jnp.where(is_stop(tokens, sampling), 0, max_new_tokens - 1)
     new = _Rows(cache, tokens, remaining, sampling)
 
-    def write(axis):
-        index = (slice(None),) * axis + (target,)
-        return lambda old, row: old.at[index].set(row, mode="drop")
-
-    layers = jax.tree.map(write(1), rows.cache.layers, cache.layers)
-    rest = jax.tree.map(write(0), _without_layers(rows), _without_layers(new))
-    return _with_layers(rest, layers), tokens, log_probabilities
-
-
-def _without_layers(rows: _Rows) -> _Rows:
-    return rows._replace(cache=rows.cache._replace(layers=()))
-
-
-def _with_layers(rows: _Rows, layers) -> _Rows:
-    return rows._replace(cache=rows.cache._replace(layers=layers))
+    rows = jax.tree.map(lambda old, x: old.at[target].set(x, mode="drop"), rows, new)
+    return rows, tokens, log_probabilities
 
 
 @functools.partial(

@@ -20,11 +20,10 @@ from nha_jax.ops.sharding import divide_over_mesh
 class ModelCache(NamedTuple):
     """What the model remembers of each row; for finite windows its size never grows.
 
-    `layers` has one entry for each position in the config's window period, its leaves stacked
-    over the repetitions of the period: layer g * P + p is `layers[p]` at index g.
+    The layers' caches are arrays of their own, not one stack, so that each is updated in place.
     """
 
-    layers: tuple[LayerCache, ...]
+    layers: tuple[LayerCache, ...]  # num_layers
     length: jax.Array  # [B] int32, tokens so far
 
 
@@ -161,10 +160,7 @@ class Model(nnx.Module):
             )
         segment_ids, positions = check_places(hidden.shape[:2], segment_ids, positions)
         graph, stack = nnx.split(self.blocks)
-        parameters = jax.tree.map(
-            lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
-        )  # [L, ...] -> [...]
-        block = nnx.merge(graph, parameters)
+        block = nnx.merge(graph, _layer(stack, index))
         return block(
             hidden,
             window_size=window_size,
@@ -208,22 +204,16 @@ class Model(nnx.Module):
             ValueError: max_length is missing though a layer has full attention.
         """
         self._check_room(max_length, 0)
-        windows, config = self.config.window_period, self.config
-        repeats = config.num_layers // len(windows)
-        division = divide_over_mesh(batch_size, config.num_kv_heads)
+        division = divide_over_mesh(batch_size, self.config.num_kv_heads)
 
-        def stacked(window_size: int | None) -> LayerCache:
-            one = self.blocks.attention.init_cache(
+        def layer(window_size: int | None) -> LayerCache:
+            cache = self.blocks.attention.init_cache(
                 batch_size, window_size=window_size, max_length=max_length
             )
-            layers = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (repeats, *leaf.shape)), one)
-            taps = (
-                None if one.convolution is None else type(one.convolution)(*[division.tokens] * 3)
-            )
-            return division.place_layers(layers, LayerCache(division.state, taps))
+            taps = jax.tree.map(lambda _: division.tokens, cache.convolution)
+            return division.place(cache, LayerCache(division.state, taps))
 
-        layers = tuple(map(stacked, windows))
-        return ModelCache(layers, jnp.zeros(batch_size, jnp.int32))
+        return ModelCache(tuple(map(layer, self.config.windows)), jnp.zeros(batch_size, jnp.int32))
 
     def prefill(
         self,
@@ -277,13 +267,15 @@ class Model(nnx.Module):
                 cache=cache,
             )
 
-        caches = None if cache is None else cache.layers
-        hidden, layers = self._scan_blocks(prefill, self.embed_tokens(tokens), caches)
+        period = len(self.config.window_period)
+        caches = None if cache is None else _stack_layers(cache.layers, period)
+        hidden, caches = self._scan_blocks(prefill, self.embed_tokens(tokens), caches)
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
         hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
         length = row_lengths if cache is None else cache.length + row_lengths
+        layers = _unstack_layers(caches, self.config.num_layers // period)
         return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
 
     def decode_step(
@@ -311,15 +303,19 @@ class Model(nnx.Module):
                 f"got shape {tokens.shape}"
             )
         rope = self._rope(cache.length[:, None])
-
-        def step(block: Block, hidden: jax.Array, cache: LayerCache, window_size: int | None):
-            return block.decode_step(
-                hidden, cache, window_size=window_size, rope=rope, active=active
+        graph, stack = nnx.split(self.blocks)
+        hidden, layers = self.embed_tokens(tokens[:, None]), []
+        # No scan over the layers: it would copy every cache into and out of its stack.
+        for index, (layer, window_size) in enumerate(
+            zip(cache.layers, self.config.windows, strict=True)
+        ):
+            block = nnx.merge(graph, _layer(stack, index))
+            hidden, layer = block.decode_step(
+                hidden, layer, window_size=window_size, rope=rope, active=active
             )
-
-        hidden, layers = self._scan_blocks(step, self.embed_tokens(tokens[:, None]), cache.layers)
+            layers.append(layer)
         length = cache.length + (1 if active is None else active.astype(jnp.int32))
-        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(tuple(layers), length)
 
     def _check_room(self, max_length: int | None, num_tokens: int) -> None:
         if None in self.config.windows and (max_length is None or max_length < num_tokens):
@@ -419,6 +415,27 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return create(rngs)
+
+
+def _layer(stack: nnx.State, index: int | jax.Array) -> nnx.State:
+    """[L, ...] -> [...], of each parameter."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
+    )
+
+
+def _stack_layers(layers: Sequence[LayerCache], period: int) -> tuple[LayerCache, ...]:
+    """Of L layers -> of each place in the window period, stacked over its L/P repetitions."""
+    return tuple(
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[place::period])
+        for place in range(period)
+    )
+
+
+def _unstack_layers(stacked: Sequence[LayerCache], repeats: int) -> tuple[LayerCache, ...]:
+    """The inverse of `_stack_layers`."""
+    places = [_unstack(place, repeats) for place in stacked]
+    return tuple(layer for layers in zip(*places, strict=True) for layer in layers)
 
 
 def _unstack(tree: Any, count: int) -> list[Any]:

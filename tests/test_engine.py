@@ -195,9 +195,9 @@ mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2
 with jax.set_mesh(mesh):
     cache = Engine(model, batch_size=4, max_length=64)._rows.cache
     for layer in cache.layers:
-        assert layer.attention.slot_key.sharding.spec == PartitionSpec(None, "data", "tensor")
+        assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
         ring = layer.attention.window_value.sharding.spec
-        assert ring == PartitionSpec(None, "data", None, "tensor"), ring
+        assert ring == PartitionSpec("data", None, "tensor"), ring
     found = generate(model, prompt, max_new_tokens=20, seed=1)
 np.testing.assert_array_equal(found, wanted)
 print(len(jax.devices()), "devices agree")

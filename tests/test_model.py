@@ -95,7 +95,7 @@ def test_prompts_read_in_chunks_equal_prompts_read_at_once(conv_width):
     expected, _ = step(model, following, whole)
     chex.assert_trees_all_close(found[::2], expected[::2], rtol=1e-4, atol=1e-5)
     chex.assert_trees_all_equal(after.length, jnp.array([31, 11, 2]))
-    waiting = lambda cache: jax.tree.map(lambda leaf: leaf[:, 1], cache.layers)  # noqa: E731
+    waiting = lambda cache: jax.tree.map(lambda leaf: leaf[1], cache)  # noqa: E731
     chex.assert_trees_all_equal(waiting(after), waiting(cache))
 
 

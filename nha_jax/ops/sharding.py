@@ -114,13 +114,11 @@ class Division:
             check_vma=False,  # kernels do not say over which axes their results vary
         )
 
-    def place_layers(self, tree: Any, specs: Any) -> Any:
-        """Arrays [layers, ...], every layer divided by the specs."""
+    def place(self, tree: Any, specs: Any) -> Any:
+        """The arrays, divided by the specs."""
         if math.prod(self.sizes.values()) == 1:
             return tree
-        return jax.tree.map(
-            lambda x, spec: jax.lax.with_sharding_constraint(x, P(None, *spec)), tree, specs
-        )
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
 def divide_over_mesh(batch_size: int, num_kv_heads: int) -> Division:
