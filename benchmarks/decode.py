@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax import Model, ModelCache, ModelConfig
+from nha_jax import Model, ModelCache, ModelConfig, generate
 
 LAYOUTS = {"nha": 64, "1 in 4 full": (64, 64, 64, None), "full": None}
 PREFILL_CHUNK, TRAINING_LENGTH = 512, 2048
@@ -159,6 +159,22 @@ def prefill_table(model: Model, seconds: float) -> None:
         print(f"| {name} | {sizes[name] / seconds_each:.0f} |")
 
 
+def agreement_table(model: Model, num_tokens: int = 512) -> None:
+    """Greedy generation against the full forward over all tokens before: where they disagree.
+
+    The weights are random, so the likeliest tokens are nearly ties: a hard case.
+    """
+    print(f"\n| {model.config.dtype}, {num_tokens} tokens, greedy | not the forward's likeliest |")
+    print("| --- | --- |")
+    prompt = list(b"def main(")
+    for name, layout in LAYOUTS.items():
+        chosen = model.with_windows(layout)
+        found = generate(chosen, prompt, max_new_tokens=num_tokens, temperature=0)
+        text = jnp.asarray([*prompt, *found])[None]
+        logits = jax.jit(Model.__call__)(chosen, text)[0, len(prompt) - 1 : -1]
+        print(f"| {name} | {int((logits.argmax(-1) != found).sum())} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,6 +191,8 @@ def main() -> None:
     flatness_table(model, arguments.contexts, arguments.seconds)
     batch_table(model, arguments.batch_sizes, 4096, arguments.seconds)
     prefill_table(model, arguments.seconds)
+    for dtype in ("float32", "bfloat16"):
+        agreement_table(make_model(dtype))
 
 
 if __name__ == "__main__":
