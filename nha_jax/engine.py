@@ -77,7 +77,8 @@ class Engine:
             if value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
         self._config = model.config
-        self._graph, self._parameters = nnx.split(model)
+        self._graph, parameters = nnx.split(model)
+        self._parameters = jax.tree.map(lambda array: array, parameters)  # Variables of our own
         self._limited = None in model.config.windows
         self._max_length = max_length if self._limited else None
         self._prefill_rows = min(prefill_rows, batch_size)

@@ -155,6 +155,16 @@ def test_the_cache_is_updated_in_place(model):
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
 
+def test_the_models_later_changes_do_not_count():
+    model = tiny_model()
+    engine, options = Engine(model, **SHAPE), SamplingOptions(max_new_tokens=8, temperature=0)
+    before = texts(engine, [engine.submit([1, 2, 3], options)])[0]
+    model.embed.embedding[...] = model.embed.embedding[...][::-1]
+    assert texts(engine, [engine.submit([1, 2, 3], options)])[1] == before
+    changed = Engine(model, **SHAPE)
+    assert texts(changed, [changed.submit([1, 2, 3], options)])[0] != before
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [

@@ -69,8 +69,7 @@ class CacheBytes:
     cached token is its rotated key and its value, in the model's dtype, over all key/value heads;
     with a finite W also its key before rotation and, in float32, its decays, with which it enters
     the slots later. Not counted, being the same for every layout and any context: the slots and
-    the inputs of the short convolutions. (A layer of full attention needs no more than that, but
-    at present `NHAState` has room for all four there too.)
+    the inputs of the short convolutions.
 
     Attributes:
         cache_bytes: how many there may be, per token of context.
