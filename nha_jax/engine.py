@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -94,7 +94,9 @@ class Engine:
             sampling=RowSampling.idle(batch_size, model.config.vocab_size),
         )
 
-    def submit(self, prompt: jax.typing.ArrayLike, options: SamplingOptions | None = None) -> int:
+    def submit(
+        self, prompt: jax.typing.ArrayLike | Sequence[int], options: SamplingOptions | None = None
+    ) -> int:
         """Queues a prompt [T] of integers in [0, vocab_size); returns the request's number.
 
         Raises:
@@ -364,7 +366,7 @@ def _decode(
     return rows, drawn
 
 
-def check_prompt(prompt: jax.typing.ArrayLike, vocab_size: int) -> np.ndarray:
+def check_prompt(prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int) -> np.ndarray:
     """The prompt as [T] int32; raises as `Engine.submit`."""
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not tokens.size:

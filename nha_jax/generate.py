@@ -24,7 +24,7 @@ class Generated(NamedTuple):
 @overload
 def generate(
     model: Model,
-    prompt: jax.typing.ArrayLike,
+    prompt: jax.typing.ArrayLike | Sequence[Any],
     *,
     max_new_tokens: int,
     lengths: jax.typing.ArrayLike | None = None,
@@ -36,7 +36,7 @@ def generate(
 @overload
 def generate(
     model: Model,
-    prompt: jax.typing.ArrayLike,
+    prompt: jax.typing.ArrayLike | Sequence[Any],
     *,
     max_new_tokens: int,
     lengths: jax.typing.ArrayLike | None = None,
@@ -106,7 +106,7 @@ def generate(
 
 
 def _split(
-    prompt: jax.typing.ArrayLike, lengths: jax.typing.ArrayLike | None
+    prompt: jax.typing.ArrayLike | Sequence[Any], lengths: jax.typing.ArrayLike | None
 ) -> Sequence[np.ndarray]:
     """The rows of the prompt, each as long as it is."""
     tokens = np.asarray(prompt)

@@ -48,7 +48,8 @@ def test_prompts_of_every_kind(
     code, output, _ = generate(*arguments, "--batch-size", "2", "--json", *GREEDY)
     assert code == 0
     records = [json.loads(line) for line in output.splitlines()]
-    assert [record["prompt"] for record in records] == ["line 5"] * 3
+    assert [record["prompt"] for record in records] == ["line 5", str(file), tokens]
+    assert [record["from"] for record in records] == arguments[::2]
     model = nha_jax.load(undisturbed.run / "model")
     expected = nha_jax.generate(
         model, list(b"line 5"), max_new_tokens=8, temperature=0, return_log_probabilities=True
@@ -62,10 +63,10 @@ def test_prompts_of_every_kind(
         )
 
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"line 5")))
-    assert generate(*GREEDY)[1] == f"line 5{records[0]['text']}\n"
-    both = generate("--prompt", "line 5", "--prompt", "line 5", *GREEDY)[1]
-    text = f"line 5{records[0]['text']}"
-    assert both == f"=== prompt 1 ===\n{text}\n\n=== prompt 2 ===\n{text}\n"
+    text = records[0]["text"]
+    assert generate(*GREEDY)[1] == f"{text}\n"
+    both = generate("--prompt", "line 5", "--prompt-file", str(file), *GREEDY)[1]
+    assert both == f"=== prompt 1 ===\nline 5{text}\n\n=== prompt 2: {file} ===\n{text}\n"
 
 
 def test_a_stop_string_ends_the_text(generate) -> None:

@@ -13,7 +13,8 @@ from train.errors import ConfigError
 if TYPE_CHECKING:
     import numpy as np
 
-    from nha_jax import SamplingOptions
+    from nha_jax import Engine, SamplingOptions
+    from train.text import Piece
 
 SAMPLING = {
     "max_new_tokens": "bytes to write at most",
@@ -30,9 +31,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "generate",
         help="let a trained model continue texts",
-        description="Prints each prompt and what the model writes after it, as it is written if "
-        "there is one prompt. Prompts come from --prompt, --prompt-file and --prompt-tokens, each "
-        "as often as you like, or else from standard input.",
+        description="Prints what the model writes after each prompt (a --prompt is repeated before "
+        "it), as it is written if there is one prompt. Prompts come from --prompt, --prompt-file "
+        "and --prompt-tokens, each as often as you like, or else from standard input.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.layout import read_layout
     from train.text import load_model
 
-    prompts = [_read_prompt(option, value) for option, value in given]
+    prompts = [_Prompted(option, value, _read_prompt(option, value)) for option, value in given]
     sampling = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
     windows = getattr(options, "windows", None)
     layout = None if windows is None else read_layout(windows, "--windows")
@@ -94,7 +95,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if windows is not None:
             model = model.with_windows(layout)
         chosen = SamplingOptions(**sampling, stop_tokens=(END_OF_DOCUMENT, *options.stop_token))
-        longest = max(map(len, prompts))
+        longest = max(len(prompt.tokens) for prompt in prompts)
         engine = Engine(
             model,
             batch_size=min(options.batch_size, len(prompts)),
@@ -125,37 +126,38 @@ def _read_prompt(option: str, value: str) -> "np.ndarray":
 
 
 def _write(
-    engine, prompts: "list[np.ndarray]", sampling: "SamplingOptions", options: argparse.Namespace
-) -> None:
+    engine: "Engine", prompts: "list[_Prompted]", sampling: "SamplingOptions",
+    options: argparse.Namespace,
+) -> None:  # fmt: skip
     """Streams one text, or prints several in the order of the prompts; then says how fast."""
     from train.text import continue_texts
 
     streams = len(prompts) == 1 and not options.json
-    records = [_Record(prompt) for prompt in prompts]
     compile_seconds = _warm_up(engine, sampling)
     printed, start, first = 0, time.perf_counter(), 0.0
-    for piece in continue_texts(engine, prompts, sampling, options.stop):
+    tokens = [prompt.tokens for prompt in prompts]
+    for piece in continue_texts(engine, tokens, sampling, options.stop):
         if not first:
             first = time.perf_counter() - start
-            print(records[0].prompt_text if streams else "", end="")
-        records[piece.prompt].add(piece)
+            print(prompts[0].shown if streams else "", end="")
+        prompts[piece.prompt].add(piece)
         if streams:
             print(piece.text, end="", flush=True)
-        while not streams and printed < len(records) and records[printed].finished:
-            print(records[printed].show(printed, as_json=options.json), flush=True)
+        while not streams and printed < len(prompts) and prompts[printed].finished:
+            print(prompts[printed].show(printed, as_json=options.json), flush=True)
             printed += 1
     if streams:
         print()
-    seconds, count = time.perf_counter() - start, sum(len(record.tokens) for record in records)
+    seconds, count = time.perf_counter() - start, sum(len(x.written) for x in prompts)
     print(
         f"compiled in {compile_seconds:.1f} s; first token after {first:.2f} s "
-        f"({sum(map(len, prompts))} read); {count} written in {seconds:.2f} s: "
+        f"({sum(map(len, tokens))} read); {count} written in {seconds:.2f} s: "
         f"{count / seconds:.0f} tokens/s",
         file=sys.stderr,
     )
 
 
-def _warm_up(engine, sampling: "SamplingOptions") -> float:
+def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
     """Compiles all that the texts need, by writing two tokens; the seconds it took."""
     start = time.perf_counter()
     engine.submit([0], dataclasses.replace(sampling, max_new_tokens=2, stop_tokens=()))
@@ -164,29 +166,32 @@ def _warm_up(engine, sampling: "SamplingOptions") -> float:
     return time.perf_counter() - start
 
 
-class _Record:
+class _Prompted:
     """A prompt and what came after it."""
 
-    def __init__(self, prompt: "np.ndarray"):
-        self.prompt = prompt
-        self.tokens: list[int] = []
+    def __init__(self, option: str, value: str, tokens: "np.ndarray"):
+        self.option, self.value, self.tokens = option, value, tokens
+        self.shown = value if option == "--prompt" else ""
+        self.written: list[int] = []
         self.log_probabilities: list[float] = []
-        self.text, self.finished = "", None
+        self.text = ""
+        self.finished: str | None = None
 
-    @property
-    def prompt_text(self) -> str:
-        return bytes(token for token in self.prompt.tolist() if token < 256).decode(
-            errors="replace"
-        )
-
-    def add(self, piece) -> None:
-        self.tokens.append(piece.token)
+    def add(self, piece: "Piece") -> None:
+        self.written.append(piece.token)
         self.log_probabilities.append(round(piece.log_probability, 6))
         self.text, self.finished = self.text + piece.text, piece.finished
 
     def show(self, index: int, *, as_json: bool) -> str:
-        if not as_json:
-            return f"{'\n' * (index > 0)}=== prompt {index + 1} ===\n{self.prompt_text}{self.text}"
-        fields = ("tokens", "log_probabilities", "text", "finished")
-        record = {"prompt": self.prompt_text} | {name: getattr(self, name) for name in fields}
-        return json.dumps(record, ensure_ascii=False)
+        if as_json:
+            record = {
+                "prompt": self.value,
+                "from": self.option,
+                "text": self.text,
+                "tokens": self.written,
+                "log_probabilities": self.log_probabilities,
+                "finished": self.finished,
+            }
+            return json.dumps(record, ensure_ascii=False)
+        name = "" if self.shown else f": {self.value}"
+        return f"{'\n' * (index > 0)}=== prompt {index + 1}{name} ===\n{self.shown}{self.text}"
