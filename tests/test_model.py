@@ -196,7 +196,10 @@ def test_program_size_does_not_depend_on_depth(window_size):
         ]
         return [str(program).count("\n") for program in programs]
 
-    assert lines(4) == lines(8)
+    (gradient, prefill), (deep_gradient, deep_prefill) = lines(4), lines(8)
+    assert deep_gradient == gradient
+    # But for the arrays of the cache, which every layer has for itself.
+    assert (deep_prefill - prefill) / 4 < prefill / 50
 
 
 @pytest.mark.parametrize(
