@@ -35,9 +35,10 @@ class Engine:
     """Continues many prompts at once with one compiled step, whatever their lengths.
 
     A request waits for a free row of the batch, its prompt is read in chunks of a fixed size, and
-    its row is free again once it is finished: nothing is compiled anew. Memory is that of the
-    batch's cache, for finite windows independent of prompts and texts. A request's text depends on
-    its prompt and options only.
+    its row is free again once it is finished. Nothing is compiled anew for it, but for the first
+    with a top_k or top_p, and with a repetition_penalty. Memory is that of the batch's cache, for
+    finite windows independent of prompts and texts. A request's text depends on its prompt and
+    options only.
 
         engine = Engine(model, batch_size=8)
         request = engine.submit(prompt, SamplingOptions(max_new_tokens=100))
