@@ -150,9 +150,9 @@ def _write(
         print()
     seconds, count = time.perf_counter() - start, sum(len(x.written) for x in prompts)
     print(
-        f"compiled in {compile_seconds:.1f} s; first token after {first:.2f} s "
-        f"({sum(map(len, tokens))} read); {count} written in {seconds:.2f} s: "
-        f"{count / seconds:.0f} tokens/s",
+        f"compiled in {compile_seconds:.1f} s; {sum(map(len, tokens))} tokens to read, the first "
+        f"written after {first:.2f} s; {count} written in {seconds - first:.2f} s more: "
+        f"{count / max(seconds - first, 1e-6):.0f} tokens/s",
         file=sys.stderr,
     )
 
