@@ -1,4 +1,6 @@
-"""Checks of the arguments of `Model`: each error names the argument and its value."""
+"""Checks of arguments: each error names the argument and its value."""
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +39,27 @@ def default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Arr
 
 def check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
     array = jnp.asarray(array)
-    if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {array.dtype}")
+    _require_integers(name, array.dtype)
     return array
+
+
+def check_prompt(prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int) -> np.ndarray:
+    """The prompt as [T] int32, with tokens within [0, vocab_size)."""
+    tokens = np.asarray(prompt)
+    if tokens.ndim != 1 or not tokens.size:
+        raise ValueError(f"prompt must be [time] and not empty, got shape {tokens.shape}")
+    _require_integers("prompt", tokens.dtype)
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(
+            f"prompt must have tokens within [0, {vocab_size}), "
+            f"got {tokens.min()} to {tokens.max()}"
+        )
+    return tokens.astype(np.int32)
+
+
+def _require_integers(name: str, dtype: jnp.dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {dtype}")
 
 
 def check_lengths(

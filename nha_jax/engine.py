@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from nha_jax.arguments import check_prompt
 from nha_jax.model import Model, ModelCache
 from nha_jax.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 
@@ -80,8 +81,7 @@ class Engine:
         self._config = model.config
         self._graph, parameters = nnx.split(model)
         self._parameters = jax.tree.map(lambda array: array, parameters)  # Variables of our own
-        self._limited = None in model.config.windows
-        self._max_length = max_length if self._limited else None
+        self._max_length = max_length if None in model.config.windows else None
         self._prefill_rows = min(prefill_rows, batch_size)
         self._prefill_chunk, self._steps_per_call = prefill_chunk, steps_per_call
         self._waiting: collections.deque[_Request] = collections.deque()
@@ -244,9 +244,6 @@ class _Request:
     options: SamplingOptions
     num_drawn: int = 0
 
-    def __bool__(self) -> bool:
-        return True
-
 
 @dataclasses.dataclass
 class _Reading:
@@ -365,18 +362,3 @@ def _decode(
     empty = _Drawn(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, bool)))
     _, rows, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), rows, empty))
     return rows, drawn
-
-
-def check_prompt(prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int) -> np.ndarray:
-    """The prompt as [T] int32; raises as `Engine.submit`."""
-    tokens = np.asarray(prompt)
-    if tokens.ndim != 1 or not tokens.size:
-        raise ValueError(f"prompt must be [time] and not empty, got shape {tokens.shape}")
-    if not np.issubdtype(tokens.dtype, np.integer):
-        raise TypeError(f"prompt must be integers, got dtype {tokens.dtype}")
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise ValueError(
-            f"prompt must have tokens within [0, {vocab_size}), "
-            f"got {tokens.min()} to {tokens.max()}"
-        )
-    return tokens.astype(np.int32)

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import numpy as np
 
+from nha_jax.arguments import check_lengths
 from nha_jax.engine import Engine, chunk_for
 from nha_jax.model import Model
 from nha_jax.sampling import SamplingOptions
@@ -119,11 +120,5 @@ def _split(
     if tokens.ndim == 1:
         raise ValueError("lengths belongs to a prompt [batch, time]; cut the prompt [time] instead")
     batch_size, num_tokens = tokens.shape
-    checked = np.asarray(lengths)
-    if not np.issubdtype(checked.dtype, np.integer):
-        raise TypeError(f"lengths must be integers, got dtype {checked.dtype}")
-    if checked.shape != (batch_size,):
-        raise ValueError(f"lengths must be [batch] = ({batch_size},), got shape {checked.shape}")
-    if checked.min() < 1 or checked.max() > num_tokens:
-        raise ValueError(f"lengths must be within [1, {num_tokens}], got {checked.tolist()}")
+    checked = np.asarray(check_lengths(lengths, batch_size, num_tokens, least=1))
     return [row[:length] for row, length in zip(tokens, checked, strict=True)]

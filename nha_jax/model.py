@@ -10,7 +10,14 @@ from flax import nnx
 
 from nha_jax.arguments import check_integers, check_lengths, check_places
 from nha_jax.config import ModelConfig
-from nha_jax.diagnostics import Diagnostics, stack_layers
+from nha_jax.diagnostics import Diagnostics
+from nha_jax.layer_stack import (
+    in_layer_order,
+    layer_of,
+    stack_layers,
+    unstack,
+    unstack_layers,
+)
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, rope_tables
@@ -117,7 +124,7 @@ class Model(nnx.Module):
         Arguments and errors as for a call.
         """
         hidden, layers = self._forward(tokens, segment_ids, positions, diagnose=True)
-        stacked = stack_layers(layers)
+        stacked = in_layer_order(layers)
         return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -160,7 +167,7 @@ class Model(nnx.Module):
             )
         segment_ids, positions = check_places(hidden.shape[:2], segment_ids, positions)
         graph, stack = nnx.split(self.blocks)
-        block = nnx.merge(graph, _layer(stack, index))
+        block = nnx.merge(graph, layer_of(stack, index))
         return block(
             hidden,
             window_size=window_size,
@@ -268,14 +275,14 @@ class Model(nnx.Module):
             )
 
         period = len(self.config.window_period)
-        caches = None if cache is None else _stack_layers(cache.layers, period)
+        caches = None if cache is None else stack_layers(cache.layers, period)
         hidden, caches = self._scan_blocks(prefill, self.embed_tokens(tokens), caches)
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
         hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
         length = row_lengths if cache is None else cache.length + row_lengths
-        layers = _unstack_layers(caches, self.config.num_layers // period)
+        layers = unstack_layers(caches, self.config.num_layers // period)
         return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
 
     def decode_step(
@@ -309,7 +316,7 @@ class Model(nnx.Module):
         for index, (layer, window_size) in enumerate(
             zip(cache.layers, self.config.windows, strict=True)
         ):
-            block = nnx.merge(graph, _layer(stack, index))
+            block = nnx.merge(graph, layer_of(stack, index))
             hidden, layer = block.decode_step(
                 hidden, layer, window_size=window_size, rope=rope, active=active
             )
@@ -394,7 +401,7 @@ class Model(nnx.Module):
             run = jax.checkpoint(run, prevent_cse=False, static_argnums=3)
 
         def run_group(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
-            blocks = _unstack(group[0], len(windows))
+            blocks = unstack(group[0], len(windows))
             new_caches = []
             for parameters, cache, window_size in zip(blocks, group[1], windows, strict=True):
                 hidden, cache = run(parameters, hidden, cache, window_size)
@@ -415,34 +422,3 @@ def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
         return Block(config, rngs=rngs)
 
     return create(rngs)
-
-
-def _layer(stack: nnx.State, index: int | jax.Array) -> nnx.State:
-    """[L, ...] -> [...], of each parameter."""
-    return jax.tree.map(
-        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
-    )
-
-
-def _stack_layers(layers: Sequence[LayerCache], period: int) -> tuple[LayerCache, ...]:
-    """Of L layers -> of each place in the window period, stacked over its L/P repetitions."""
-    return tuple(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[place::period])
-        for place in range(period)
-    )
-
-
-def _unstack_layers(stacked: Sequence[LayerCache], repeats: int) -> tuple[LayerCache, ...]:
-    """The inverse of `_stack_layers`."""
-    places = [_unstack(place, repeats) for place in stacked]
-    return tuple(layer for layers in zip(*places, strict=True) for layer in layers)
-
-
-def _unstack(tree: Any, count: int) -> list[Any]:
-    """The `count` trees whose leaves are stacked along axis 0."""
-    leaves, structure = jax.tree.flatten(tree)
-    # The gradient of split is one concatenation; that of indexing would be a sum of padded parts.
-    parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
-    return [
-        jax.tree.unflatten(structure, [part[i].squeeze(0) for part in parts]) for i in range(count)
-    ]

@@ -134,7 +134,8 @@ class NativeHybridAttention(nnx.Module):
         convolution = None
         taps: tuple[jax.Array | None, ...] = (None,) * 3
         if self.config.conv_width:
-            taps = (cache.convolution if cache is not None else None) or taps
+            if cache is not None:
+                taps = cache.convolution or taps
             convolution = ConvolutionState(
                 *(
                     conv.state_after(projection, lengths, before)
