@@ -7,8 +7,8 @@ import jax
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from train.config import CheckpointConfig
 from train.errors import ConfigError
+from train.sections import CheckpointConfig
 from train.step import TrainState
 
 

@@ -128,6 +128,8 @@ def describe(annotation: Any) -> str:
         return "one of " + ", ".join(str(argument) for argument in arguments)
     if origin in (types.UnionType, typing.Union):
         return " or ".join(describe(argument) for argument in arguments)
+    if origin is dict:
+        return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
     if origin in (tuple, list):
         return f"a list (each {describe(arguments[0])})"
     return str(annotation)

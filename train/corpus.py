@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from train.config import DataConfig
 from train.errors import ConfigError
+from train.sections import DataConfig
 
 END_OF_DOCUMENT = 256
 """The token after each document; tokens below it are byte values."""
@@ -63,6 +63,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     Raises:
         ConfigError: it is missing, empty, or too small to split by file.
     """
+    if isinstance(config.corpus, dict):
+        raise ConfigError(f"data.corpus = {config.corpus!r}: mixtures are of prepared folders only")
     files = _find_files(config.corpus)
     contents = [(name, _read(path)) for name, path in files]
     contents = [(name, content) for name, content in contents if content]

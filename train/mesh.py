@@ -1,81 +1,135 @@
 """The device mesh, and which mesh axis each named axis of a parameter is divided over."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import TrainConfig
 from train.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp")
+MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-# Every matrix of the model has one "embed" axis, so dividing that one divides them all.
-_RULES: dict[str, str | None] = {
-    "layers": None,
-    "vocab": None,
-    "embed": "fsdp",
-    "heads": None,
-    "kv_heads": None,
-    "mlp": None,
-    "conv": None,
-    "norm": None,
+# Every matrix of the model has one "embed" axis, so dividing that one divides them all. Devices
+# that share a sequence need the parameters no more than those that share a batch do.
+RULES: dict[str, tuple[str, ...]] = {
+    "layers": (),
+    "vocab": ("tensor",),
+    "embed": ("fsdp", "context"),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "conv": (),
+    "norm": (),
 }
+"""Logical axis of a parameter (`nha_jax.layers.LOGICAL_AXES`) -> mesh axes that divide it."""
+
+BATCH_AXES = ("data", "fsdp")
+SEQUENCE_AXIS = "context"
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
-    """All devices as a mesh with the axes `MESH_AXES`.
+def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
+    """A mesh with the axes `MESH_AXES` of all devices, or of those given.
 
     Raises:
-        ConfigError: the mesh does not use exactly the devices there are, or the batch or the
-            parameters cannot be divided over it.
+        ConfigError: the mesh does not use exactly the devices there are, or the batch, the
+            sequence or the parameters cannot be divided over it.
     """
-    devices = jax.device_count()
-    sizes = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
-    for axis, size in sizes.items():
-        if size == -1:
-            others = sizes["fsdp" if axis == "data" else "data"]
-            sizes[axis] = max(devices // others, 1)
-    if sizes["data"] * sizes["fsdp"] != devices:
-        raise ConfigError(
-            f"mesh = {{data: {config.mesh.data}, fsdp: {config.mesh.fsdp}}}: expected sizes "
-            f"whose product is the number of devices, which is {devices}"
-        )
-    if config.batch_size % devices:
-        raise ConfigError(
-            f"batch_size = {config.batch_size}: expected a multiple of the number of devices, "
-            f"which is {devices}"
-        )
-    if config.model.hidden_size % sizes["fsdp"]:
-        raise ConfigError(
-            f"model.hidden_size = {config.model.hidden_size}: expected a multiple of mesh.fsdp, "
-            f"which is {sizes['fsdp']}"
-        )
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES)
-    )
+    count = jax.device_count() if devices is None else len(devices)
+    sizes = _sizes(config, count)
+    _check_divisions(config, sizes)
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """[B, ...] arrays: the batch over all devices."""
-    return NamedSharding(mesh, PartitionSpec(MESH_AXES))
+    """Of [B, T] arrays: rows over data and fsdp, tokens over context."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
+
+
+def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """[rows] int64, ascending: which rows of a batch the devices of this process hold."""
+    shape = (batch_size, mesh.shape[SEQUENCE_AXIS])
+    places = batch_sharding(mesh).addressable_devices_indices_map(shape)
+    rows = [np.arange(batch_size)[index[0]] for index in places.values() if index]
+    return np.unique(np.concatenate(rows))
+
+
+def to_devices(
+    mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int
+) -> dict[str, jax.Array]:
+    """Global arrays [batch_size, T] of those rows, in order, that this process has of each."""
+    sharding, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
+
+    def place(local: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            wanted = np.arange(batch_size)[index[0]]
+            return local[np.searchsorted(rows, wanted), index[1]]
+
+        return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
+
+    return {name: place(array) for name, array in batch.items()}
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """A sharding in place of each nnx variable of `state`, from its logical axis names.
 
-    Variables without names (counters, say) are on every device.
+    Variables without names (counters, say) are on every device, as is an axis that the devices of
+    its rule do not divide evenly (a vocabulary of 257).
     """
-    return jax.tree.map(
-        lambda variable: NamedSharding(
-            mesh, PartitionSpec(*(name and _RULES[name] for name in logical_axes(variable)))
-        ),
-        state,
-        is_leaf=lambda node: isinstance(node, nnx.Variable),
-    )
+
+    def axis(name: str | None, length: int) -> tuple[str, ...] | None:
+        rule = RULES[name] if name else ()
+        return None if length % math.prod(mesh.shape[x] for x in rule) else rule or None
+
+    def sharding(variable: nnx.Variable) -> NamedSharding:
+        names = logical_axes(variable)
+        parts = map(axis, names, variable.shape[: len(names)])
+        return NamedSharding(mesh, PartitionSpec(*parts))
+
+    return jax.tree.map(sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The names of a variable's axes, e.g. ("layers", "embed", "mlp"); () if it has none."""
     return tuple(variable.get_metadata().get("out_sharding") or ())
+
+
+def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:
+    """Devices along each axis, in the order of MESH_AXES."""
+    asked = dataclasses.asdict(config.mesh)
+    given = math.prod(size for size in asked.values() if size != -1)
+    rest = max(devices // given, 1)
+    sizes = {axis: rest if asked[axis] == -1 else asked[axis] for axis in MESH_AXES}
+    if math.prod(sizes.values()) != devices:
+        mesh = ", ".join(f"{axis}: {size}" for axis, size in asked.items())
+        raise ConfigError(
+            f"mesh = {{{mesh}}}: expected sizes whose product is the number of devices, "
+            f"which is {devices}"
+        )
+    return sizes
+
+
+def _check_divisions(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    model = config.model
+    rows = config.batch_size // config.micro_batches
+    per_row = "batch_size" if config.micro_batches == 1 else "batch_size / micro_batches"
+    divided = [
+        (per_row, rows, BATCH_AXES),
+        ("data.sequence_length", config.data.sequence_length, (SEQUENCE_AXIS,)),
+        ("model.hidden_size", model.hidden_size, RULES["embed"]),
+        ("model.num_kv_heads", model.num_kv_heads, RULES["kv_heads"]),
+        ("model.mlp_size", model.mlp_size, RULES["mlp"]),
+    ]
+    for name, length, axes in divided:
+        ways = math.prod(sizes[axis] for axis in axes)
+        if length % ways:
+            raise ConfigError(
+                f"{name} = {length}: expected a multiple of "
+                f"{' x '.join(f'mesh.{axis}' for axis in axes)}, which is {ways}"
+            )

@@ -12,8 +12,8 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from nha_jax import ModelConfig
-from train.config import require
 from train.layout import Layout, Window, format_layout, width
+from train.sections import require
 
 
 class Budget(Protocol):

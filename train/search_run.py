@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
-from train.config import BYTE_VOCABULARY, DataConfig, EvaluationConfig, require
+from train.config import BYTE_VOCABULARY
 from train.corpus import Corpus, load_corpus
 from train.data import Windows, evaluation_batches
 from train.errors import ConfigError
@@ -21,6 +21,7 @@ from train.metrics import ProgressBar
 from train.run_folder import RunFolder
 from train.search import Budget, CacheBytes, FullLayers, SearchSpace, Trial, best, search
 from train.search_files import EVENLY_SPACED, LossLog, SearchResult
+from train.sections import DataConfig, EvaluationConfig, require
 from train.text import load_model
 
 _TOKENS_PER_BATCH = 8192

@@ -10,9 +10,10 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nha_jax
-from train.config import OptimizerConfig, TrainConfig
+from train.config import TrainConfig
 from train.data import Batch
-from train.mesh import batch_sharding, logical_axes, state_shardings
+from train.mesh import logical_axes, state_shardings, to_devices
+from train.sections import OptimizerConfig
 
 
 class TrainState(NamedTuple):
@@ -42,14 +43,15 @@ class LossSum(NamedTuple):
 class Steps:
     """A model and its optimizer as functions over sharded state; compiled at the first call.
 
-    The batch of every call is one `train.data.Batch`, global.
+    The batch of every call is a `train.data.Batch`: of all its rows, those that are this process's
+    (`train.mesh.rows_of_process`).
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh):
         """Traces shapes only; nothing is allocated or compiled."""
         self.learning_rate = learning_rate_schedule(config.optimizer, config.steps)
         self._config = config
-        self._batch_sharding = batch_sharding(mesh)
+        self._mesh = mesh
         # jax's, not nnx's, eval_shape: that one would look for the logical axes in the mesh.
         abstract = jax.eval_shape(lambda: tuple(nnx.split(node) for node in self._create()))
         (self._model_graph, model_state), (self._optimizer_graph, optimizer_state) = abstract
@@ -99,10 +101,7 @@ class Steps:
         return model, nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     def _to_devices(self, batch: Batch) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(self._batch_sharding, array)
-            for name, array in batch.items()
-        }
+        return to_devices(self._mesh, batch, self._config.batch_size)
 
     def _update_function(
         self, state: TrainState, batch: dict[str, jax.Array]

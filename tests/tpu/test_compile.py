@@ -19,8 +19,9 @@ from nha_jax import ModelConfig
 from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
 from nha_jax.ops.sharding import divide_over_mesh
 from tests.tpu.topology import CHIPS, compile_for, make_mesh, relayouts
-from train.config import DataConfig, MeshConfig, TrainConfig
+from train.config import TrainConfig
 from train.mesh import MESH_AXES, batch_sharding
+from train.sections import DataConfig, MeshConfig
 from train.step import Steps
 
 HEADS, GROUP = 4, 2

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import DataConfig
 from train.corpus import END_OF_DOCUMENT, Documents, is_held_out, load_corpus
 from train.data import Windows, evaluation_batches, training_batches
+from train.sections import DataConfig
 
 
 def documents(*lengths: int) -> Documents:

@@ -13,12 +13,12 @@ import nha_jax
 from tests.train.tiny_run import Nha
 from train.checkpoint import Checkpoints, Progress
 from train.cli import main
-from train.config import CheckpointConfig
 from train.errors import ConfigError
 from train.evaluation import gzip_bits_per_byte
 from train.mesh import make_mesh
 from train.metrics import MetricsLog, plot_loss_curve, read_rows
 from train.run_folder import RunFolder
+from train.sections import CheckpointConfig
 from train.step import Steps
 from train.text import load_model
 

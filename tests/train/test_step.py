@@ -17,10 +17,11 @@ from flax import nnx
 
 from tests.train.tiny_run import Nha
 from train.cli import main
-from train.config import OptimizerConfig, TrainConfig
+from train.config import TrainConfig
 from train.config_loader import load_config
 from train.data import Batch
 from train.mesh import make_mesh
+from train.sections import OptimizerConfig
 from train.step import Steps, TrainState, learning_rate_schedule, loss_sum, make_optimizer
 
 

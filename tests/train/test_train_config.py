@@ -47,7 +47,7 @@ MISTAKES = [
     (["--data.corpus=null"], ["data.corpus = null", "text"]),
     (["--data.corpus=/nowhere/at/all"], ["data.corpus = '/nowhere/at/all'", "no such folder"]),
     (["--data.held_out_fraction=1e-9"], ["data.held_out_fraction = 1e-09", "evaluation"]),
-    (["--batch_size=7", "--mesh.data=7"], ["mesh = {data: 7, fsdp: 1}", "number of devices"]),
+    (["--batch_size=7", "--mesh.data=7"], ["mesh = {data: 7, fsdp: 1, ", "number of devices"]),
     (["--mesh.data=-1", "--mesh.fsdp=-1"], ["mesh.fsdp = -1", "one axis"]),
     (["--seed=[1"], ["--seed=[1", "not valid YAML"]),
     (["--seed"], ["--seed", "value is missing"]),
@@ -178,15 +178,27 @@ def test_generate_names_a_folder_without_a_model(
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"batch_size": 12}, "batch_size = 12: expected a multiple of the number of devices"),
-        ({"mesh__data": 3}, "mesh = {data: 3, fsdp: 1}: expected sizes"),
-        ({"mesh__fsdp": 3}, "mesh = {data: -1, fsdp: 3}: expected sizes"),
+        (
+            {"batch_size": 12},
+            "batch_size = 12: expected a multiple of mesh.data x mesh.fsdp, which is 8",
+        ),
+        ({"mesh__data": 3}, "mesh = {data: 3, fsdp: 1, tensor: 1, context: 1}: expected sizes"),
+        ({"mesh__fsdp": 3}, "mesh = {data: -1, fsdp: 3, tensor: 1, context: 1}: expected sizes"),
         (
             {"mesh__fsdp": 8, "model__hidden_size": 36},
             "model.hidden_size = 36: expected a multiple of mesh.fsdp",
         ),
+        ({"mesh__tensor": 4}, "model.num_kv_heads = 2: expected a multiple of mesh.tensor"),
+        (
+            {"mesh__context": 8, "data__sequence_length": 20},
+            "data.sequence_length = 20: expected a multiple of mesh.context, which is 8",
+        ),
+        (
+            {"mesh__fsdp": 4, "batch_size": 8, "micro_batches": 2},
+            "batch_size / micro_batches = 4: expected a multiple of mesh.data x mesh.fsdp",
+        ),
     ],
-    ids=["batch", "data", "fsdp", "hidden_size"],
+    ids=["batch", "data", "fsdp", "hidden_size", "tensor", "context", "micro_batches"],
 )
 def test_what_does_not_fit_eight_devices_is_refused(
     nha: Nha, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], line: str
