@@ -47,8 +47,8 @@ class TokenSource(Protocol):
     def documents(self, start: int, stop: int) -> np.ndarray:
         """Of the same tokens, the number of each one's document, [stop - start] int64."""
 
-    def text(self, limit: int | None) -> bytes:
-        """The text of the first `limit` tokens, of all for None, one document after the other."""
+    def text(self, limit: int) -> bytes:
+        """The text of the first `limit` tokens, one document after the other."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Documents:
     def documents(self, start: int, stop: int) -> np.ndarray:
         return np.searchsorted(self.ends, np.arange(start, stop), side="right")
 
-    def text(self, limit: int | None) -> bytes:
+    def text(self, limit: int) -> bytes:
         tokens = self.tokens[:limit]
         return tokens[tokens != END_OF_DOCUMENT].astype(np.uint8).tobytes()
 
@@ -119,10 +119,10 @@ class Part:
             for weight, source in zip(self.weights, self.sources, strict=True)
         )
 
-    def text(self, limit: int | None = None) -> bytes:
+    def text(self, limit: int) -> bytes:
         """The text of about the first `limit` tokens, from every source by its weight."""
         return b"".join(
-            source.text(None if limit is None else round(limit * weight))
+            source.text(round(limit * weight))
             for weight, source in zip(self.weights, self.sources, strict=True)
         )
 
@@ -189,7 +189,7 @@ def is_held_out(name: str, fraction: float) -> bool:
 
 
 def _load_mixture(weights: dict[str, float]) -> Corpus:
-    sources = []
+    sources: list[tuple[Prepared, float]] = []
     # In the order of names, so that the order in which they are written decides nothing.
     for name, weight in sorted(weights.items()):
         folder = Path(name).expanduser()
@@ -211,7 +211,7 @@ def _load_mixture(weights: dict[str, float]) -> Corpus:
 def _from_prepared(name: str, sources: Sequence[tuple[Prepared, float]]) -> Corpus:
     for prepared, _ in sources:
         for part, purpose in ((prepared.training, "training"), (prepared.held_out, "evaluation")):
-            if not len(part):
+            if len(part) < 2:  # a token and its target
                 raise ConfigError(
                     f"data.corpus = {name}: {prepared.folder} has no document for {purpose}; "
                     "prepare more text or another --held-out-fraction"

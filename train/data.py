@@ -59,11 +59,13 @@ class Windows:
     Attributes:
         sources: the windows of each of the part's sources.
         weights: the share of each among the windows that are drawn.
+        bytes_per_target: see `train.corpus.Part`.
     """
 
     def __init__(self, part: Part, sequence_length: int):
         self.sources = tuple(SourceWindows(source, sequence_length) for source in part.sources)
         self.weights = part.weights
+        self.bytes_per_target = part.bytes_per_target
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -173,9 +175,7 @@ def evaluation_batches(
     empty = {name: np.zeros_like(array) for name, array in source[index].items()}
     for start in range(0, len(chosen), batch_size):
         places = [start + row for row in wanted]
-        yield _stack(
-            [chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in places]
-        )
+        yield _stack([chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in places])
 
 
 def _shares(windows: Windows, count: int) -> list[int]:

@@ -17,7 +17,7 @@ from train.interruption import Interruption
 from train.mesh import make_mesh
 from train.metrics import MetricsLog, ProgressBar, Row, plot_loss_curve, read_rows
 from train.result import Result
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_atomically
 from train.step import Steps, TrainState
 from train.text import complete
 
@@ -33,6 +33,7 @@ def train(config: TrainConfig) -> int:
         TrainingError: the loss stays non-finite.
     """
     corpus = load_corpus(config.data)
+    corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
     folder = RunFolder(config.run)
     with (
@@ -40,6 +41,8 @@ def train(config: TrainConfig) -> int:
         jax.set_mesh(mesh),
         Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
     ):
+        for name, content in corpus.tokenizer.files.items():
+            write_atomically(folder.path / name, content)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
@@ -129,6 +132,7 @@ class Trainer:
         held_out = self._evaluate(config.evaluation.final_windows)
         sample = complete(
             model,
+            self._corpus.tokenizer,
             config.sample.prompt,
             nha_jax.SamplingOptions(
                 max_new_tokens=config.sample.max_new_tokens,
@@ -136,7 +140,9 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(self._folder.model, model, overwrite=True)
+        nha_jax.save(
+            self._folder.model, model, overwrite=True, tokenizer=self._corpus.tokenizer.files
+        )
         step, references = self.progress.step, self._references()
         result = Result(step, held_out, references, config.sample.prompt, sample)
         result.write(self._folder.result)
@@ -171,7 +177,7 @@ class Trainer:
         row = {
             "step": step,
             "loss": metrics["loss"],
-            "bits_per_byte": metrics["loss"] / math.log(2),
+            "bits_per_byte": metrics["loss"] / math.log(2) / self._training.bytes_per_target,
             "gradient_norm": metrics["gradient_norm"],
             "learning_rate": float(self._steps.learning_rate(step - 1)),
             "skipped_updates": self.progress.skipped,
@@ -199,7 +205,7 @@ class Trainer:
         )
 
     def _references(self) -> dict[str, float]:
-        return gzip_references(self._corpus.held_out.text)
+        return gzip_references(self._corpus.held_out)
 
     def _plot(self) -> None:
         plot_loss_curve(read_rows(self._folder.metrics), self._references(), self._folder.curve)
@@ -214,7 +220,8 @@ class Trainer:
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),
         ):
-            print(f"{name} {len(part.tokens):,} bytes in {len(part.names)} files of {data.corpus}")
+            amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step:
             print(f"resuming after step {self.progress.step} of {self._config.steps}")

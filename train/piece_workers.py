@@ -52,9 +52,7 @@ def _in_parallel(
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)  # bytes read, tokens made
     stop = context.Event()
-    executor = ProcessPoolExecutor(
-        workers, context, _start_worker, (folder, rules, counters, stop)
-    )
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (folder, rules, counters, stop))
     before = [0, 0]
     try:
         futures: dict[Future[PieceRecord], int] = {

@@ -49,9 +49,7 @@ class PrepareOptions:
         fraction = self.held_out_fraction
         require(0 <= fraction < 1, "--held-out-fraction", fraction, "0 or more, below 1")
         require(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "at least 1")
-        require(
-            self.workers is None or self.workers >= 1, "--workers", self.workers, "at least 1"
-        )
+        require(self.workers is None or self.workers >= 1, "--workers", self.workers, "at least 1")
         require(
             self.end_token is None or self.tokenizer is not None,
             "--end-token", self.end_token, "--tokenizer with it; of bytes it is fixed",
@@ -101,7 +99,9 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ConfigError(f"--tokenizer = {str(path)!r}: cannot read it: {error.strerror}") from None
+        raise ConfigError(
+            f"--tokenizer = {str(path)!r}: cannot read it: {error.strerror}"
+        ) from None
     return FileTokenizer(content, options.end_token, str(path))
 
 

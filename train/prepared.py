@@ -153,9 +153,12 @@ class ShardedTokens:
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Tokens `start` to `stop`; DataError if a file is missing or damaged."""
-        return self._collect(
-            start, stop, lambda i, a, b: self._shards[i].read(self._open(self._shards[i].path), a, b)
-        )
+
+        def read(number: int, start: int, stop: int) -> np.ndarray:
+            shard = self._shards[number]
+            return shard.read(self._open(shard.path), start, stop)
+
+        return self._collect(start, stop, read)
 
     def documents(self, start: int, stop: int) -> np.ndarray:
         """The number of each token's document; DataError as of `read`."""
@@ -163,10 +166,9 @@ class ShardedTokens:
             start, stop, lambda i, a, b: self._shards[i].documents(a, b) + self._first_documents[i]
         )
 
-    def text(self, limit: int | None) -> bytes:
-        """The text of the first `limit` tokens; None: of all. DataError as of `read`."""
-        stop = len(self) if limit is None else min(limit, len(self))
-        return self._tokenizer.decode(self.read(0, stop)).encode()
+    def text(self, limit: int) -> bytes:
+        """The text of the first `limit` tokens; DataError as of `read`."""
+        return self._tokenizer.decode(self.read(0, min(limit, len(self)))).encode()
 
     def _collect(
         self, start: int, stop: int, read: Callable[[int, int, int], np.ndarray]

@@ -199,7 +199,8 @@ def _read_parquet(
     bad: Callable[[BadDocumentError], None],
     progress: Callable[[int], None],
 ) -> Iterator[str]:
-    assert part.start is not None and part.stop is not None
+    assert part.start is not None
+    assert part.stop is not None
     with _open_parquet(part.path) as file:
         if text_key not in file.schema_arrow.names:
             raise DataError(

@@ -134,9 +134,7 @@ class ShardWriter:
         index = ends.tobytes() + np.array(self._checksums, "<u4").tobytes()
         with replacing(self._index_path) as file:
             file.write(index)
-        return ShardRecord(
-            self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index)
-        )
+        return ShardRecord(self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index))
 
     def _write(self, size: int) -> None:
         """Writes the first `size` pending bytes: whole blocks, or at the end all there are."""

@@ -143,7 +143,10 @@ class FileTokenizer:
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self.name = hashlib.sha256(content).hexdigest()
         settings = json.dumps({"eos_token": name}, indent=2) + "\n"
-        self.files = {TOKENIZER_FILE: content, TOKENIZER_CONFIG_FILE: settings.encode()}
+        self.files: Mapping[str, bytes] = {
+            TOKENIZER_FILE: content,
+            TOKENIZER_CONFIG_FILE: settings.encode(),
+        }
 
     def _find_end_token(self, wanted: str | None, where: str) -> tuple[str, int]:
         for name in END_TOKENS if wanted is None else (wanted,):

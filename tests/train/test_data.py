@@ -10,7 +10,7 @@ from train.data import Windows, evaluation_batches, training_batches
 from train.sections import DataConfig
 
 
-def documents(*lengths: int) -> Documents:
+def documents(*lengths: int) -> Part:
     """Documents of these lengths, end tokens included, of tokens 0, 1, 2, ..."""
     return Documents(
         names=tuple(f"{number}" for number in range(len(lengths))),

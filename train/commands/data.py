@@ -91,8 +91,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _summary(out: str, prepared: "Prepared") -> str:
     totals, tokenizer = prepared.manifest.totals, prepared.tokenizer
-    lines = [f"{name} {part.num_documents:,} documents, {len(part):,} tokens"
-             for name, part in (("training", prepared.training), ("held out", prepared.held_out))]  # fmt: skip
+    parts = (("training", prepared.training), ("held out", prepared.held_out))
+    lines = [f"{name} {x.num_documents:,} documents, {len(x):,} tokens" for name, x in parts]
     per_token = totals["text_bytes"] / totals["tokens"]
     lines.append(
         f"tokens   of {tokenizer.vocabulary_size:,} (model.vocab_size: at least that), "
