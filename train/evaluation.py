@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from train.corpus import Part
 from train.data import Windows, evaluation_batches
 from train.step import LossSum, Steps
@@ -14,17 +16,22 @@ REFERENCE_TOKENS = 4_000_000
 
 
 def held_out_bits_per_byte(
-    steps: Steps, model_state: Any, windows: Windows, batch_size: int, count: int
+    steps: Steps,
+    model_state: Any,
+    windows: Windows,
+    batch_size: int,
+    count: int,
+    rows: np.ndarray | None = None,
 ) -> float:
     """Cross-entropy in bits per byte over `count` windows spread over the held-out text.
 
     Each window is read on its own, from an empty state; a document's first token is given, and
     its end counts like any other. Bits per target are divided by the bytes that a target of the
-    whole held-out text has in the mean: of bytes 1.
+    whole held-out text has in the mean: of bytes 1. `rows` are those of this process.
     """
     sums = [
         steps.evaluate(model_state, batch)
-        for batch in evaluation_batches(windows, batch_size, count)
+        for batch in evaluation_batches(windows, batch_size, count, rows)
     ]
     return bits_per_target(sums) / windows.bytes_per_target
 

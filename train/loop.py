@@ -14,7 +14,7 @@ from train.data import Windows, training_batches
 from train.errors import TrainingError
 from train.evaluation import gzip_references, held_out_bits_per_byte
 from train.interruption import Interruption
-from train.mesh import make_mesh
+from train.mesh import make_mesh, rows_of_process
 from train.metrics import MetricsLog, ProgressBar, Row, plot_loss_curve, read_rows
 from train.result import Result
 from train.run_folder import RunFolder, write_atomically
@@ -41,8 +41,9 @@ def train(config: TrainConfig) -> int:
         jax.set_mesh(mesh),
         Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
     ):
-        for name, content in corpus.tokenizer.files.items():
-            write_atomically(folder.path / name, content)
+        if jax.process_index() == 0:
+            for name, content in corpus.tokenizer.files.items():
+                write_atomically(folder.path / name, content)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
@@ -84,6 +85,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._rows = rows_of_process(mesh, config.batch_size)
         self._steps = Steps(config, mesh)
         self.state: TrainState
         restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
@@ -96,7 +98,7 @@ class Trainer:
         """Trains up to the last step or an interruption; the state is then on disk."""
         config, first = self._config, self.progress.step
         batches = training_batches(
-            self._training, config.batch_size, config.seed, self.progress.next_batch
+            self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
         with (
             MetricsLog(self._folder.metrics, self._folder.tensorboard, first) as log,
@@ -201,7 +203,12 @@ class Trainer:
 
     def _evaluate(self, windows: int) -> float:
         return held_out_bits_per_byte(
-            self._steps, self.state.model, self._held_out, self._config.batch_size, windows
+            self._steps,
+            self.state.model,
+            self._held_out,
+            self._config.batch_size,
+            windows,
+            self._rows,
         )
 
     def _references(self) -> dict[str, float]:
