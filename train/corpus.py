@@ -12,7 +12,7 @@ import numpy as np
 from train.errors import ConfigError
 from train.hashing import in_fraction
 from train.input_files import find_files, walk
-from train.prepared import Prepared, is_prepared
+from train.prepared import Prepared, is_prepared, is_unfinished
 from train.sections import DataConfig
 from train.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, join_documents
 
@@ -170,13 +170,13 @@ def load_corpus(config: DataConfig) -> Corpus:
     if isinstance(config.corpus, dict):
         return _load_mixture(config.corpus)
     folder = Path(config.corpus).expanduser()
-    if is_prepared(folder):
-        return _from_prepared(repr(config.corpus), [(Prepared.open(folder), 1.0)])
-    if (folder / ".prepare").is_dir():
+    if is_unfinished(folder):
         raise ConfigError(
             f"data.corpus = {config.corpus!r}: `nha data prepare` has not finished there; "
             "run it again"
         )
+    if is_prepared(folder):
+        return _from_prepared(repr(config.corpus), [(Prepared.open(folder), 1.0)])
     return _load_text(config.corpus, config.held_out_fraction)
 
 

@@ -19,14 +19,11 @@ from train.errors import ConfigError, DataError
 from train.input_files import find_files
 from train.piece_workers import make_pieces
 from train.pieces import Piece, PieceRecord, Rules, group
-from train.prepared import MANIFEST_FILE, SPLITS, Manifest
+from train.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
 from train.raw_documents import divide
 from train.sections import require
 from train.token_shards import ShardRecord, replacing
 from train.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
-
-WORK_FOLDER = ".prepare"
-"""Inside the output while it is made: the settings, a lock, a record of each finished piece."""
 
 _SETTINGS_FILE = "settings.json"
 

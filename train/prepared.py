@@ -12,10 +12,13 @@ from typing import Any, Self
 import numpy as np
 
 from train.errors import DataError
-from train.token_shards import OpenFile, Shard, ShardRecord, replacing
+from train.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord, replacing
 from train.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 MANIFEST_FILE = "manifest.json"
+WORK_FOLDER = ".prepare"
+"""In the folder while it is made: the settings, a lock, a record of each finished piece."""
+
 FORMAT = 1
 SPLITS = ("training", "held_out")
 
@@ -83,8 +86,13 @@ class Manifest:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether `nha data prepare` finished there."""
-    return (folder / MANIFEST_FILE).exists()
+    """Whether there are prepared tokens, or what is left of them, and not just any files."""
+    return (folder / MANIFEST_FILE).exists() or any(folder.glob(f"{SPLITS[0]}-*{TOKENS_SUFFIX}"))
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether `nha data prepare` was stopped there, and is to be run again."""
+    return (folder / WORK_FOLDER).is_dir() and not (folder / MANIFEST_FILE).exists()
 
 
 @dataclass(frozen=True)
