@@ -21,10 +21,11 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.train.tiny_run import LAUNCH, Nha
 from train.cli import main
-from train.corpus import load_corpus
+from train.corpus import TokenSource, load_corpus
 from train.hashing import in_fraction
 from train.prepared import Manifest, Prepared
 from train.sections import DataConfig
+from train.text import load_tokenizer_of
 from train.tokenizer import FileTokenizer
 
 TEXTS = [
@@ -246,8 +247,10 @@ def test_copies_of_a_document_are_on_one_side(tmp_path: Path) -> None:
     assert not held_out[0] & set(split(parts[0].training))
 
 
-def split(source) -> list[bytes]:
-    return source.read(0, len(source)).astype("u2").tobytes().split(b"\0\1")
+def split(source: TokenSource) -> list[str]:
+    """The documents of bytes."""
+    text = "".join(map(chr, source.read(0, len(source))))
+    return text.removesuffix(chr(256)).split(chr(256))
 
 
 def test_a_finished_folder_is_left_as_it_is(tmp_path: Path) -> None:
@@ -394,9 +397,8 @@ def test_a_run_on_prepared_tokens_takes_the_tokenizer_along(
     nha: Nha, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(tmp_path)
-    assert prepare(
-        tmp_path / "out", tmp_path / "*.md", f"--tokenizer={tokenizer_file}", "--held-out-fraction=0.2"
-    ) == 0  # fmt: skip
+    arguments = [f"--tokenizer={tokenizer_file}", "--held-out-fraction=0.2"]
+    assert prepare(tmp_path / "out", tmp_path / "*.md", *arguments) == 0
     corpus = f"--data.corpus={tmp_path / 'out'}"
     assert main(["train", str(nha.config_file), corpus, "--steps=6"]) == 2
     assert "model.vocab_size = 257: expected at least 400" in capsys.readouterr().err
@@ -414,18 +416,9 @@ def test_a_run_on_prepared_tokens_takes_the_tokenizer_along(
     )
     for folder in (nha.run, nha.run / "model"):
         assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
-        arguments = [
-            "generate",
-            str(folder),
-            "--prompt",
-            "lines of",
-            "--max-new-tokens=4",
-            "--json",
-        ]
-        assert main(arguments) == 0
-        record = json.loads(capsys.readouterr().out)
-        text = FileTokenizer(tokenizer_file.read_bytes(), None, "").decode(
-            np.array([x for x in record["tokens"] if x != 1])
-        )
-        assert record["text"] == text
-    assert main(["train", str(nha.config_file), *overrides[:1], "--steps=7", *overrides[2:]]) == 0
+    arguments = ["--prompt", "lines of", "--max-new-tokens=4", "--json"]
+    assert main(["generate", str(nha.run / "model"), *arguments]) == 0
+    record = json.loads(capsys.readouterr().out)
+    tokenizer = load_tokenizer_of(str(nha.run))
+    written = [token for token in record["tokens"] if token != tokenizer.end_token]
+    assert record["text"] == tokenizer.decode(np.array(written, int))
