@@ -125,7 +125,7 @@ def test_saving_does_not_depend_on_where_the_parameters_lie(tmp_path):
     chex.assert_trees_all_equal(nnx.state(load(tmp_path / "model")), nnx.state(model))
 
 
-def test_a_tokenizer_is_saved_with_the_model_and_replaced_with_it(tmp_path: Path) -> None:
+def test_a_tokenizer_is_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
     path = tmp_path / "model"
     save(path, tiny_model(), tokenizer={"tokenizer.json": b"{}", "tokenizer_config.json": b"[]"})
     assert (path / "tokenizer.json").read_bytes() == b"{}"
