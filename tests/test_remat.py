@@ -51,15 +51,13 @@ def test_the_operators_forward_runs_once_if_its_residuals_are_kept(window_size, 
         program = str(jax.make_jaxpr(gradient)(model_of(remat, **options), tokens))
         return program.count("scan[" if implementation == "xla" else "pallas_call[")
 
-    kept = runs("none")
-    assert runs("full") > kept
-    assert runs("operator") == runs("dots") == kept
+    assert runs("operator") == runs("dots") == runs("full") - 1
 
 
 def test_the_less_is_kept_the_less_memory_is_needed():
-    tokens = jax.ShapeDtypeStruct((1, 256), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     sizes = [
-        jax.jit(gradient).lower(model_of(remat), tokens).compile().memory_analysis()
+        jax.jit(gradient).lower(model_of(remat, num_layers=32), tokens).compile().memory_analysis()
         for remat in ("full", "operator", "dots", "none")
     ]
     temporary = [size.temp_size_in_bytes for size in sizes]
