@@ -12,7 +12,7 @@ import nha_jax
 from train.data import Batch
 from train.evaluation import bits_per_target
 from train.layout import Layout, Window
-from train.step import LossSum, loss_sum
+from train.losses import LossSum, loss_sum
 
 DeviceBatch = dict[str, jax.Array]
 """A `Batch`, its arrays on the device."""
