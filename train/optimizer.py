@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 
@@ -37,11 +36,6 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
                 peak, final, min(length, decay_steps), transition_begin=stable
             )
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
-
-
-def learning_rates(schedule: optax.Schedule, steps: int) -> np.ndarray:
-    """[steps] float32: the rate of every step, for the host to look up."""
-    return np.asarray(jax.jit(jax.vmap(schedule))(np.arange(steps)), np.float32)
 
 
 def make_optimizer(

@@ -87,9 +87,9 @@ class Steps:
 
         Returns:
             The new state, and float32 scalars: `loss` (nats a target), `z_loss` and `slot_loss` if
-            they have a weight (both without it), `gradient_norm` before clipping, and `skipped`: 1
-            if loss, gradient or new state were not finite, in which case the state returned is the
-            old one.
+            they have a weight (both without it), `learning_rate`, `gradient_norm` before clipping,
+            and `skipped`: 1 if loss, gradient or new state were not finite, in which case the
+            state returned is the old one.
         """
         return self._update(state, self._to_devices(batch))
 
@@ -119,6 +119,7 @@ class Steps:
         optimizer = nnx.merge(self._optimizer_graph, state.optimizer)
 
         loss, terms, gradients = self._gradients(old_state.model, batch)
+        count = optimizer.step[...]  # which skipped updates do not raise
         gradient_norm = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         new_state = TrainState(nnx.state(model), nnx.state(optimizer))
@@ -126,6 +127,7 @@ class Steps:
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
         metrics = {
             **terms,
+            "learning_rate": jnp.asarray(self.learning_rate(count), jnp.float32),
             "gradient_norm": gradient_norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
