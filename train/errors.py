@@ -17,5 +17,9 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is damaged."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""

@@ -1,20 +1,24 @@
 """The training loop: from a configuration to a run folder with a trained model."""
 
+import contextlib
 import math
+import signal
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 import nha_jax
+from train import processes
 from train.checkpoint import Checkpoints, Progress
 from train.clock import Clock
 from train.config import TrainConfig
 from train.corpus import Corpus, load_corpus
 from train.data import Windows, training_batches
-from train.errors import TrainingError
+from train.errors import TrainingError, UserError
 from train.evaluation import gzip_references, held_out_bits_per_byte
 from train.interruption import Interruption
-from train.mesh import make_mesh
+from train.mesh import MESH_AXES, make_mesh
 from train.metrics import MetricsLog, ProgressBar, Row, plot_loss_curve, read_rows
 from train.result import Result
 from train.run_folder import RunFolder
@@ -30,8 +34,19 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         ConfigError: corpus, devices or run folder do not fit; nothing was written.
-        TrainingError: the loss stays non-finite.
+        TrainingError: the loss stays non-finite, or a file cannot be written.
+        CheckpointError: no checkpoint is whole, or none can be saved.
     """
+    processes.join(config)
+    try:
+        return _train(config)
+    except (UserError, jax.errors.JaxRuntimeError) as error:
+        if jax.process_count() > 1:
+            processes.leave_after(error)
+        raise
+
+
+def _train(config: TrainConfig) -> int:
     corpus = load_corpus(config.data)
     mesh = make_mesh(config)
     folder = RunFolder(config.run)
@@ -45,16 +60,19 @@ def train(config: TrainConfig) -> int:
         if done < config.steps or result is None or result.step != done:
             trainer = Trainer(config, corpus, mesh, folder, checkpoints)
             with Interruption() as interruption:
-                trainer.run(interruption)
-            if interruption.signal is not None:
-                print(f"Stopped by {interruption.signal.name} at step {trainer.progress.step}.")
-                print("Everything is saved; the same command resumes.")
-                return 128 + interruption.signal
+                number = trainer.run(interruption)
+            if number is not None:
+                if processes.is_first():
+                    name = signal.Signals(number).name
+                    print(f"Stopped by {name} at step {trainer.progress.step}.")
+                    print("Everything is saved; the same command resumes.")
+                return 128 + number
             result = trainer.finish()
-        else:
+        elif processes.is_first():
             print(f"This run is finished: {done} of {config.steps} steps; raise steps to go on.")
-    print(result)
-    print(f"\nIn {folder.path}: loss.png, metrics.jsonl, tensorboard, checkpoints, model")
+    if processes.is_first():
+        print(result)
+        print(f"\nIn {folder.path}: loss.png, metrics.jsonl, tensorboard, checkpoints, model")
     return 0
 
 
@@ -81,23 +99,30 @@ class Trainer:
         self._checkpoints = checkpoints
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._mesh = mesh
         self._steps = Steps(config, mesh)
+        self._vote = processes.StopVote(mesh)
         self.state: TrainState
         restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
         self.state, self.progress = restored or (self._steps.initial_state(), Progress())
         self._skipped_in_row = 0
         self._clock = Clock(config.batch_size * config.data.sequence_length)
-        self._print_header(mesh)
+        if processes.is_first():
+            self._print_header(mesh)
 
-    def run(self, interruption: Interruption) -> None:
-        """Trains up to the last step or an interruption; the state is then on disk."""
+    def run(self, interruption: Interruption) -> int | None:
+        """Trains up to the last step or an interruption; the state is then on disk.
+
+        Returns:
+            The signal that stopped this process or another of the run; None at the last step.
+        """
         config, first = self._config, self.progress.step
         batches = training_batches(
             self._training, config.batch_size, config.seed, self.progress.next_batch
         )
         with (
-            MetricsLog(self._folder.metrics, self._folder.tensorboard, first) as log,
-            ProgressBar(config.steps, first) as bar,
+            self._open_log(first) as log,
+            ProgressBar(config.steps, first, shown=processes.is_first()) as bar,
         ):
             unreported: dict[int, dict[str, jax.Array]] = {}
             for step in range(first + 1, config.steps + 1):
@@ -105,28 +130,52 @@ class Trainer:
                 # The step before is fetched while the devices work on this one.
                 self._report_steps(unreported, log, bar)
                 unreported = {step: metrics}
-                stop = step == config.steps or interruption.signal is not None
+                stop = self._vote.cast(interruption.signal) is not None or step == config.steps
                 evaluate = step % config.evaluation.every == 0 or step == config.steps
                 save = self._checkpoints.is_due(step) or stop
+                held_out = None
                 if evaluate or save:
                     jax.block_until_ready(metrics)
                     with self._clock.paused():
-                        held_out = self._evaluate(config.evaluation.windows) if evaluate else None
+                        if evaluate:
+                            held_out = self._evaluate(config.evaluation.windows)
                     self._report_steps(unreported, log, bar, held_out)
                     unreported = {}
                 if save:
                     with self._clock.paused():
-                        self._checkpoints.save(self.state, self.progress)
+                        self._checkpoints.save(self.state, self.progress, held_out)
                 if stop:
                     break
             self._checkpoints.wait()
-        self._plot()
+        if processes.is_first():
+            self._plot()
+        return self._vote.last(interruption.signal)
 
-    def finish(self) -> Result:
-        """Measures the finished model, saves it for `nha_jax.load`, lets it write."""
+    def _open_log(self, step: int) -> contextlib.AbstractContextManager[MetricsLog | None]:
+        if not processes.is_first():
+            return contextlib.nullcontext()
+        return MetricsLog(self._folder.metrics, self._folder.tensorboard, step)
+
+    def finish(self) -> Result | None:
+        """Measures the finished model, saves it for `nha_jax.load`, lets it write.
+
+        Of several processes all measure, and the first alone does the rest and has the result.
+        """
+        held_out = self._evaluate(self._config.evaluation.final_windows)
+        if jax.process_count() == 1:
+            return self._write_result(held_out, self.state.model)
+        everywhere = processes.whole(self.state.model, self._mesh)
+        if not processes.is_first():
+            return None
+        # A mesh of its own: the others take no part any more.
+        here = jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, devices=jax.local_devices()[:1])
+        with jax.set_mesh(here):
+            local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
+            return self._write_result(held_out, local)
+
+    def _write_result(self, held_out: float, model_state: Any) -> Result:
         config = self._config
-        model = self._steps.model(self.state.model)
-        held_out = self._evaluate(config.evaluation.final_windows)
+        model = self._steps.model(model_state)
         sample = complete(
             model,
             config.sample.prompt,
@@ -145,7 +194,7 @@ class Trainer:
     def _report_steps(
         self,
         steps: dict[int, dict[str, jax.Array]],
-        log: MetricsLog,
+        log: MetricsLog | None,
         bar: ProgressBar,
         held_out: float | None = None,
     ) -> None:
@@ -160,7 +209,8 @@ class Trainer:
                 shown["held-out bits/byte"] = f"{held_out:.3f}"
             if step % self._config.logging.every == 0 or held_out is not None:
                 row = self._row(step, metrics, held_out)
-                log.write(row)
+                if log is not None:
+                    log.write(row)
                 if "tokens_per_second" in row:
                     shown["tokens/s"] = f"{row['tokens_per_second']:.0f}"
             self._clock.start_once(step)

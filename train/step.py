@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nha_jax
 from train.config import TrainConfig
 from train.data import Batch
-from train.mesh import logical_axes, state_shardings, to_devices
+from train.mesh import logical_axes, rows_of_process, state_shardings, to_devices
 from train.sections import OptimizerConfig
 
 
@@ -101,7 +101,10 @@ class Steps:
         return model, nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     def _to_devices(self, batch: Batch) -> dict[str, jax.Array]:
-        return to_devices(self._mesh, batch, self._config.batch_size)
+        size = self._config.batch_size
+        rows = rows_of_process(self._mesh, size)
+        own = {name: array[rows] if len(array) == size else array for name, array in batch.items()}
+        return to_devices(self._mesh, own, size)
 
     def _update_function(
         self, state: TrainState, batch: dict[str, jax.Array]
