@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,8 @@ def test_without_checksums_what_can_be_loaded_counts(tmp_path: Path) -> None:
     (tmp_path / "2" / CHECKSUMS_FILE).unlink()
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert restored_step(checkpoints) == 2
-    truncate(largest(tmp_path / "2", FILES["arrays"]))
+    for path in (tmp_path / "2" / "model").rglob("d/*"):
+        truncate(path)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert restored_step(checkpoints) == 1
 
@@ -172,15 +174,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(small_disk: Path) -> None:
-    folder = small_disk / "checkpoints"
-    size = NOISE
-    with (
-        pytest.raises(CheckpointError) as error,
-        Checkpoints(folder, CheckpointConfig()) as checkpoints,
-    ):
-        checkpoints.save(make_state(1, size), Progress(1, 1, 0))
-        checkpoints.save(make_state(2, size), Progress(2, 2, 0))
-        checkpoints.save(make_state(3, size), Progress(3, 3, 0))
+    folder, size = small_disk / "checkpoints", NOISE
+
+    def save_until_full() -> None:
+        with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+            for step in (1, 2, 3):
+                checkpoints.save(make_state(step, size), Progress(step, step, 0))
+
+    with pytest.raises(CheckpointError) as error:
+        save_until_full()
     message = str(error.value)
     assert "\n" not in message
     assert str(folder) in message
@@ -195,10 +197,15 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(small_disk: Path
         assert restored_step(checkpoints, size) == 3
 
 
+def step_until_raised(checkpoints: Checkpoints) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        checkpoints.is_due(1)
+
+
 def test_a_failed_save_comes_out_at_the_next_step(small_disk: Path) -> None:
     with Checkpoints(small_disk / "checkpoints", CheckpointConfig(every=1)) as checkpoints:
         (small_disk / "other").write_bytes(b"x" * (2 << 20))
         checkpoints.save(make_state(1, NOISE), Progress(1, 1, 0))
         with pytest.raises(CheckpointError, match="No space left on device"):
-            while True:
-                checkpoints.is_due(1)
+            step_until_raised(checkpoints)
