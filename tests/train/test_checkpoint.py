@@ -1,9 +1,8 @@
 """Which checkpoints are kept, and what is done about damaged ones and a full disk."""
 
-import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,7 @@ def test_without_checksums_what_can_be_loaded_counts(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert restored_step(checkpoints) == 2
     for path in (tmp_path / "2" / "model").rglob("d/*"):
-        truncate(path)
+        path.write_bytes(path.read_bytes()[:10])
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         assert restored_step(checkpoints) == 1
 
@@ -159,18 +158,6 @@ def test_latest_regular_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
                 held_out = losses.get(step)
                 checkpoints.save(make_state(step), Progress(step, step, 0), held_out)
     assert kept(tmp_path) == [3, 4, 6, 8, 10]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of a few megabytes."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a file system needs root")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(small_disk: Path) -> None:
