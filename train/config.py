@@ -16,9 +16,6 @@ from train.sections import (
     require_at_least,
 )
 
-BYTE_VOCABULARY = 257
-"""256 byte values and the end-of-document token."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -77,11 +74,4 @@ class TrainConfig:
             "optimizer.warmup_steps",
             warmup,
             f"at most steps, which is {self.steps}",
-        )
-        vocabulary = self.model.vocab_size
-        require(
-            vocabulary >= BYTE_VOCABULARY,
-            "model.vocab_size",
-            vocabulary,
-            f"at least {BYTE_VOCABULARY}: 256 bytes and the end of a document",
         )

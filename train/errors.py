@@ -21,5 +21,9 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be written, or is damaged."""
 
 
+class DataError(UserError):
+    """A file of a corpus that is missing or damaged."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""

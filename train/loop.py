@@ -18,10 +18,10 @@ from train.data import Windows, training_batches
 from train.errors import TrainingError, UserError
 from train.evaluation import gzip_references, held_out_bits_per_byte
 from train.interruption import Interruption
-from train.mesh import MESH_AXES, make_mesh
+from train.mesh import MESH_AXES, make_mesh, rows_of_process
 from train.metrics import MetricsLog, ProgressBar, Row, plot_loss_curve, read_rows
 from train.result import Result
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_atomically
 from train.step import Steps, TrainState
 from train.text import complete
 
@@ -48,6 +48,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig) -> int:
     corpus = load_corpus(config.data)
+    corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
     folder = RunFolder(config.run)
     with (
@@ -55,6 +56,9 @@ def _train(config: TrainConfig) -> int:
         jax.set_mesh(mesh),
         Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
     ):
+        if jax.process_index() == 0:
+            for name, content in corpus.tokenizer.files.items():
+                write_atomically(folder.path / name, content)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
@@ -100,6 +104,7 @@ class Trainer:
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
         self._mesh = mesh
+        self._rows = rows_of_process(mesh, config.batch_size)
         self._steps = Steps(config, mesh)
         self._vote = processes.StopVote(mesh)
         self.state: TrainState
@@ -118,7 +123,7 @@ class Trainer:
         """
         config, first = self._config, self.progress.step
         batches = training_batches(
-            self._training, config.batch_size, config.seed, self.progress.next_batch
+            self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
         with (
             self._open_log(first) as log,
@@ -178,6 +183,7 @@ class Trainer:
         model = self._steps.model(model_state)
         sample = complete(
             model,
+            self._corpus.tokenizer,
             config.sample.prompt,
             nha_jax.SamplingOptions(
                 max_new_tokens=config.sample.max_new_tokens,
@@ -185,7 +191,9 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(self._folder.model, model, overwrite=True)
+        nha_jax.save(
+            self._folder.model, model, overwrite=True, tokenizer=self._corpus.tokenizer.files
+        )
         step, references = self.progress.step, self._references()
         result = Result(step, held_out, references, config.sample.prompt, sample)
         result.write(self._folder.result)
@@ -221,7 +229,7 @@ class Trainer:
         row = {
             "step": step,
             "loss": metrics["loss"],
-            "bits_per_byte": metrics["loss"] / math.log(2),
+            "bits_per_byte": metrics["loss"] / math.log(2) / self._training.bytes_per_target,
             "gradient_norm": metrics["gradient_norm"],
             "learning_rate": float(self._steps.learning_rate(step - 1)),
             "skipped_updates": self.progress.skipped,
@@ -245,11 +253,16 @@ class Trainer:
 
     def _evaluate(self, windows: int) -> float:
         return held_out_bits_per_byte(
-            self._steps, self.state.model, self._held_out, self._config.batch_size, windows
+            self._steps,
+            self.state.model,
+            self._held_out,
+            self._config.batch_size,
+            windows,
+            self._rows,
         )
 
     def _references(self) -> dict[str, float]:
-        return gzip_references(self._corpus.held_out.text)
+        return gzip_references(self._corpus.held_out)
 
     def _plot(self) -> None:
         plot_loss_curve(read_rows(self._folder.metrics), self._references(), self._folder.curve)
@@ -264,7 +277,8 @@ class Trainer:
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),
         ):
-            print(f"{name} {len(part.tokens):,} bytes in {len(part.names)} files of {data.corpus}")
+            amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step:
             print(f"resuming after step {self.progress.step} of {self._config.steps}")
