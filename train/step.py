@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nha_jax
 from train.config import TrainConfig
 from train.data import Batch
-from train.mesh import logical_axes, rows_of_process, state_shardings, to_devices
+from train.mesh import logical_axes, state_shardings, to_devices
 from train.sections import OptimizerConfig
 
 

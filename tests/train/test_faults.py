@@ -46,6 +46,7 @@ def test_updates_that_are_not_finite_stop_the_run_and_are_never_saved(
 ) -> None:
     # Parameters of 1e37 are finite; what is computed from them is not.
     values = ["--optimizer.learning_rate=1e38", "--optimizer.max_skipped_updates=4"]
+    values += ["--checkpoint.every=2"]
     assert main(["train", str(nha.config_file), *values]) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nha: ")]
     assert len(errors) == 1
