@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 
 from train import processes
 from train.checksums import find_damage, has_checksums, write_checksums
-from train.errors import CheckpointError, ConfigError, UserError
+from train.errors import CheckpointError, ConfigError
 from train.sections import CheckpointConfig
 from train.step import TrainState
 
@@ -277,9 +277,7 @@ def _try_to_load(
     loaded, damage = None, None
     try:
         loaded = load(step)
-    except UserError:
-        raise
-    except Exception as error:
+    except Exception as error:  # Orbax finds arrays missing, truncated, of other shapes, ...
         if checked:
             raise
         damage = _reason(error)
