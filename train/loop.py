@@ -15,7 +15,7 @@ from train.clock import Clock
 from train.config import TrainConfig
 from train.corpus import Corpus, load_corpus
 from train.data import Windows, training_batches
-from train.errors import TrainingError, UserError
+from train.errors import TrainingError
 from train.evaluation import gzip_references, held_out_bits_per_byte
 from train.interruption import Interruption
 from train.mesh import MESH_AXES, make_mesh, rows_of_process
@@ -40,7 +40,7 @@ def train(config: TrainConfig) -> int:
     processes.join(config)
     try:
         return _train(config)
-    except (UserError, jax.errors.JaxRuntimeError) as error:
+    except Exception as error:
         if jax.process_count() > 1:
             processes.leave_after(error)
         raise

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -124,18 +125,19 @@ class StopVote:
         return None if self._pending is None else int(self._pending) or None
 
 
-def leave_after(error: BaseException) -> NoReturn:
-    """Reports the error in one line and ends this process of several at once.
+def leave_after(error: Exception) -> NoReturn:
+    """Reports the error and ends this process of several at once, with the error's exit code.
 
     Ending as usual would wait for the others, which may be waiting for this one. When it is gone,
     so are its connections, and they end too.
     """
+    code = error.exit_code if isinstance(error, UserError) else 1
     if isinstance(error, UserError):
-        message, code = str(error), error.exit_code
+        print(f"nha: {error}", file=sys.stderr)
+    elif isinstance(error, jax.errors.JaxRuntimeError) and "closed by peer" in str(error):
+        print("nha: another process of this run has ended; see what it printed", file=sys.stderr)
     else:
-        reason = str(error).strip().splitlines()[0][:200]
-        message, code = f"another process of this run has failed; its output says why ({reason})", 1
-    print(f"nha: {message}", file=sys.stderr)
+        traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():

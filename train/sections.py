@@ -144,7 +144,8 @@ class CheckpointConfig:
         every: steps between checkpoints; the last step is always saved
         keep: how many of the newest checkpoints are kept
         keep_every: steps between checkpoints that are kept for good; null for none
-        keep_best: how many of those with the lowest held-out loss are kept as well
+        keep_best: how many of those with the lowest held-out loss are kept as well; only those
+            saved at a multiple of evaluation.every have one
     """
 
     every: int = 250
