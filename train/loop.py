@@ -9,7 +9,7 @@ from train.corpus import load_corpus
 from train.interruption import Interruption
 from train.mesh import make_mesh
 from train.result import Result
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_atomically
 from train.trainer import Trainer
 from train.wandb_reporter import check_wandb
 
@@ -27,6 +27,7 @@ def train(config: TrainConfig) -> int:
     check_wandb(config.logging.wandb)
     use_compilation_cache(config.compilation_cache)
     corpus = load_corpus(config.data)
+    corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
     folder = RunFolder(config.run)
     with (
@@ -34,6 +35,9 @@ def train(config: TrainConfig) -> int:
         jax.set_mesh(mesh),
         Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
     ):
+        if jax.process_index() == 0:
+            for name, content in corpus.tokenizer.files.items():
+                write_atomically(folder.path / name, content)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:

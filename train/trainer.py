@@ -13,6 +13,7 @@ from train.data import Windows, training_batches
 from train.errors import TrainingError
 from train.evaluation import HeldOut, gzip_references, measure_held_out
 from train.interruption import Interruption
+from train.mesh import rows_of_process
 from train.profiling import Profiler
 from train.reporting import Reporting, fetch, plot_run
 from train.result import Result
@@ -22,9 +23,6 @@ from train.text import complete
 
 Metrics = dict[str, jax.Array]
 """What an update returns beside the state, still on the devices."""
-
-BYTES_PER_TARGET = 1.0
-"""The tokens are bytes."""
 
 
 class Trainer:
@@ -50,6 +48,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._rows = rows_of_process(mesh, config.batch_size)
         self._steps = Steps(config, mesh)
         self.state: TrainState
         restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
@@ -61,11 +60,12 @@ class Trainer:
     def run(self, interruption: Interruption) -> None:
         """Trains up to the last step or an interruption; the state is then on disk."""
         config, first = self._config, self.progress.step
+        per_target = self._training.bytes_per_target
         batches = training_batches(
-            self._training, config.batch_size, config.seed, self.progress.next_batch
+            self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
         with (
-            Reporting(config, self._folder, self._mesh, first, BYTES_PER_TARGET) as reporting,
+            Reporting(config, self._folder, self._mesh, first, per_target) as reporting,
             Profiler(config.logging.profile, self._folder.profile) as profiler,
         ):
             unreported: dict[int, Metrics] = {}
@@ -100,6 +100,7 @@ class Trainer:
         held_out = self._evaluate(config.evaluation.final_windows)
         sample = complete(
             model,
+            self._corpus.tokenizer,
             config.sample.prompt,
             nha_jax.SamplingOptions(
                 max_new_tokens=config.sample.max_new_tokens,
@@ -107,7 +108,9 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(self._folder.model, model, overwrite=True)
+        nha_jax.save(
+            self._folder.model, model, overwrite=True, tokenizer=self._corpus.tokenizer.files
+        )
         step, references = self.progress.step, self._references()
         result = Result(
             step,
@@ -149,11 +152,11 @@ class Trainer:
             self._held_out,
             self._config.batch_size,
             windows,
-            BYTES_PER_TARGET,
+            self._rows,
         )
 
     def _references(self) -> dict[str, float]:
-        return gzip_references(self._corpus.held_out.text)
+        return gzip_references(self._corpus.held_out)
 
     def _print_header(self) -> None:
         model, data = self._config.model, self._config.data
@@ -165,7 +168,8 @@ class Trainer:
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),
         ):
-            print(f"{name} {len(part.tokens):,} bytes in {len(part.names)} files of {data.corpus}")
+            amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step:
             print(f"resuming after step {self.progress.step} of {self._config.steps}")
