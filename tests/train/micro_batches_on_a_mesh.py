@@ -12,7 +12,7 @@ import numpy as np
 from tests.train.gradients_on_meshes import make_batch, make_config
 from train.config import TrainConfig
 from train.mesh import make_mesh
-from train.sections import LossConfig
+from train.sections import LossConfig, OptimizerConfig
 from train.step import Steps
 
 
@@ -30,6 +30,8 @@ def main() -> None:
     config = dataclasses.replace(
         make_config({"data": 2, "fsdp": 2, "context": 2}),
         loss=LossConfig(z_loss=1e-2, slot_loss=1e-1),
+        # An update that is smooth in the gradient, near 0 too.
+        optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1),
     )
     metrics, state = update(config)
     metrics_by_parts, state_by_parts = update(dataclasses.replace(config, micro_batches=2))
