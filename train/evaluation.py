@@ -24,7 +24,7 @@ class HeldOut:
 
     Attributes:
         bits_per_target: cross-entropy, in bits.
-        bytes_per_target: of the text, in the mean; 1 if the tokens are bytes.
+        bytes_per_target: of the text, in the mean; see `train.corpus.Part`.
         slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
     """
 
