@@ -9,6 +9,7 @@ some steps each; evaluations and checkpoints are left out. Prints the medians ov
 import argparse
 import contextlib
 import os
+import signal
 import statistics
 import tempfile
 import time
@@ -56,7 +57,7 @@ class Turns:
         def timed(*arguments: Any) -> Any:
             starts.append(time.perf_counter())
             if len(starts) == steps:
-                interruption.signal = "enough"
+                interruption.signal = signal.SIGINT
             return update(*arguments)
 
         self._trainer._steps.update = timed  # type: ignore[method-assign]
@@ -104,10 +105,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--steps", type=int, default=30, help="of each in a turn")
+    parser.add_argument("--only", choices=list(SIZES), help="one configuration")
     options = parser.parse_args()
     print("| configuration | bare step, ms | in the loop, ms | overhead |")
     print("| --- | --- | --- | --- |")
-    for name, overrides in SIZES.items():
+    for name in [options.only] if options.only else SIZES:
+        overrides = SIZES[name]
         bare, loop = measure(overrides, options.turns, options.steps)
         print(f"| {name} | {1e3 * bare:.1f} | {1e3 * loop:.1f} | {loop / bare - 1:+.1%} |")
 
