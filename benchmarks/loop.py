@@ -3,14 +3,14 @@
     uv run python benchmarks/loop.py
 
 The loop of `nha train` and the same update on one batch that is on the devices already take turns,
-some steps each; evaluations and checkpoints are left out. Prints the medians over the turns.
+some steps each; evaluations and checkpoints are left out. Prints the medians over the turns, of the
+time on the clock and of the processors' time, which other programs on the machine disturb less.
 """
 
 import argparse
 import contextlib
 import os
 import signal
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
@@ -36,6 +37,14 @@ SIZES: dict[str, list[tuple[str, str]]] = {
 }
 
 
+Times = np.ndarray
+"""[2]: seconds on the clock, and of this process on all processors."""
+
+
+def now() -> Times:
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 class Turns:
     """One configuration, trained by the loop and by hand in turns."""
 
@@ -48,14 +57,14 @@ class Turns:
         self._batch = self._steps.place(batch)
         self._state = self._steps.initial_state()
 
-    def by_the_loop(self, steps: int) -> float:
-        """Seconds a step, between the starts of the second step and of the last."""
-        starts: list[float] = []
+    def by_the_loop(self, steps: int) -> Times:
+        """Of a step, between the starts of the second step and of the last."""
+        starts: list[Times] = []
         interruption = SimpleNamespace(signal=None)
         update = self._trainer._steps.update
 
         def timed(*arguments: Any) -> Any:
-            starts.append(time.perf_counter())
+            starts.append(now())
             if len(starts) == steps:
                 interruption.signal = signal.SIGINT
             return update(*arguments)
@@ -65,11 +74,12 @@ class Turns:
         self._trainer._steps.update = update  # type: ignore[method-assign]
         return (starts[-1] - starts[1]) / (steps - 2)
 
-    def bare(self, steps: int) -> float:
-        """Seconds a step; the host waits for the step before, so that none pile up."""
-        starts, before = [], None
+    def bare(self, steps: int) -> Times:
+        """Likewise; the host waits for the step before, so that none pile up."""
+        starts: list[Times] = []
+        before = None
         for _ in range(steps):
-            starts.append(time.perf_counter())
+            starts.append(now())
             self._state, metrics = self._steps.update_placed(self._state, self._batch)
             jax.block_until_ready(before)
             before = metrics
@@ -77,14 +87,14 @@ class Turns:
         return (starts[-1] - starts[1]) / (steps - 2)
 
 
-def measure(overrides: list[tuple[str, str]], turns: int, steps: int) -> tuple[float, float]:
-    """Medians over the turns: seconds a step of the bare update and of the loop."""
+def measure(overrides: list[tuple[str, str]], turns: int, steps: int) -> tuple[Times, Times]:
+    """Medians over the turns, of a step: of the bare update and of the loop."""
     with tempfile.TemporaryDirectory() as folder:
         # Longer than all turns, and with no evaluation or checkpoint within them.
         far = str(10 * turns * steps)
         settings = [("steps", far), ("evaluation.every", far), ("checkpoint.every", far)]
         config = load_config(str(CONFIG), [*overrides, *settings, ("run", folder)])
-        times: dict[str, list[float]] = {"bare": [], "loop": []}
+        times: dict[str, list[Times]] = {"bare": [], "loop": []}
         with (
             jax.set_mesh(make_mesh(config)),
             Checkpoints(Path(folder) / "checkpoints", config.checkpoint) as checkpoints,
@@ -98,7 +108,7 @@ def measure(overrides: list[tuple[str, str]], turns: int, steps: int) -> tuple[f
             for _ in range(turns):
                 times["bare"].append(pair.bare(steps))
                 times["loop"].append(pair.by_the_loop(steps))
-    return statistics.median(times["bare"]), statistics.median(times["loop"])
+    return np.median(times["bare"], axis=0), np.median(times["loop"], axis=0)
 
 
 def main() -> None:
@@ -107,12 +117,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=30, help="of each in a turn")
     parser.add_argument("--only", choices=list(SIZES), help="one configuration")
     options = parser.parse_args()
-    print("| configuration | bare step, ms | in the loop, ms | overhead |")
-    print("| --- | --- | --- | --- |")
+    print("| configuration | bare step, ms | in the loop, ms | overhead | of processor time |")
+    print("| --- | --- | --- | --- | --- |")
     for name in [options.only] if options.only else SIZES:
         overrides = SIZES[name]
         bare, loop = measure(overrides, options.turns, options.steps)
-        print(f"| {name} | {1e3 * bare:.1f} | {1e3 * loop:.1f} | {loop / bare - 1:+.1%} |")
+        milliseconds = f"{1e3 * bare[0]:.1f} | {1e3 * loop[0]:.1f}"
+        overhead, of_processors = loop / bare - 1
+        print(f"| {name} | {milliseconds} | {overhead:+.1%} | {of_processors:+.1%} |")
 
 
 if __name__ == "__main__":
