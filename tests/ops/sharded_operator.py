@@ -1,8 +1,13 @@
-"""Operator and decode step on eight devices; prints how many cases agreed. For test_sharding.py."""
+"""Operator and decode step on eight devices; prints how many cases agreed. For test_sharding.py.
+
+Usage: sharded_operator.py [more]
+"""
 
 import dataclasses
 import functools
 import re
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +19,7 @@ from nha_jax.ops.chunked import chunked_attention
 from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 from nha_jax.ops.sharding import over_mesh, use_mesh_axes
 from nha_jax.ops.state import Tokens
+from nha_jax.ops.tpu import tpu_attention
 from nha_jax.ops.types import Options
 
 T, K, V, M, W = 12, 4, 4, 2, 4
@@ -28,6 +34,10 @@ class Case:
     rope: str | None = "rows"
     segments: bool = False
     state: bool = False
+    window_size: int | None = W
+    empty_slots: str = "attend"
+    gate: str = "mild"
+    implementation: str = "xla"
     axes: dict[str, list[str]] | None = None
 
 
@@ -48,6 +58,44 @@ CASES = [
     ),
 ]
 
+
+def in_context(
+    window_size: int | None, segments: bool, empty_slots: str, gate: str, **fields: Any
+) -> Case:
+    """T = 12 tokens on 4 devices: 3 each; a window reaches back into none, one, two or all."""
+    return Case(
+        {"data": 2, "context": 4},
+        PartitionSpec("data", "context"),
+        window_size=window_size,
+        segments=segments,
+        empty_slots=empty_slots,
+        gate=gate,
+        **fields,
+    )
+
+
+CASES += [
+    in_context(0, True, "attend", "mixed"),
+    in_context(4, True, "mask", "mixed"),
+    in_context(None, True, "attend", "mild", rope="tokens"),
+]
+MORE_CASES = [
+    in_context(0, False, "attend", "mild"),
+    in_context(1, True, "mask", "mild"),
+    in_context(3, False, "attend", "mixed", rope="tokens"),
+    in_context(8, True, "attend", "mild"),
+    in_context(T, True, "attend", "mild"),
+    in_context(None, False, "mask", "mild"),
+    in_context(4, True, "attend", "mild", rope=None, implementation="pallas_tpu"),
+    Case(
+        {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+        PartitionSpec("fsdp", "context", "tensor"),
+        segments=True,
+    ),
+    # A state is of a whole sequence: it is then not divided.
+    Case({"data": 4, "context": 2}, PartitionSpec("data"), segments=True, state=True),
+]
+
 DECODE_WINDOWS = [16, None]
 
 
@@ -64,6 +112,9 @@ def make_inputs(case: Case):
         normal(B, T, Hkv, V),
         -jnp.abs(normal(B, T, Hkv, M)),
     )
+    if case.gate == "mixed":
+        strong = rng.random((B, T, Hkv, M)) < 0.2
+        arrays = (*arrays[:3], jnp.where(strong, -jnp.inf, arrays[3]))
     positions = {None: None, "tokens": np.arange(T), "rows": rng.integers(0, 99, (B, T))}[case.rope]
     rope = None if positions is None else rope_tables(jnp.asarray(positions), K)
     segment_ids = jnp.asarray(rng.integers(0, 3, (B, T)), jnp.int32) if case.segments else None
@@ -85,12 +136,12 @@ def make_inputs(case: Case):
 def results(case: Case, attend):
     """The operator's output and the gradients of the arrays, the rope tables and the state."""
     options = Options(
-        window_size=W,
+        window_size=case.window_size,
         scale=0.5,
-        slot_feature_map="identity",
-        empty_slots="attend",
+        slot_feature_map="silu",
+        empty_slots=case.empty_slots,
         return_state=case.state,
-        return_slot_weight=case.state,
+        return_slot_weight=True,
     )
     arrays, rope, segment_ids, state = make_inputs(case)
 
@@ -108,13 +159,15 @@ def results(case: Case, attend):
 def check(case: Case) -> None:
     sizes = tuple(case.mesh.values())
     mesh = jax.make_mesh(sizes, tuple(case.mesh), axis_types=(AxisType.Auto,) * len(sizes))
-    expected = results(case, chunked_attention)
+    expected = results(case, over_mesh(chunked_attention))
+    kernels = functools.partial(tpu_attention, interpret=True)
+    attend = kernels if case.implementation == "pallas_tpu" else chunked_attention
     with jax.set_mesh(mesh), use_mesh_axes(**(case.axes or {})):
-        found = results(case, over_mesh(chunked_attention))
+        found = results(case, over_mesh(attend))
     assert found[1].out.sharding.spec == case.spec, found[1].out.sharding
     for x, wanted in zip(*map(jax.tree.leaves, jax.device_get((found, expected))), strict=True):
         if x.dtype != jax.dtypes.float0:
-            np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5, err_msg=str(case))
 
 
 def check_decode(window_size: int | None) -> None:
@@ -168,12 +221,18 @@ def check_no_communication() -> None:
     assert not re.search(rf" ({exchanges})", program)
 
 
-if __name__ == "__main__":
+def main(more: str = "") -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     assert len(jax.devices()) == 8
-    for case in CASES:
+    cases = MORE_CASES if more else CASES
+    for case in cases:
         check(case)
-    for window_size in DECODE_WINDOWS:
-        check_decode(window_size)
-    check_no_communication()
-    print(len(CASES) + len(DECODE_WINDOWS), "cases agree")
+    if not more:
+        for window_size in DECODE_WINDOWS:
+            check_decode(window_size)
+        check_no_communication()
+    print(len(cases), "cases agree")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
