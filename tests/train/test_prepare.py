@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tests.train.tiny_run import LAUNCH, Nha
 from train.cli import main
 from train.corpus import TokenSource, load_corpus
+from train.errors import DataError
 from train.hashing import in_fraction
 from train.prepared import Manifest, Prepared
 from train.sections import DataConfig
@@ -237,6 +238,39 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
     assert errors.splitlines()[-1].startswith("nha: a worker process was killed")
     assert main([*arguments, "--workers=1"]) == 0
     assert contents(out) == whole
+
+
+def test_a_full_disk_is_one_line_and_the_rest_is_kept(
+    big: Path, whole: dict[str, bytes], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["data", "prepare", str(out), str(big), *options(tokenizer_file), "--workers=1"]
+    # A file beyond the limit fails as a full disk does, in the middle of a write.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    process = subprocess.run(
+        [sys.executable, "-c", limit + LAUNCH, *arguments], capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == f"nha: {out}: cannot write there: File too large"
+    assert not list(out.glob(".*.tmp"))
+    assert main(arguments) == 0
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("damage", ["missing", "both missing", "flipped"])
+def test_a_damaged_tokenizer_is_named(whole: dict[str, bytes], tmp_path: Path, damage: str) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    file = tmp_path / "tokenizer.json"
+    if damage == "flipped":
+        file.write_bytes(file.read_bytes().replace(b'"<pad>"', b'"<qad>"'))
+    else:
+        file.unlink()
+    if damage == "both missing":
+        (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError) as error:
+        Prepared.open(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
 
 
 def test_copies_of_a_document_are_on_one_side(tmp_path: Path) -> None:
