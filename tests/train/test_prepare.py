@@ -406,6 +406,28 @@ def test_a_wrong_option_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("tokenizers", "a.txt"), ("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")],
+)
+def test_a_missing_package_is_one_line(
+    tmp_path: Path,
+    tokenizer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    package: str,
+    name: str,
+) -> None:
+    (tmp_path / name).write_text("anything")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert prepare(tmp_path / "out", tmp_path / name, f"--tokenizer={tokenizer_file}") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == (
+        f"nha: the package {package.split('.')[0]} is not installed; "
+        '`pip install "nha_jax[data]"` brings it'
+    )
+
+
 def test_an_end_token_that_is_not_there(
     tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
