@@ -65,7 +65,7 @@ def draw_all(windows: Windows) -> None:
         next(batches)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=5),
     data=st.data(),
