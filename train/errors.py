@@ -17,6 +17,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is damaged."""
+
+
 class DataError(UserError):
     """A file of a corpus that is missing or damaged."""
 

@@ -1,39 +1,73 @@
-"""Bits per byte on held-out text: the model's, and gzip's beside it."""
+"""What held-out text says of a model, and gzip's bits per byte beside it."""
 
 import gzip
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
 import numpy as np
 
 from train.corpus import Part
 from train.data import Windows, evaluation_batches
-from train.step import LossSum, Steps
+from train.losses import LossSum
+from train.step import Steps
 
 REFERENCE_TOKENS = 4_000_000
 """Text of so many tokens is compressed for comparison: seconds, and gzip looks back 32 KiB only."""
 
 
-def held_out_bits_per_byte(
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out text says of a model.
+
+    Attributes:
+        bits_per_target: cross-entropy, in bits.
+        bytes_per_target: of the text, in the mean; see `train.corpus.Part`.
+        slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
+    """
+
+    bits_per_target: float
+    bytes_per_target: float
+    slot_share: tuple[float, ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits_per_target / self.bytes_per_target
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; infinite if it is more than a float holds."""
+        return 2**self.bits_per_target if self.bits_per_target < 1024 else math.inf
+
+
+def measure_held_out(
     steps: Steps,
     model_state: Any,
     windows: Windows,
     batch_size: int,
     count: int,
     rows: np.ndarray | None = None,
-) -> float:
-    """Cross-entropy in bits per byte over `count` windows spread over the held-out text.
+) -> HeldOut:
+    """Measures `count` windows spread over the held-out text.
 
     Each window is read on its own, from an empty state; a document's first token is given, and
-    its end counts like any other. Bits per target are divided by the bytes that a target of the
-    whole held-out text has in the mean: of bytes 1. `rows` are those of this process.
+    its end counts like any other. `rows` are those of a batch that this process holds; None: all.
     """
-    sums = [
-        steps.evaluate(model_state, batch)
-        for batch in evaluation_batches(windows, batch_size, count, rows)
-    ]
-    return bits_per_target(sums) / windows.bytes_per_target
+    batches = jax.device_get(
+        [
+            steps.evaluate(model_state, batch)
+            for batch in evaluation_batches(windows, batch_size, count, rows)
+        ]
+    )
+    shares = sum(int(batch.shares) for batch in batches)
+    slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
+    return HeldOut(
+        bits_per_target([batch.loss for batch in batches]),
+        windows.bytes_per_target,
+        tuple((slot_share / max(shares, 1)).tolist()),
+    )
 
 
 def bits_per_target(sums: Sequence[LossSum]) -> float:

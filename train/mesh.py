@@ -76,6 +76,21 @@ def to_devices(
     return {name: place(array) for name, array in batch.items()}
 
 
+def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
+    """[B, T] arrays as `batch_sharding` has them -> [parts, B / parts, T], inside `jax.jit`.
+
+    Every device's own rows are cut, so that none of them moves.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
+
+    def cut(x: jax.Array) -> jax.Array:
+        own = x.reshape(devices, parts, -1, x.shape[1]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), sharding)
+
+    return jax.tree.map(cut, batch)
+
+
 def state_shardings(mesh: Mesh, state: Any) -> Any:
     """A sharding in place of each nnx variable of `state`, from its logical axis names.
 
