@@ -1,6 +1,6 @@
 """How fast `nha data prepare` and the loader are, against what bounds them and what needs them.
 
-    uv run --extra data python benchmarks/data.py [--megabytes N] [--workers N]
+    uv run python benchmarks/data.py [--megabytes N] [--workers N]
 
 Prints markdown tables. The text is modules of Python's standard library, over and over, as JSON
 lines; the tokenizers are that of bytes and a byte-level BPE of 32,000 tokens trained on it here.
