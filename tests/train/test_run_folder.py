@@ -55,6 +55,17 @@ def test_another_corpus_is_refused(nha: Nha) -> None:
         RunFolder(str(nha.run)).check(nha.config(), "two")
 
 
+def test_another_loss_and_another_mixture_are_refused_by_name(nha: Nha) -> None:
+    with RunFolder(str(nha.run)).open(nha.config(data__corpus={"web": 0.8, "code": 0.2}), "one"):
+        pass
+    other = nha.config(data__corpus={"web": 0.5, "code": 0.2}, loss__z_loss=1e-4)
+    with pytest.raises(ConfigError) as error:
+        RunFolder(str(nha.run)).check(other, "one")
+    assert "data.corpus.web: 0.8 -> 0.5" in str(error.value)
+    assert "loss.z_loss: 0.0 -> 0.0001" in str(error.value)
+    assert str(error.value).count("->") == 2
+
+
 def test_a_folder_of_something_else_is_left_alone(
     nha: Nha, capsys: pytest.CaptureFixture[str]
 ) -> None:
