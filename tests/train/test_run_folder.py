@@ -141,6 +141,16 @@ def test_log_drops_rows_after_the_restored_step_and_a_torn_one(tmp_path: Path) -
     assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": null}']
 
 
+def test_a_log_on_a_full_disk_raises_and_does_not_wait(small_disk: Path) -> None:
+    def write_until_full() -> None:
+        with MetricsLog(small_disk / "metrics.jsonl", small_disk / "events", 0) as log:
+            for step in range(1, 1_000_000):
+                log.write({"step": step, "loss": 1.0})
+
+    with pytest.raises(OSError, match="No space left on device"):
+        write_until_full()
+
+
 def test_curve_of_a_run_with_a_skipped_step(tmp_path: Path) -> None:
     rows = [
         {"step": 1, "loss": 5.0, "bits_per_byte": 7.0},
