@@ -53,7 +53,7 @@ def measure_held_out(
     """Measures `count` windows spread over the held-out text.
 
     Each window is read on its own, from an empty state; a document's first token is given, and
-    its end counts like any other. `rows` are those of this process.
+    its end counts like any other. `rows` are those of a batch that this process holds; None: all.
     """
     batches = jax.device_get(
         [
