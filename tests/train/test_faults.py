@@ -178,7 +178,8 @@ def test_two_processes_stop_together_and_go_on_as_two_or_one(nha: Nha, undisturb
     assert together.keys() == alone.keys()
     for step, (loss, held_out) in together.items():
         assert loss == pytest.approx(alone[step][0], rel=1e-6), step
-        assert held_out == pytest.approx(alone[step][1], rel=1e-6), step
+        if step % 20 == 0:
+            assert held_out == pytest.approx(alone[step][1], rel=1e-6), step
 
 
 @pytest.mark.slow
