@@ -72,30 +72,27 @@ class Windows:
 
 
 class Mixture:
-    """Endless draws from several sources: which source the n-th is from, and the how manieth.
+    """Endless draws from several sources: which one the n-th is from, and how many were before.
 
-    Of any number of first draws each source has its share to within one. Grain's own mixture
-    rounds the shares to a hundredth of the smallest.
+    Of any number of first draws each source has its share, to within fewer draws than there are
+    sources. (Grain's own mixture rounds the shares to a hundredth of the smallest.)
     """
 
     def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(weight).limit_denominator(10**9) for weight in weights]
+        exact = [Fraction(weight) for weight in weights]
         # shares[i]: of source i among those from i on, the sources before being set aside.
-        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        self._shares = [share.as_integer_ratio() for share in shares]
 
     def __getitem__(self, n: int) -> tuple[int, int]:
         """(source, index in the source's own order) of draw `n`."""
         before, after = n, n + 1  # how many draws remain to be given out, without and with the n-th
-        for source, share in enumerate(self._shares):
-            mine, mine_after = (_ceiling(count * share) for count in (before, after))
+        for source, (part, whole) in enumerate(self._shares):
+            mine, mine_after = (-(-count * part // whole) for count in (before, after))
             if mine_after > mine:
                 return source, mine
             before, after = before - mine, after - mine_after
         raise AssertionError("the last source takes what remains")
-
-
-def _ceiling(number: Fraction) -> int:
-    return -(-number.numerator // number.denominator)
 
 
 class _Batches:

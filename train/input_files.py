@@ -2,10 +2,11 @@
 
 import glob
 import gzip
+import importlib
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from train.errors import ConfigError
 
@@ -71,15 +72,16 @@ def open_unpacked(path: Path) -> BinaryIO:
             return path.open("rb")
 
 
-def import_extra(name: str):
-    """A package of the extra `data`.
+def import_extra(name: str) -> Any:
+    """A module of a package of the extra `data`.
 
     Raises:
         ConfigError: it is not installed.
     """
     try:
-        return __import__(name, fromlist=["_"])
+        return importlib.import_module(name)
     except ImportError:
+        package = name.split(".")[0]
         raise ConfigError(
-            f'the package {name} is not installed; `pip install "nha_jax[data]"` brings it'
+            f'the package {package} is not installed; `pip install "nha_jax[data]"` brings it'
         ) from None

@@ -72,11 +72,13 @@ def group(parts: Sequence[RawPart], piece_bytes: int) -> list[Piece]:
     """Neighbours together, until a piece has about `piece_bytes` of text."""
     pieces: list[Piece] = []
     waiting: list[RawPart] = []
+    size = 0
     for part in parts:
         waiting.append(part)
-        if sum(part.weight for part in waiting) >= piece_bytes:
+        size += part.weight
+        if size >= piece_bytes:
             pieces.append(tuple(waiting))
-            waiting = []
+            waiting, size = [], 0
     return [*pieces, tuple(waiting)] if waiting else pieces
 
 

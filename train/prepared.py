@@ -123,8 +123,9 @@ class Prepared:
         manifest = Manifest.read(folder)
         tokenizer = load_tokenizer(folder)
         if tokenizer.name != manifest.tokenizer:
-            damage = "damaged" if (folder / TOKENIZER_FILE).exists() else "missing"
-            raise DataError(f"{folder / TOKENIZER_FILE}: {damage}: not the one of {MANIFEST_FILE}")
+            path = folder / TOKENIZER_FILE
+            damage = "damaged: its checksum is another" if path.exists() else "missing"
+            raise DataError(f"{path}: {damage}")
         dtype = np.dtype(manifest.dtype)
         parts = (
             ShardedTokens(folder, manifest.shards[split], dtype, tokenizer) for split in SPLITS

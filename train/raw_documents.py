@@ -149,7 +149,7 @@ def _read_json_lines(
 
 def _text_of_line(line: bytes, text_key: str) -> str:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except UnicodeDecodeError:
         raise BadDocumentError("not UTF-8 text") from None
     except (ValueError, RecursionError) as error:

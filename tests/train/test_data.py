@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.corpus import Documents, Part, is_held_out, load_corpus
@@ -61,6 +61,7 @@ def test_every_token_but_a_documents_first_is_a_target_once(length: int) -> None
     assert sorted(targets.tolist()) == [token for token in range(31) if token not in first]
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), length=st.integers(2, 9))
 def test_windows_are_what_their_definition_says(lengths: list[int], length: int) -> None:
     total = sum(lengths)
@@ -132,6 +133,7 @@ def test_a_mixture_gives_each_source_its_share_and_its_own_epochs(mixed: Windows
         assert (epochs[0] != epochs[1]).any()
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=6), start=st.integers(0, 10**12))
 def test_shares_of_a_mixture_are_exact(weights: list[float], start: int) -> None:
     mixture = Mixture(weights)

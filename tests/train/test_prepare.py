@@ -22,6 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from tests.train.tiny_run import LAUNCH, Nha
 from train.cli import main
 from train.corpus import TokenSource, load_corpus
+from train.errors import DataError
 from train.hashing import in_fraction
 from train.prepared import Manifest, Prepared
 from train.sections import DataConfig
@@ -38,23 +39,28 @@ TEXTS = [
 DOCUMENTS = [text for text in TEXTS if text]
 
 
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of 400 tokens, saved with truncation switched on."""
+def train_tokenizer(path: Path, size: int, alphabet: list[str]) -> Path:
+    """A byte-level BPE, saved with truncation switched on."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=["<pad>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     tokenizer.enable_truncation(5)
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of all bytes and what follows from 125 documents."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return train_tokenizer(tmp_path_factory.mktemp("bpe") / "tokenizer.json", 330, alphabet)
 
 
 def json_lines(texts: list[str]) -> bytes:
@@ -234,6 +240,39 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
     assert contents(out) == whole
 
 
+def test_a_full_disk_is_one_line_and_the_rest_is_kept(
+    big: Path, whole: dict[str, bytes], tokenizer_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["data", "prepare", str(out), str(big), *options(tokenizer_file), "--workers=1"]
+    # A file beyond the limit fails as a full disk does, in the middle of a write.
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    process = subprocess.run(
+        [sys.executable, "-c", limit + LAUNCH, *arguments], capture_output=True, text=True
+    )
+    assert process.returncode == 1
+    assert process.stderr.splitlines()[-1] == f"nha: {out}: cannot write there: File too large"
+    assert not list(out.glob(".*.tmp"))
+    assert main(arguments) == 0
+    assert contents(out) == whole
+
+
+@pytest.mark.parametrize("damage", ["missing", "both missing", "flipped"])
+def test_a_damaged_tokenizer_is_named(whole: dict[str, bytes], tmp_path: Path, damage: str) -> None:
+    for name, content in whole.items():
+        (tmp_path / name).write_bytes(content)
+    file = tmp_path / "tokenizer.json"
+    if damage == "flipped":
+        file.write_bytes(file.read_bytes().replace(b'"<pad>"', b'"<qad>"'))
+    else:
+        file.unlink()
+    if damage == "both missing":
+        (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError) as error:
+        Prepared.open(tmp_path)
+    assert str(error.value).startswith(f"{file}: ")
+
+
 def test_copies_of_a_document_are_on_one_side(tmp_path: Path) -> None:
     texts = [f"text {n % 40}" for n in range(400)]
     (tmp_path / "a.jsonl").write_bytes(json_lines(texts))
@@ -367,6 +406,28 @@ def test_a_wrong_option_is_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [("tokenizers", "a.txt"), ("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")],
+)
+def test_a_missing_package_is_one_line(
+    tmp_path: Path,
+    tokenizer_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    package: str,
+    name: str,
+) -> None:
+    (tmp_path / name).write_text("anything")
+    monkeypatch.setitem(sys.modules, package, None)
+    assert prepare(tmp_path / "out", tmp_path / name, f"--tokenizer={tokenizer_file}") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error == (
+        f"nha: the package {package.split('.')[0]} is not installed; "
+        '`pip install "nha_jax[data]"` brings it'
+    )
+
+
 def test_an_end_token_that_is_not_there(
     tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,30 +454,38 @@ def test_text_comes_out_as_it_went_in_token_by_token(tokenizer_file: Path) -> No
     assert (decoder.add(int(half[0])), decoder.finish()) == ("", "\ufffd")
 
 
-def test_a_run_on_prepared_tokens_takes_the_tokenizer_along(
+def test_a_vocabulary_that_is_too_small_is_refused(
     nha: Nha, tmp_path: Path, tokenizer_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_text(tmp_path)
     arguments = [f"--tokenizer={tokenizer_file}", "--held-out-fraction=0.2"]
     assert prepare(tmp_path / "out", tmp_path / "*.md", *arguments) == 0
-    corpus = f"--data.corpus={tmp_path / 'out'}"
-    assert main(["train", str(nha.config_file), corpus, "--steps=6"]) == 2
-    assert "model.vocab_size = 257: expected at least 400" in capsys.readouterr().err
+    size = Prepared.open(tmp_path / "out").tokenizer.vocabulary_size
+    assert main(["train", str(nha.config_file), f"--data.corpus={tmp_path / 'out'}"]) == 2
+    message = f"model.vocab_size = 257: expected at least {size}, the vocabulary of data.corpus"
+    assert message in capsys.readouterr().err
     assert not nha.run.exists()
 
-    overrides = [corpus, "--steps=6", "--model.vocab_size=400", "--sample.prompt=naïve"]
-    assert main(["train", str(nha.config_file), *overrides]) == 0
-    shown = capsys.readouterr().out
+
+def test_a_run_on_prepared_tokens_takes_the_tokenizer_along(
+    nha: Nha, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No more tokens than bytes have: the program is that of other tests, and compiled already.
+    file = train_tokenizer(tmp_path / "tokenizer.json", 257, [])
+    write_text(tmp_path)
+    arguments = [f"--tokenizer={file}", "--held-out-fraction=0.2"]
+    assert prepare(tmp_path / "out", tmp_path / "*.md", *arguments) == 0
+    shown = nha.train(f"--data.corpus={tmp_path / 'out'}", "--sample.prompt=lines")
     assert "gzip -9" in shown
-    loaded = load_corpus(DataConfig(corpus=str(tmp_path / "out"), sequence_length=32))
-    assert loaded.held_out.bytes_per_target > 1.5
+    corpus = load_corpus(DataConfig(corpus=str(tmp_path / "out"), sequence_length=32))
+    assert corpus.held_out.bytes_per_target > 1.5
     last = nha.rows()[-1]
-    assert last["bits_per_byte"] == pytest.approx(
-        last["loss"] / np.log(2) / loaded.training.bytes_per_target
-    )
+    bits = last["loss"] / np.log(2)
+    assert last["bits_per_byte"] == pytest.approx(bits / corpus.training.bytes_per_target)
     for folder in (nha.run, nha.run / "model"):
-        assert (folder / "tokenizer.json").read_bytes() == tokenizer_file.read_bytes()
-    arguments = ["--prompt", "lines of", "--max-new-tokens=4", "--json"]
+        assert (folder / "tokenizer.json").read_bytes() == file.read_bytes()
+    capsys.readouterr()
+    arguments = ["--prompt", "lines of", "--max-new-tokens=4", "--temperature=0", "--json"]
     assert main(["generate", str(nha.run / "model"), *arguments]) == 0
     record = json.loads(capsys.readouterr().out)
     tokenizer = load_tokenizer_of(str(nha.run))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.cli import main
@@ -65,6 +65,7 @@ def draw_all(windows: Windows) -> None:
         next(batches)
 
 
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.lists(st.integers(1, 9), max_size=4), min_size=1, max_size=5),
     data=st.data(),

@@ -1,0 +1,164 @@
+"""How fast `nha data prepare` and the loader are, against what bounds them and what needs them.
+
+    uv run python benchmarks/data.py [--megabytes N] [--workers N]
+
+Prints markdown tables. The text is modules of Python's standard library, over and over, as JSON
+lines; the tokenizers are that of bytes and a byte-level BPE of 32,000 tokens trained on it here.
+"""
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import sysconfig
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from train.prepare import PrepareOptions, prepare
+from train.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+
+VOCABULARY = 32_000
+BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
+V5E_FLOPS, MFU = 197e12, 0.4
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=100, help="of text")
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--seconds", type=float, default=5, help="of loading, for each figure")
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp())
+    try:
+        texts = some_texts(options.megabytes * 10**6)
+        raw = folder / "raw.jsonl"
+        raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        tokenizer_file = train_tokenizer(texts[:500], folder / "tokenizer.json")
+        prepare_table(folder, texts, [None, tokenizer_file], sorted({1, options.workers}))
+        loader_table(folder, options.seconds)
+    finally:
+        shutil.rmtree(folder)
+
+
+def some_texts(size: int) -> list[str]:
+    """Python's top-level modules, again and again up to `size` characters."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    modules = [file.read_text(errors="replace") for file in files]
+    total = itertools.accumulate(map(len, itertools.cycle(modules)))
+    count = next(n for n, characters in enumerate(total, 1) if characters >= size)
+    return list(itertools.islice(itertools.cycle(modules), count))
+
+
+def train_tokenizer(texts: Sequence[str], path: Path) -> Path:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+    return path
+
+
+def prepare_table(
+    folder: Path, texts: list[str], files: Sequence[Path | None], workers: Sequence[int]
+) -> None:
+    """Speed of `nha data prepare`, and of the tokenizer alone on texts in memory.
+
+    A CPU second is one of any process: it does not depend on who else uses the machine.
+    """
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    print(f"{size:.0f} MB of text in {len(texts):,} documents; prepare / the tokenizer alone:\n")
+    print("| tokenizer | workers | MB/s | MB a CPU second |\n" + "| --- " * 4 + "|")
+    for file, count in itertools.product(files, workers):
+        name = "BPE" if file else "bytes"
+        start, cpu_start = time.perf_counter(), sum(os.times()[:4])
+        prepare(
+            PrepareOptions(
+                out=str(folder / f"{name}-{count}"),
+                inputs=[str(folder / "raw.jsonl")],
+                tokenizer=str(file) if file else None,
+                shard_bytes=8 << 20,
+                workers=count,
+            )
+        )
+        wall, cpu = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
+        with multiprocessing.get_context("spawn").Pool(count) as pool:
+            shares = [(file, texts[n::count]) for n in range(count)]
+            seconds = np.array(pool.starmap(seconds_to_encode, shares, chunksize=1))
+        alone, alone_cpu = size / seconds[:, 0].max(), size / seconds[:, 1].sum()
+        print(
+            f"| {name} | {count} | {size / wall:.1f} / {alone:.1f} | "
+            f"{size / cpu:.1f} / {alone_cpu:.1f} |",
+            flush=True,
+        )
+
+
+def seconds_to_encode(file: Path | None, texts: Sequence[str]) -> tuple[float, float]:
+    """By the clock, and of the CPU."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    tokenizer: Tokenizer = ByteTokenizer()
+    if file:
+        tokenizer = FileTokenizer(file.read_bytes(), None, str(file))
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for first in range(0, len(texts), 64):
+        tokenizer.encode_documents(texts[first : first + 64])
+    return time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def loader_table(folder: Path, seconds: float) -> None:
+    """Tokens a second of the batches that training draws, and what a step takes."""
+    # Here: the workers of `prepare_table` import this file, and need neither jax nor grain.
+    import nha_jax
+    from train.corpus import load_corpus
+    from train.data import Windows
+    from train.sections import DataConfig
+
+    print(
+        f"\nBatches of {BATCH_SIZE} x {SEQUENCE_LENGTH}, million tokens a second / a CPU second:\n"
+    )
+    print("| corpus | every block checked for the first time | again |\n" + "| --- " * 3 + "|")
+    for name in ("bytes", "BPE"):
+        config = DataConfig(corpus=str(folder / f"{name}-1"), sequence_length=SEQUENCE_LENGTH)
+        corpus = load_corpus(config)
+        windows = Windows(corpus.training, SEQUENCE_LENGTH)
+        first = tokens_per_second(windows, seconds, len(windows) // BATCH_SIZE)
+        for source in windows.sources:
+            for index in range(len(source)):
+                source[index]
+        again = tokens_per_second(windows, seconds, 1 << 30)
+        print(f"| {name}, {corpus.training.num_tokens / 1e6:.0f}M tokens | {first} | {again} |")
+    print("\nWhat training takes, million tokens/s:")
+    for preset in ("nha-340m", "nha-1.3b"):
+        flops = nha_jax.ModelConfig.preset(preset).flops_per_token(SEQUENCE_LENGTH)
+        print(f"- {preset}, one v5e at {MFU:.0%} MFU: {MFU * V5E_FLOPS / flops / 1e6:.3f}")
+
+
+def tokens_per_second(windows: Any, seconds: float, most: int) -> str:
+    from train.data import training_batches
+
+    batches = training_batches(windows, BATCH_SIZE, seed=0, first=0)
+    start, cpu_start = time.perf_counter(), time.process_time()
+    for count, _ in enumerate(batches, 1):
+        wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start
+        if wall > seconds or count >= most:
+            break
+    tokens = count * BATCH_SIZE * SEQUENCE_LENGTH / 1e6
+    return f"{tokens / wall:.1f} / {tokens / cpu:.1f}"
+
+
+if __name__ == "__main__":
+    main()
