@@ -128,7 +128,7 @@ def test_a_shard_that_goes_away_is_named_and_the_run_goes_on_with_it_back(
     nha: Nha, corpus: Path, tmp_path: Path
 ) -> None:
     prepared = tmp_path / "prepared"
-    assert main(["data", "prepare", str(prepared), str(corpus / "*.txt")]) == 0
+    assert main(["data", "prepare", str(prepared), str(corpus), "--held-out-fraction=0.3"]) == 0
     shard = max(prepared.rglob("*.tokens"), key=lambda path: path.stat().st_size)
     content = shard.read_bytes()
     arguments = ["--steps=400", f"--data.corpus={prepared}"]
