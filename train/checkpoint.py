@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import math
 import re
 import sys
@@ -49,6 +50,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, config: CheckpointConfig):
         policies = ocp.training.save_decision_policies
+        logging.getLogger("absl").addFilter(_raises_nothing)
         self._folder = folder
         self._checkpointer = ocp.training.Checkpointer(
             folder,
@@ -222,6 +224,11 @@ def load_model_state(folder: Path, abstract: Any) -> Any:
     for damage in damaged.values():
         print(f"nha: {damage}; reading the one before it", file=sys.stderr)
     return _fill(abstract, loaded["model"])
+
+
+def _raises_nothing(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs with its traceback: it raises that as well, a moment later."""
+    return not record.exc_info
 
 
 def _preservation_policy(config: CheckpointConfig) -> Any:

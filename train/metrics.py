@@ -1,13 +1,17 @@
 """What a run reports: rows in a file, TensorBoard events, a progress bar."""
 
+import contextlib
 import json
 import math
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 Row = dict[str, Any]
@@ -50,14 +54,23 @@ class TensorBoard:
     """Events in TensorBoard's folder; numbers that are not finite are left out."""
 
     def __init__(self, folder: Path, after_step: int):
-        self._events = tensorboardX.SummaryWriter(str(folder), purge_step=after_step + 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not its SummaryWriter: on a full disk that one's thread dies, and then its queue blocks.
+        self._events = EventsWriter(str(folder / "events"))
+        # What an earlier session wrote from this step on counts no more.
+        start = SessionLog(status=SessionLog.START)
+        self._add(after_step + 1, session_log=start)
 
     def write(self, row: Row) -> None:
         for name, value in scalars(row).items():
-            self._events.add_scalar(name, value, row["step"])
+            self._add(row["step"], summary=scalar(name, value))
+        self._events.flush()
 
     def close(self) -> None:
         self._events.close()
+
+    def _add(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
 class MetricsLog:
@@ -79,8 +92,9 @@ class MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for reporter in self._reporters:
-            reporter.close()
+        with contextlib.ExitStack() as stack:  # all of them, though one may fail
+            for reporter in self._reporters:
+                stack.callback(reporter.close)
 
     def write(self, row: Row) -> None:
         """Hands on a row; see `Reporter.write`."""

@@ -92,6 +92,11 @@ class RunFolder:
         """
         processes.on_first(lambda: self._open(config, fingerprint))
         if not processes.is_first():
+            if not self._record.exists():
+                raise ConfigError(
+                    f"run = {config.run!r}: what the first process wrote there is not to be seen "
+                    "by another; expected a folder on a disk that all of them share"
+                )
             self.check(config, fingerprint)
         return self
 

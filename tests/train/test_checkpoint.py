@@ -160,7 +160,9 @@ def test_latest_regular_and_best_checkpoints_are_kept(tmp_path: Path) -> None:
     assert kept(tmp_path) == [3, 4, 6, 8, 10]
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    small_disk: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     folder, size = small_disk / "checkpoints", NOISE
 
     def save_until_full() -> None:
@@ -174,6 +176,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(small_disk: Path
     assert "\n" not in message
     assert str(folder) in message
     assert "No space left on device" in message
+    assert "Traceback" not in capfd.readouterr().err
 
     subprocess.run(["mount", "-o", "remount,size=9m", str(small_disk)], check=True)
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:

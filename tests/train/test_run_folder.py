@@ -55,6 +55,17 @@ def test_another_corpus_is_refused(nha: Nha) -> None:
         RunFolder(str(nha.run)).check(nha.config(), "two")
 
 
+def test_another_loss_and_another_mixture_are_refused_by_name(nha: Nha) -> None:
+    with RunFolder(str(nha.run)).open(nha.config(data__corpus={"web": 0.8, "code": 0.2}), "one"):
+        pass
+    other = nha.config(data__corpus={"web": 0.5, "code": 0.2}, loss__z_loss=1e-4)
+    with pytest.raises(ConfigError) as error:
+        RunFolder(str(nha.run)).check(other, "one")
+    assert "data.corpus.web: 0.8 -> 0.5" in str(error.value)
+    assert "loss.z_loss: 0.0 -> 0.0001" in str(error.value)
+    assert str(error.value).count("->") == 2
+
+
 def test_a_folder_of_something_else_is_left_alone(
     nha: Nha, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -128,6 +139,16 @@ def test_log_drops_rows_after_the_restored_step_and_a_torn_one(tmp_path: Path) -
     with MetricsLog(path, tmp_path / "events", after_step=2) as log:
         log.write({"step": 3, "loss": float("nan")})
     assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": null}']
+
+
+def test_a_log_on_a_full_disk_raises_and_does_not_wait(small_disk: Path) -> None:
+    def write_until_full() -> None:
+        with MetricsLog(small_disk / "metrics.jsonl", small_disk / "events", 0) as log:
+            for step in range(1, 1_000_000):
+                log.write({"step": step, "loss": 1.0})
+
+    with pytest.raises(OSError, match="No space left on device"):
+        write_until_full()
 
 
 def test_curve_of_a_run_with_a_skipped_step(tmp_path: Path) -> None:
