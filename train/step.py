@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nha_jax
 from train.config import TrainConfig
 from train.data import Batch
-from train.mesh import logical_axes, state_shardings, to_devices
+from train.mesh import batch_sharding, logical_axes, state_shardings, to_devices
 from train.sections import OptimizerConfig
 
 
@@ -85,6 +85,22 @@ class Steps:
             case the state returned is the old one.
         """
         return self._update(state, self._to_devices(batch))
+
+    def trace_update(self) -> jax.stages.Traced:
+        """`update` of abstract arrays, to be compiled for devices that may not be there."""
+
+        def place(tree: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+            )
+
+        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+        state = jax.tree.map(place, self.abstract_state, self.shardings, is_leaf=is_variable)
+        shape = self._config.batch_size, self._config.data.sequence_length
+        integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
+        placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
+        return self._update.trace(state, placed)
 
     def evaluate(self, model_state: Any, batch: Batch) -> LossSum:
         """The loss on a batch, with no update."""
