@@ -143,7 +143,7 @@ def nha_attention(
         "options": options,
     }
     validate_rest(query, key, value, log_decay, **rest)
-    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, **rest)
+    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, options=options)
     attend = _implementation(implementation, unsupported)
     result = attend(query, key, value, log_decay, **rest)
     return result if return_state or return_slot_weight else result.out
@@ -159,9 +159,9 @@ def _implementation(
     """Raises as `nha_attention` does; `unsupported` says why the TPU kernels can't serve."""
     match name:
         case "reference":
-            return reference_attention
+            return over_mesh(reference_attention)
         case "xla":
-            return chunked_attention
+            return over_mesh(chunked_attention)
         case "pallas_tpu":
             if reason := unsupported():
                 raise NotImplementedError(f"implementation={name!r}: {reason}")
@@ -169,8 +169,8 @@ def _implementation(
             return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
         case None:
             if unsupported() or not can_compile_for_tpus():
-                return chunked_attention
-            return _by_platform(tpu=over_mesh(tpu_attention), default=chunked_attention)
+                return over_mesh(chunked_attention)
+            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(chunked_attention))
         case "pallas_gpu":
             raise NotImplementedError(
                 f"implementation={name!r}: this version has no such kernel yet; "

@@ -17,7 +17,7 @@ from nha_jax.ops.full import full_attention
 from nha_jax.ops.gates import ChunkGates, chunk_gates
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import (
-    NHAState,
+    Carried,
     Slots,
     Timeline,
     Tokens,
@@ -81,7 +81,7 @@ def chunked_attention(
     *,
     rope: Rope | None,
     segment_ids: jax.Array | None,
-    initial_state: NHAState | None,
+    carried: Carried | None,
     options: Options,
 ) -> NHAOutput:
     """`nha_attention` in chunks; shapes as there. Memory is linear in T, cost T * (W + C)."""
@@ -92,18 +92,15 @@ def chunked_attention(
     rotated_query = apply_rope(query, rope)
     empty_slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
     W = options.window_size
-    if W is None or (W >= T and initial_state is None):  # nothing leaves the window
-        timeline = build_timeline(tokens, segment_ids, initial_state, None)
+    if W is None or (W >= T and carried is None):  # nothing leaves the window
+        timeline = build_timeline(tokens, segment_ids, carried, None)
         out, weight = full_attention(rotated_query, timeline, num_slots=M, options=options)
         slots = empty_slots
     else:
-        timeline = build_timeline(tokens, segment_ids, initial_state, W)
+        timeline = build_timeline(tokens, segment_ids, carried, W)
         blocks = _cut(T, W)
         past, visible, rows, runs = _prepare(query, rotated_query, timeline, blocks, options)
-        if initial_state is None:
-            slots = empty_slots
-        else:
-            slots = (initial_state.slot_key, initial_state.slot_value)
+        slots = empty_slots if carried is None else carried.slots
         out, weight, slots = _scan(blocks, options, past, visible, rows, slots, runs)
         slots = of_last_segment(slots, timeline, T)
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
@@ -113,7 +110,7 @@ def chunked_attention(
     out = jnp.where(real[..., None], out, 0).astype(query.dtype)
     state = None
     if options.return_state:
-        state = next_state(timeline, T, slots, segment_ids, initial_state, W)
+        state = next_state(timeline, T, slots, segment_ids, carried, W)
     return NHAOutput(out, state, jnp.where(real, weight, 0) if options.return_slot_weight else None)
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import NHAState, Timeline, Tokens, build_timeline, next_state
+from nha_jax.ops.state import Carried, Timeline, Tokens, build_timeline, next_state
 from nha_jax.ops.types import NHAOutput, Options, compute_dtype
 
 
@@ -21,7 +21,7 @@ def reference_attention(
     *,
     rope: Rope | None,
     segment_ids: jax.Array | None,
-    initial_state: NHAState | None,
+    carried: Carried | None,
     options: Options,
 ) -> NHAOutput:
     """`nha_attention` by the per-token recurrence; shapes as there.
@@ -37,7 +37,7 @@ def reference_attention(
     W = options.window_size
     dtype = compute_dtype(query)
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
-    timeline = build_timeline(tokens, segment_ids, initial_state, W)
+    timeline = build_timeline(tokens, segment_ids, carried, W)
     run, real = timeline.run[:, -T:], timeline.real[:, -T:]  # [B, T]
     past_key, past_rotated_key, past_value, past_log_decay = (
         x.astype(dtype) for x in timeline.tokens
@@ -79,8 +79,8 @@ def reference_attention(
         return carry, (out, jnp.sum(p[..., :M], axis=-1))
 
     slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
-    if initial_state is not None and W is not None:
-        slots = initial_state.slot_key.astype(dtype), initial_state.slot_value.astype(dtype)
+    if carried is not None and W is not None:
+        slots = carried.slots[0].astype(dtype), carried.slots[1].astype(dtype)
     slot_query, entering, run, real = jax.tree.map(
         lambda x: x.swapaxes(0, 1), (slot_query, entering, run, real)
     )  # time first
@@ -94,7 +94,7 @@ def reference_attention(
     weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
     state = None
     if options.return_state:
-        state = next_state(timeline, T, slots, segment_ids, initial_state, W)
+        state = next_state(timeline, T, slots, segment_ids, carried, W)
     return NHAOutput(out, state, weight if options.return_slot_weight else None)
 
 

@@ -1,6 +1,7 @@
-"""A kernel on every device of the mesh: XLA cannot divide a kernel's call, so the call is divided.
+"""The operator on every device of the mesh: XLA cannot divide a kernel's call, so the call is.
 
-Rows of the batch, and key/value heads with the query heads they serve, need nothing of each other.
+Rows of the batch, and key/value heads with the query heads they serve, need nothing of each other;
+the parts of a sequence do: see `nha_jax.ops.context`.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
+from nha_jax.ops.context import Devices, attend_in_context
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.types import NHAOutput, Options
@@ -21,15 +23,17 @@ from nha_jax.ops.types import NHAOutput, Options
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Names of the mesh axes that batch and heads are divided over; names the mesh lacks count not.
+    """Names of the mesh axes that arrays are divided over; names the mesh lacks count not.
 
     Fields:
       batch: of B.
-      heads: of Hkv, and with it Hq.
+      heads: of Hkv, and with it Hq; in a model also of the vocabulary and the SwiGLU.
+      sequence: of T.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
     heads: tuple[str, ...] = ("tensor", "model")
+    sequence: tuple[str, ...] = ("context",)
 
 
 _DEFAULT = MeshAxes()
@@ -38,16 +42,19 @@ _mesh_axes = contextvars.ContextVar("mesh_axes", default=_DEFAULT)
 
 @contextlib.contextmanager
 def use_mesh_axes(
-    *, batch: Sequence[str] = MeshAxes.batch, heads: Sequence[str] = MeshAxes.heads
+    *,
+    batch: Sequence[str] = MeshAxes.batch,
+    heads: Sequence[str] = MeshAxes.heads,
+    sequence: Sequence[str] = MeshAxes.sequence,
 ) -> Iterator[None]:
-    """Kernels traced within divide batch and heads over these axes of the mesh (`jax.set_mesh`).
+    """What is traced within divides its arrays over these axes of the mesh (`jax.set_mesh`).
 
     It is read when a function is traced: what `jax.jit` has compiled before stays as it is.
 
         with jax.set_mesh(mesh), use_mesh_axes(batch=["replica"], heads=["heads"]):
             train_step(...)
     """
-    token = _mesh_axes.set(MeshAxes(tuple(batch), tuple(heads)))
+    token = _mesh_axes.set(MeshAxes(tuple(batch), tuple(heads), tuple(sequence)))
     try:
         yield
     finally:
@@ -56,7 +63,7 @@ def use_mesh_axes(
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """Which axes of the mesh divide a call's rows and its heads.
+    """Which axes of the mesh divide a call's rows, its heads and its tokens.
 
     Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...] or [B, T, heads * size],
     and of a state.
@@ -65,14 +72,24 @@ class Division:
     sizes: dict[str, int]  # of all axes that are not manual
     batch: tuple[str, ...]
     heads: tuple[str, ...]
+    sequence: tuple[str, ...] = ()
 
     @property
     def rows(self) -> Any:
         return P(self.batch)
 
     @property
+    def places(self) -> Any:
+        """Of [B, T], and of what lies whole on each device beyond that."""
+        return P(self.batch, self.sequence)
+
+    @property
     def tokens(self) -> Any:
-        return P(self.batch, None, self.heads)
+        return P(self.batch, self.sequence, self.heads)
+
+    @property
+    def devices_of_sequence(self) -> Devices:
+        return Devices(self.sequence, math.prod(self.sizes[name] for name in self.sequence))
 
     @property
     def state(self) -> Any:
@@ -121,22 +138,40 @@ class Division:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
-def divide_over_mesh(batch_size: int, num_kv_heads: int) -> Division:
-    """Of a call of B rows and Hkv heads, over the mesh of `jax.set_mesh`.
+def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = None) -> Division:
+    """Of a call of B rows, Hkv heads and T tokens, over the mesh of `jax.set_mesh`.
 
     Without one, or where all its axes are manual already (inside a `jax.shard_map`), nothing is
-    divided. Axes whose sizes divide neither B nor Hkv do the same work several times over.
+    divided. Axes whose sizes divide nothing do the same work several times over.
+
+    Args:
+      num_tokens: None: a sequence is not divided.
     """
     sizes, axes = _free_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
     return Division(
         sizes,
         _dividing(axes.batch, sizes, batch_size),
-        _dividing(axes.heads, sizes, num_kv_heads),
+        _dividing(axes.heads, sizes, num_heads),
+        () if num_tokens is None else _dividing(axes.sequence, sizes, num_tokens),
     )
 
 
+def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
+    """Divides [B, T] or [B, T, features] over the mesh as the operator divides its arrays.
+
+    Args:
+      heads: the features are so many equal parts, which stay whole; 1: all of them do.
+    """
+    division = divide_over_mesh(x.shape[0], heads, x.shape[1])
+    return division.place(x, division.tokens if x.ndim == 3 else division.places)
+
+
 def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
-    """`attend`, an implementation of the operator, on each device's rows and heads."""
+    """`attend`, an implementation of the operator, on each device's rows, heads and tokens.
+
+    It takes what came before as `carried`; this takes it as `initial_state`. With a state, given or
+    asked for, sequences stay whole.
+    """
 
     def attend_over_mesh(
         query: jax.Array,
@@ -149,18 +184,25 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
         initial_state: NHAState | None,
         options: Options,
     ) -> NHAOutput:
+        whole = options.return_state or initial_state is not None
+        B, T, H = key.shape[:3]
+        division = divide_over_mesh(B, H, None if whole else T)
+
         def local(arrays, rope, segment_ids, initial_state):
-            rest = {"rope": rope, "segment_ids": segment_ids, "initial_state": initial_state}
-            return attend(*arrays, **rest, options=options)
+            rest = {"rope": rope, "segment_ids": segment_ids, "options": options}
+            if division.sequence:
+                return attend_in_context(attend, division.devices_of_sequence, *arrays, **rest)
+            carried = None if initial_state is None else initial_state.carried
+            return attend(*arrays, **rest, carried=carried)
 
         rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
-        division = divide_over_mesh(query.shape[0], key.shape[2])
+        of_every_row = P(division.sequence)
         divided = division.map(
             local,
             in_specs=(
                 division.tokens,
-                rope and tuple(division.rows if table.ndim == 3 else P() for table in rope),
-                division.rows,
+                rope and tuple(division.places if x.ndim == 3 else of_every_row for x in rope),
+                division.places,
                 None if initial_state is None else division.state,
             ),
             out_specs=NHAOutput(

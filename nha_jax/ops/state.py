@@ -40,6 +40,17 @@ class NHAState(NamedTuple):
             self.window_key, self.window_rotated_key, self.window_value, self.window_log_decay
         )
 
+    @property
+    def carried(self) -> "Carried":
+        """The same with the ring unrolled."""
+        return Carried(
+            slots=(self.slot_key, self.slot_value),
+            tokens=self.tokens.map(lambda x: _rotate_rows(x, -self.length)),
+            real=jnp.arange(self.capacity) >= self.capacity - self.length[:, None],
+            length=self.length,
+            segment_id=self.segment_id,
+        )
+
 
 class Tokens(NamedTuple):
     """What the operator keeps of a token, for N tokens: [B, N, Hkv, .] each.
@@ -54,6 +65,19 @@ class Tokens(NamedTuple):
 
     def map(self, function) -> Self:
         return type(self)(*map(function, self))
+
+
+class Carried(NamedTuple):
+    """What a call goes on from: the slots, and the R tokens before it, oldest first.
+
+    `real` are those tokens that belong to the segment of the last of them; only they are ever seen.
+    """
+
+    slots: Slots  # as the last token before the call left them
+    tokens: Tokens  # [B, R, Hkv, .]
+    real: jax.Array  # [B, R] bool
+    length: jax.Array  # [B] int32, tokens so far of that segment
+    segment_id: jax.Array  # [B] int32, its id
 
 
 class Timeline(NamedTuple):
@@ -134,29 +158,28 @@ def resize_state(state: NHAState, max_length: int) -> NHAState:
 def build_timeline(
     tokens: Tokens,
     segment_ids: jax.Array | None,
-    state: NHAState | None,
+    carried: Carried | None,
     window_size: int | None,
 ) -> Timeline:
-    """Joins a call's T tokens with the state's ring, or with as many rows of nothing.
+    """Joins a call's T tokens with those carried over, or with as many rows of nothing.
 
-    R is the ring's capacity; without a state it is min(window_size, T) (a longer window reaches no
-    further back), and 0 for `window_size=None`.
+    Without any, R is min(window_size, T) (a longer window reaches no further back), and 0 for
+    `window_size=None`.
     """
     B, T = tokens.key.shape[:2]
     if segment_ids is None:
         run, real = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), bool)
     else:
-        before = segment_ids[:, 0] if state is None else state.segment_id
+        before = segment_ids[:, 0] if carried is None else carried.segment_id
         changed = segment_ids != jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
         run, real = jnp.cumsum(changed, axis=1, dtype=jnp.int32), segment_ids != 0
-    if state is None:
+    if carried is None:
         R = 0 if window_size is None else min(window_size, T)
         past = tokens.map(lambda x: jnp.zeros((B, R, *x.shape[2:]), x.dtype))
         past_real = jnp.zeros((B, R), bool)
     else:
-        R = state.capacity
-        past = state.tokens.map(lambda x: _rotate_rows(x, -state.length))
-        past_real = jnp.arange(R) >= R - state.length[:, None]
+        past, past_real = carried.tokens, carried.real
+        R = past_real.shape[1]
     joined = (jnp.concatenate(pair, axis=1) for pair in zip(past, tokens, strict=True))
     return Timeline(
         tokens=Tokens(*joined),
@@ -187,7 +210,7 @@ def next_state(
     num_tokens: int,
     slots: Slots,
     segment_ids: jax.Array | None,
-    state: NHAState | None,
+    carried: Carried | None,
     window_size: int | None,
 ) -> NHAState:
     """The state after the call, given the slots [B, Hkv, M, .] as each row's last token left them.
@@ -206,8 +229,8 @@ def next_state(
     )
     inside = timeline.real[:, R:] & (run == last_run[:, None])
     length = jnp.sum(inside, axis=1, dtype=jnp.int32)
-    if state is not None:
-        length += jnp.where(last_run == 0, state.length, 0)
+    if carried is not None:
+        length += jnp.where(last_run == 0, carried.length, 0)
 
     def ring(x):  # the capacity rows that end with the last real token, at their ring entries
         padded = jnp.pad(x, ((0, 0), (capacity - R, 0), (0, 0), (0, 0)))
@@ -220,7 +243,7 @@ def next_state(
         key, log_decay = tokens.key[:, :0], tokens.log_decay[:, :0]
     else:
         key, log_decay = map(ring, (tokens.key, tokens.log_decay))
-    segment_id = jnp.ones(B, jnp.int32) if state is None else state.segment_id
+    segment_id = jnp.ones(B, jnp.int32) if carried is None else carried.segment_id
     if segment_ids is not None:
         at_last = jnp.take_along_axis(segment_ids, last[:, None], 1, mode="clip")[:, 0]
         segment_id = jnp.where(last >= 0, at_last.astype(jnp.int32), segment_id)

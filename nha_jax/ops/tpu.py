@@ -17,7 +17,7 @@ from nha_jax.ops.kernel_layout import (
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.splash import splash_full_attention
 from nha_jax.ops.state import (
-    NHAState,
+    Carried,
     Tokens,
     build_timeline,
     last_real,
@@ -53,9 +53,6 @@ def tpu_unsupported(
     value: jax.Array,
     log_decay: jax.Array,
     *,
-    rope: Rope | None,
-    segment_ids: jax.Array | None,
-    initial_state: NHAState | None,
     options: Options,
 ) -> str | None:
     """Why the kernels can't serve this call, in a line; None if they can."""
@@ -79,7 +76,7 @@ def tpu_attention(
     *,
     rope: Rope | None,
     segment_ids: jax.Array | None,
-    initial_state: NHAState | None,
+    carried: Carried | None,
     options: Options,
     interpret: bool = False,
 ) -> NHAOutput:
@@ -88,18 +85,18 @@ def tpu_attention(
     interpret: run the kernels on the CPU.
     """
     T, W = query.shape[1], options.window_size
-    nothing_leaves = W is None or (W >= T and initial_state is None)
+    nothing_leaves = W is None or (W >= T and carried is None)
     attend = _full if nothing_leaves else _windowed
     out, state, weight = attend(
-        query, key, value, log_decay, rope, segment_ids, initial_state, options, interpret
+        query, key, value, log_decay, rope, segment_ids, carried, options, interpret
     )
     return NHAOutput(out.astype(query.dtype), state, weight)
 
 
-def _full(query, key, value, log_decay, rope, segment_ids, initial_state, options, interpret):
+def _full(query, key, value, log_decay, rope, segment_ids, carried, options, interpret):
     T, W = query.shape[1], options.window_size
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(jnp.float32))
-    timeline = build_timeline(tokens, segment_ids, initial_state, None)
+    timeline = build_timeline(tokens, segment_ids, carried, None)
     B, H, M = key.shape[0], key.shape[2], log_decay.shape[3]
     out, weight = splash_full_attention(
         apply_rope(query, rope), timeline, num_slots=M, options=options, interpret=interpret
@@ -110,7 +107,7 @@ def _full(query, key, value, log_decay, rope, segment_ids, initial_state, option
             jnp.zeros((B, H, M, key.shape[3]), jnp.float32),
             jnp.zeros((B, H, M, value.shape[3]), jnp.float32),
         )
-        state = next_state(timeline, T, empty, segment_ids, initial_state, W)
+        state = next_state(timeline, T, empty, segment_ids, carried, W)
     if segment_ids is not None:
         real = timeline.real[:, -T:, None]
         out, weight = jnp.where(real[..., None], out, 0), jnp.where(real, weight, 0)
@@ -118,7 +115,7 @@ def _full(query, key, value, log_decay, rope, segment_ids, initial_state, option
 
 
 class _Rows(NamedTuple):
-    """The kernels' N rows: the call's T, behind the ring of the state if there is one."""
+    """The kernels' N rows: the call's T, behind the tokens carried over if there are any."""
 
     query: jax.Array  # [B, N, Hq, K]
     tokens: Tokens  # [B, N, Hkv, .]
@@ -134,20 +131,20 @@ class _Rows(NamedTuple):
         return self.run.shape[1]
 
 
-def _windowed(query, key, value, log_decay, rope, segment_ids, initial_state, options, interpret):
+def _windowed(query, key, value, log_decay, rope, segment_ids, carried, options, interpret):
     T, Hq = query.shape[1:3]
     log_decay = log_decay.astype(jnp.float32)
-    if initial_state is None:
+    if carried is None:
         rows = _rows_of_call(query, Tokens(key, key, value, log_decay), rope, segment_ids)
     else:
         tokens = Tokens(key, apply_rope(key, rope), value, log_decay)
-        rows = _rows_with_ring(query, tokens, rope, segment_ids, initial_state)
-    spec, block_sizes = _plan(rows, options, initial_state is not None)
+        rows = _rows_with_past(query, tokens, rope, segment_ids, carried)
+    spec, block_sizes = _plan(rows, options, carried is not None)
     # For all tokens to enter the slots, a window that is not aligned needs some rows more.
     more = spec.shift if spec.state else 0
     padding = more + -(rows.num_rows + more) % spec.rows
     fused = fused_attention(
-        _inputs(rows, spec, padding, initial_state),
+        _inputs(rows, spec, padding, carried),
         _constants(rows, spec, padding),
         spec=spec,
         block_sizes=block_sizes,
@@ -160,10 +157,10 @@ def _windowed(query, key, value, log_decay, rope, segment_ids, initial_state, op
         weight = fused.slot_weight.transpose(0, 3, 1, 2).reshape(B, -1, Hq)[:, N - T : N]
     if options.return_state and fused.end is not None:
         tokens = Tokens(key, apply_rope(key, rope), value, log_decay)
-        timeline = build_timeline(tokens, segment_ids, initial_state, options.window_size)
+        timeline = build_timeline(tokens, segment_ids, carried, options.window_size)
         slots = split_slots(fused.end, log_decay.shape[3], key.shape[3], V)
         slots = of_last_segment(slots, timeline, T)
-        state = next_state(timeline, T, slots, segment_ids, initial_state, options.window_size)
+        state = next_state(timeline, T, slots, segment_ids, carried, options.window_size)
     return NHAOutput(out, state, weight)
 
 
@@ -176,19 +173,19 @@ def _rows_of_call(
     return _Rows(query, tokens, timeline.run, timeline.real, last, rope, None, segments)
 
 
-def _rows_with_ring(
+def _rows_with_past(
     query: jax.Array,
     tokens: Tokens,
     rope: Rope | None,
     segment_ids: jax.Array | None,
-    state: NHAState,
+    carried: Carried,
 ) -> _Rows:
-    """The ring's tokens are rows of their own, whose queries are zeros and go nowhere.
+    """The tokens before are rows of their own, whose queries are zeros and go nowhere.
 
-    Its keys were rotated when they came, so the call's keys and queries are rotated here as well.
+    Their keys were rotated when they came, so the call's keys and queries are rotated here as well.
     """
-    W = state.capacity
-    timeline = build_timeline(tokens, segment_ids, state, W)
+    W = carried.real.shape[1]
+    timeline = build_timeline(tokens, segment_ids, carried, W)
     behind = functools.partial(jnp.pad, pad_width=((0, 0), (W, 0), (0, 0), (0, 0)))
     return _Rows(
         behind(query),
@@ -228,9 +225,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
     return spec, block_sizes
 
 
-def _inputs(
-    rows: _Rows, spec: Spec, padding: int, initial_state: NHAState | None
-) -> dict[str, jax.Array]:
+def _inputs(rows: _Rows, spec: Spec, padding: int, carried: Carried | None) -> dict[str, jax.Array]:
     """What the kernels differentiate."""
     key, rotated_key, value, log_decay = rows.tokens
     inputs = {
@@ -245,11 +240,11 @@ def _inputs(
         inputs["rotated_key"] = flatten_heads(rotated_key, padding, halves=True)
     if spec.state:
         B, H, M = log_decay.shape[0], log_decay.shape[2], log_decay.shape[3]
-        if initial_state is None:
+        if carried is None:
             zeros = functools.partial(jnp.zeros, dtype=jnp.float32)
             slots = zeros((B, H, M, key.shape[3])), zeros((B, H, M, value.shape[3]))
         else:
-            slots = initial_state.slot_key, initial_state.slot_value
+            slots = carried.slots
         inputs["slots"] = join_slots(slots)
     return inputs
 

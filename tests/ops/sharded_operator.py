@@ -14,6 +14,7 @@ from nha_jax.ops.chunked import chunked_attention
 from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 from nha_jax.ops.sharding import over_mesh, use_mesh_axes
 from nha_jax.ops.state import Tokens
+from nha_jax.ops.tpu import tpu_attention
 from nha_jax.ops.types import Options
 
 T, K, V, M, W = 12, 4, 4, 2, 4
@@ -28,6 +29,10 @@ class Case:
     rope: str | None = "rows"
     segments: bool = False
     state: bool = False
+    window_size: int | None = W
+    empty_slots: str = "attend"
+    gate: str = "mild"
+    implementation: str = "xla"
     axes: dict[str, list[str]] | None = None
 
 
@@ -48,6 +53,46 @@ CASES = [
     ),
 ]
 
+# T = 12 tokens on 4 devices: 3 each, and windows that reach back into none, one, two or all.
+CASES += [
+    Case(
+        {"data": 2, "context": 4},
+        PartitionSpec("data", "context"),
+        window_size=window_size,
+        segments=segments,
+        empty_slots=empty_slots,
+        gate=gate,
+    )
+    for window_size, segments, empty_slots, gate in [
+        (0, True, "attend", "mixed"),
+        (0, False, "attend", "mild"),
+        (1, True, "mask", "mild"),
+        (3, False, "attend", "mixed"),
+        (4, True, "mask", "mixed"),
+        (8, True, "attend", "mild"),
+        (T, True, "attend", "mild"),
+        (None, True, "mask", "mild"),
+        (None, False, "attend", "mild"),
+    ]
+]
+CASES += [
+    Case(
+        {"data": 1, "fsdp": 2, "tensor": 2, "context": 2},
+        PartitionSpec("fsdp", "context", "tensor"),
+        segments=True,
+        rope="tokens",
+    ),
+    # A state is of a whole sequence: it is then not divided.
+    Case({"data": 4, "context": 2}, PartitionSpec("data"), segments=True, state=True),
+    Case(
+        {"data": 4, "context": 2},
+        PartitionSpec("data", "context"),
+        segments=True,
+        rope=None,
+        implementation="pallas_tpu",
+    ),
+]
+
 DECODE_WINDOWS = [16, None]
 
 
@@ -64,6 +109,9 @@ def make_inputs(case: Case):
         normal(B, T, Hkv, V),
         -jnp.abs(normal(B, T, Hkv, M)),
     )
+    if case.gate == "mixed":
+        strong = rng.random((B, T, Hkv, M)) < 0.2
+        arrays = (*arrays[:3], jnp.where(strong, -jnp.inf, arrays[3]))
     positions = {None: None, "tokens": np.arange(T), "rows": rng.integers(0, 99, (B, T))}[case.rope]
     rope = None if positions is None else rope_tables(jnp.asarray(positions), K)
     segment_ids = jnp.asarray(rng.integers(0, 3, (B, T)), jnp.int32) if case.segments else None
@@ -85,12 +133,12 @@ def make_inputs(case: Case):
 def results(case: Case, attend):
     """The operator's output and the gradients of the arrays, the rope tables and the state."""
     options = Options(
-        window_size=W,
+        window_size=case.window_size,
         scale=0.5,
-        slot_feature_map="identity",
-        empty_slots="attend",
+        slot_feature_map="silu",
+        empty_slots=case.empty_slots,
         return_state=case.state,
-        return_slot_weight=case.state,
+        return_slot_weight=True,
     )
     arrays, rope, segment_ids, state = make_inputs(case)
 
@@ -108,13 +156,15 @@ def results(case: Case, attend):
 def check(case: Case) -> None:
     sizes = tuple(case.mesh.values())
     mesh = jax.make_mesh(sizes, tuple(case.mesh), axis_types=(AxisType.Auto,) * len(sizes))
-    expected = results(case, chunked_attention)
+    expected = results(case, over_mesh(chunked_attention))
+    kernels = functools.partial(tpu_attention, interpret=True)
+    attend = kernels if case.implementation == "pallas_tpu" else chunked_attention
     with jax.set_mesh(mesh), use_mesh_axes(**(case.axes or {})):
-        found = results(case, over_mesh(chunked_attention))
+        found = results(case, over_mesh(attend))
     assert found[1].out.sharding.spec == case.spec, found[1].out.sharding
     for x, wanted in zip(*map(jax.tree.leaves, jax.device_get((found, expected))), strict=True):
         if x.dtype != jax.dtypes.float0:
-            np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(x, wanted, rtol=1e-4, atol=1e-5, err_msg=str(case))
 
 
 def check_decode(window_size: int | None) -> None:

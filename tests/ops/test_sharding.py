@@ -16,4 +16,4 @@ def test_eight_devices_agree_with_one():
         capture_output=True,
         text=True,
     )
-    assert done.stdout == "6 cases agree\n", done.stderr
+    assert done.stdout == "18 cases agree\n", done.stderr
