@@ -93,31 +93,20 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
     with jax.set_mesh(mesh):
         steps = Steps(config, mesh)
         traced = steps.trace_update()
+        state = {
+            "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
+            "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
+        }
         start = time.perf_counter()
         lowered = traced.lower()
+        costs = None
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = needed_memory(error)
-            if needed is None:
-                raise
-            compiled = None
-    state = {
-        "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
-        "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
-    }
-    if compiled is None:
-        memory = Memory(
-            **state,
-            batch=0,
-            temporaries=needed[0] - sum(state.values()),
-            program=0,
-            available=needed[1],
-        )
-        costs = None
-    else:
-        memory = _memory(compiled.memory_analysis(), state, topology.memory)
-        costs = count_costs(Program(compiled.as_text()), _kernel_costs(traced.jaxpr.jaxpr))
+            memory = _memory_of_refusal(error, state)
+        else:
+            memory = _memory(compiled.memory_analysis(), state, topology.memory)
+            costs = count_costs(Program(compiled.as_text()), _kernel_costs(traced.jaxpr.jaxpr))
     return CompiledStep(
         config=config,
         topology=topology,
@@ -140,7 +129,8 @@ def layer_kinds(config: ModelConfig, platform: str) -> dict[str, int]:
         (config.num_kv_heads, config.value_dim),
         (config.num_kv_heads, config.num_slots),
     )
-    arrays = [jax.ShapeDtypeStruct((1, 1, *size), jnp.dtype(config.dtype)) for size in sizes]
+    dtype = jnp.dtype(config.dtype)
+    arrays: list[Any] = [jax.ShapeDtypeStruct((1, 1, *size), dtype) for size in sizes]
     kinds: Counter[str] = Counter()
     for window in config.windows:
         options = Options(
@@ -152,9 +142,7 @@ def layer_kinds(config: ModelConfig, platform: str) -> dict[str, int]:
             return_slot_weight=False,
             block_sizes=config.block_sizes,
         )
-        reason = tpu_unsupported(
-            *arrays, rope=None, segment_ids=None, initial_state=None, options=options
-        )
+        reason = tpu_unsupported(*arrays, options=options)
         if config.implementation not in (None, "pallas_tpu"):
             how = f"{config.implementation}, as the configuration says"
         elif platform != "tpu":
@@ -174,6 +162,16 @@ def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:
         program=analysis.generated_code_size_in_bytes,
         available=available,
     )
+
+
+def _memory_of_refusal(error: Exception, state: dict[str, int]) -> Memory:
+    """Raises the error if it is not of want of memory."""
+    found = needed_memory(error)
+    if found is None:
+        raise error
+    needed, available = found
+    rest = needed - sum(state.values())
+    return Memory(**state, batch=0, temporaries=rest, program=0, available=available)
 
 
 def _device_bytes(tree: Any, shardings: Any) -> int:

@@ -121,9 +121,7 @@ def _flops(computation: Computation, instruction: Instruction) -> Iterator[int]:
     elif instruction.opcode == "dot":
         yield _dot_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
     elif instruction.opcode == "custom-call" and "__cublas" in instruction.attributes:
-        yield _dot_flops(
-            computation, instruction, r'"lhs_contracting_dimensions":\[([\d",]*)\]'
-        )
+        yield _dot_flops(computation, instruction, r'"lhs_contracting_dimensions":\[([\d",]*)\]')
 
 
 def _dot_flops(computation: Computation, dot: Instruction, contracted: str) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,7 @@ def _inner(equation) -> Iterator[core.Jaxpr]:
                 yield inner
 
 
-def _flops(jaxpr: core.Jaxpr) -> int:
+def _flops(jaxpr: Any) -> int:
     """Of the matrix products: 2 for each pair that is multiplied."""
     flops = 0
     for equation in jaxpr.eqns:
