@@ -93,20 +93,18 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
     with jax.set_mesh(mesh):
         steps = Steps(config, mesh)
         traced = steps.trace_update()
-        state = {
-            "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
-            "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
-        }
         start = time.perf_counter()
         lowered = traced.lower()
-        costs = None
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            memory = _memory_of_refusal(error, state)
-        else:
-            memory = _memory(compiled.memory_analysis(), state, topology.memory)
-            costs = count_costs(Program(compiled.as_text()), _kernel_costs(traced.jaxpr.jaxpr))
+        compiled, refusal = _compile(lowered)
+    state = {
+        "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
+        "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
+    }
+    if compiled is None:
+        memory, costs = _memory_of_refusal(*refusal, state), None
+    else:
+        memory = _memory(compiled.memory_analysis(), state, topology.memory)
+        costs = count_costs(Program(compiled.as_text()), _kernel_costs(traced.jaxpr.jaxpr))
     return CompiledStep(
         config=config,
         topology=topology,
@@ -164,12 +162,18 @@ def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:
     )
 
 
-def _memory_of_refusal(error: Exception, state: dict[str, int]) -> Memory:
-    """Raises the error if it is not of want of memory."""
-    found = needed_memory(error)
-    if found is None:
-        raise error
-    needed, available = found
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, tuple[int, int]]:
+    """The program; or, if there is too little memory for it, the bytes it needs and there are."""
+    try:
+        return lowered.compile(), (0, 0)
+    except jax.errors.JaxRuntimeError as error:
+        memory = needed_memory(error)
+        if memory is None:
+            raise
+        return None, memory
+
+
+def _memory_of_refusal(needed: int, available: int, state: dict[str, int]) -> Memory:
     rest = needed - sum(state.values())
     return Memory(**state, batch=0, temporaries=rest, program=0, available=available)
 
