@@ -32,7 +32,7 @@ PREFILL_CHUNK, TRAINING_LENGTH = 512, 2048
 def make_model(dtype: str) -> Model:
     config = ModelConfig(
         vocab_size=257, num_layers=4, hidden_size=256, num_query_heads=4, num_kv_heads=2,
-        num_slots=64, window_size=64, dtype=dtype, tie_embeddings=True, remat=False,
+        num_slots=64, window_size=64, dtype=dtype, tie_embeddings=True, remat="none",
     )  # fmt: skip
     return Model(config, rngs=nnx.Rngs(0))
 

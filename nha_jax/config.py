@@ -16,6 +16,7 @@ else:
     DerivedInt = int | None
 
 DType = Literal["bfloat16", "float32"]
+Remat = Literal["none", "full", "operator", "dots"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,10 @@ class ModelConfig:
         initializer_range: standard deviation of the embedding and the projections at the start.
         dtype: of the computation; norms, softmax, decays and logits are float32 in any case.
         param_dtype: of the parameters.
-        remat: recompute each block in the backward pass rather than keep its activations.
+        remat: what the backward pass computes again rather than keep, block by block: "none";
+            "full", everything but the block's input; "operator", all but what the attention
+            operator's own backward needs, whose forward then runs once; "dots", all but that and
+            the projections' and the SwiGLU's products.
 
     Raises:
         ValueError: a field is out of its range or does not fit another; one line names the field,
@@ -70,7 +74,7 @@ class ModelConfig:
     initializer_range: float = 0.02
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
-    remat: bool = True
+    remat: Remat = "full"
     implementation: Implementation | None = None
     block_sizes: BlockSizes | None = None
 
@@ -142,9 +146,8 @@ class ModelConfig:
             value = getattr(self, field)
             if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < float("inf"):
                 self._reject(field, "must be a finite number above 0")
-        for field in ("tie_embeddings", "remat"):
-            if not isinstance(getattr(self, field), bool):
-                self._reject(field, "must be true or false")
+        if not isinstance(self.tie_embeddings, bool):
+            self._reject("tie_embeddings", "must be true or false")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
@@ -293,6 +296,7 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "empty_slots": get_args(EmptySlots),
     "dtype": get_args(DType),
     "param_dtype": get_args(DType),
+    "remat": get_args(Remat),
     "implementation": (*get_args(Implementation), None),
 }
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.arguments import check_integers, check_lengths, check_places
-from nha_jax.config import ModelConfig
+from nha_jax.config import ModelConfig, Remat
 from nha_jax.diagnostics import Diagnostics
 from nha_jax.layer_stack import (
     in_layer_order,
@@ -20,8 +20,9 @@ from nha_jax.layer_stack import (
 )
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
-from nha_jax.ops import Rope, rope_tables
+from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.sharding import divide_over_mesh
+from nha_jax.remat import remat_policy
 
 
 class ModelCache(NamedTuple):
@@ -101,7 +102,7 @@ class Model(nnx.Module):
         positions: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads: [B, T, hidden_size] float32. Arguments as for a call."""
-        hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=False)
+        hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=None)
         return hidden
 
     def diagnose(
@@ -109,6 +110,8 @@ class Model(nnx.Module):
         tokens: jax.Array,
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
+        *,
+        slot_weight_gradient: SlotWeightGradient = "all",
     ) -> Diagnostics:
         """The forward, and what every layer did: its softmax mass on the slots, and its gates.
 
@@ -121,9 +124,11 @@ class Model(nnx.Module):
             seen.slot_weight.mean((1, 2))  # [L, Hq]: how much each head reads from its slots
             jnp.log(2) / -seen.log_decay.mean((1, 2))  # [L, Hkv, M]: half-lives in tokens
 
-        Arguments and errors as for a call.
+        Arguments and errors as for a call; slot_weight_gradient as for `nha_jax.nha_attention`.
         """
-        hidden, layers = self._forward(tokens, segment_ids, positions, diagnose=True)
+        hidden, layers = self._forward(
+            tokens, segment_ids, positions, diagnose=slot_weight_gradient
+        )
         stacked = in_layer_order(layers)
         return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
@@ -351,9 +356,12 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None,
         positions: jax.Array | None,
         *,
-        diagnose: bool,
+        diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, tuple[LayerDiagnostics | None, ...]]:
-        """What the head reads, and of each layer of the window period, stacked, what it did."""
+        """What the head reads, and of each layer of the window period, stacked, what it did.
+
+        diagnose: how the slot weights are differentiated; None: nobody asks what the layers did.
+        """
         tokens = check_integers("tokens", tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
@@ -380,7 +388,7 @@ class Model(nnx.Module):
         hidden: jax.Array,
         caches: tuple[Any, ...] | None = None,
         *,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> tuple[jax.Array, tuple[Any, ...]]:
         """Runs step(block, hidden, cache, window_size) -> (hidden, cache) through all layers.
 
@@ -396,9 +404,11 @@ class Model(nnx.Module):
         def run(parameters: nnx.State, hidden: jax.Array, cache: Any, window_size: int | None):
             return step(nnx.merge(graph, parameters), hidden, cache, window_size)
 
-        if remat:
+        if remat != "none":
             # Inside a scan nothing can be merged with the recomputation, so no barrier is needed.
-            run = jax.checkpoint(run, prevent_cse=False, static_argnums=3)
+            run = jax.checkpoint(
+                run, prevent_cse=False, static_argnums=3, policy=remat_policy(remat)
+            )
 
         def run_group(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
             blocks = unstack(group[0], len(windows))

@@ -66,7 +66,7 @@ def _fields(value: object) -> str:
         ({"gate_logit_normalizer": 0.0}, "gate_logit_normalizer=0.0 must be a finite number"),
         ({"norm_eps": float("nan")}, "norm_eps=nan must be a finite number"),
         ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a finite number"),
-        ({"remat": 1}, "remat=1 must be true or false"),
+        ({"remat": True}, "remat=True must be one of 'none', 'full', 'operator', 'dots'"),
         ({"dtype": "float8"}, "dtype='float8' must be one of 'bfloat16', 'float32'"),
         ({"empty_slots": "drop"}, "empty_slots='drop' must be one of 'attend', 'mask'"),
         ({"slot_feature_map": "elu"}, "slot_feature_map='elu' must be one of 'identity'"),

@@ -111,7 +111,7 @@ def test_padding_and_other_documents_leave_no_trace_in_the_slot_weight():
 
 def test_slot_weight_can_be_trained():
     """Its gradient, through the scan and rematerialisation, is that of the layers one by one."""
-    model = tiny_model(num_layers=2, window_size=4, remat=True)
+    model = tiny_model(num_layers=2, window_size=4, remat="operator")
 
     def gradient(diagnose):
         return jax.jit(jax.grad(lambda model: diagnose(model).slot_weight.mean()))(model)

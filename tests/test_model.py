@@ -181,7 +181,7 @@ def test_scan_over_groups_equals_a_loop_over_layers():
 
     wanted, found = loss(loop)(model, tokens), loss(Model.__call__)(model, tokens)
     chex.assert_trees_all_close(found, wanted, rtol=2e-4, atol=2e-4)
-    kept = forward(tiny_model(remat=False, **sizes), tokens)
+    kept = forward(tiny_model(remat="none", **sizes), tokens)
     chex.assert_trees_all_close(kept, forward(model, tokens), rtol=1e-5, atol=1e-6)
 
 

@@ -86,7 +86,7 @@ _B200 = Chip(
     name="NVIDIA B200",
     flops=2250e12,
     memory=180 * 10**9,
-    memory_bandwidth=7700e9,
+    memory_bandwidth=8000e9,
     interconnect=900e9,
 )
 

@@ -11,7 +11,15 @@ from flax import nnx
 from nha_jax.config import ModelConfig
 from nha_jax.layers.convolution import ShortConvolution
 from nha_jax.layers.parameters import linear, rms_norm
-from nha_jax.ops import NHAState, Rope, decode_step, init_state, nha_attention, resize_state
+from nha_jax.ops import (
+    NHAState,
+    Rope,
+    SlotWeightGradient,
+    decode_step,
+    init_state,
+    nha_attention,
+    resize_state,
+)
 
 Projections = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -83,7 +91,7 @@ class NativeHybridAttention(nnx.Module):
     ) -> jax.Array:
         """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives 0."""
         outputs, _ = self.forward(
-            inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=False
+            inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
         return outputs
 
@@ -94,15 +102,17 @@ class NativeHybridAttention(nnx.Module):
         window_size: int | None,
         rope: Rope,
         segment_ids: jax.Array | None,
-        diagnose: bool,
+        diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
-        """What a call returns, and if `diagnose` what the layer did; None otherwise."""
+        """What a call returns, and, differentiated as `diagnose` says, what the layer did."""
         operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
         heads = self._heads(*self._convolve(self._projections(inputs), segment_ids))
         log_decay = self._log_decay(inputs)
-        if not diagnose:
+        if diagnose is None:
             return self._output(operator(*heads, log_decay)), None
-        attended, _, slot_weight = operator(*heads, log_decay, return_slot_weight=True)
+        attended, _, slot_weight = operator(
+            *heads, log_decay, return_slot_weight=True, slot_weight_gradient=diagnose
+        )
         return self._output(attended), LayerDiagnostics(slot_weight, log_decay)
 
     def prefill(

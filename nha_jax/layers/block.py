@@ -7,7 +7,7 @@ from nha_jax.config import ModelConfig
 from nha_jax.layers.attention import LayerCache, LayerDiagnostics, NativeHybridAttention
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
-from nha_jax.ops import Rope
+from nha_jax.ops import Rope, SlotWeightGradient
 
 
 class Block(nnx.Module):
@@ -29,7 +29,7 @@ class Block(nnx.Module):
     ) -> jax.Array:
         """[B, T, hidden_size] -> [B, T, hidden_size], as `NativeHybridAttention.__call__`."""
         hidden, _ = self.forward(
-            hidden, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=False
+            hidden, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
         return hidden
 
@@ -40,7 +40,7 @@ class Block(nnx.Module):
         window_size: int | None,
         rope: Rope,
         segment_ids: jax.Array | None,
-        diagnose: bool,
+        diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
         """What a call returns, and the diagnostics as `NativeHybridAttention.forward`."""
         attended, diagnostics = self.attention.forward(

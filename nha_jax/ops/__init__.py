@@ -5,13 +5,14 @@ from nha_jax.ops.decode import decode_step
 from nha_jax.ops.rope import Rope, apply_rope, rope_tables
 from nha_jax.ops.sharding import use_mesh_axes
 from nha_jax.ops.state import NHAState, init_state, resize_state
-from nha_jax.ops.types import NHAOutput
+from nha_jax.ops.types import NHAOutput, SlotWeightGradient
 
 __all__ = [
     "Implementation",
     "NHAOutput",
     "NHAState",
     "Rope",
+    "SlotWeightGradient",
     "apply_rope",
     "decode_step",
     "init_state",

@@ -15,7 +15,7 @@ from nha_jax.ops.rope import Rope
 from nha_jax.ops.sharding import over_mesh
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.tpu import can_compile_for_tpus, tpu_attention, tpu_unsupported
-from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap
+from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap, SlotWeightGradient
 from nha_jax.ops.validation import validate_arrays, validate_rest
 from pallas.tpu import BlockSizes
 
@@ -38,6 +38,7 @@ def nha_attention(
     initial_state: NHAState | None = None,
     return_state: Literal[False] = False,
     return_slot_weight: Literal[False] = False,
+    slot_weight_gradient: SlotWeightGradient = "all",
     implementation: Implementation | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array: ...
@@ -59,6 +60,7 @@ def nha_attention(
     initial_state: NHAState | None = None,
     return_state: bool = False,
     return_slot_weight: bool = False,
+    slot_weight_gradient: SlotWeightGradient = "all",
     implementation: Implementation | None = None,
     block_sizes: BlockSizes | None = None,
 ) -> jax.Array | NHAOutput: ...
@@ -79,6 +81,7 @@ def nha_attention(
     initial_state=None,
     return_state=False,
     return_slot_weight=False,
+    slot_weight_gradient="all",
     implementation=None,
     block_sizes=None,
 ):
@@ -111,6 +114,9 @@ def nha_attention(
       return_state: return the state after each row's last real token: padding at the end of a row
         leaves no trace. With window_size=None the state grows by T tokens.
       return_slot_weight: return the softmax mass on the slots, [B, T, Hq] float32; differentiable.
+      slot_weight_gradient: what the slot weight's gradient reaches. It is sigmoid(A - B), A and B
+        the logs of the sums of exp(a_t) and exp(b_t): "all" is its gradient as it stands, "slots"
+        that of sigmoid(A - stop_gradient(B)), so that the window's logits are not pulled.
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
         serves this call on the platform it is compiled for. Kernels run interpreted, and slowly, on
         other platforms than their own, and need `jax.set_mesh` where a mesh divides the arrays:
@@ -134,6 +140,7 @@ def nha_attention(
         empty_slots=empty_slots,
         return_state=return_state,
         return_slot_weight=return_slot_weight,
+        slot_weight_gradient=slot_weight_gradient,
         block_sizes=block_sizes,
     )
     rest = {

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.ops.full import full_attention
 from nha_jax.ops.gates import ChunkGates, chunk_gates
@@ -212,7 +213,10 @@ def _forward(blocks, options, past, visible, rows, slots, runs):
 
 
 def _scan_fwd(blocks, options, past, visible, rows, slots, runs):
-    result, starts = _forward(blocks, options, past, visible, rows, slots, runs)
+    (out, weight, after), starts = _forward(blocks, options, past, visible, rows, slots, runs)
+    # What a rematerialised layer saves, by the kernels' names, to be spared this scan.
+    starts = jax.tree.map(lambda x: checkpoint_name(x, "nha_starts"), starts)
+    result = checkpoint_name(out, "nha_out"), weight, after
     return result, (past, visible, rows, starts, runs)
 
 
@@ -310,13 +314,20 @@ def _step(
     top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
     pa, pb = jnp.exp(a - top), jnp.exp(b - top)
     slot_mass = jnp.sum(pa, axis=-1)
-    mass = slot_mass + jnp.sum(pb, axis=-1)
-    mass = jnp.where(mass > 0, mass, 1)
+    window_mass = jnp.sum(pb, axis=-1)
+    mass = _above_zero(slot_mass + window_mass)
+    weight_mass = mass
+    if options.slot_weight_gradient == "slots":
+        weight_mass = _above_zero(slot_mass + lax.stop_gradient(window_mass))
     slot_p = jnp.where(together, gates.gather(pa), 0)
     p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)])
     out = jnp.einsum("bhngti,bhniv->bhngtv", p, value)
     out += jnp.einsum("bhngtm,bhnmv->bhngtv", pa * from_start, starts[1])
-    return (out / mass[..., None]).astype(narrow), slot_mass / mass, slots
+    return (out / mass[..., None]).astype(narrow), slot_mass / weight_mass, slots
+
+
+def _above_zero(mass: jax.Array) -> jax.Array:
+    return jnp.where(mass > 0, mass, 1)
 
 
 def _chunk_slots(

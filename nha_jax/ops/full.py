@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.ops.state import Timeline
 from nha_jax.ops.types import Options, compute_dtype
@@ -54,7 +55,10 @@ def full_attention(
         mass = jnp.sum(p, axis=-1, keepdims=True) + empty
         mass = jnp.where(mass > 0, mass, 1)
         out = jnp.einsum("bhgtn,bnhv->bhgtv", p, value)
-        return out / mass, (empty / mass)[..., 0]
+        weight = (empty / mass)[..., 0]
+        if options.slot_weight_gradient == "slots":
+            weight = lax.stop_gradient(weight)  # empty slots are constants
+        return out / mass, weight
 
     queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
     run = cut(timeline.run[:, -T:])
@@ -63,4 +67,5 @@ def full_attention(
     )
     # [steps, B, H, G, rows, ...] -> [B, T, Hq, ...]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, steps * rows, Hq, -1)[:, :T]
+    out = checkpoint_name(out, "nha_out")
     return out, weight.transpose(1, 0, 4, 2, 3).reshape(B, steps * rows, Hq)[:, :T]

@@ -73,10 +73,14 @@ def reference_attention(
         if options.empty_slots == "mask":
             a = jnp.where(enters[:, None, None, None], a, -jnp.inf)
         p = _softmax(jnp.concatenate([a, b], axis=-1), real[:, None, None, None])
+        weight = p
+        if options.slot_weight_gradient == "slots":
+            still = jax.lax.stop_gradient(b)
+            weight = _softmax(jnp.concatenate([a, still], axis=-1), real[:, None, None, None])
         out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
         out += jnp.einsum("bhgn,bnhv->bhgv", p[..., M:], past_value)
         carry = (slot_key, slot_value), jnp.where(real, run, current_run)
-        return carry, (out, jnp.sum(p[..., :M], axis=-1))
+        return carry, (out, jnp.sum(weight[..., :M], axis=-1))
 
     slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
     if carried is not None and W is not None:

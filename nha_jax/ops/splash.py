@@ -63,12 +63,14 @@ def splash_full_attention(
     if not (attend_empty and options.return_slot_weight):
         out = tokens_first(attend(query, key, value))
         return out, jnp.zeros(out.shape[:3], jnp.float32)
+    _, (log_mass,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
+    weight = tokens_first(jnp.exp(math.log(num_slots) - log_mass))
+    if options.slot_weight_gradient == "slots":  # empty slots are constants
+        return tokens_first(attend(query, key, value)), weight
     # The output of a column of ones is the weight of all but the slots. It has the gradient, but
     # not the digits, of the slot weight; those are in the softmax's denominator, which has none.
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
     out = tokens_first(attend(query, key, value))
-    _, (log_mass,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
-    weight = tokens_first(jnp.exp(math.log(num_slots) - log_mass))
     token_weight = out[..., -1]
     return out[..., :-1], weight + lax.stop_gradient(token_weight) - token_weight
 
@@ -116,6 +118,7 @@ def _kernel(
             mask=mask,
             block_sizes=block_sizes,
             save_residuals=save_residuals,
+            residual_checkpoint_name="nha_out",
             interpret=interpret,
         )
     return jax.tree.map(np.asarray, kernel)

@@ -221,6 +221,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
         segments=segments,
         state=has_state or options.return_state,
         weight=options.return_slot_weight,
+        weight_of_slots=options.slot_weight_gradient == "slots",
     )
     return spec, block_sizes
 

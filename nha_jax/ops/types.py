@@ -11,6 +11,7 @@ from pallas.tpu import BlockSizes
 
 SlotFeatureMap = Literal["identity", "silu", "relu"]
 EmptySlots = Literal["attend", "mask"]
+SlotWeightGradient = Literal["all", "slots"]
 
 
 class NHAOutput(NamedTuple):
@@ -31,6 +32,7 @@ class Options:
     empty_slots: EmptySlots
     return_state: bool
     return_slot_weight: bool
+    slot_weight_gradient: SlotWeightGradient = "all"
     block_sizes: BlockSizes | None = None  # of the TPU kernels; None: the chip's defaults
 
     def feature_map(self, x: jax.Array) -> jax.Array:

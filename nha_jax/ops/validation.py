@@ -9,7 +9,13 @@ import jax.numpy as jnp
 
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.state import NHAState
-from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
+from nha_jax.ops.types import (
+    EmptySlots,
+    Options,
+    SlotFeatureMap,
+    SlotWeightGradient,
+    compute_dtype,
+)
 
 
 def validate_rest(
@@ -120,7 +126,11 @@ def _check_options(options: Options) -> None:
         raise ValueError(f"window_size must be at least 0, got {W}")
     if not isinstance(options.scale, numbers.Real) or not math.isfinite(options.scale):
         raise ValueError(f"scale must be a finite number, got {options.scale!r}")
-    for name, choices in (("slot_feature_map", SlotFeatureMap), ("empty_slots", EmptySlots)):
+    for name, choices in (
+        ("slot_feature_map", SlotFeatureMap),
+        ("empty_slots", EmptySlots),
+        ("slot_weight_gradient", SlotWeightGradient),
+    ):
         if (chosen := getattr(options, name)) not in get_args(choices):
             raise ValueError(f"{name} must be one of {get_args(choices)}, got {chosen!r}")
 

@@ -14,6 +14,9 @@ from pallas.tpu.forward import forward
 from pallas.tpu.launch import Arrays
 from pallas.tpu.spec import Spec
 
+RESIDUAL_NAMES = ("nha_out", "nha_lse", "nha_starts", "nha_slot_weight")
+"""`jax.ad_checkpoint.checkpoint_name`s of what the backward needs of the forward."""
+
 # Of what enters the slots.
 _TIME_AXIS = {"key": 1, "rotated_key": 1, "value": 1, "log_decay": 3}
 
@@ -46,9 +49,9 @@ def fused_attention(
       segments of all rows and tokens.
     interpret: as for `pallas_call`: True runs the kernels on the CPU.
 
-    Saved for the backward, beside the inputs: the log-sum-exp, the slots at each grid step's start
-    and, of wide windows, the output. With the names "nha_out", "nha_lse" and "nha_starts" saved, a
-    `jax.checkpoint` policy spares itself the forward.
+    Saved for the backward, beside the inputs: the log-sum-exp, the slots at each grid step's start,
+    of wide windows the output, and the slot weight if the backward reads it. A `jax.checkpoint`
+    policy that saves `RESIDUAL_NAMES` spares itself the forward.
     """
     return _fused(spec, block_sizes, interpret, inputs, constants)
 
@@ -80,9 +83,14 @@ def _run(spec, block_sizes, interpret, inputs, constants, *, save) -> tuple[Fuse
 def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
     fused, result = _run(spec, block_sizes, interpret, inputs, constants, save=True)
     fused = fused._replace(out=checkpoint_name(fused.out, "nha_out"))
+    if fused.slot_weight is not None:
+        weight = checkpoint_name(fused.slot_weight, "nha_slot_weight")
+        fused = fused._replace(slot_weight=weight)
     saved = {name: checkpoint_name(result[name], f"nha_{name}") for name in ("lse", "starts")}
     if spec.wide:
-        saved |= {"out": fused.out, "slot_weight": fused.slot_weight}
+        saved["out"] = fused.out
+    if spec.weight and (spec.wide or spec.weight_of_slots):
+        saved["slot_weight"] = fused.slot_weight
     return fused, (inputs, constants, saved)
 
 
@@ -94,6 +102,8 @@ def _fused_bwd(spec, block_sizes, interpret, residuals, cotangents: Fused):
     more = {"starts": saved["starts"]}
     if spec.weight:
         more["weight_cotangent"] = cotangents.slot_weight
+        if spec.weight_of_slots:
+            more["weight_cotangent"] *= 1 - saved["slot_weight"]
     if spec.state:
         more["end_cotangent"] = cotangents.end
     result = backward(
@@ -147,7 +157,7 @@ def _delta(saved: Arrays, cotangents: Fused, spec: Spec) -> jax.Array:
     B, H, G, T = saved["lse"].shape
     product = saved["out"].astype(jnp.float32) * cotangents.out.astype(jnp.float32)
     delta = jnp.sum(product.reshape(B, T, H, G, -1), -1).transpose(0, 2, 3, 1)
-    if cotangents.slot_weight is not None:
+    if cotangents.slot_weight is not None and not spec.weight_of_slots:
         delta += saved["slot_weight"] * cotangents.slot_weight
     return delta
 

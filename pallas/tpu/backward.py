@@ -22,9 +22,11 @@ def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret: bo
     """The kernel's call.
 
     inputs: those of `forward`, its lse and starts, and out_cotangent [B, T, H * G * V] of the
-    value's dtype; with spec.weight, weight_cotangent [B, H, G, T] float32; with spec.state,
-    end_cotangent [B, H, M, K + V] float32; with spec.wide, delta [B, H, G, T] float32, the sum of
-    out * out_cotangent (and of slot_weight * weight_cotangent), which the kernel sees only part of.
+    value's dtype; with spec.weight, weight_cotangent [B, H, G, T] float32, and with
+    spec.weight_of_slots that times 1 - slot_weight; with spec.state, end_cotangent
+    [B, H, M, K + V] float32; with spec.wide, delta [B, H, G, T] float32, the sum of
+    out * out_cotangent (and, but for spec.weight_of_slots, of slot_weight * weight_cotangent),
+    which the kernel sees only part of.
 
     Returns the cotangents of query, key, value, log_decay and, with spec.rotated, rotated_query
     and rotated_key; with spec.state, slots.

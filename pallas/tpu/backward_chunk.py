@@ -7,6 +7,9 @@ chunk's end, and, with the forward's weights w_rj = s_j exp(G_r - G_j):
     ds = scale pa (da - delta)                       db = pb (D - delta)
     A_rj = sum_m pa w_rj                             L_rj = sum_m ds w_rj
 
+and of the slot weight omega = sum pa, its cotangent dw adds dw to da (and so to delta); if only the
+slots' logits are to be pulled, dw (1 - omega) is added to da and nothing to delta.
+
 The same map gives a and da, and its transpose A and L: the pairs are stacked and share the gates.
 
     dq = (ds exp(G)) SK0 + L k + rotate_back(db rotated_k)
@@ -184,7 +187,8 @@ class Chunk:
             delta = self._row_column("delta")
         else:
             share = self.pb * products if spec.has_window else None
-            delta = jnp.sum(overlay(jnp.add, pa * (da + d_weight), share, 0.0), -1, keepdims=True)
+            pulled = da if spec.weight_of_slots else da + d_weight
+            delta = jnp.sum(overlay(jnp.add, pa * pulled, share, 0.0), -1, keepdims=True)
         ds = pa * ((da + (d_weight - delta)) * spec.scale)
         if spec.has_window:
             self.db = flat(self.pb * ((products - delta) * spec.window_slope)).astype(self.dtype)

@@ -34,6 +34,7 @@ class Spec:
       segments: run numbers say who sees whom; without, every token before sees every other.
       state: the slots at the start are given, and the slots at the end are asked for.
       weight: the slot weight is asked for.
+      weight_of_slots: its gradient reaches the slots' logits only.
     """
 
     group: int
@@ -50,6 +51,7 @@ class Spec:
     segments: bool
     state: bool
     weight: bool
+    weight_of_slots: bool
 
     @property
     def halo(self) -> int:

@@ -37,6 +37,8 @@ class Case:
     empty_slots: str = "attend"
     slot_feature_map: str = "identity"
     small_blocks: bool = True  # of the TPU kernels
+    # Not in the repr, from which the inputs are drawn: either way they are the same.
+    slot_weight_gradient: str = dataclasses.field(default="all", repr=False)
 
     @property
     def window_size(self) -> int | None:
@@ -56,6 +58,7 @@ class Case:
             x for x in (self.empty_slots, self.slot_feature_map) if x in ("mask", "silu", "relu")
         ]
         flags += [f"rope-{self.rope}"]
+        flags += ["weight-of-slots"] * (self.slot_weight_gradient == "slots")
         shape = f"T{self.T}-W{self.window}-G{self.G}-M{self.M}-K{self.K}-V{self.V}"
         return "-".join([shape, f"gate({self.gate})", *flags])
 
@@ -143,6 +146,7 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
             initial_state=state,
             return_state=True,
             return_slot_weight=True,
+            slot_weight_gradient=case.slot_weight_gradient,
             implementation=implementation,
             block_sizes=BLOCK_SIZES if case.small_blocks else None,
         )

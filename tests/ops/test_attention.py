@@ -1,5 +1,6 @@
 """Every implementation of the operator against the float64 reference: values and gradients."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -124,6 +125,23 @@ def test_matches_float64_reference(case, implementation):
 @pytest.mark.parametrize(("case", "implementation"), every_case(SUITE[::3]))
 def test_bfloat16_matches_float64_reference(case, implementation):
     check(case, implementation, "bfloat16", make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        ("xla", Case(T=65, window="0")),
+        ("xla", Case(T=90, window="16", G=2, segments=True, empty_slots="mask", state=True)),
+        ("xla", Case(T=64, window="None")),
+        ("pallas_tpu", Case(T=90, window="16", G=2, segments=True, state=True)),
+        ("pallas_tpu", Case(T=300, window="150", B=1)),
+        ("pallas_tpu", Case(T=64, window="None")),
+    ],
+    ids=str,
+)
+def test_slot_weight_that_pulls_the_slots_only(implementation, case):
+    case = dataclasses.replace(case, slot_weight_gradient="slots")
+    check(case, implementation, "float32", make_inputs(case))
 
 
 @pytest.mark.parametrize("case", kernel_cases(), ids=str)

@@ -124,3 +124,26 @@ def test_no_window_is_gated_slot_attention(implementation):
         *map(jnp.asarray, arrays.values()), window_size=0, implementation=implementation
     )
     assert relative_error(np.asarray(out[0, :, 0]), np.array(expected)) < 5e-6
+
+
+def test_slot_weight_of_the_slots_only_leaves_the_window_alone():
+    """Rotation reaches the window's logits only, decays the slots' only."""
+    case = Case(T=20, window="4", G=2)
+    inputs = make_inputs(case)
+
+    def gradients(kind):
+        def loss(log_decay, rope):
+            arrays = inputs["arrays"] | {"log_decay": log_decay}
+            result = nha_attention(
+                **arrays, window_size=4, rope=rope, return_slot_weight=True,
+                slot_weight_gradient=kind, implementation="reference",
+            )  # fmt: skip
+            return jnp.vdot(result.slot_weight, inputs["cotangents"]["slot_weight"])
+
+        return jax.grad(loss, (0, 1))(inputs["arrays"]["log_decay"], inputs["rest"]["rope"])
+
+    with jax.enable_x64():
+        (every_decay, every_rope), (decay, rope) = gradients("all"), gradients("slots")
+    np.testing.assert_allclose(decay, every_decay, rtol=1e-5, atol=1e-8)
+    assert all(np.abs(table).max() > 1e-3 for table in every_rope)
+    assert all(np.abs(table).max() == 0 for table in rope)

@@ -33,7 +33,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
             "num_slots": 8,
             "window_size": 8,
             "dtype": "float32",
-            "remat": False,
+            "remat": "none",
         },
         "data": {"corpus": str(corpus), "sequence_length": 32, "held_out_fraction": 0.2},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
