@@ -53,8 +53,7 @@ def as_arguments(overrides: Overrides) -> str:
 def _candidates(compiled: CompiledStep) -> Iterator[Overrides]:
     """Recomputation; smaller parts of the batch; both; then a mesh that divides more."""
     config, mesh, memory = compiled.config, dict(compiled.mesh), compiled.memory
-    remat = {True: "full", False: "none"}.get(config.model.remat, config.model.remat)
-    more_remat = REMAT[REMAT.index(remat) + 1 :]
+    more_remat = REMAT[REMAT.index(config.model.remat) + 1 :]
     for policy in more_remat:
         yield {"model.remat": policy}
     full: Overrides = {"model.remat": "full"} if more_remat else {}

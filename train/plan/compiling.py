@@ -104,7 +104,8 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         memory, costs = _memory_of_refusal(*refusal, state), None
     else:
         memory = _memory(compiled.memory_analysis(), state, topology.memory)
-        costs = count_costs(Program(compiled.as_text()), _kernel_costs(traced.jaxpr.jaxpr))
+        program = Program(compiled.as_text() or "")
+        costs = count_costs(program, _kernel_costs(traced.jaxpr.jaxpr))
     return CompiledStep(
         config=config,
         topology=topology,

@@ -197,31 +197,45 @@ def _fusion_bytes(program: Program, computation: Computation, fusion: Instructio
     moved = 0
     for parameter, name in zip(inside.parameters, fusion.operands, strict=True):
         if computation.instructions[name].results[0].in_hbm:
-            moved += _read_bytes(inside, parameter)
+            moved += _read_bytes(program, inside, parameter)
     results = [inside.root]
     if inside.root.opcode == "tuple":
         results = [inside.instructions[name] for name in inside.root.operands]
     for result, array in zip(results, fusion.results, strict=False):
         if array.in_hbm:
-            position = _UPDATES.get(result.opcode)
-            written = array if position is None else _operand(inside, result, position)
-            moved += written.bytes
+            moved += _written_bytes(program, inside, result)
     return moved
 
 
-def _read_bytes(inside: Computation, parameter: Instruction) -> int:
+def _read_bytes(program: Program, inside: Computation, source: Instruction) -> int:
     """Slices only, if nothing else is read; nothing of what is updated in place."""
-    whole, parts = parameter.results[0].bytes, 0
-    for user in inside.users[parameter.name]:
-        if user.opcode in _SLICES and user.operands[0] == parameter.name:
+    whole, parts = source.results[0].bytes, 0
+    for user in inside.users[source.name]:
+        if user.opcode == "bitcast":
+            parts += _read_bytes(program, inside, user)
+        elif user.opcode == "fusion":
+            nested = program.computations[user.called("calls")[0]]
+            for parameter, name in zip(nested.parameters, user.operands, strict=True):
+                if name == source.name:
+                    parts += _read_bytes(program, nested, parameter)
+        elif user.opcode in _SLICES and user.operands[0] == source.name:
             parts += user.results[0].bytes
-        elif user.opcode not in _UPDATES or user.operands[0] != parameter.name:
+        elif user.opcode not in _UPDATES or user.operands[0] != source.name:
             return whole
     return min(whole, parts)
 
 
-def _operand(computation: Computation, instruction: Instruction, position: int) -> Array:
-    return computation.arrays(instruction.operands[position : position + 1])[0]
+def _written_bytes(program: Program, inside: Computation, result: Instruction) -> int:
+    """What is updated of the array, if it is updated in place; else all of it."""
+    if result.opcode == "bitcast":
+        return _written_bytes(program, inside, inside.instructions[result.operands[0]])
+    if result.opcode == "fusion" and len(result.results) == 1:
+        nested = program.computations[result.called("calls")[0]]
+        return _written_bytes(program, nested, nested.root)
+    if result.opcode in _UPDATES:
+        position = _UPDATES[result.opcode]
+        return inside.arrays(result.operands[position : position + 1])[0].bytes
+    return sum(array.bytes for array in result.results)
 
 
 def _in_hbm(arrays: Iterable[Array]) -> int:

@@ -85,7 +85,7 @@ def table(compiled: CompiledStep, mfu: float) -> str:
     ]
     kinds = layer_kinds(model, topology.platform)
     rows += [(f"  {count} layers", kind) for kind, count in kinds.items()]
-    rows += [("  remat", str(model.remat))]
+    rows += [("  remat", model.remat)]
     tokens = config.batch_size * length
     rows += [("batch", f"{config.batch_size} x {length} = {tokens:,} tokens{parts}")]
     rows += _memory_rows(compiled)
