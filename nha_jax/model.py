@@ -21,7 +21,7 @@ from nha_jax.layer_stack import (
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
-from nha_jax.ops.sharding import divide_over_mesh
+from nha_jax.ops.sharding import divide_over_mesh, shard_tokens, shard_vocabulary
 from nha_jax.remat import remat_policy
 
 
@@ -93,7 +93,8 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: an argument has a wrong shape or dtype; the message names it.
         """
-        return self.logits(self.hidden_states(tokens, segment_ids, positions))
+        logits = self.logits(self.hidden_states(tokens, segment_ids, positions))
+        return shard_tokens(logits, heads=self.config.vocab_size)
 
     def hidden_states(
         self,
@@ -134,7 +135,9 @@ class Model(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """What the first layer reads: [B, T] integers -> [B, T, hidden_size] in config.dtype."""
-        return self.embed(tokens).astype(jnp.dtype(self.config.dtype))
+        table = shard_vocabulary(self.embed.embedding[...])
+        hidden = jnp.take(table, tokens, axis=0)  # cast after it: its gradient is a sum over tokens
+        return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
 
     def apply_layer(
         self,
@@ -203,7 +206,7 @@ class Model(nnx.Module):
         return jnp.einsum(
             "...d,vd->...v",
             hidden.astype(dtype),
-            self.embed.embedding[...].astype(dtype),
+            shard_vocabulary(self.embed.embedding[...].astype(dtype)),
             preferred_element_type=jnp.float32,
         )
 

@@ -84,7 +84,7 @@ class Steps:
             clipping, and `skipped`: 1 if loss, gradient or new state were not finite, in which
             case the state returned is the old one.
         """
-        return self._update(state, self._to_devices(batch))
+        return self._update(state, self.place(batch))
 
     def trace_update(self) -> jax.stages.Traced:
         """`update` of abstract arrays, to be compiled for devices that may not be there."""
@@ -104,7 +104,11 @@ class Steps:
 
     def evaluate(self, model_state: Any, batch: Batch) -> LossSum:
         """The loss on a batch, with no update."""
-        return self._evaluate(model_state, self._to_devices(batch))
+        return self._evaluate(model_state, self.place(batch))
+
+    def place(self, batch: Batch) -> dict[str, jax.Array]:
+        """The batch on the devices, its rows and tokens divided over them."""
+        return to_devices(self._mesh, batch, self._config.batch_size)
 
     def model(self, model_state: Any) -> nha_jax.Model:
         """The model with these parameters."""
@@ -115,9 +119,6 @@ class Steps:
         parameters = nnx.state(model, nnx.Param)
         transform = make_optimizer(self._config.optimizer, self.learning_rate, parameters)
         return model, nnx.Optimizer(model, transform, wrt=nnx.Param)
-
-    def _to_devices(self, batch: Batch) -> dict[str, jax.Array]:
-        return to_devices(self._mesh, batch, self._config.batch_size)
 
     def _update_function(
         self, state: TrainState, batch: dict[str, jax.Array]

@@ -20,6 +20,7 @@ from nha_jax.ops import (
     nha_attention,
     resize_state,
 )
+from nha_jax.ops.sharding import shard_tokens
 
 Projections = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -235,7 +236,12 @@ class NativeHybridAttention(nnx.Module):
         return self._output(attended), LayerCache(state, convolution)
 
     def _projections(self, inputs: jax.Array) -> Projections:
-        return self.q_proj(inputs), self.k_proj(inputs), self.v_proj(inputs)
+        heads = self.config.num_kv_heads
+        query, key, value = (
+            shard_tokens(project(inputs), heads=heads)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return query, key, value
 
     def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
         return self.q_conv, self.k_conv, self.v_conv

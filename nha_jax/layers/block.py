@@ -8,6 +8,7 @@ from nha_jax.layers.attention import LayerCache, LayerDiagnostics, NativeHybridA
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient
+from nha_jax.ops.sharding import shard_tokens
 
 
 class Block(nnx.Module):
@@ -50,8 +51,8 @@ class Block(nnx.Module):
             segment_ids=segment_ids,
             diagnose=diagnose,
         )
-        hidden = hidden + attended
-        return hidden + self.mlp(self.mlp_norm(hidden)), diagnostics
+        hidden = shard_tokens(hidden + attended)
+        return shard_tokens(hidden + self.mlp(self.mlp_norm(hidden))), diagnostics
 
     def prefill(
         self,

@@ -5,6 +5,7 @@ from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.parameters import linear
+from nha_jax.ops.sharding import shard_tokens
 
 
 class SwiGLU(nnx.Module):
@@ -17,5 +18,6 @@ class SwiGLU(nnx.Module):
         self.down_proj = linear(config, inner, hidden, ("mlp", "embed"), rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[..., hidden_size] -> [..., hidden_size] in config.dtype."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs))
+        """[B, T, hidden_size] -> [B, T, hidden_size] in config.dtype."""
+        inner = jax.nn.silu(self.gate_proj(inputs)) * self.up_proj(inputs)
+        return self.down_proj(shard_tokens(inner, heads=inner.shape[2]))

@@ -166,6 +166,16 @@ def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
     return division.place(x, division.tokens if x.ndim == 3 else division.places)
 
 
+def shard_vocabulary(table: jax.Array) -> jax.Array:
+    """Divides [vocabulary, features] over the axes of heads, to look rows up or multiply by all.
+
+    Each device then looks its own rows up, for its own tokens: were the features divided over axes
+    that divide the tokens too, every device would look up all tokens.
+    """
+    division = divide_over_mesh(1, table.shape[0])
+    return division.place(table, P(division.heads))
+
+
 def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
     """`attend`, an implementation of the operator, on each device's rows, heads and tokens.
 
@@ -190,8 +200,9 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
 
         def local(arrays, rope, segment_ids, initial_state):
             rest = {"rope": rope, "segment_ids": segment_ids, "options": options}
-            if division.sequence:
-                return attend_in_context(attend, division.devices_of_sequence, *arrays, **rest)
+            devices = division.devices_of_sequence
+            if devices.count > 1:
+                return attend_in_context(attend, devices, *arrays, **rest)
             carried = None if initial_state is None else initial_state.carried
             return attend(*arrays, **rest, carried=carried)
 
