@@ -51,7 +51,7 @@ def test_the_operators_forward_runs_once_if_its_residuals_are_kept(window_size, 
         program = str(jax.make_jaxpr(gradient)(model_of(remat, **options), tokens))
         return program.count("scan[" if implementation == "xla" else "pallas_call[")
 
-    assert runs("operator") == runs("dots") == runs("full") - 1
+    assert runs("operator") == runs("dots") < runs("full")
 
 
 def test_the_less_is_kept_the_less_memory_is_needed():

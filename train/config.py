@@ -78,6 +78,13 @@ class TrainConfig:
             warmup,
             f"at most steps, which is {self.steps}",
         )
+        mixed = any(window for window in self.model.windows)
+        require(
+            not self.loss.slot_loss or mixed,
+            "loss.slot_loss",
+            self.loss.slot_loss,
+            "0, as no layer of model.window_size has both slots and a window",
+        )
         vocabulary = self.model.vocab_size
         require(
             vocabulary >= BYTE_VOCABULARY,

@@ -1,27 +1,68 @@
-"""Bits per byte on held-out text: the model's, and gzip's beside it."""
+"""What held-out text says of a model, and gzip's bits per byte beside it."""
 
 import gzip
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import jax
+import numpy as np
+
 from train.data import Windows, evaluation_batches
-from train.step import LossSum, Steps
+from train.losses import LossSum
+from train.step import Steps
 
 
-def held_out_bits_per_byte(
-    steps: Steps, model_state: Any, windows: Windows, batch_size: int, count: int
-) -> float:
-    """Cross-entropy in bits per target over `count` windows spread over the held-out text.
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out text says of a model.
 
-    Each window is read on its own, from an empty state; a document's first byte is given, and
-    its end counts like a byte.
+    Attributes:
+        bits_per_target: cross-entropy, in bits.
+        bytes_per_target: of the text, in the mean; 1 if the tokens are bytes.
+        slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
     """
-    return bits_per_target(
+
+    bits_per_target: float
+    bytes_per_target: float
+    slot_share: tuple[float, ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits_per_target / self.bytes_per_target
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; infinite if it is more than a float holds."""
+        return 2**self.bits_per_target if self.bits_per_target < 1024 else math.inf
+
+
+def measure_held_out(
+    steps: Steps,
+    model_state: Any,
+    windows: Windows,
+    batch_size: int,
+    count: int,
+    bytes_per_target: float = 1.0,
+) -> HeldOut:
+    """Measures `count` windows spread over the held-out text.
+
+    Each window is read on its own, from an empty state; a document's first token is given, and
+    its end counts like any other.
+    """
+    batches = jax.device_get(
         [
             steps.evaluate(model_state, batch)
             for batch in evaluation_batches(windows, batch_size, count)
         ]
+    )
+    shares = sum(int(batch.shares) for batch in batches)
+    slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
+    return HeldOut(
+        bits_per_target([batch.loss for batch in batches]),
+        bytes_per_target,
+        tuple((slot_share / max(shares, 1)).tolist()),
     )
 
 

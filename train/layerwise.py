@@ -12,7 +12,7 @@ import nha_jax
 from train.data import Batch
 from train.evaluation import bits_per_target
 from train.layout import Layout, Window
-from train.step import LossSum, loss_sum
+from train.losses import LossSum, loss_sum
 
 DeviceBatch = dict[str, jax.Array]
 """A `Batch`, its arrays on the device."""
@@ -57,7 +57,7 @@ class LayerwiseLoss:
         self._loss = jax.jit(loss)
 
     def bits_per_byte(self, layouts: Sequence[Layout]) -> Iterator[float]:
-        """The loss under each layout, in order; see `held_out_bits_per_byte`.
+        """The loss under each layout, in order; see `train.evaluation.measure_held_out`.
 
         The layers that a layout shares with the one before it, from the first on, are not run
         again where their result was kept: one set of hidden states is, of the deepest layer that

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import TrainConfig
@@ -44,7 +45,11 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
     sizes = _sizes(config, count)
     _check_divisions(config, sizes)
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    # jax.make_mesh would refuse an axis of 8 on 4x4x4 chips.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -74,6 +79,21 @@ def to_devices(
         return jax.make_array_from_callback((batch_size, *local.shape[1:]), sharding, part)
 
     return {name: place(array) for name, array in batch.items()}
+
+
+def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
+    """[B, T] arrays as `batch_sharding` has them -> [parts, B / parts, T], inside `jax.jit`.
+
+    Every device's own rows are cut, so that none of them moves.
+    """
+    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
+
+    def cut(x: jax.Array) -> jax.Array:
+        own = x.reshape(devices, parts, -1, x.shape[1]).swapaxes(0, 1)
+        return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), sharding)
+
+    return jax.tree.map(cut, batch)
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:

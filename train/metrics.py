@@ -1,10 +1,11 @@
-"""What a run reports: rows in a file, TensorBoard events, a progress bar, a loss curve."""
+"""What a run reports: rows in a file, TensorBoard events, a progress bar."""
 
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import tensorboardX
 from tqdm import tqdm
@@ -12,41 +13,90 @@ from tqdm import tqdm
 Row = dict[str, Any]
 
 
-class MetricsLog:
-    """JSON lines and TensorBoard events, one row per logged step, steps ascending.
+class Reporter(Protocol):
+    """Somewhere that rows are written to."""
 
-    A row is written whole and at once, so a kill leaves at most one torn line, the last.
+    def write(self, row: Row) -> None:
+        """Takes a row: `step`, and any numbers or lists of a number a layer."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class JsonLines:
+    """A file with a row a line; steps ascend.
+
+    A row is written whole and at once, so a kill leaves at most one torn line, the last. Numbers
+    that are not finite are null.
     """
 
-    def __init__(self, path: Path, events: Path, after_step: int):
-        """Opens the log to continue after a step; rows beyond it, and a torn one, are dropped.
-
-        Args:
-            path: the JSON lines; made if missing.
-            events: TensorBoard's folder.
-            after_step: the last step that counts as done; 0 starts afresh.
-        """
+    def __init__(self, path: Path, after_step: int):
+        """Opens the file, made if missing; rows after `after_step`, and a torn one, are dropped."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(map(_to_line, kept)), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(str(events), purge_step=after_step + 1)
+
+    def write(self, row: Row) -> None:
+        self._file.write(_to_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Events in TensorBoard's folder; numbers that are not finite are left out."""
+
+    def __init__(self, folder: Path, after_step: int):
+        self._events = tensorboardX.SummaryWriter(str(folder), purge_step=after_step + 1)
+
+    def write(self, row: Row) -> None:
+        for name, value in scalars(row).items():
+            self._events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class MetricsLog:
+    """Writes every row to JSON lines, to TensorBoard and to further reporters."""
+
+    def __init__(self, path: Path, events: Path, after_step: int, more: Sequence[Reporter] = ()):
+        """Opens the log to continue after a step.
+
+        Args:
+            path: the JSON lines.
+            events: TensorBoard's folder.
+            after_step: the last step that counts as done; 0 starts afresh.
+            more: closed with the log.
+        """
+        lines, board = JsonLines(path, after_step), TensorBoard(events, after_step)
+        self._reporters: tuple[Reporter, ...] = (lines, board, *more)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._events.close()
+        for reporter in self._reporters:
+            reporter.close()
 
     def write(self, row: Row) -> None:
-        """Appends a row: `step` and any numbers; one that is not finite is written as null."""
-        self._file.write(_to_line(row))
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and math.isfinite(value):
-                self._events.add_scalar(name, value, row["step"])
+        """Hands on a row; see `Reporter.write`."""
+        for reporter in self._reporters:
+            reporter.write(row)
+
+
+def scalars(row: Row) -> dict[str, float]:
+    """The finite numbers of a row but its step; those of lists by name/layer_0 and so on."""
+    flat: dict[str, float] = {}
+    for name, value in row.items():
+        if isinstance(value, list):
+            flat |= {f"{name}/layer_{layer}": entry for layer, entry in enumerate(value)}
+        elif name != "step":
+            flat[name] = value
+    return {name: value for name, value in flat.items() if math.isfinite(value)}
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -93,56 +143,12 @@ class ProgressBar:
         self._bar.update()
 
 
-def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -> None:
-    """Draws training loss (smoothed) and held-out loss, in bits per byte over steps, as a PNG.
-
-    Args:
-        rows: of the metrics file; nothing is drawn if there are none.
-        references: label -> bits per byte, drawn as horizontal lines.
-        path: where to.
-    """
-    from matplotlib.figure import Figure  # half a second, and only needed here
-
-    if not rows:
-        return
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(
-        xlabel="step", ylabel="bits per byte", title="Native Hybrid Attention: training"
-    )
-    steps = [row["step"] for row in rows]
-    losses = [math.nan if row["loss"] is None else row["bits_per_byte"] for row in rows]
-    axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
-    axes.plot(steps, _smooth(losses), color="C0", label="training (smoothed)")
-    held_out = [row for row in rows if "held_out_bits_per_byte" in row]
-    axes.plot(
-        [row["step"] for row in held_out],
-        [row["held_out_bits_per_byte"] for row in held_out],
-        color="C1",
-        marker="o",
-        label="held out",
-    )
-    for (label, value), style in zip(references.items(), ("--", ":"), strict=False):
-        axes.axhline(value, color="grey", linestyle=style, label=f"{label}: {value:.2f}")
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
-
-
-def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, without the bias towards 0 at the start; skips non-numbers."""
-    mean, total, smoothed = 0.0, 0.0, []
-    for value in values:
-        if math.isfinite(value):
-            mean = weight * mean + (1 - weight) * value
-            total = weight * total + (1 - weight)
-        smoothed.append(mean / total if total else value)
-    return smoothed
-
-
 def _to_line(row: Row) -> str:
     # JSON has no NaN: the loss of a skipped update is null.
-    numbers = {k: v if math.isfinite(v) else None for k, v in row.items() if v is not None}
-    return json.dumps({**row, **numbers}, allow_nan=False) + "\n"
+    def finite(value: Any) -> Any:
+        if isinstance(value, list):
+            return list(map(finite, value))
+        return None if value is None or not math.isfinite(value) else value
+
+    numbers = {name: finite(value) for name, value in row.items()}
+    return json.dumps(numbers, allow_nan=False) + "\n"

@@ -15,13 +15,15 @@ class Result:
     Attributes:
         step: updates done.
         held_out_bits_per_byte: the model's, over evaluation.final_windows.
-        references: the same of other compressors, by name.
+        held_out_perplexity: likewise, of a token.
+        references: bits per byte of other compressors, by name.
         prompt: what the sample continues.
         sample: what the model wrote.
     """
 
     step: int
     held_out_bits_per_byte: float
+    held_out_perplexity: float
     references: dict[str, float]
     prompt: str
     sample: str
@@ -44,6 +46,7 @@ class Result:
             [
                 f"\nHeld-out bits per byte after {self.step} steps (lower is better)",
                 *(f"  {name:<{width}}  {value:.3f}" for name, value in compared.items()),
+                f"Perplexity of a token: {self.held_out_perplexity:.2f}",
                 f"\nThe model continues {self.prompt!r}:\n",
                 self.prompt + self.sample,
             ]

@@ -32,6 +32,9 @@ class RunFolder:
         metrics: JSON lines, one per logged step.
         tensorboard: folder of the events.
         curve: the loss curve, a PNG.
+        slot_share: the slots' share of every layer, a PNG.
+        profile: folder of the profiler's trace.
+        wandb: folder of Weights & Biases, and the name of its run.
         model: the finished model, for `nha_jax.load`.
         result: JSON, what the finished run reached.
     """
@@ -42,6 +45,9 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curve = self.path / "loss.png"
+        self.slot_share = self.path / "slot_share.png"
+        self.profile = self.path / "profile"
+        self.wandb = self.path / "wandb"
         self.model = self.path / "model"
         self.result = self.path / "result.json"
         self._record = self.path / "run.json"
@@ -131,9 +137,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def config_values(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back, section by section: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
 def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
-    record = {"config": dataclasses.asdict(config), "corpus": fingerprint}
-    return json.loads(json.dumps(record))  # as it will be read back: lists for tuples
+    return {"config": config_values(config), "corpus": fingerprint}
 
 
 def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:

@@ -1,6 +1,5 @@
 """The compiled parts of training: initial state, one update, one evaluation."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,8 +11,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import nha_jax
 from train.config import TrainConfig
 from train.data import Batch
-from train.mesh import batch_sharding, logical_axes, state_shardings, to_devices
-from train.sections import OptimizerConfig
+from train.losses import LossSum, counts, cross_entropy, losses
+from train.mesh import batch_sharding, cut_rows, state_shardings, to_devices
+from train.optimizer import learning_rate_schedule, make_optimizer
+
+DeviceBatch = dict[str, jax.Array]
+"""A batch, [B, T] each, divided over the mesh."""
 
 
 class TrainState(NamedTuple):
@@ -28,16 +31,19 @@ class TrainState(NamedTuple):
     optimizer: Any
 
 
-class LossSum(NamedTuple):
-    """A cross-entropy before division, so that batches can be added up.
+class Evaluation(NamedTuple):
+    """Of one batch, before division, so that batches can be added up.
 
     Attributes:
-        nats: float32 scalar, summed over the targets that count.
-        targets: int32 scalar, how many those are.
+        loss: the cross-entropy.
+        slot_share: [layers] float32, the slots' share of the softmax, summed over real tokens and
+            query heads.
+        shares: int32 scalar, how many those are of a layer.
     """
 
-    nats: jax.Array
-    targets: jax.Array
+    loss: LossSum
+    slot_share: jax.Array
+    shares: jax.Array
 
 
 class Steps:
@@ -80,9 +86,10 @@ class Steps:
         """One optimizer step; `state` is consumed.
 
         Returns:
-            The new state, and float32 scalars: `loss` (nats a target), `gradient_norm` before
-            clipping, and `skipped`: 1 if loss, gradient or new state were not finite, in which
-            case the state returned is the old one.
+            The new state, and float32 scalars: `loss` (nats a target), `z_loss` and `slot_loss` if
+            they have a weight (both without it), `learning_rate`, `gradient_norm` before clipping,
+            and `skipped`: 1 if loss, gradient or new state were not finite, in which case the
+            state returned is the old one.
         """
         return self._update(state, self.place(batch))
 
@@ -102,11 +109,11 @@ class Steps:
         placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
         return self._update.trace(state, placed)
 
-    def evaluate(self, model_state: Any, batch: Batch) -> LossSum:
-        """The loss on a batch, with no update."""
+    def evaluate(self, model_state: Any, batch: Batch) -> Evaluation:
+        """The loss and the slots' share on a batch, with no update."""
         return self._evaluate(model_state, self.place(batch))
 
-    def place(self, batch: Batch) -> dict[str, jax.Array]:
+    def place(self, batch: Batch) -> DeviceBatch:
         """The batch on the devices, its rows and tokens divided over them."""
         return to_devices(self._mesh, batch, self._config.batch_size)
 
@@ -121,95 +128,72 @@ class Steps:
         return model, nnx.Optimizer(model, transform, wrt=nnx.Param)
 
     def _update_function(
-        self, state: TrainState, batch: dict[str, jax.Array]
+        self, state: TrainState, batch: DeviceBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         # nnx.merge takes over the state's variables, and the update writes into them.
         old_state = jax.tree.map(lambda leaf: leaf, state)
         model = nnx.merge(self._model_graph, state.model)
         optimizer = nnx.merge(self._optimizer_graph, state.optimizer)
 
-        def mean_loss(model: nha_jax.Model) -> jax.Array:
-            total = loss_sum(model, batch)
-            return total.nats / jnp.maximum(total.targets, 1)
-
-        loss, gradients = nnx.value_and_grad(mean_loss)(model)
+        loss, terms, gradients = self._gradients(old_state.model, batch)
+        count = optimizer.step[...]  # which skipped updates do not raise
         gradient_norm = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         new_state = TrainState(nnx.state(model), nnx.state(optimizer))
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & all_finite(new_state)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new_state, old_state)
         metrics = {
-            "loss": loss,
+            **terms,
+            "learning_rate": jnp.asarray(self.learning_rate(count), jnp.float32),
             "gradient_norm": gradient_norm,
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         return kept, metrics
 
-    def _evaluate_function(self, model_state: Any, batch: dict[str, jax.Array]) -> LossSum:
-        return loss_sum(nnx.merge(self._model_graph, model_state), batch)
+    def _gradients(
+        self, parameters: Any, batch: DeviceBatch
+    ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+        """The loss to minimise, its terms, and the gradient, in the parameters' dtype.
 
+        The parts of the batch go through the model in turn. Each is divided by what the whole
+        batch has, so that the sums are the whole batch's; they are kept in float32.
+        """
+        config = self._config
+        total = counts(config.model, batch)
 
-def loss_sum(model: Callable[..., jax.Array], batch: dict[str, jax.Array]) -> LossSum:
-    """Cross-entropy in float32 over the targets that `loss_mask` admits.
+        def of_part(part: DeviceBatch) -> Any:
+            def loss(parameters: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+                return losses(self.model(parameters), part, config.loss, total)
 
-    Args:
-        model: (tokens, segment_ids=) -> logits [B, T, vocabulary].
-        batch: see `train.data.Batch`.
-    """
-    logits = model(batch["tokens"], segment_ids=batch["segment_ids"]).astype(jnp.float32)
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"])
-    mask = batch["loss_mask"]
-    # where, not a product: a padding row may hold anything, and 0 * inf is not 0.
-    return LossSum(jnp.where(mask, nats, 0.0).sum(), mask.sum(dtype=jnp.int32))
+            return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+        if config.micro_batches == 1:
+            (loss, terms), gradients = of_part(batch)
+            return loss, terms, gradients
+
+        def add(sums: Any, part: DeviceBatch) -> tuple[Any, None]:
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, of_part(part)), None
+
+        parts = cut_rows(self._mesh, batch, config.micro_batches)
+        one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        sums, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), one)
+        gradients = jax.lax.with_sharding_constraint(gradients, self.shardings.model)
+        ((loss, terms), gradients), _ = jax.lax.scan(add, (sums, gradients), parts)
+        return loss, terms, jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, one[1])
+
+    def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> Evaluation:
+        model = nnx.merge(self._model_graph, model_state)
+        seen = model.diagnose(batch["tokens"], batch["segment_ids"])
+        # Padding has a share of 0.
+        real = (batch["segment_ids"] > 0).sum(dtype=jnp.int32)
+        return Evaluation(
+            cross_entropy(model.logits(seen.hidden), batch),
+            seen.slot_weight.sum((1, 2, 3)),
+            real * self._config.model.num_query_heads,
+        )
 
 
 def all_finite(tree: Any) -> jax.Array:
     """Whether every floating-point entry is finite: a bool scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
-
-
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then the decay; step -> learning rate."""
-    peak, final = config.learning_rate, config.learning_rate * config.final_fraction
-    decay_steps = max(steps - config.warmup_steps, 1)
-    decays = {
-        "cosine": optax.cosine_decay_schedule(peak, decay_steps, config.final_fraction),
-        "linear": optax.linear_schedule(peak, final, decay_steps),
-        "constant": optax.constant_schedule(peak),
-    }
-    # The first update is step 0: starting at 1/warmup rather than 0 makes it count.
-    warmup_steps = max(config.warmup_steps, 1)
-    warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))
-    return optax.join_schedules([warmup, decays[config.schedule]], [config.warmup_steps])
-
-
-def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, parameters: Any
-) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm.
-
-    Args:
-        config: its numbers.
-        learning_rate: step -> learning rate.
-        parameters: nnx state whose variables name their axes; which of them decay is decided
-            here, as the optimizer itself sees bare arrays.
-    """
-    variables = jax.tree.leaves(parameters, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    decayed = [_is_matrix(variable) for variable in variables]
-    adamw = optax.adamw(
-        learning_rate,
-        config.beta1,
-        config.beta2,
-        config.epsilon,
-        weight_decay=config.weight_decay,
-        mask=lambda tree: jax.tree.unflatten(jax.tree.structure(tree), decayed),
-    )
-    if config.clip_norm is None:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
-
-
-def _is_matrix(variable: nnx.Variable) -> bool:
-    """Whether one layer's parameter has two axes or more, the stack of layers not counted."""
-    return variable.ndim - logical_axes(variable).count("layers") >= 2

@@ -41,6 +41,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
         "checkpoint": {"every": 5},
         "logging": {"every": 1},
         "sample": {"max_new_tokens": 4},
+        "compilation_cache": None,
     }
 
 

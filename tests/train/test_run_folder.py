@@ -16,7 +16,8 @@ from train.cli import main
 from train.errors import ConfigError
 from train.evaluation import gzip_bits_per_byte
 from train.mesh import make_mesh
-from train.metrics import MetricsLog, plot_loss_curve, read_rows
+from train.metrics import MetricsLog, read_rows
+from train.plots import plot_loss_curve
 from train.run_folder import RunFolder
 from train.sections import CheckpointConfig
 from train.step import Steps

@@ -21,8 +21,8 @@ from train.errors import ConfigError
 from train.evaluation import bits_per_target
 from train.layerwise import LayerwiseLoss
 from train.layout import Layout, format_layout, read_layout
+from train.losses import loss_sum
 from train.search import CacheBytes, FullLayers, SearchSpace, best, search
-from train.step import loss_sum
 
 CONFIG = nha_jax.ModelConfig(
     vocab_size=257,

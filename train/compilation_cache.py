@@ -1,0 +1,35 @@
+"""Compiled programs kept on disk, for a fast start of later runs."""
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+
+LEAST_SECONDS = 1.0
+"""Programs that compile faster are not worth the file."""
+
+
+def use_compilation_cache(folder: str | None) -> None:
+    """Lets jax keep compiled programs in `folder`, made if missing; None: nowhere.
+
+    JAX_COMPILATION_CACHE_DIR goes first. A folder that cannot be written to costs a line on
+    stderr, not the run.
+    """
+    if folder is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
+    path = Path(folder).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        print(
+            f"nha: compilation_cache = {folder!r}: cannot write there ({error.strerror}); "
+            "every start compiles anew",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)

@@ -1,0 +1,127 @@
+"""What a step minimises: cross-entropy, and what `loss` of the configuration adds to it."""
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import nha_jax
+from nha_jax.arguments import default_positions
+from train.sections import LossConfig
+
+LEAST_SHARE = 1e-30
+LARGEST_SHARE = 1 - 2.0**-24  # of float32 below 1
+
+
+class LossSum(NamedTuple):
+    """A cross-entropy before division, so that batches can be added up.
+
+    Attributes:
+        nats: float32 scalar, summed over the targets that count.
+        targets: int32 scalar, how many those are.
+    """
+
+    nats: jax.Array
+    targets: jax.Array
+
+
+class Counts(NamedTuple):
+    """What the terms of the loss are averaged over, int32 scalars.
+
+    Attributes:
+        targets: those that `loss_mask` admits.
+        shares: slot shares with something to choose, over layers, rows, tokens and query heads.
+    """
+
+    targets: jax.Array
+    shares: jax.Array
+
+
+def loss_sum(model: Callable[..., jax.Array], batch: Mapping[str, jax.Array]) -> LossSum:
+    """Cross-entropy in float32 over the targets that `loss_mask` admits.
+
+    Args:
+        model: (tokens, segment_ids=) -> logits [B, T, vocabulary].
+        batch: see `train.data.Batch`.
+    """
+    logits = model(batch["tokens"], segment_ids=batch["segment_ids"])
+    return cross_entropy(logits, batch)
+
+
+def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSum:
+    """`loss_sum` of logits [B, T, vocabulary]."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        logits.astype(jnp.float32), batch["targets"]
+    )
+    mask = batch["loss_mask"]
+    # where, not a product: a padding row may hold anything, and 0 * inf is not 0.
+    return LossSum(jnp.where(mask, nats, 0.0).sum(), mask.sum(dtype=jnp.int32))
+
+
+def counts(model: nha_jax.ModelConfig, batch: Mapping[str, jax.Array]) -> Counts:
+    """What the losses of the whole batch are divided by; needs no forward pass."""
+    return Counts(
+        batch["loss_mask"].sum(dtype=jnp.int32),
+        _can_choose(model, batch["segment_ids"]).sum(dtype=jnp.int32) * model.num_query_heads,
+    )
+
+
+def losses(
+    model: nha_jax.Model, batch: Mapping[str, jax.Array], config: LossConfig, total: Counts
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A batch's share of the loss to minimise, and of each of its terms.
+
+    Args:
+        model: to call.
+        batch: one part of the whole batch, or all of it.
+        config: the weights of the terms.
+        total: of the whole batch; the shares of its parts add up to the losses.
+
+    Returns:
+        loss + z_loss weight * z_loss + slot_loss weight * slot_loss, and these terms by name,
+        float32 scalars; those with a weight of 0 are neither computed nor named.
+    """
+    if config.slot_loss:
+        seen = model.diagnose(batch["tokens"], batch["segment_ids"], slot_weight_gradient="slots")
+        logits = model.logits(seen.hidden)
+    else:
+        logits = model(batch["tokens"], segment_ids=batch["segment_ids"])
+    targets = jnp.maximum(total.targets, 1)
+    terms = {"loss": cross_entropy(logits, batch).nats / targets}
+    loss = terms["loss"]
+    if config.z_loss:
+        squares = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
+        terms["z_loss"] = jnp.where(batch["loss_mask"], squares, 0.0).sum() / targets
+        loss += config.z_loss * terms["z_loss"]
+    if config.slot_loss:
+        chosen = _can_choose(model.config, batch["segment_ids"])[..., None]
+        weight = seen.slot_weight[_mixed_layers(model.config)]
+        entropy = share_cross_entropy(weight, config.slot_target)
+        terms["slot_loss"] = jnp.where(chosen, entropy, 0.0).sum() / jnp.maximum(total.shares, 1)
+        loss += config.slot_loss * terms["slot_loss"]
+    return loss, terms
+
+
+def share_cross_entropy(share: jax.Array, target: float) -> jax.Array:
+    """Binary cross-entropy, in nats, of shares in [0, 1] towards a target share.
+
+    Finite, with finite gradients, for every share: beyond LEAST_SHARE and LARGEST_SHARE it is
+    constant. Where the share is a sigmoid(x), its gradient in x is share - target.
+    """
+    share = jnp.clip(share, LEAST_SHARE, LARGEST_SHARE)
+    return -(target * jnp.log(share) + (1 - target) * jnp.log1p(-share))
+
+
+def _mixed_layers(model: nha_jax.ModelConfig) -> np.ndarray:
+    """The layers whose softmax is over both slots and a window."""
+    return np.flatnonzero([window is not None and window > 0 for window in model.windows])
+
+
+def _can_choose(model: nha_jax.ModelConfig, segment_ids: jax.Array) -> jax.Array:
+    """[mixed layers, B, T] bool: real tokens from whose window one of its segment has left."""
+    windows = np.array([model.windows[layer] for layer in _mixed_layers(model)], np.int32)
+    positions = default_positions(segment_ids.shape[1], segment_ids)
+    return (positions >= windows[:, None, None]) & (segment_ids > 0)
