@@ -1,7 +1,7 @@
 """What would make a step fit that does not: really tried, the cheapest change first."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from train.errors import ConfigError
@@ -30,7 +30,8 @@ def find_advice(
         The change and the step with it; None if none of `MOST_TRIES` fits.
     """
     tries = 0
-    for overrides in _candidates(compiled):
+    temporaries: dict[str, int] = {compiled.config.model.remat: compiled.memory.temporaries}
+    for overrides in _candidates(compiled, temporaries):
         if tries == MOST_TRIES:
             break
         try:
@@ -39,6 +40,8 @@ def find_advice(
             continue  # not possible with these sizes
         tries += 1
         memory = attempt.memory
+        if list(overrides) == ["model.remat"]:
+            temporaries[overrides["model.remat"]] = memory.temporaries
         report(f"{as_arguments(overrides)}: {memory.total / memory.available:.2f}x the memory")
         if attempt.fits:
             return overrides, attempt
@@ -50,8 +53,11 @@ def as_arguments(overrides: Overrides) -> str:
     return " ".join(f"--{key}={value}" for key, value in overrides.items())
 
 
-def _candidates(compiled: CompiledStep) -> Iterator[Overrides]:
-    """Recomputation; smaller parts of the batch; both; then a mesh that divides more."""
+def _candidates(compiled: CompiledStep, temporaries: Mapping[str, int]) -> Iterator[Overrides]:
+    """Recomputation; smaller parts of the batch, if need be with it; a mesh that divides more.
+
+    `temporaries` are the bytes of each policy that was tried, the configuration's own included.
+    """
     config, mesh, memory = compiled.config, dict(compiled.mesh), compiled.memory
     more_remat = REMAT[REMAT.index(config.model.remat) + 1 :]
     for policy in more_remat:
@@ -60,12 +66,11 @@ def _candidates(compiled: CompiledStep) -> Iterator[Overrides]:
     rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
     parts = [n for n in _doublings(config.micro_batches, rows) if rows % n == 0]
     for count in parts:
-        # Temporaries shrink by as many times at best: gradients do not.
-        shrunk = memory.temporaries * config.micro_batches // count
-        if memory.state + shrunk <= memory.available:
-            yield {"micro_batches": count}
-            if full:
-                yield full | {"micro_batches": count}
+        for change in ({}, full) if full else ({},):
+            known = temporaries.get(change.get("model.remat", config.model.remat), 0)
+            # They shrink by as many times at best: gradients do not.
+            if memory.state + known * config.micro_batches // count <= memory.available:
+                yield change | {"micro_batches": count}
     smallest: Overrides = full | ({"micro_batches": parts[-1]} if parts else {})
     if mesh["data"] > 1:
         divided = {"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]}
