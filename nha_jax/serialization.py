@@ -1,9 +1,10 @@
-"""A model as a folder: `config.json` and `model.safetensors`."""
+"""A model as a folder: `config.json`, `model.safetensors`, and the files of a tokenizer."""
 
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,16 @@ from nha_jax.model import Model
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
-def save(path: str | os.PathLike[str], model: Model, *, overwrite: bool = False) -> None:
+def save(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    overwrite: bool = False,
+    tokenizer: Mapping[str, bytes] | None = None,
+) -> None:
     """Writes a folder with the model's config and parameters, all of it or nothing.
 
     The files are written next to `path` and then renamed, so that a reader never sees half a
@@ -30,19 +38,21 @@ def save(path: str | os.PathLike[str], model: Model, *, overwrite: bool = False)
         path: the folder to create; its parents are created too.
         model: the model.
         overwrite: replace a model that is there already.
+        tokenizer: name, one of TOKENIZER_FILES, and content of what goes beside the model.
 
     Raises:
+        ValueError: `tokenizer` has another name.
         FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
             but a model is ever replaced.
     """
     path = Path(path)
+    if set(tokenizer or ()) - set(TOKENIZER_FILES):
+        raise ValueError(f"tokenizer={sorted(tokenizer or ())} must be of {TOKENIZER_FILES}")
     if path.exists():
         if not overwrite:
             raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
-        if not path.is_dir() or {file.name for file in path.iterdir()} - {
-            CONFIG_FILE,
-            WEIGHTS_FILE,
-        }:
+        own = {CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES}
+        if not path.is_dir() or {file.name for file in path.iterdir()} - own:
             raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: jnp.asarray(array) for name, array in _tensors(nnx.state(model)).items()}
@@ -53,6 +63,8 @@ def save(path: str | os.PathLike[str], model: Model, *, overwrite: bool = False)
         config = json.dumps(model.config.to_dict(), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(config, encoding="utf-8")
         safetensors.flax.save_file(tensors, new / WEIGHTS_FILE)
+        for name, content in (tokenizer or {}).items():
+            (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
     finally:
         shutil.rmtree(workplace)

@@ -123,3 +123,17 @@ def test_saving_does_not_depend_on_where_the_parameters_lie(tmp_path):
     on_host = jax.tree.map(jax.device_get, nnx.state(model))
     save(tmp_path / "model", nnx.merge(nnx.graphdef(model), on_host))
     chex.assert_trees_all_equal(nnx.state(load(tmp_path / "model")), nnx.state(model))
+
+
+def test_a_tokenizer_is_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
+    path = tmp_path / "model"
+    save(path, tiny_model(), tokenizer={"tokenizer.json": b"{}", "tokenizer_config.json": b"[]"})
+    assert (path / "tokenizer.json").read_bytes() == b"{}"
+    save(path, tiny_model(1), overwrite=True, tokenizer={"tokenizer.json": b"[]"})
+    assert sorted(file.name for file in path.iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    ]
+    with pytest.raises(ValueError, match=r"other\.txt"):
+        save(tmp_path / "new", tiny_model(), tokenizer={"other.txt": b""})

@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="nha",
         description="Train and run language models with Native Hybrid Attention.",
+        epilog="exit codes: 0 done, 1 something failed (one line says what), 2 wrong input, 130 "
+        "stopped by Ctrl-C, 143 by SIGTERM (a preemption notice), both with everything saved",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nha {version('nha_jax')}")

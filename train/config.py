@@ -16,9 +16,6 @@ from train.sections import (
     require_at_least,
 )
 
-BYTE_VOCABULARY = 257
-"""256 byte values and the end-of-document token."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -84,11 +81,4 @@ class TrainConfig:
             "loss.slot_loss",
             self.loss.slot_loss,
             "0, as no layer of model.window_size has both slots and a window",
-        )
-        vocabulary = self.model.vocab_size
-        require(
-            vocabulary >= BYTE_VOCABULARY,
-            "model.vocab_size",
-            vocabulary,
-            f"at least {BYTE_VOCABULARY}: 256 bytes and the end of a document",
         )

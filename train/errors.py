@@ -17,5 +17,13 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class CheckpointError(UserError):
+    """A checkpoint that cannot be written, or is damaged."""
+
+
+class DataError(UserError):
+    """A file of a corpus that is missing or damaged."""
+
+
 class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""

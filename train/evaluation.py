@@ -9,9 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from train.corpus import Part
 from train.data import Windows, evaluation_batches
 from train.losses import LossSum
 from train.step import Steps
+
+REFERENCE_TOKENS = 4_000_000
+"""Text of so many tokens is compressed for comparison: seconds, and gzip looks back 32 KiB only."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class HeldOut:
 
     Attributes:
         bits_per_target: cross-entropy, in bits.
-        bytes_per_target: of the text, in the mean; 1 if the tokens are bytes.
+        bytes_per_target: of the text, in the mean; see `train.corpus.Part`.
         slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
     """
 
@@ -44,24 +48,24 @@ def measure_held_out(
     windows: Windows,
     batch_size: int,
     count: int,
-    bytes_per_target: float = 1.0,
+    rows: np.ndarray | None = None,
 ) -> HeldOut:
     """Measures `count` windows spread over the held-out text.
 
     Each window is read on its own, from an empty state; a document's first token is given, and
-    its end counts like any other.
+    its end counts like any other. `rows` are those of a batch that this process holds; None: all.
     """
     batches = jax.device_get(
         [
             steps.evaluate(model_state, batch)
-            for batch in evaluation_batches(windows, batch_size, count)
+            for batch in evaluation_batches(windows, batch_size, count, rows)
         ]
     )
     shares = sum(int(batch.shares) for batch in batches)
     slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
     return HeldOut(
         bits_per_target([batch.loss for batch in batches]),
-        bytes_per_target,
+        windows.bytes_per_target,
         tuple((slot_share / max(shares, 1)).tolist()),
     )
 
@@ -84,12 +88,13 @@ def gzip_bits_per_byte(text: bytes, window: int | None = None) -> float:
     return 8 * sum(len(gzip.compress(piece, 9, mtime=0)) for piece in pieces) / len(text)
 
 
-def gzip_references(text: bytes) -> dict[str, float]:
-    """Bits per byte by what was compressed.
+def gzip_references(part: Part) -> dict[str, float]:
+    """Bits per byte by what was compressed, of four million tokens' text at most.
 
     A thousand bytes are about what a small model sees at once, and too few for gzip to find
     many repeats; all the text at once is the other extreme.
     """
+    text = part.text(REFERENCE_TOKENS)
     return {
         "gzip -9, 1000 bytes at a time": gzip_bits_per_byte(text, 1000),
         "gzip -9, all of it at once": gzip_bits_per_byte(text),

@@ -24,7 +24,8 @@ class Interruption:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            # None: it was installed outside of Python, and cannot be put back.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         # Launchers often pass on a signal that the terminal has sent already, so a second one

@@ -25,14 +25,18 @@ class LayerwiseLoss:
     unless it brings a new window. Everything is on the default device.
     """
 
-    def __init__(self, model: nha_jax.Model, batches: Iterable[Batch]):
+    def __init__(
+        self, model: nha_jax.Model, batches: Iterable[Batch], bytes_per_target: float = 1.0
+    ):
         """Nothing is compiled yet.
 
         Args:
             model: its own layout does not matter.
             batches: what to measure on, all of one shape [B, T].
+            bytes_per_target: of their text; see `train.corpus.Part`.
         """
         self._num_layers = model.config.num_layers
+        self._bytes_per_target = bytes_per_target
         self._batches = [
             {name: jnp.asarray(array) for name, array in batch.items()} for batch in batches
         ]
@@ -81,7 +85,7 @@ class LayerwiseLoss:
                         self._state, hidden, batch, np.int32(index), window_size=layout[index]
                     )
                 sums.append(self._loss(self._state, hidden, batch))
-            yield bits_per_target(sums)
+            yield bits_per_target(sums) / self._bytes_per_target
             start, inputs = (resume, kept) if resume >= start else (0, self._embedded())
 
     def _embedded(self) -> list[jax.Array]:

@@ -1,7 +1,10 @@
 """The training loop: from a configuration to a run folder with a trained model."""
 
+import signal
+
 import jax
 
+from train import processes
 from train.checkpoint import Checkpoints
 from train.compilation_cache import use_compilation_cache
 from train.config import TrainConfig
@@ -9,7 +12,7 @@ from train.corpus import load_corpus
 from train.interruption import Interruption
 from train.mesh import make_mesh
 from train.result import Result
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_atomically
 from train.trainer import Trainer
 from train.wandb_reporter import check_wandb
 
@@ -22,11 +25,23 @@ def train(config: TrainConfig) -> int:
 
     Raises:
         ConfigError: corpus, devices, run folder or wandb do not fit; nothing was written.
-        TrainingError: the loss stays non-finite.
+        TrainingError: the loss stays non-finite, or a file cannot be written.
+        CheckpointError: no checkpoint is whole, or none can be saved.
     """
     check_wandb(config.logging.wandb)
     use_compilation_cache(config.compilation_cache)
+    processes.join(config)
+    try:
+        return _train(config)
+    except Exception as error:
+        if jax.process_count() > 1:
+            processes.leave_after(error)
+        raise
+
+
+def _train(config: TrainConfig) -> int:
     corpus = load_corpus(config.data)
+    corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
     folder = RunFolder(config.run)
     with (
@@ -34,20 +49,26 @@ def train(config: TrainConfig) -> int:
         jax.set_mesh(mesh),
         Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
     ):
+        if processes.is_first():
+            for name, content in corpus.tokenizer.files.items():
+                write_atomically(folder.path / name, content)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
             trainer = Trainer(config, corpus, mesh, folder, checkpoints)
             with Interruption() as interruption:
-                trainer.run(interruption)
-            if interruption.signal is not None:
-                print(f"Stopped by {interruption.signal.name} at step {trainer.progress.step}.")
-                print("Everything is saved; the same command resumes.")
-                return 128 + interruption.signal
+                number = trainer.run(interruption)
+            if number is not None:
+                if processes.is_first():
+                    name = signal.Signals(number).name
+                    print(f"Stopped by {name} at step {trainer.progress.step}.")
+                    print("Everything is saved; the same command resumes.")
+                return 128 + number
             result = trainer.finish()
-        else:
+        elif processes.is_first():
             print(f"This run is finished: {done} of {config.steps} steps; raise steps to go on.")
-    print(result)
-    print(f"\nIn {folder.path}: loss.png, slot_share.png, metrics.jsonl,")
-    print("tensorboard, checkpoints, model")
+    if processes.is_first():
+        print(result)
+        print(f"\nIn {folder.path}: loss.png, slot_share.png, metrics.jsonl,")
+        print("tensorboard, checkpoints, model")
     return 0

@@ -117,11 +117,16 @@ def read_rows(path: Path) -> list[Row]:
 class ProgressBar:
     """tqdm on stderr: steps (or whatever `unit` says), time left, and named values beside it."""
 
-    def __init__(self, total: int, initial: int, unit: str = "step"):
+    def __init__(self, total: int, initial: int, unit: str = "step", shown: bool = True):
         # Where no one watches it live, a line every ten seconds is enough.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=total, initial=initial, unit=unit, mininterval=interval, dynamic_ncols=True
+            total=total,
+            initial=initial,
+            unit=unit,
+            mininterval=interval,
+            dynamic_ncols=True,
+            disable=not shown,
         )
         self._shown: dict[str, str] = {}
 

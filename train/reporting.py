@@ -7,6 +7,7 @@ from typing import Any, Self
 import jax
 from jax.sharding import Mesh
 
+from train import processes
 from train.chips import chip_of
 from train.clock import Clock
 from train.config import TrainConfig
@@ -19,6 +20,8 @@ from train.wandb_reporter import WeightsAndBiases
 
 class Reporting:
     """Reports one run's steps while it is open; a context manager.
+
+    Of several processes the first alone does.
 
     Attributes:
         clock: paused by whoever does something that is not training.
@@ -48,21 +51,24 @@ class Reporting:
         self._flops = config.model.training_flops_per_token(config.data.sequence_length)
         self._bytes_per_target = bytes_per_target
         more: list[Reporter] = []
-        if config.logging.wandb is not None:
+        if config.logging.wandb is not None and processes.is_first():
             more.append(
                 WeightsAndBiases(
                     config.logging.wandb, folder.wandb, folder.path, config_values(config)
                 )
             )
-        self._log = MetricsLog(folder.metrics, folder.tensorboard, after_step, more)
-        self._bar = ProgressBar(config.steps, after_step)
+        self._log: MetricsLog | None = None
+        if processes.is_first():
+            self._log = MetricsLog(folder.metrics, folder.tensorboard, after_step, more)
+        self._bar = ProgressBar(config.steps, after_step, shown=processes.is_first())
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._bar.__exit__(*exception)
-        self._log.__exit__(*exception)
+        if self._log is not None:
+            self._log.__exit__(*exception)
 
     def step(
         self,
@@ -90,7 +96,8 @@ class Reporting:
             if "mfu" in speed:
                 shown["MFU"] = f"{speed['mfu']:.1%}"
             row = self._row(step, metrics, held_out)
-            self._log.write({**row, "skipped_updates": skipped_updates, **speed})
+            if self._log is not None:
+                self._log.write({**row, "skipped_updates": skipped_updates, **speed})
         self.clock.start_once(step)
         self._bar.advance(**shown)
 

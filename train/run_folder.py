@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import IO, Any, Self
 
+from train import processes
 from train.config import TrainConfig
-from train.errors import ConfigError
+from train.errors import ConfigError, TrainingError
 
 # What may differ when a run is resumed: none of it changes the updates already made. A name
 # that is a section stands for all of its keys.
@@ -83,9 +84,18 @@ class RunFolder:
     def open(self, config: TrainConfig, fingerprint: str) -> Self:
         """Makes and locks the folder and writes down the configuration; use with `with`.
 
+        Of several processes of one run, the first does, and the others compare. An OSError inside
+        the `with`, such as a full disk, comes out of it as a TrainingError.
+
         Raises:
-            ConfigError: see `check`; or another process has the folder open.
+            ConfigError: see `check`; or another run has the folder open.
         """
+        processes.on_first(lambda: self._open(config, fingerprint))
+        if not processes.is_first():
+            self.check(config, fingerprint)
+        return self
+
+    def _open(self, config: TrainConfig, fingerprint: str) -> None:
         self.check(config, fingerprint)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -102,14 +112,18 @@ class RunFolder:
                 f"run = {config.run!r}: another process is training in this folder"
             ) from None
         write_atomically(self._record, json.dumps(_record(config, fingerprint), indent=2) + "\n")
-        return self
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._lock is not None:
             self._lock.close()
+        if isinstance(error, OSError):
+            raise TrainingError(
+                f"{error.filename or self.path}: {error.strerror or error}; the checkpoints are as "
+                "they were, and the same command resumes"
+            ) from error
 
     def model_config(self) -> dict[str, Any]:
         """The stored run's model section.

@@ -11,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
-from train.config import BYTE_VOCABULARY
 from train.corpus import Corpus, load_corpus
 from train.data import Windows, evaluation_batches
 from train.errors import ConfigError
@@ -60,13 +59,8 @@ def run_search(options: SearchOptions) -> int:
     output = _output(options)
     data, count = _data(options)
     space = _space(options, model.config, data.sequence_length)
-    require(
-        model.config.vocab_size >= BYTE_VOCABULARY,
-        "the model's vocab_size",
-        model.config.vocab_size,
-        f"at least {BYTE_VOCABULARY}, as of a model of bytes",
-    )
     corpus = load_corpus(data)
+    corpus.check_vocabulary(model.config.vocab_size)
     windows = Windows(corpus.held_out, data.sequence_length)
     count = min(count, len(windows))
     measured_on = _measured_on(model, corpus, data, count)
@@ -75,7 +69,8 @@ def run_search(options: SearchOptions) -> int:
     length = data.sequence_length
     print(f"held out  {count} windows of {length} tokens of {data.corpus}\n", flush=True)
     batch_size = min(count, max(1, _TOKENS_PER_BATCH // length))
-    evaluation = LayerwiseLoss(model, evaluation_batches(windows, batch_size, count))
+    batches = evaluation_batches(windows, batch_size, count)
+    evaluation = LayerwiseLoss(model, batches, windows.bytes_per_target)
     with (
         LossLog(output.with_suffix(".jsonl"), measured_on) as log,
         ProgressBar(0, 0, "layout") as bar,

@@ -56,7 +56,8 @@ class OptimizerConfig:
         learning_rate: peak learning rate
         warmup_steps: steps of linear warm-up from 0
         schedule: shape of the decay from the peak to the last step; warmup_stable_decay stays at
-            the peak and decays linearly at the end
+            the peak and decays linearly at the end, so that from a checkpoint before its decay a
+            run goes on with more steps as if they had been asked for at first
         decay_fraction: share of all steps that the decay of warmup_stable_decay takes
         final_fraction: learning rate at the last step as a share of the peak
         beta1: decay of the gradient's running mean
@@ -144,7 +145,8 @@ class CheckpointConfig:
         every: steps between checkpoints; the last step is always saved
         keep: how many of the newest checkpoints are kept
         keep_every: steps between checkpoints that are kept for good; null for none
-        keep_best: how many of those with the lowest held-out loss are kept as well
+        keep_best: how many of those with the lowest held-out loss are kept as well; only those
+            saved at a multiple of evaluation.every have one
     """
 
     every: int = 250

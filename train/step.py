@@ -91,7 +91,7 @@ class Steps:
             and `skipped`: 1 if loss, gradient or new state were not finite, in which case the
             state returned is the old one.
         """
-        return self._update(state, self.place(batch))
+        return self.update_placed(state, self.place(batch))
 
     def trace_update(self) -> jax.stages.Traced:
         """`update` of abstract arrays, to be compiled for devices that may not be there."""
@@ -108,6 +108,12 @@ class Steps:
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
         placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
         return self._update.trace(state, placed)
+
+    def update_placed(
+        self, state: TrainState, batch: DeviceBatch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """`update` on a batch that is on the devices already, as `place` returns it."""
+        return self._update(state, batch)
 
     def evaluate(self, model_state: Any, batch: Batch) -> Evaluation:
         """The loss and the slots' share on a batch, with no update."""

@@ -1,6 +1,5 @@
-"""Byte tokens to text and back, and a model continuing texts."""
+"""Texts of the user as tokens, and a model continuing them."""
 
-import codecs
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,11 +12,14 @@ from flax import nnx
 import nha_jax
 from nha_jax.engine import chunk_for
 from train.checkpoint import load_model_state
-from train.corpus import END_OF_DOCUMENT
 from train.errors import ConfigError
 from train.run_folder import RunFolder
+from train.tokenizer import Tokenizer, load_tokenizer
 
 Finish = Literal["stop", "length"]
+
+# Bytes: tokens are shorter in the mean.
+_LONGEST_TOKEN = 16
 
 
 def load_model(path: str) -> nha_jax.Model:
@@ -26,8 +28,7 @@ def load_model(path: str) -> nha_jax.Model:
     Raises:
         ConfigError: there is neither.
     """
-    if not Path(path).is_dir():
-        raise ConfigError(f"{path}: no such folder; expected a run or a saved model")
+    _check_folder(path)
     if (Path(path) / "model.safetensors").exists():
         return nha_jax.load(path)
     folder = RunFolder(path)
@@ -36,25 +37,36 @@ def load_model(path: str) -> nha_jax.Model:
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
 
 
-def encode(text: str) -> np.ndarray:
-    """[bytes] int32, the text's UTF-8. Lone surrogates stand for bytes that are not UTF-8."""
-    return np.frombuffer(text.encode(errors="surrogateescape"), np.uint8).astype(np.int32)
+def load_tokenizer_of(path: str) -> Tokenizer:
+    """What the tokens of a folder's model mean, a run's or a saved one's.
+
+    Raises:
+        ConfigError: there is no such folder, or the package tokenizers is missing.
+        DataError: the tokenizer's files are damaged.
+    """
+    _check_folder(path)
+    return load_tokenizer(Path(path))
 
 
-def read_tokens(path: str, limit: int | None = None) -> np.ndarray:
-    """The first `limit` bytes of a file as tokens, [at most limit] int32; "-": standard input.
+def _check_folder(path: str) -> None:
+    if not Path(path).is_dir():
+        raise ConfigError(f"{path}: no such folder; expected a run or a saved model")
+
+
+def read_tokens(path: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
+    """The first `limit` tokens of a file, [at most limit] int32; "-": standard input.
 
     Raises:
         ConfigError: it cannot be read, or is empty.
     """
     try:
         with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
-            content = file.read(-1 if limit is None else limit)
+            content = file.read(-1 if limit is None else limit * _LONGEST_TOKEN)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the text: {error.strerror}") from None
     if not content:
         raise ConfigError(f"{path}: the text is empty")
-    return np.frombuffer(content, np.uint8).astype(np.int32)
+    return tokenizer.encode(content.decode(errors="surrogateescape"))[:limit]
 
 
 class Piece(NamedTuple):
@@ -63,12 +75,13 @@ class Piece(NamedTuple):
     prompt: int  # its index
     token: int
     log_probability: float
-    text: str  # may be empty: bytes of a character that is not complete, or perhaps a stop string
+    text: str  # may be empty: a part of a character that is not complete, or perhaps a stop string
     finished: Finish | None
 
 
 def continue_texts(
     engine: nha_jax.Engine,
+    tokenizer: Tokenizer,
     prompts: Sequence[np.ndarray],
     options: nha_jax.SamplingOptions,
     stop_strings: Sequence[str] = (),
@@ -76,13 +89,13 @@ def continue_texts(
     """Continues prompts [T], each with a seed of its own, and gives what is written as it comes.
 
     The end of the document ends a text, as do `options.stop_tokens` and the stop strings; neither
-    is part of it. Bytes that are not UTF-8 come out as the replacement character.
+    is part of it. Bytes that are no character come out as the replacement character.
 
     Raises:
         ValueError: a prompt does not fit the engine; see `nha_jax.Engine.submit`.
     """
     texts = {
-        engine.submit(prompt, options.for_row(i)): _Text(i, stop_strings)
+        engine.submit(prompt, options.for_row(i)): _Text(i, tokenizer, prompt, stop_strings)
         for i, prompt in enumerate(prompts)
     }
     for event in engine.run():
@@ -95,36 +108,43 @@ def continue_texts(
         yield Piece(text.prompt, event.token, event.log_probability, written, finished)
 
 
-def complete(model: nha_jax.Model, prompt: str, options: nha_jax.SamplingOptions) -> str:
+def complete(
+    model: nha_jax.Model, tokenizer: Tokenizer, prompt: str, options: nha_jax.SamplingOptions
+) -> str:
     """What the model writes after `prompt`, up to the end of the document."""
-    tokens = encode(prompt)
+    tokens = tokenizer.encode(prompt)
     engine = nha_jax.Engine(
         model,
         batch_size=1,
         max_length=len(tokens) + options.max_new_tokens,
         prefill_chunk=chunk_for(len(tokens)),
     )
-    return "".join(piece.text for piece in continue_texts(engine, [tokens], options))
+    return "".join(piece.text for piece in continue_texts(engine, tokenizer, [tokens], options))
 
 
 class _Text:
-    """The text of one prompt as its bytes come in."""
+    """The text after one prompt as its tokens come in."""
 
-    def __init__(self, prompt: int, stop_strings: Sequence[str]):
-        self.prompt = prompt
+    def __init__(
+        self, number: int, tokenizer: Tokenizer, prompt: np.ndarray, stop_strings: Sequence[str]
+    ):
+        self.prompt = number
         self.finished = False
         self._stop_strings = stop_strings
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._end_token = tokenizer.end_token
+        self._decoder = tokenizer.decoder(prompt)
         self._held_back = ""
 
     def add(self, event: nha_jax.Event) -> tuple[str, Finish | None]:
         """What can be shown after this token, and whether the text is finished."""
         finished: Finish | None = event.finished
-        if event.token == END_OF_DOCUMENT:
+        if event.token == self._end_token:
             finished = "stop"
-        ends = finished == "stop" or event.token >= END_OF_DOCUMENT
-        byte = b"" if ends else bytes([event.token])
-        text = self._held_back + self._decoder.decode(byte, final=finished is not None)
+        text = self._held_back
+        if finished != "stop":
+            text += self._decoder.add(event.token)
+        if finished:
+            text += self._decoder.finish()
         places = [text.find(stop) for stop in self._stop_strings if stop in text]
         if places:
             text, finished = text[: min(places)], "stop"

@@ -1,11 +1,13 @@
 """One run in progress: its steps, evaluations and saves."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 import nha_jax
+from train import processes
 from train.checkpoint import Checkpoints, Progress
 from train.config import TrainConfig
 from train.corpus import Corpus
@@ -13,6 +15,7 @@ from train.data import Windows, training_batches
 from train.errors import TrainingError
 from train.evaluation import HeldOut, gzip_references, measure_held_out
 from train.interruption import Interruption
+from train.mesh import MESH_AXES, rows_of_process
 from train.profiling import Profiler
 from train.reporting import Reporting, fetch, plot_run
 from train.result import Result
@@ -22,9 +25,6 @@ from train.text import complete
 
 Metrics = dict[str, jax.Array]
 """What an update returns beside the state, still on the devices."""
-
-BYTES_PER_TARGET = 1.0
-"""The tokens are bytes."""
 
 
 class Trainer:
@@ -50,22 +50,30 @@ class Trainer:
         self._checkpoints = checkpoints
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._rows = rows_of_process(mesh, config.batch_size)
         self._steps = Steps(config, mesh)
         self.state: TrainState
         restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
         self.state, self.progress = restored or (self._steps.initial_state(), Progress())
         self._mesh = mesh
+        self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
-        self._print_header()
+        if processes.is_first():
+            self._print_header()
 
-    def run(self, interruption: Interruption) -> None:
-        """Trains up to the last step or an interruption; the state is then on disk."""
+    def run(self, interruption: Interruption) -> int | None:
+        """Trains up to the last step or an interruption; the state is then on disk.
+
+        Returns:
+            The signal that stopped this process or another of the run; None at the last step.
+        """
         config, first = self._config, self.progress.step
+        per_target = self._training.bytes_per_target
         batches = training_batches(
-            self._training, config.batch_size, config.seed, self.progress.next_batch
+            self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
         with (
-            Reporting(config, self._folder, self._mesh, first, BYTES_PER_TARGET) as reporting,
+            Reporting(config, self._folder, self._mesh, first, per_target) as reporting,
             Profiler(config.logging.profile, self._folder.profile) as profiler,
         ):
             unreported: dict[int, Metrics] = {}
@@ -76,30 +84,51 @@ class Trainer:
                 # The step before is fetched while the devices work on this one.
                 self._report_steps(unreported, reporting)
                 unreported = {step: metrics}
-                stop = step == config.steps or interruption.signal is not None
+                stop = self._vote.cast(interruption.signal) is not None or step == config.steps
                 evaluate = step % config.evaluation.every == 0 or step == config.steps
                 save = self._checkpoints.is_due(step) or stop
+                held_out = None
                 if evaluate or save:
                     jax.block_until_ready(metrics)
                     with reporting.clock.paused():
-                        held_out = self._evaluate(config.evaluation.windows) if evaluate else None
+                        if evaluate:
+                            held_out = self._evaluate(config.evaluation.windows)
                     self._report_steps(unreported, reporting, held_out)
                     unreported = {}
                 if save:
                     with reporting.clock.paused():
-                        self._checkpoints.save(self.state, self.progress)
+                        loss = held_out.bits_per_byte if held_out else None
+                        self._checkpoints.save(self.state, self.progress, loss)
                 if stop:
                     break
             self._checkpoints.wait()
-        plot_run(self._folder, self._references())
+        if processes.is_first():
+            plot_run(self._folder, self._references())
+        return self._vote.last(interruption.signal)
 
-    def finish(self) -> Result:
-        """Measures the finished model, saves it for `nha_jax.load`, lets it write."""
+    def finish(self) -> Result | None:
+        """Measures the finished model, saves it for `nha_jax.load`, lets it write.
+
+        Of several processes all measure; the first alone does the rest and has the result.
+        """
+        held_out = self._evaluate(self._config.evaluation.final_windows)
+        if jax.process_count() == 1:
+            return self._write_result(held_out, self.state.model)
+        everywhere = processes.whole(self.state.model, self._mesh)
+        if not processes.is_first():
+            return None
+        # A mesh of its own: the others take no part any more.
+        here = jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, devices=jax.local_devices()[:1])
+        with jax.set_mesh(here):
+            local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
+            return self._write_result(held_out, local)
+
+    def _write_result(self, held_out: HeldOut, model_state: Any) -> Result:
         config = self._config
-        model = self._steps.model(self.state.model)
-        held_out = self._evaluate(config.evaluation.final_windows)
+        model = self._steps.model(model_state)
         sample = complete(
             model,
+            self._corpus.tokenizer,
             config.sample.prompt,
             nha_jax.SamplingOptions(
                 max_new_tokens=config.sample.max_new_tokens,
@@ -107,7 +136,9 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(self._folder.model, model, overwrite=True)
+        nha_jax.save(
+            self._folder.model, model, overwrite=True, tokenizer=self._corpus.tokenizer.files
+        )
         step, references = self.progress.step, self._references()
         result = Result(
             step,
@@ -149,11 +180,11 @@ class Trainer:
             self._held_out,
             self._config.batch_size,
             windows,
-            BYTES_PER_TARGET,
+            self._rows,
         )
 
     def _references(self) -> dict[str, float]:
-        return gzip_references(self._corpus.held_out.text)
+        return gzip_references(self._corpus.held_out)
 
     def _print_header(self) -> None:
         model, data = self._config.model, self._config.data
@@ -165,7 +196,8 @@ class Trainer:
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),
         ):
-            print(f"{name} {len(part.tokens):,} bytes in {len(part.names)} files of {data.corpus}")
+            amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step:
             print(f"resuming after step {self.progress.step} of {self._config.steps}")

@@ -14,9 +14,10 @@ from flax import nnx
 
 from nha_jax import ModelConfig
 from train.config import TrainConfig
+from train.losses import loss_sum
 from train.mesh import make_mesh
 from train.sections import DataConfig, MeshConfig
-from train.step import Steps, loss_sum
+from train.step import Steps
 
 B, T, VOCABULARY = 8, 32, 264
 

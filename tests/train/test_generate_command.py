@@ -11,8 +11,8 @@ import pytest
 import nha_jax
 from tests.train.tiny_run import Nha
 from train.cli import main
-from train.corpus import END_OF_DOCUMENT
 from train.text import _Text
+from train.tokenizer import END_OF_DOCUMENT, ByteTokenizer
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -109,7 +109,7 @@ def test_what_is_wrong_is_said_in_one_line(generate, arguments: list[str], messa
 
 def written(tokens: list[int], *stop_strings: str) -> tuple[list[str], str | None]:
     """What is shown after each token, and why the text ended."""
-    text, pieces, finished = _Text(0, stop_strings), [], None
+    text, pieces, finished = _Text(0, ByteTokenizer(), np.array(list(b"x")), stop_strings), [], None
     for i, token in enumerate(tokens):
         event = nha_jax.Event(0, token, 0.0, "length" if i == len(tokens) - 1 else None)
         piece, finished = text.add(event)

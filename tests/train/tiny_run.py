@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -33,7 +34,7 @@ class Nha:
         pairs = [(key.replace("__", "."), json.dumps(value)) for key, value in overrides.items()]
         return load_config(str(self.config_file), pairs)
 
-    def start(self, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
         """`nha train` in the background."""
         flags = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
@@ -41,8 +42,25 @@ class Nha:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **self._environment, "XLA_FLAGS": flags},
+            env={**os.environ, **self._environment, "XLA_FLAGS": flags, **environment},
         )
+
+    def start_both(self, *arguments: str) -> list[subprocess.Popen[str]]:
+        """`nha train` as two processes of two devices each."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            address = f"localhost:{free.getsockname()[1]}"
+        return [
+            self.start(
+                "--distributed=true",
+                *arguments,
+                devices=2,
+                JAX_COORDINATOR_ADDRESS=address,
+                JAX_NUM_PROCESSES="2",
+                JAX_PROCESS_ID=str(index),
+            )
+            for index in range(2)
+        ]
 
     def train(self, *arguments: str, devices: int = 1) -> str:
         """`nha train` to its end; returns what it printed."""
@@ -54,6 +72,15 @@ class Nha:
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a torn last line is an error unless the run is going on."""
         return [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+
+    def logged(self) -> int:
+        """How many rows metrics.jsonl has by now."""
+        metrics = self.run / "metrics.jsonl"
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+    def model_bytes(self) -> bytes:
+        """The finished model's parameters, as written."""
+        return (self.run / "model" / "model.safetensors").read_bytes()
 
     def losses(self) -> dict[int, tuple[float, float | None]]:
         """step -> (loss, held-out bits per byte), exactly as written."""

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import generate, inspect, plan, search, train
+from train.commands import data, generate, inspect, plan, search, train
 
 
 class Command(Protocol):
@@ -21,6 +21,7 @@ class Command(Protocol):
 
 
 COMMANDS: dict[str, Command] = {
+    "data": data,
     "train": train,
     "plan": plan,
     "generate": generate,

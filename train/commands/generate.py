@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
     from nha_jax import Engine, SamplingOptions
     from train.text import Piece
+    from train.tokenizer import Tokenizer
 
 SAMPLING = {
-    "max_new_tokens": "bytes to write at most",
-    "temperature": "divides the logits; 0: always the likeliest byte",
-    "top_k": "draw from the K likeliest bytes only",
-    "top_p": "draw from the likeliest bytes that add up to this probability",
-    "min_p": "draw from bytes at least this times as likely as the likeliest",
-    "repetition_penalty": "divides positive logits of bytes that were there before; 1: none",
+    "max_new_tokens": "tokens to write at most (bytes, of a model of bytes)",
+    "temperature": "divides the logits; 0: always the likeliest token",
+    "top_k": "draw from the K likeliest tokens only",
+    "top_p": "draw from the likeliest tokens that add up to this probability",
+    "min_p": "draw from tokens at least this times as likely as the likeliest",
+    "repetition_penalty": "divides positive logits of tokens that were there before; 1: none",
     "seed": "of the random numbers; each prompt gets its own from it",
 }
 
@@ -82,11 +83,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from nha_jax import Engine, SamplingOptions
     from nha_jax.engine import chunk_for
-    from train.corpus import END_OF_DOCUMENT
     from train.layout import read_layout
-    from train.text import load_model
+    from train.text import load_model, load_tokenizer_of
 
-    prompts = [_Prompted(option, value, _read_prompt(option, value)) for option, value in given]
+    tokenizer = load_tokenizer_of(options.folder)
+    prompts = [
+        _Prompted(option, value, _read_prompt(option, value, tokenizer)) for option, value in given
+    ]
     sampling = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
     windows = getattr(options, "windows", None)
     layout = None if windows is None else read_layout(windows, "--windows")
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         if windows is not None:
             model = model.with_windows(layout)
-        chosen = SamplingOptions(**sampling, stop_tokens=(END_OF_DOCUMENT, *options.stop_token))
+        chosen = SamplingOptions(**sampling, stop_tokens=(tokenizer.end_token, *options.stop_token))
         longest = max(len(prompt.tokens) for prompt in prompts)
         engine = Engine(
             model,
@@ -102,16 +105,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             max_length=getattr(options, "max_length", max(longest + chosen.max_new_tokens, 3)),
             prefill_chunk=getattr(options, "prefill_chunk", chunk_for(longest)),
         )
-        _write(engine, prompts, chosen, options)
+        _write(engine, tokenizer, prompts, chosen, options)
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return 0
 
 
-def _read_prompt(option: str, value: str) -> "np.ndarray":
+def _read_prompt(option: str, value: str, tokenizer: "Tokenizer") -> "np.ndarray":
     import numpy as np
 
-    from train.text import encode, read_tokens
+    from train.text import read_tokens
 
     if option == "--prompt-tokens":
         try:
@@ -119,15 +122,15 @@ def _read_prompt(option: str, value: str) -> "np.ndarray":
         except ValueError:
             raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
     if option == "--prompt-file":
-        return read_tokens(value)
+        return read_tokens(value, tokenizer)
     if not value:
         raise ConfigError("--prompt: the text is empty")
-    return encode(value)
+    return tokenizer.encode(value)
 
 
 def _write(
-    engine: "Engine", prompts: "list[_Prompted]", sampling: "SamplingOptions",
-    options: argparse.Namespace,
+    engine: "Engine", tokenizer: "Tokenizer", prompts: "list[_Prompted]",
+    sampling: "SamplingOptions", options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Streams one text, or prints several in the order of the prompts; then says how fast."""
     from train.text import continue_texts
@@ -136,7 +139,7 @@ def _write(
     compile_seconds = _warm_up(engine, sampling)
     printed, start, first = 0, time.perf_counter(), 0.0
     tokens = [prompt.tokens for prompt in prompts]
-    for piece in continue_texts(engine, tokens, sampling, options.stop):
+    for piece in continue_texts(engine, tokenizer, tokens, sampling, options.stop):
         if not first:
             first = time.perf_counter() - start
             print(prompts[0].shown if streams else "", end="")

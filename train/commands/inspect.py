@@ -23,7 +23,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
     parser.add_argument("--text", required=True, metavar="FILE", help="the text, of any kind")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="read the first N bytes at most"
+        "--max-tokens", type=int, default=4096, metavar="N", help="read the first N at most"
     )
     parser.add_argument(
         "--context",
@@ -54,9 +54,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.inspection import format_table, inspect
     from train.layout import read_layout
     from train.run_folder import write_atomically
-    from train.text import load_model, read_tokens
+    from train.text import load_model, load_tokenizer_of, read_tokens
 
-    tokens = read_tokens(options.text, options.max_tokens)
+    tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)
     model = load_model(options.run)
     if options.windows is not None:
         layout = read_layout(options.windows, "--windows")
@@ -66,7 +66,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(f"--windows = {options.windows!r}: {error}") from None
     if tokens.max() >= model.config.vocab_size:
         raise ConfigError(
-            f"{options.run}: its vocabulary of {model.config.vocab_size} tokens is none of bytes"
+            f"{options.run}: its vocabulary of {model.config.vocab_size} tokens has not all "
+            "of the text's"
         )
     inspection = inspect(model, tokens, options.context)
 

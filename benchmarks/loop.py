@@ -1,0 +1,116 @@
+"""What the training loop costs beside the bare compiled step: data, transfers, metrics, the bar.
+
+    uv run python benchmarks/loop.py
+
+The loop of `nha train` and the same update on one batch that is on the devices already take turns,
+some steps each; evaluations and checkpoints are left out. Prints the medians over the turns.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+
+from train.checkpoint import Checkpoints
+from train.config import TrainConfig
+from train.config_loader import load_config
+from train.corpus import load_corpus
+from train.data import Windows, training_batches
+from train.mesh import make_mesh
+from train.run_folder import RunFolder
+from train.step import Steps
+from train.trainer import Trainer
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+SIZES: dict[str, list[tuple[str, str]]] = {
+    "quick start": [],
+    "4x the tokens, 2x the width": [("batch_size", "8"), ("model.hidden_size", "256")],
+}
+
+
+class Turns:
+    """One configuration, trained by the loop and by hand in turns."""
+
+    def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
+        mesh, corpus = make_mesh(config), load_corpus(config.data)
+        self._trainer = Trainer(config, corpus, mesh, RunFolder(config.run), checkpoints)
+        self._steps = Steps(config, mesh)
+        windows = Windows(corpus.training, config.data.sequence_length)
+        batch = next(training_batches(windows, config.batch_size, config.seed, 0))
+        self._batch = self._steps.place(batch)
+        self._state = self._steps.initial_state()
+
+    def by_the_loop(self, steps: int) -> float:
+        """Seconds a step, between the starts of the second step and of the last."""
+        starts: list[float] = []
+        interruption = SimpleNamespace(signal=None)
+        update = self._trainer._steps.update
+
+        def timed(*arguments: Any) -> Any:
+            starts.append(time.perf_counter())
+            if len(starts) == steps:
+                interruption.signal = "enough"
+            return update(*arguments)
+
+        self._trainer._steps.update = timed  # type: ignore[method-assign]
+        self._trainer.run(interruption)  # type: ignore[arg-type]
+        self._trainer._steps.update = update  # type: ignore[method-assign]
+        return (starts[-1] - starts[1]) / (steps - 2)
+
+    def bare(self, steps: int) -> float:
+        """Seconds a step; the host waits for the step before, so that none pile up."""
+        starts, before = [], None
+        for _ in range(steps):
+            starts.append(time.perf_counter())
+            self._state, metrics = self._steps.update_placed(self._state, self._batch)
+            jax.block_until_ready(before)
+            before = metrics
+        jax.block_until_ready(before)
+        return (starts[-1] - starts[1]) / (steps - 2)
+
+
+def measure(overrides: list[tuple[str, str]], turns: int, steps: int) -> tuple[float, float]:
+    """Medians over the turns: seconds a step of the bare update and of the loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Longer than all turns, and with no evaluation or checkpoint within them.
+        far = str(10 * turns * steps)
+        settings = [("steps", far), ("evaluation.every", far), ("checkpoint.every", far)]
+        config = load_config(str(CONFIG), [*overrides, *settings, ("run", folder)])
+        times: dict[str, list[float]] = {"bare": [], "loop": []}
+        with (
+            jax.set_mesh(make_mesh(config)),
+            Checkpoints(Path(folder) / "checkpoints", config.checkpoint) as checkpoints,
+            open(os.devnull, "w") as nowhere,
+            contextlib.redirect_stdout(nowhere),
+            contextlib.redirect_stderr(nowhere),
+        ):
+            pair = Turns(config, checkpoints)
+            pair.bare(3)
+            pair.by_the_loop(3)
+            for _ in range(turns):
+                times["bare"].append(pair.bare(steps))
+                times["loop"].append(pair.by_the_loop(steps))
+    return statistics.median(times["bare"]), statistics.median(times["loop"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=30, help="of each in a turn")
+    options = parser.parse_args()
+    print("| configuration | bare step, ms | in the loop, ms | overhead |")
+    print("| --- | --- | --- | --- |")
+    for name, overrides in SIZES.items():
+        bare, loop = measure(overrides, options.turns, options.steps)
+        print(f"| {name} | {1e3 * bare:.1f} | {1e3 * loop:.1f} | {loop / bare - 1:+.1%} |")
+
+
+if __name__ == "__main__":
+    main()

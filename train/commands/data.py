@@ -1,0 +1,103 @@
+"""`nha data`."""
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from train.prepared import Prepared
+
+_DESCRIPTION = """\
+Turns raw files into a folder of tokens to train on (data.corpus: OUT).
+
+INPUT is a file, a folder or a glob ("**" goes through all folders below), as often as you like:
+  .jsonl .json .ndjson   JSON lines: the text is under --text-key
+  .parquet               the text is the column --text-key
+  any other              UTF-8 text, one document a file
+and any of these but parquet packed as .gz or .zst. Empty documents are left out.
+
+The order of documents is that of the inputs; whether one is held out for evaluation depends on a
+hash of its text alone, so copies of it are on the same side. Stopped in any way, the same command
+goes on; the folder becomes the same byte for byte, with any number of workers."""
+
+_EXAMPLES = """\
+examples:
+  nha data prepare corpora/books books/*.txt
+  nha data prepare corpora/web --tokenizer tokenizer.json 'SlimPajama/train/**/*.jsonl.zst'
+  nha data prepare corpora/code --tokenizer tokenizer.json --text-key content code/*.parquet
+then
+  nha train CONFIG --data.corpus=corpora/web
+  nha train CONFIG --data.corpus='{corpora/web: 0.8, corpora/code: 0.2}'"""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser("data", help="prepare text to train on", allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    prepare = actions.add_parser(
+        "prepare",
+        help="turn text, JSON lines or parquet files into a folder of tokens",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    prepare.add_argument("out", metavar="OUT", help="the folder to make")
+    prepare.add_argument("inputs", metavar="INPUT", nargs="+", help="what to read, see above")
+    add = prepare.add_argument
+    add("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
+    add(
+        "--end-token", metavar="NAME",
+        help="of the tokenizer's tokens the one after each document (default: </s>, "
+        "<|endoftext|>, <|end_of_text|> or <eos>)",
+    )  # fmt: skip
+    add("--text-key", default="text", metavar="KEY", help="where the text is (default: text)")
+    add(
+        "--held-out-fraction", type=float, default=0.005, metavar="SHARE",
+        help="share of the documents kept for evaluation (default: 0.005)",
+    )  # fmt: skip
+    add(
+        "--workers", type=int, metavar="N",
+        help="processes; the result does not depend on it (default: one a CPU core)",
+    )  # fmt: skip
+    add(
+        "--shard-bytes", type=int, default=64 << 20, metavar="N",
+        help="text in a shard, about; what is lost at most, for each worker, if stopped "
+        "(default: 64 MiB; a packed file is never divided)",
+    )  # fmt: skip
+    add(
+        "--skip-bad", action="store_true",
+        help="count documents that cannot be read (no JSON, no text under the key, not UTF-8) "
+        "and go on, instead of stopping at the first",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from train.prepare import PrepareOptions, prepare
+    from train.prepared import Prepared
+
+    fields = [field.name for field in dataclasses.fields(PrepareOptions)]
+    try:
+        chosen = PrepareOptions(**{name: getattr(options, name) for name in fields})
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    prepare(chosen)
+    print(_summary(options.out, Prepared.open(Path(options.out).expanduser())))
+    return 0
+
+
+def _summary(out: str, prepared: "Prepared") -> str:
+    totals, tokenizer = prepared.manifest.totals, prepared.tokenizer
+    parts = (("training", prepared.training), ("held out", prepared.held_out))
+    lines = [f"{name} {x.num_documents:,} documents, {len(x):,} tokens" for name, x in parts]
+    per_token = totals["text_bytes"] / totals["tokens"]
+    lines.append(
+        f"tokens   of {tokenizer.vocabulary_size:,} (model.vocab_size: at least that), "
+        f"{per_token:.2f} bytes of text each, {prepared.manifest.dtype}"
+    )
+    if totals["bad_documents"]:
+        lines.append(f"left out {totals['bad_documents']:,} documents that cannot be read")
+    return "\n".join([*lines, f"\nIn {out} (data.corpus)"])
