@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS.values():
         command.add_parser(commands)
     options, rest = parser.parse_known_args(sys.argv[1:] if argv is None else list(argv))
-    if rest and options.command != "train":
+    if rest and options.command not in ("train", "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return COMMANDS[options.command].run(options, rest)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from train.config import TrainConfig
@@ -44,7 +45,11 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
     sizes = _sizes(config, count)
     _check_divisions(config, sizes)
     kinds = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=kinds, devices=devices)
+    # jax.make_mesh would refuse an axis of 8 on 4x4x4 chips.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, MESH_AXES, axis_types=kinds)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

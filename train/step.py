@@ -12,7 +12,7 @@ import nha_jax
 from train.config import TrainConfig
 from train.data import Batch
 from train.losses import LossSum, counts, cross_entropy, losses
-from train.mesh import cut_rows, state_shardings, to_devices
+from train.mesh import batch_sharding, cut_rows, state_shardings, to_devices
 from train.optimizer import learning_rate_schedule, make_optimizer
 
 DeviceBatch = dict[str, jax.Array]
@@ -92,6 +92,22 @@ class Steps:
             state returned is the old one.
         """
         return self.update_placed(state, self.place(batch))
+
+    def trace_update(self) -> jax.stages.Traced:
+        """`update` of abstract arrays, to be compiled for devices that may not be there."""
+
+        def place(tree: Any, sharding: NamedSharding) -> Any:
+            return jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+            )
+
+        is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+        state = jax.tree.map(place, self.abstract_state, self.shardings, is_leaf=is_variable)
+        shape = self._config.batch_size, self._config.data.sequence_length
+        integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
+        placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
+        return self._update.trace(state, placed)
 
     def update_placed(
         self, state: TrainState, batch: DeviceBatch

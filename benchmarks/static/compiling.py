@@ -84,7 +84,8 @@ def compile_and_read(job: Job, dumps: Path) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from static import hlo, llo, programs, traffic
+    from static import hlo, llo, programs
+    from train.plan.kernels import pallas_calls
 
     chip = CHIPS[job.chip]
     topology = topologies.get_topology_desc(platform="tpu", topology_name=chip.topology)
@@ -92,7 +93,7 @@ def compile_and_read(job: Job, dumps: Path) -> dict[str, Any]:
     function, arguments = programs.build(job.program, job.shape, job.backward)
     mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # the kernels' sizes go by the chip
-        calls = traffic.pallas_calls(function, *arguments)
+        calls = pallas_calls(function, *arguments)
         jitted = jax.jit(function, in_shardings=device, out_shardings=device)
         lowered = jitted.lower(*arguments)
     start = time.perf_counter()

@@ -57,7 +57,8 @@ def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
     import jax
     from jax.experimental import topologies
 
-    from static import hlo, llo, traffic
+    from static import hlo, llo
+    from train.plan.kernels import pallas_calls
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip].topology)
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -71,7 +72,7 @@ def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
     for schedule in llo.read_schedules(dumps, ("nha_decode",)).values():
-        (call,) = (c for c in traffic.pallas_calls(function, *arguments) if c.name == "nha_decode")
+        (call,) = (c for c in pallas_calls(function, *arguments) if c.name == "nha_decode")
         figures["bundles"] = schedule.bundles * call.steps
         figures["cycles"] += max(
             figures["bundles"],

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import data, generate, inspect, search, train
+from train.commands import data, generate, inspect, plan, search, train
 
 
 class Command(Protocol):
@@ -17,12 +17,13 @@ class Command(Protocol):
         """Adds the command's parser."""
 
     def run(self, options: argparse.Namespace, rest: Sequence[str]) -> int:
-        """Runs it; `rest` is what the parser did not know, of `train` the overrides."""
+        """Runs it; `rest` is what the parser did not know, of `train` and `plan` overrides."""
 
 
 COMMANDS: dict[str, Command] = {
     "data": data,
     "train": train,
+    "plan": plan,
     "generate": generate,
     "search": search,
     "inspect": inspect,

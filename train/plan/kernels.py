@@ -1,8 +1,9 @@
-"""How many bytes the Pallas kernels of a function move between HBM and VMEM."""
+"""What the Pallas kernels of a function do, which XLA cannot see into."""
 
 import dataclasses
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ class Call:
 
     Attributes:
         steps: of the whole grid.
+        flops: of the matrix products over the whole grid; of branches the costlier, at every step.
         bytes: blocks fetched and written over the whole grid: one whenever its index changes.
         exact: whether that holds for all blocks; else those whose index is not known before the
             run (scalar prefetch), or that the kernel copies itself, count as the array, once.
@@ -23,6 +25,7 @@ class Call:
 
     name: str
     steps: int
+    flops: int
     bytes: int
     exact: bool
     times: int
@@ -30,7 +33,12 @@ class Call:
 
 def pallas_calls(function, *arguments) -> list[Call]:
     """The kernels that `function` of these (abstract) arguments calls, in program order."""
-    return list(_walk(jax.make_jaxpr(function)(*arguments).jaxpr, 1))
+    return calls_of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+
+
+def calls_of_jaxpr(jaxpr: core.Jaxpr) -> list[Call]:
+    """The kernels that a traced function calls, in program order."""
+    return list(_walk(jaxpr, 1))
 
 
 def _walk(jaxpr, times: int) -> Iterator[Call]:
@@ -39,12 +47,37 @@ def _walk(jaxpr, times: int) -> Iterator[Call]:
             yield _call(equation.params, times)
             continue
         inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if isinstance(inner, core.ClosedJaxpr):
-                    yield from _walk(inner.jaxpr, inside)
-                elif isinstance(inner, core.Jaxpr):
-                    yield from _walk(inner, inside)
+        for inner in _inner(equation):
+            yield from _walk(inner, inside)
+
+
+def _inner(equation) -> Iterator[core.Jaxpr]:
+    """The functions that an operation calls."""
+    for value in equation.params.values():
+        for inner in value if isinstance(value, tuple | list) else (value,):
+            if isinstance(inner, core.ClosedJaxpr):
+                yield inner.jaxpr
+            elif isinstance(inner, core.Jaxpr):
+                yield inner
+
+
+def _flops(jaxpr: Any) -> int:
+    """Of the matrix products: 2 for each pair that is multiplied."""
+    flops = 0
+    for equation in jaxpr.eqns:
+        inner = [_flops(function) for function in _inner(equation)]
+        match equation.primitive.name:
+            case "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left, out = equation.invars[0].aval, equation.outvars[0].aval
+                flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+            case "cond":
+                flops += max(inner)
+            case "scan":
+                flops += equation.params["length"] * sum(inner)
+            case _:
+                flops += sum(inner)
+    return flops
 
 
 def _call(parameters, times: int) -> Call:
@@ -57,8 +90,8 @@ def _call(parameters, times: int) -> Call:
             moved += _bytes(block.array_aval)
         else:
             moved += fetches * _bytes(block.transformed_block_aval)
-    name = parameters["name"] or "pallas_call"
-    return Call(name, math.prod(mapping.grid), moved, exact, times)
+    name, steps = parameters["name"] or "pallas_call", math.prod(mapping.grid)
+    return Call(name, steps, steps * _flops(parameters["jaxpr"]), moved, exact, times)
 
 
 def _fetches(block, mapping) -> int | None:

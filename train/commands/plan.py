@@ -1,0 +1,77 @@
+"""`nha plan`."""
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from train.commands.train import parse_overrides
+from train.errors import ConfigError
+
+_DESCRIPTION = """\
+Compiles the training step of a configuration for a machine that is not there, and says what it
+takes: memory, arithmetic, memory traffic, collectives, and the step time that each would bound. If
+it does not fit, tries what would make it fit. Nothing is trained, and the corpus is not read.
+
+Machines are TPUs by their kind and shape (v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, which needs
+the extra `tpu`) and GPUs of one host (cuda:8xH200; A100, H100, H200 or B200; the extra `cuda`)."""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a training step takes on a machine, before renting it",
+        usage="nha plan CONFIG --topology TOPOLOGY [options] [--key=value ...]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/nha-340m.yaml")
+    parser.add_argument(
+        "--topology", required=True, metavar="TOPOLOGY", help="the machine, e.g. v5p:4x4x4"
+    )
+    parser.add_argument(
+        "--mfu",
+        type=float,
+        default=0.4,
+        metavar="SHARE",
+        help="share of the chips' peak to assume for tokens a day (default: 0.4)",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    parser.add_argument(
+        "--no-advice",
+        action="store_true",
+        help="if it does not fit, do not try what would (each try compiles the step once)",
+    )
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if not 0 < options.mfu <= 1:
+        raise ConfigError(f"--mfu {options.mfu}: expected a share above 0, at most 1")
+    overrides = parse_overrides(rest)
+    _set_environment()
+
+    from train.plan.command import PlanOptions, run_plan
+
+    return run_plan(
+        PlanOptions(
+            config=options.config,
+            overrides=overrides,
+            topology=options.topology,
+            mfu=options.mfu,
+            json=options.json,
+            advice=not options.no_advice,
+        )
+    )
+
+
+def _set_environment() -> None:
+    """What jax and libtpu must find when they are loaded; of the latter, what is set stays.
+
+    jax itself is to use the CPU. libtpu is neither to ask the cloud which TPU this machine has nor
+    to complain that it does not know, nor to keep other processes out.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")

@@ -1,0 +1,1 @@
+"""What a training step takes on a machine that is not there: `nha plan`."""

@@ -1,0 +1,197 @@
+"""Compiles the training step for devices that are not there, and says what came out."""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax import ModelConfig
+from nha_jax.ops.tpu import tpu_unsupported
+from nha_jax.ops.types import Options
+from train.config import TrainConfig
+from train.mesh import make_mesh
+from train.plan.costs import Costs, KernelCost, count_costs
+from train.plan.hlo import Program
+from train.plan.kernels import calls_of_jaxpr
+from train.plan.topology import Topology, needed_memory
+from train.step import Steps
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        parameters: of the model.
+        optimizer: its moments and counters.
+        batch: tokens, targets, segments and mask.
+        temporaries: activations kept for the backward pass, gradients, and everything else that
+            lives for a part of the step; if the step does not fit, all that it needs beyond the
+            three above.
+        program: the code.
+        available: to all of them.
+    """
+
+    parameters: int
+    optimizer: int
+    batch: int
+    temporaries: int
+    program: int
+    available: int
+
+    @property
+    def state(self) -> int:
+        """What stays from step to step."""
+        return self.parameters + self.optimizer
+
+    @property
+    def total(self) -> int:
+        return self.state + self.batch + self.temporaries + self.program
+
+    @property
+    def headroom(self) -> int:
+        """Negative by how much it does not fit."""
+        return self.available - self.total
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """The training step of a configuration on a machine.
+
+    Attributes:
+        config: the configuration.
+        topology: the machine.
+        mesh: devices along each axis.
+        memory: of one device.
+        fits: whether the step can run.
+        costs: of one device; None if the compiler gave no program, for want of memory.
+        seconds: that compiling took.
+    """
+
+    config: TrainConfig
+    topology: Topology
+    mesh: Mapping[str, int]
+    memory: Memory
+    fits: bool
+    costs: Costs | None
+    seconds: float
+
+
+def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
+    """Compiles `train.step.Steps.update`, as `nha train` would run it there.
+
+    Raises:
+        ConfigError: the mesh does not fit the machine, or the configuration the mesh.
+        jax.errors.JaxRuntimeError: it does not compile, for another reason than want of memory.
+    """
+    mesh = make_mesh(config, topology.devices)
+    with jax.set_mesh(mesh):
+        steps = Steps(config, mesh)
+        traced = steps.trace_update()
+        start = time.perf_counter()
+        lowered = traced.lower()
+        compiled, refusal = _compile(lowered)
+    state = {
+        "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
+        "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
+    }
+    if compiled is None:
+        memory, costs = _memory_of_refusal(*refusal, state), None
+    else:
+        memory = _memory(compiled.memory_analysis(), state, topology.memory)
+        program = Program(compiled.as_text() or "")
+        costs = count_costs(program, _kernel_costs(traced.jaxpr.jaxpr))
+    return CompiledStep(
+        config=config,
+        topology=topology,
+        mesh=dict(mesh.shape),
+        memory=memory,
+        fits=memory.headroom >= 0,
+        costs=costs,
+        seconds=time.perf_counter() - start,
+    )
+
+
+def layer_kinds(config: ModelConfig, platform: str) -> dict[str, int]:
+    """What computes the layers' attention, in words, and how many layers it does.
+
+    The kernels' limits are of heads, slots and dtype, so those of a whole layer tell.
+    """
+    sizes = (
+        (config.num_query_heads, config.key_dim),
+        (config.num_kv_heads, config.key_dim),
+        (config.num_kv_heads, config.value_dim),
+        (config.num_kv_heads, config.num_slots),
+    )
+    dtype = jnp.dtype(config.dtype)
+    arrays: list[Any] = [jax.ShapeDtypeStruct((1, 1, *size), dtype) for size in sizes]
+    kinds: Counter[str] = Counter()
+    for window in config.windows:
+        options = Options(
+            window_size=window,
+            scale=config.key_dim**-0.5,
+            slot_feature_map=config.slot_feature_map,
+            empty_slots=config.empty_slots,
+            return_state=False,
+            return_slot_weight=False,
+            block_sizes=config.block_sizes,
+        )
+        reason = tpu_unsupported(*arrays, options=options)
+        if config.implementation not in (None, "pallas_tpu"):
+            how = f"{config.implementation}, as the configuration says"
+        elif platform != "tpu":
+            how = "xla, as there are no kernels for GPUs yet"
+        else:
+            how = f"xla: {reason}" if reason else "fused TPU kernels"
+        kinds[f"{'full attention' if window is None else f'window {window}'}: {how}"] += 1
+    return dict(kinds)
+
+
+def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return Memory(
+        **state,
+        batch=analysis.argument_size_in_bytes - sum(state.values()),
+        temporaries=analysis.temp_size_in_bytes + results,
+        program=analysis.generated_code_size_in_bytes,
+        available=available,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, tuple[int, int]]:
+    """The program; or, if there is too little memory for it, the bytes it needs and there are."""
+    try:
+        return lowered.compile(), (0, 0)
+    except jax.errors.JaxRuntimeError as error:
+        memory = needed_memory(error)
+        if memory is None:
+            raise
+        return None, memory
+
+
+def _memory_of_refusal(needed: int, available: int, state: dict[str, int]) -> Memory:
+    rest = needed - sum(state.values())
+    return Memory(**state, batch=0, temporaries=rest, program=0, available=available)
+
+
+def _device_bytes(tree: Any, shardings: Any) -> int:
+    """Of one device's parts."""
+    leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
+    return sum(
+        math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, sharding in leaves
+    )
+
+
+def _kernel_costs(jaxpr: Any) -> dict[str, KernelCost]:
+    """By name; of several kernels of one name, the costliest."""
+    costs: dict[str, KernelCost] = {}
+    for call in calls_of_jaxpr(jaxpr):
+        known = costs.get(call.name, KernelCost(0, 0))
+        costs[call.name] = KernelCost(max(known.flops, call.flops), max(known.bytes, call.bytes))
+    return costs

@@ -1,0 +1,151 @@
+"""A plan in figures, as a table and as JSON."""
+
+import dataclasses
+from typing import Any
+
+from train.chips import GIB
+from train.plan.compiling import CompiledStep, layer_kinds
+
+SECONDS_A_DAY = 86400
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What the chips' peaks say of a step; lower bounds, as each part is taken to run alone.
+
+    Attributes:
+        model_flops: of the model's definition, a device and step; recomputation is not counted.
+        compute: seconds that the program's matrix products take at the peak.
+        memory: seconds that its HBM traffic takes at the peak; the traffic is an upper estimate.
+        network: seconds that its collectives take with every link busy.
+        mfu: the share of the peak assumed below.
+        step: seconds a step at that share.
+        tokens_a_day: over all devices.
+        days: for the configuration's steps.
+    """
+
+    model_flops: float
+    compute: float
+    memory: float
+    network: float
+    mfu: float
+    step: float
+    tokens_a_day: float
+    days: float
+
+
+def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
+    """None if there is no program to take it from."""
+    if compiled.costs is None:
+        return None
+    config, chip = compiled.config, compiled.topology.chip
+    length, devices = config.data.sequence_length, len(compiled.topology.devices)
+    tokens = config.batch_size * length
+    model_flops = config.model.training_flops_per_token(length) * tokens / devices
+    step = model_flops / (mfu * chip.flops)
+    return Speed(
+        model_flops=model_flops,
+        compute=compiled.costs.flops / chip.flops,
+        memory=compiled.costs.hbm_bytes / chip.memory_bandwidth,
+        network=compiled.costs.sent_bytes / chip.interconnect,
+        mfu=mfu,
+        step=step,
+        tokens_a_day=SECONDS_A_DAY / step * tokens,
+        days=config.steps * step / SECONDS_A_DAY,
+    )
+
+
+def as_json(compiled: CompiledStep, mfu: float) -> dict[str, Any]:
+    """All figures: bytes, seconds and operations of one device, unless their names say more."""
+    memory, costs, speed = compiled.memory, compiled.costs, speed_of(compiled, mfu)
+    return {
+        "topology": compiled.topology.name,
+        "chip": compiled.topology.chip.name,
+        "devices": len(compiled.topology.devices),
+        "mesh": dict(compiled.mesh),
+        "layers": layer_kinds(compiled.config.model, compiled.topology.platform),
+        "fits": compiled.fits,
+        "memory": dataclasses.asdict(memory) | {"total": memory.total, "headroom": memory.headroom},
+        "costs": None if costs is None else dataclasses.asdict(costs),
+        "speed": None if speed is None else dataclasses.asdict(speed),
+        "compile_seconds": compiled.seconds,
+    }
+
+
+def table(compiled: CompiledStep, mfu: float) -> str:
+    """For people: a line for each figure."""
+    config, topology = compiled.config, compiled.topology
+    model, length = config.model, config.data.sequence_length
+    mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())
+    parts = "" if config.micro_batches == 1 else f" in {config.micro_batches} micro-batches"
+    rows = [
+        ("machine", f"{topology.name}: {len(topology.devices)} x {topology.chip.name}"),
+        ("mesh", mesh),
+        ("model", f"{model.num_parameters / 1e6:,.0f}M parameters, {model.num_layers} layers"),
+    ]
+    kinds = layer_kinds(model, topology.platform)
+    rows += [(f"  {count} layers", kind) for kind, count in kinds.items()]
+    rows += [("  remat", model.remat)]
+    tokens = config.batch_size * length
+    rows += [("batch", f"{config.batch_size} x {length} = {tokens:,} tokens{parts}")]
+    rows += _memory_rows(compiled)
+    speed = speed_of(compiled, mfu)
+    if speed is not None:
+        rows += _work_rows(compiled, speed)
+        rows += _speed_rows(config.steps, tokens, speed)
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
+
+
+def _memory_rows(compiled: CompiledStep) -> list[tuple[str, str]]:
+    memory = compiled.memory
+    verdict = "fits" if compiled.fits else "DOES NOT FIT"
+    missing = "to spare" if compiled.fits else "too much"
+    figures = {
+        "parameters": memory.parameters,
+        "optimizer": memory.optimizer,
+        "batch": memory.batch,
+        "activations and temporaries": memory.temporaries,
+        "program": memory.program,
+        "total": memory.total,
+        "available": memory.available,
+    }
+    return [
+        ("memory of a chip", f"{verdict}: {_gib(abs(memory.headroom))} {missing}"),
+        *((f"  {name}", f"{_gib(size):>12}") for name, size in figures.items()),
+    ]
+
+
+def _work_rows(compiled: CompiledStep, speed: Speed) -> list[tuple[str, str]]:
+    costs = compiled.costs
+    assert costs is not None
+    rows = [
+        ("work of a chip and step", ""),
+        ("  model", _tera(speed.model_flops)),
+        ("  program", f"{_tera(costs.flops)}, {costs.flops / speed.model_flops:.2f}x the model's"),
+        ("  HBM traffic", f"{_gib(costs.hbm_bytes):>12} at most"),
+        ("  sent", f"{_gib(costs.sent_bytes):>12}"),
+    ]
+    rows += [(f"    {x.kind}", f"{_gib(x.bytes):>12} in {x.count}") for x in costs.collectives]
+    rows += [(f"  {name}", f"{calls:>12} calls") for name, calls in costs.kernels.items()]
+    return rows
+
+
+def _speed_rows(steps: int, tokens: int, speed: Speed) -> list[tuple[str, str]]:
+    bounds = {"compute": speed.compute, "HBM": speed.memory, "network": speed.network}
+    longest = max(bounds.values())
+    return [
+        ("step time, at least", f"{longest:>12.3f} s"),
+        *((f"  {name} bound", f"{seconds:>12.3f} s") for name, seconds in bounds.items()),
+        (f"at an MFU of {speed.mfu:.0%}", f"{speed.step:>12.3f} s a step"),
+        ("  tokens a day", f"{speed.tokens_a_day / 1e9:>12.2f} billion"),
+        (f"  {steps:,} steps", f"{speed.days:>12.2f} days for {steps * tokens / 1e9:.1f} billion"),
+    ]
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def _tera(flops: float) -> str:
+    return f"{flops / 1e12:>12,.2f} TFLOP"
