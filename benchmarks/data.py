@@ -23,8 +23,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.prepare import PrepareOptions, prepare
-from train.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from train.data.prepare import PrepareOptions, prepare
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
@@ -123,8 +123,8 @@ def loader_table(folder: Path, seconds: float) -> None:
     """Tokens a second of the batches that training draws, and what a step takes."""
     # Here: the workers of `prepare_table` import this file, and need neither jax nor grain.
     import nha_jax
-    from train.corpus import load_corpus
-    from train.data import Windows
+    from train.data.batches import Windows
+    from train.data.corpus import load_corpus
     from train.sections import DataConfig
 
     print(
@@ -148,7 +148,7 @@ def loader_table(folder: Path, seconds: float) -> None:
 
 
 def tokens_per_second(windows: Any, seconds: float, most: int) -> str:
-    from train.data import training_batches
+    from train.data.batches import training_batches
 
     batches = training_batches(windows, BATCH_SIZE, seed=0, first=0)
     start, cpu_start = time.perf_counter(), time.process_time()

@@ -23,8 +23,8 @@ import numpy as np
 from train.checkpoint import Checkpoints
 from train.config import TrainConfig
 from train.config_loader import load_config
-from train.corpus import load_corpus
-from train.data import Windows, training_batches
+from train.data.batches import Windows, training_batches
+from train.data.corpus import load_corpus
 from train.mesh import make_mesh
 from train.run_folder import RunFolder
 from train.step import Steps

@@ -9,8 +9,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.corpus import Part
-from train.data import Windows, evaluation_batches
+from train.data.batches import Windows, evaluation_batches
+from train.data.corpus import Part
 from train.losses import LossSum
 from train.step import Steps
 
@@ -24,7 +24,7 @@ class HeldOut:
 
     Attributes:
         bits_per_target: cross-entropy, in bits.
-        bytes_per_target: of the text, in the mean; see `train.corpus.Part`.
+        bytes_per_target: of the text, in the mean; see `train.data.corpus.Part`.
         slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
-from train.data import Batch
+from train.data.batches import Batch
 from train.evaluation import bits_per_target
 from train.layout import Layout, Window
 from train.losses import LossSum, loss_sum
@@ -33,7 +33,7 @@ class LayerwiseLoss:
         Args:
             model: its own layout does not matter.
             batches: what to measure on, all of one shape [B, T].
-            bytes_per_target: of their text; see `train.corpus.Part`.
+            bytes_per_target: of their text; see `train.data.corpus.Part`.
         """
         self._num_layers = model.config.num_layers
         self._bytes_per_target = bytes_per_target

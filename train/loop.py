@@ -8,7 +8,7 @@ from train import processes
 from train.checkpoint import Checkpoints
 from train.compilation_cache import use_compilation_cache
 from train.config import TrainConfig
-from train.corpus import load_corpus
+from train.data.corpus import load_corpus
 from train.interruption import Interruption
 from train.mesh import make_mesh
 from train.result import Result

@@ -45,7 +45,7 @@ def loss_sum(model: Callable[..., jax.Array], batch: Mapping[str, jax.Array]) ->
 
     Args:
         model: (tokens, segment_ids=) -> logits [B, T, vocabulary].
-        batch: see `train.data.Batch`.
+        batch: see `train.data.batches.Batch`.
     """
     logits = model(batch["tokens"], segment_ids=batch["segment_ids"])
     return cross_entropy(logits, batch)

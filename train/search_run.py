@@ -11,8 +11,8 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
-from train.corpus import Corpus, load_corpus
-from train.data import Windows, evaluation_batches
+from train.data.batches import Windows, evaluation_batches
+from train.data.corpus import Corpus, load_corpus
 from train.errors import ConfigError
 from train.layerwise import LayerwiseLoss
 from train.layout import Layout, Window, format_layout, read_layout

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nha_jax
 from train.config import TrainConfig
-from train.data import Batch
+from train.data.batches import Batch
 from train.losses import LossSum, counts, cross_entropy, losses
 from train.mesh import batch_sharding, cut_rows, state_shardings, to_devices
 from train.optimizer import learning_rate_schedule, make_optimizer
@@ -49,8 +49,8 @@ class Evaluation(NamedTuple):
 class Steps:
     """A model and its optimizer as functions over sharded state; compiled at the first call.
 
-    The batch of every call is a `train.data.Batch`: of all its rows, those that are this process's
-    (`train.mesh.rows_of_process`).
+    The batch of every call is a `train.data.batches.Batch` of those of its rows that are this
+    process's (`train.mesh.rows_of_process`).
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh):

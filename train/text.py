@@ -12,9 +12,9 @@ from flax import nnx
 import nha_jax
 from nha_jax.engine import chunk_for
 from train.checkpoint import load_model_state
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import ConfigError
 from train.run_folder import RunFolder
-from train.tokenizer import Tokenizer, load_tokenizer
 
 Finish = Literal["stop", "length"]
 

@@ -10,8 +10,8 @@ import nha_jax
 from train import processes
 from train.checkpoint import Checkpoints, Progress
 from train.config import TrainConfig
-from train.corpus import Corpus
-from train.data import Windows, training_batches
+from train.data.batches import Windows, training_batches
+from train.data.corpus import Corpus
 from train.errors import TrainingError
 from train.evaluation import HeldOut, gzip_references, measure_held_out
 from train.interruption import Interruption

@@ -11,8 +11,8 @@ import jax
 
 from train.checkpoint import Checkpoints, Progress
 from train.config_loader import load_config
-from train.corpus import load_corpus
-from train.data import Windows, training_batches
+from train.data.batches import Windows, training_batches
+from train.data.corpus import load_corpus
 from train.mesh import make_mesh
 from train.step import Steps, TrainState
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.corpus import Documents, Part, is_held_out, load_corpus
-from train.data import Batch, Mixture, Windows, evaluation_batches, training_batches
+from train.data.batches import Batch, Mixture, Windows, evaluation_batches, training_batches
+from train.data.corpus import Documents, Part, is_held_out, load_corpus
+from train.data.tokenizer import END_OF_DOCUMENT
 from train.sections import DataConfig
-from train.tokenizer import END_OF_DOCUMENT
 
 
 def stream(lengths: list[int], first: int = 0) -> Documents:

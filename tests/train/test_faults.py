@@ -18,7 +18,7 @@ import nha_jax
 from tests.train.tiny_run import Nha, wait_for
 from train.checkpoint import load_model_state
 from train.cli import main
-from train.corpus import load_corpus
+from train.data.corpus import load_corpus
 from train.run_folder import RunFolder
 
 

@@ -11,8 +11,8 @@ import pytest
 import nha_jax
 from tests.train.tiny_run import Nha
 from train.cli import main
+from train.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer
 from train.text import _Text
-from train.tokenizer import END_OF_DOCUMENT, ByteTokenizer
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]
 

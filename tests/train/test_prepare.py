@@ -21,13 +21,13 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tests.train.tiny_run import LAUNCH, Nha
 from train.cli import main
-from train.corpus import TokenSource, load_corpus
+from train.data.corpus import TokenSource, load_corpus
+from train.data.hashing import in_fraction
+from train.data.prepared import Manifest, Prepared
+from train.data.tokenizer import FileTokenizer
 from train.errors import DataError
-from train.hashing import in_fraction
-from train.prepared import Manifest, Prepared
 from train.sections import DataConfig
 from train.text import load_tokenizer_of
-from train.tokenizer import FileTokenizer
 
 TEXTS = [
     *(f"{n} lines of a document, {'and more ' * (n % 23)}" for n in range(120)),

@@ -16,7 +16,7 @@ import nha_jax
 from tests.train.tiny_run import Nha
 from train.cli import main
 from train.config_loader import load_config
-from train.data import Batch
+from train.data.batches import Batch
 from train.errors import ConfigError
 from train.evaluation import bits_per_target
 from train.layerwise import LayerwiseLoss

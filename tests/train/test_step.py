@@ -19,7 +19,7 @@ from tests.train.tiny_run import Nha
 from train.cli import main
 from train.config import TrainConfig
 from train.config_loader import load_config
-from train.data import Batch
+from train.data.batches import Batch
 from train.losses import loss_sum
 from train.mesh import make_mesh
 from train.optimizer import learning_rate_schedule, make_optimizer

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.cli import main
-from train.corpus import load_corpus
-from train.data import Windows, training_batches
+from train.data.batches import Windows, training_batches
+from train.data.corpus import load_corpus
+from train.data.prepare import PrepareOptions, prepare
+from train.data.prepared import MANIFEST_FILE, Manifest, Prepared, ShardedTokens
+from train.data.token_shards import BLOCK_BYTES, ShardWriter
+from train.data.tokenizer import ByteTokenizer
 from train.errors import ConfigError, DataError
-from train.prepare import PrepareOptions, prepare
-from train.prepared import MANIFEST_FILE, Manifest, Prepared, ShardedTokens
 from train.sections import DataConfig
-from train.token_shards import BLOCK_BYTES, ShardWriter
-from train.tokenizer import ByteTokenizer
 
 TEXTS = [f"document {n}: " + "word " * (n * 37 % 800) for n in range(300)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from train.prepared import Prepared
+    from train.data.prepared import Prepared
 
 _DESCRIPTION = """\
 Turns raw files into a folder of tokens to train on (data.corpus: OUT).
@@ -76,8 +76,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.prepare import PrepareOptions, prepare
-    from train.prepared import Prepared
+    from train.data.prepare import PrepareOptions, prepare
+    from train.data.prepared import Prepared
 
     fields = [field.name for field in dataclasses.fields(PrepareOptions)]
     try:

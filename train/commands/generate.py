@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nha_jax import Engine, SamplingOptions
+    from train.data.tokenizer import Tokenizer
     from train.text import Piece
-    from train.tokenizer import Tokenizer
 
 SAMPLING = {
     "max_new_tokens": "tokens to write at most (bytes, of a model of bytes)",

@@ -6,7 +6,7 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from train.corpus import Part, TokenSource
+from train.data.corpus import Part, TokenSource
 
 Batch = dict[str, np.ndarray]
 """One batch [B, T] (or one window [T]) of each of:
@@ -59,7 +59,7 @@ class Windows:
     Attributes:
         sources: the windows of each of the part's sources.
         weights: the share of each among the windows that are drawn.
-        bytes_per_target: see `train.corpus.Part`.
+        bytes_per_target: see `train.data.corpus.Part`.
     """
 
     def __init__(self, part: Part, sequence_length: int):

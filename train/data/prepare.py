@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from train.data.input_files import find_files
+from train.data.piece_workers import make_pieces
+from train.data.pieces import Piece, PieceRecord, Rules, group
+from train.data.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
+from train.data.raw_documents import divide
+from train.data.token_shards import ShardRecord, replacing
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 from train.errors import ConfigError, DataError
-from train.input_files import find_files
-from train.piece_workers import make_pieces
-from train.pieces import Piece, PieceRecord, Rules, group
-from train.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
-from train.raw_documents import divide
 from train.sections import require
-from train.token_shards import ShardRecord, replacing
-from train.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 _SETTINGS_FILE = "settings.json"
 

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from train.data.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord, replacing
+from train.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from train.errors import DataError
-from train.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord, replacing
-from train.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".prepare"
@@ -134,7 +134,7 @@ class Prepared:
 
 
 class ShardedTokens:
-    """The shards of a split as one stream of tokens; see `train.corpus.TokenSource`.
+    """The shards of a split as one stream of tokens; see `train.data.corpus.TokenSource`.
 
     Any number of threads may read. At most 256 files are open.
     """

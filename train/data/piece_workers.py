@@ -10,9 +10,9 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from train.data.pieces import Piece, PieceRecord, Progress, Rules, make_piece
+from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.errors import DataError
-from train.pieces import Piece, PieceRecord, Progress, Rules, make_piece
-from train.tokenizer import Tokenizer, load_tokenizer
 
 
 def make_pieces(

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from train.data.input_files import import_extra
 from train.errors import ConfigError, DataError
-from train.input_files import import_extra
 
 END_OF_DOCUMENT = 256
 """The token after each document of bytes; tokens below it are byte values."""

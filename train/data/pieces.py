@@ -9,12 +9,12 @@ from typing import Self
 
 import numpy as np
 
+from train.data.hashing import in_fraction
+from train.data.prepared import SPLITS
+from train.data.raw_documents import BadDocumentError, RawPart, read_documents
+from train.data.token_shards import ShardRecord, ShardWriter, replacing
+from train.data.tokenizer import Tokenizer
 from train.errors import DataError
-from train.hashing import in_fraction
-from train.prepared import SPLITS
-from train.raw_documents import BadDocumentError, RawPart, read_documents
-from train.token_shards import ShardRecord, ShardWriter, replacing
-from train.tokenizer import Tokenizer
 
 # Documents go through the tokenizer in batches of about this size.
 _BATCH_BYTES = 1 << 20

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from train.data.input_files import import_extra, is_packed, kind_of, open_unpacked
 from train.errors import ConfigError, DataError
-from train.input_files import import_extra, is_packed, kind_of, open_unpacked
 
 JSON_LINES = {".jsonl", ".json", ".ndjson"}
 PARQUET = ".parquet"

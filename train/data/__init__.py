@@ -1,0 +1,1 @@
+"""Text into token shards, corpora into windows, windows into batches."""
