@@ -29,7 +29,7 @@ class ModelConfig:
         num_kv_heads: key/value heads (Hkv), each shared by Hq / Hkv query heads; None: Hq.
         key_dim: size of a head's query and key (K), even; None: hidden_size / num_query_heads.
         value_dim: size of a head's value (V); None: key_dim.
-        num_slots: slots per key/value head (M).
+        num_slots: slots per key/value head (M); 0: none, the window alone is read.
         window_size: the last tokens kept exactly (W). An int; None for full attention; or a
             pattern of them, repeated over the layers. The parameters do not depend on it.
         mlp_size: width of the SwiGLU; None: 8/3 hidden_size, rounded up to a multiple of 64.
@@ -79,8 +79,9 @@ class ModelConfig:
     block_sizes: BlockSizes | None = None
 
     def __post_init__(self) -> None:
-        for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads", "num_slots"):
+        for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads"):
             self._check_integer(field, minimum=1)
+        self._check_integer("num_slots", minimum=0)
         self._derive("num_kv_heads", self.num_query_heads)
         if self.key_dim is None and self.hidden_size % self.num_query_heads:
             self._reject(
@@ -131,6 +132,8 @@ class ModelConfig:
                 "must be an integer of at least 0, None (full attention), or a non-empty "
                 "pattern of these",
             )
+        if not self.num_slots and 0 in pattern:
+            self._reject("window_size", "has a layer without a window, and num_slots=0 no slots")
         if self.num_layers % len(pattern):
             self._reject(
                 "window_size",

@@ -61,6 +61,8 @@ def _fields(value: object) -> str:
         ({"window_size": "8"}, "window_size='8' must be an integer"),
         ({"window_size": ()}, r"window_size=\(\) must be"),
         ({"window_size": (8, 8, 0)}, "a pattern of 3 layers, which does not divide num_layers=4"),
+        ({"num_slots": 0, "window_size": 0}, "window_size=0 has a layer without a window"),
+        ({"num_slots": -1}, "num_slots=-1 must be an integer of at least 0"),
         ({"conv_width": -1}, "conv_width=-1 must be an integer of at least 0"),
         ({"conv_width": 1}, "conv_width=1 has no past tap"),
         ({"gate_logit_normalizer": 0.0}, "gate_logit_normalizer=0.0 must be a finite number"),

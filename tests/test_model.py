@@ -53,10 +53,14 @@ def random_tokens(*shape: int) -> jax.Array:
 forward = jax.jit(Model.__call__)
 
 
-@pytest.mark.parametrize("window_size", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    ("window_size", "num_slots"),
+    [*((layout, 4) for layout in LAYOUTS.values()), ((4, None), 0)],
+    ids=[*LAYOUTS, "no-slots"],
+)
 @pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
-def test_prefill_and_decode_equal_the_forward(window_size, lengths):
-    model = tiny_model(window_size=window_size)
+def test_prefill_and_decode_equal_the_forward(window_size, num_slots, lengths):
+    model = tiny_model(window_size=window_size, num_slots=num_slots)
     tokens = random_tokens(3, 24)
     expected = forward(model, tokens)
     starts = jnp.asarray(lengths or (17, 17, 17))

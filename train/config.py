@@ -75,10 +75,10 @@ class TrainConfig:
             warmup,
             f"at most steps, which is {self.steps}",
         )
-        mixed = any(window for window in self.model.windows)
+        mixed = self.model.num_slots > 0 and any(self.model.windows)
         require(
             not self.loss.slot_loss or mixed,
             "loss.slot_loss",
             self.loss.slot_loss,
-            "0, as no layer of model.window_size has both slots and a window",
+            "0, as no layer of the model has both slots and a window",
         )

@@ -117,6 +117,8 @@ def share_cross_entropy(share: jax.Array, target: float) -> jax.Array:
 
 def _mixed_layers(model: nha_jax.ModelConfig) -> np.ndarray:
     """The layers whose softmax is over both slots and a window."""
+    if not model.num_slots:
+        return np.zeros(0, int)
     return np.flatnonzero([window is not None and window > 0 for window in model.windows])
 
 

@@ -67,14 +67,15 @@ class NativeHybridAttention(nnx.Module):
         self.q_proj = linear(config, hidden, query_size, ("embed", "heads"), rngs=rngs)
         self.k_proj = linear(config, hidden, key_size, ("embed", "kv_heads"), rngs=rngs)
         self.v_proj = linear(config, hidden, value_size, ("embed", "kv_heads"), rngs=rngs)
-        self.f_proj = linear(
-            config,
-            hidden,
-            slot_size,
-            ("embed", "kv_heads"),
-            rngs=rngs,
-            preferred_element_type=jnp.float32,
-        )
+        if config.num_slots:
+            self.f_proj = linear(
+                config,
+                hidden,
+                slot_size,
+                ("embed", "kv_heads"),
+                rngs=rngs,
+                preferred_element_type=jnp.float32,
+            )
         if config.conv_width:
             self.q_conv = ShortConvolution(config, query_size, "heads", rngs=rngs)
             self.k_conv = ShortConvolution(config, key_size, "kv_heads", rngs=rngs)
@@ -288,8 +289,10 @@ class NativeHybridAttention(nnx.Module):
 
     def _log_decay(self, inputs: jax.Array) -> jax.Array:
         """[B, T, hidden_size] -> [B, T, Hkv, M] float32, below 0."""
-        logits = self.f_proj(inputs).astype(jnp.float32)
-        logits = logits.reshape(*inputs.shape[:-1], self.config.num_kv_heads, self.config.num_slots)
+        shape = (*inputs.shape[:-1], self.config.num_kv_heads, self.config.num_slots)
+        if not self.config.num_slots:
+            return jnp.zeros(shape, jnp.float32)
+        logits = self.f_proj(inputs).astype(jnp.float32).reshape(shape)
         return jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
 
     def _output(self, attended: jax.Array) -> jax.Array:

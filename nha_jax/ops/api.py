@@ -100,7 +100,8 @@ def nha_attention(
       query: [B, T, Hq, K], not rotated.
       key: [B, T, Hkv, K], not rotated, of the query's dtype.
       value: [B, T, Hkv, V], of the query's dtype.
-      log_decay: [B, T, Hkv, M], natural log of the gate, in [-inf, 0]; computed in float32.
+      log_decay: [B, T, Hkv, M], natural log of the gate, in [-inf, 0]; computed in float32. M may
+        be 0: sliding-window attention.
       window_size: W, the tokens read exactly: 0 reads slots only, None the whole past.
       rope: (cos, sin), each [T, K/2] or [B, T, K/2]; rotates the window's logits only.
       scale: of all logits; K ** -0.5 by default.

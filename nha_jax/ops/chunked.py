@@ -310,7 +310,9 @@ def _step(
     b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
     b = jnp.where(_window_mask(runs, visible, blocks)[:, None, :, None], b, -jnp.inf)
 
-    top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1), jnp.max(b, -1)))[..., None]
+    top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1, initial=-jnp.inf), jnp.max(b, -1)))[
+        ..., None
+    ]
     top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
     pa, pb = jnp.exp(a - top), jnp.exp(b - top)
     slot_mass = jnp.sum(pa, axis=-1)

@@ -87,6 +87,8 @@ def decode_step(
 
 def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
     """Why the TPU kernel can't serve a device's part of this state, in a line; None if it can."""
+    if state.slot_key.shape[2] == 0:
+        return "its kernel takes at least one slot, got none"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
     division = divide_over_mesh(query.shape[0], state.slot_key.shape[1])

@@ -45,7 +45,7 @@ def splash_full_attention(
         q=_pad_rows(timeline.run[:, -T:], -2),
         kv=_pad_rows(jnp.where(timeline.real, timeline.run, -1), -1),
     )
-    attend_empty = options.empty_slots == "attend"
+    attend_empty = options.empty_slots == "attend" and num_slots > 0
     sinks = jnp.full(Hq, math.log(num_slots), jnp.float32) if attend_empty else None
 
     def attend(query, key, value, *, save_residuals=False):

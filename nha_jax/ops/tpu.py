@@ -1,5 +1,6 @@
 """The operator on the fused TPU kernels."""
 
+import dataclasses
 import functools
 import importlib.util
 from typing import NamedTuple
@@ -86,7 +87,8 @@ def tpu_attention(
     """
     T, W = query.shape[1], options.window_size
     nothing_leaves = W is None or (W >= T and carried is None)
-    attend = _full if nothing_leaves else _windowed
+    windowed = _windowed if log_decay.shape[3] else _window_alone
+    attend = _full if nothing_leaves else windowed
     out, state, weight = attend(
         query, key, value, log_decay, rope, segment_ids, carried, options, interpret
     )
@@ -145,7 +147,7 @@ def _windowed(query, key, value, log_decay, rope, segment_ids, carried, options,
     padding = more + -(rows.num_rows + more) % spec.rows
     fused = fused_attention(
         _inputs(rows, spec, padding, carried),
-        _constants(rows, spec, padding),
+        _constants(rows, spec, padding, options),
         spec=spec,
         block_sizes=block_sizes,
         interpret=interpret,
@@ -161,6 +163,30 @@ def _windowed(query, key, value, log_decay, rope, segment_ids, carried, options,
         slots = split_slots(fused.end, log_decay.shape[3], key.shape[3], V)
         slots = of_last_segment(slots, timeline, T)
         state = next_state(timeline, T, slots, segment_ids, carried, options.window_size)
+    return NHAOutput(out, state, weight)
+
+
+def _window_alone(query, key, value, log_decay, rope, segment_ids, carried, options, interpret):
+    """`_windowed` without slots: the kernels have at least one, which is then never read."""
+
+    def one_slot(x, axis):
+        return jnp.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), jnp.float32)
+
+    if carried is not None:
+        carried = carried._replace(
+            slots=tuple(one_slot(x, 2) for x in carried.slots),
+            tokens=carried.tokens._replace(log_decay=one_slot(carried.tokens.log_decay, 3)),
+        )
+    options = dataclasses.replace(options, read_slots=False)
+    out, state, weight = _windowed(
+        query, key, value, one_slot(log_decay, 3), rope, segment_ids, carried, options, interpret
+    )
+    if state is not None:
+        state = state._replace(
+            slot_key=state.slot_key[:, :, :0],
+            slot_value=state.slot_value[:, :, :0],
+            window_log_decay=state.window_log_decay[..., :0],
+        )
     return NHAOutput(out, state, weight)
 
 
@@ -203,7 +229,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
     W = options.window_size
     assert W is not None
     group = rows.query.shape[2] // rows.tokens.key.shape[2]
-    segments = rows.segments or options.return_state
+    segments = rows.segments or options.return_state or not options.read_slots
     block_sizes = options.block_sizes or default_block_sizes(group, segments)
     chunks = -(-rows.num_rows // block_sizes.chunk)
     spec = Spec(
@@ -217,7 +243,7 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
         rope=rows.rope is not None and W > 0,
         rotated=rows.rotated_query is not None and W > 0,
         feature_map=options.slot_feature_map,
-        mask_empty=options.empty_slots == "mask",
+        mask_empty=options.empty_slots == "mask" or not options.read_slots,
         segments=segments,
         state=has_state or options.return_state,
         weight=options.return_slot_weight,
@@ -250,15 +276,16 @@ def _inputs(rows: _Rows, spec: Spec, padding: int, carried: Carried | None) -> d
     return inputs
 
 
-def _constants(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
-    constants = _who_sees_whom(rows, spec, padding) if spec.segments else {}
+def _constants(rows: _Rows, spec: Spec, padding: int, options: Options) -> dict[str, jax.Array]:
+    read_slots = options.read_slots
+    constants = _who_sees_whom(rows, spec, padding, read_slots) if spec.segments else {}
     if spec.rope:
         assert rows.rope is not None
         constants["table"] = rotation_table(rows.rope, spec.scale, padding)
     return constants
 
 
-def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array]:
+def _who_sees_whom(rows: _Rows, spec: Spec, padding: int, read_slots: bool) -> dict[str, jax.Array]:
     """The kernels' constants of segments: whose the rows, the chunks' tokens and the slots are.
 
     Segments are numbered from 2; 1 is of padding and of rows beyond the last, 0 of tokens that no
@@ -286,7 +313,7 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int) -> dict[str, jax.Array
         "facts": pack_facts(
             run=run,
             entering=entered(-halo),
-            enters=_at_offset(visible, -spec.window, N, outside=0) == run,
+            enters=(_at_offset(visible, -spec.window, N, outside=0) == run) & read_slots,
             written=_at_offset(written, -spec.window if spec.wide else 0, N, outside=False),
         ),
         "visible": pack_visible(

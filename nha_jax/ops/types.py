@@ -34,6 +34,7 @@ class Options:
     return_slot_weight: bool
     slot_weight_gradient: SlotWeightGradient = "all"
     block_sizes: BlockSizes | None = None  # of the TPU kernels; None: the chip's defaults
+    read_slots: bool = True  # False: they are there, but left out of the softmax
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """The slot branch's map of queries and keys."""

@@ -31,6 +31,11 @@ def validate_rest(
 ) -> None:
     """Raises ValueError or TypeError for the first argument beside the arrays that is wrong."""
     _check_options(options)
+    if log_decay.shape[3] == 0 and options.window_size == 0:
+        raise ValueError(
+            f"log_decay of shape {log_decay.shape} has no slots, and window_size=0 leaves nothing "
+            "else to read: give one of them"
+        )
     B, T, _, K = query.shape
     if rope is not None:
         _check_rope(rope, B, T, K)
@@ -51,7 +56,7 @@ def validate_arrays(
             raise ValueError(f"{name} must be [B, T, heads, dim], got shape {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
-        if 0 in x.shape:
+        if 0 in (x.shape[:3] if name == "log_decay" else x.shape):  # there may be no slots
             raise ValueError(f"{name} must not be empty, got shape {x.shape}")
     B, T, Hq, K = query.shape
     Hkv = key.shape[2]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nha_jax.ops import nha_attention
-from tests.ops.cases import Case, make_inputs, relative_error, run
+from tests.ops.cases import BLOCK_SIZES, Case, make_inputs, relative_error, run
 
 
 def written_out(query, key, value, log_decay, case: Case, rope, ids):
@@ -147,3 +147,30 @@ def test_slot_weight_of_the_slots_only_leaves_the_window_alone():
     np.testing.assert_allclose(decay, every_decay, rtol=1e-5, atol=1e-8)
     assert all(np.abs(table).max() > 1e-3 for table in every_rope)
     assert all(np.abs(table).max() == 0 for table in rope)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_without_slots_is_sliding_window_attention(implementation):
+    B, T, H, K, W = 2, 70, 2, 16, 9
+    rng = np.random.default_rng(0)
+    query, cotangent = (jnp.asarray(rng.standard_normal((B, T, 2 * H, K))) for _ in range(2))
+    key, value = (jnp.asarray(rng.standard_normal((B, T, H, K))) for _ in range(2))
+    empty = jnp.zeros((B, T, H, 0))
+
+    def loss(attend):
+        return jax.value_and_grad(
+            lambda *arrays: jnp.vdot(attend(*arrays), cotangent), argnums=(0, 1, 2)
+        )(query, key, value)
+
+    found = loss(
+        lambda *arrays: nha_attention(
+            *arrays, empty, window_size=W, implementation=implementation, block_sizes=BLOCK_SIZES
+        )
+    )
+    wanted = loss(
+        lambda *arrays: jax.nn.dot_product_attention(
+            *arrays, is_causal=True, local_window_size=(W - 1, 0)
+        )
+    )
+    for x, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert relative_error(np.asarray(x), np.asarray(expected)) < 5e-6

@@ -56,15 +56,14 @@ def test_baselines_of_the_same_file(name: str, line: str) -> None:
 
 
 def test_every_file_has_its_baselines() -> None:
-    windows = {
-        (
-            name,
-            load_config(str(CONFIGS / name), parse_overrides(shlex.split(line))).model.window_size,
-        )
+    models = [
+        (name, load_config(str(CONFIGS / name), parse_overrides(shlex.split(line))).model)
         for name, line in baselines()
-    }
+    ]
+    windows = {(name, model.window_size) for name, model in models}
     assert {(name, 0) for name in TOKENS} <= windows
     assert {("nha-340m.yaml", None), ("nha-1.3b.yaml", None)} <= windows
+    assert {name for name, model in models if model.num_slots == 0} == set(TOKENS)
 
 
 # (arguments, what the line must contain)

@@ -64,6 +64,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             model = model.with_windows(layout)
         except ValueError as error:
             raise ConfigError(f"--windows = {options.windows!r}: {error}") from None
+    if not model.config.num_slots:
+        raise ConfigError(f"{options.run}: a model without slots (num_slots = 0): nothing to show")
     if tokens.max() >= model.config.vocab_size:
         raise ConfigError(
             f"{options.run}: its vocabulary of {model.config.vocab_size} tokens has not all "
