@@ -40,7 +40,9 @@ def gradient(model: Model, tokens: jax.Array) -> Model:
     return jax.grad(lambda model: jnp.sin(model(tokens)).sum())(model)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("window_size", [8, None], ids=["window", "full-attention"])
 def test_the_operators_forward_runs_once_if_its_residuals_are_kept(window_size, implementation):
     tokens = jnp.zeros((1, 300), jnp.int32)
@@ -54,6 +56,7 @@ def test_the_operators_forward_runs_once_if_its_residuals_are_kept(window_size, 
     assert runs("operator") == runs("dots") < runs("full")
 
 
+@pytest.mark.slow
 def test_the_less_is_kept_the_less_memory_is_needed():
     tokens = jax.ShapeDtypeStruct((1, 128), jnp.int32)
     sizes = [

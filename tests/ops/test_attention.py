@@ -109,20 +109,33 @@ def kernel_cases() -> list[Case]:
     ]
 
 
-def every_case(cases: list[Case]) -> list:
+def some_cases() -> list[Case]:
+    """For every run: half of the grid, each length and each window with every other of them."""
+    chosen = [case for i, case in enumerate(grid()) if (i + i // len(WINDOWS)) % 2 == 0]
+    return chosen + gate_cases()[::2] + wide_cases()
+
+
+def more_kernels(*values):
+    return pytest.param(*values, marks=pytest.mark.tpu_full)
+
+
+def every_case(cases: list[Case], for_every_run: list[Case]) -> list:
     """Each case for xla, and for pallas_tpu behind a marker: its interpreter is slow."""
-    slow = pytest.mark.tpu_full
-    return [pytest.param(case, "xla", id=f"{case}-xla") for case in cases] + [
-        pytest.param(case, "pallas_tpu", id=f"{case}-pallas_tpu", marks=slow) for case in cases
-    ]
+
+    def parameter(case: Case, implementation: str):
+        more = pytest.mark.tpu_full if implementation == "pallas_tpu" else pytest.mark.slow
+        marks = () if implementation == "xla" and case in for_every_run else (more,)
+        return pytest.param(case, implementation, id=f"{case}-{implementation}", marks=marks)
+
+    return [parameter(case, name) for name in ("xla", "pallas_tpu") for case in cases]
 
 
-@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE))
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE, some_cases()))
 def test_matches_float64_reference(case, implementation):
     check(case, implementation, "float32", make_inputs(case))
 
 
-@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE[::3]))
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE[::3], SUITE[::9]))
 def test_bfloat16_matches_float64_reference(case, implementation):
     check(case, implementation, "bfloat16", make_inputs(case))
 
@@ -134,8 +147,8 @@ def test_bfloat16_matches_float64_reference(case, implementation):
         ("xla", Case(T=90, window="16", G=2, segments=True, empty_slots="mask", state=True)),
         ("xla", Case(T=64, window="None")),
         ("pallas_tpu", Case(T=90, window="16", G=2, segments=True, state=True)),
-        ("pallas_tpu", Case(T=300, window="150", B=1)),
-        ("pallas_tpu", Case(T=64, window="None")),
+        more_kernels("pallas_tpu", Case(T=300, window="150", B=1)),
+        more_kernels("pallas_tpu", Case(T=64, window="None")),
     ],
     ids=str,
 )
@@ -144,8 +157,15 @@ def test_slot_weight_that_pulls_the_slots_only(implementation, case):
     check(case, implementation, "float32", make_inputs(case))
 
 
-@pytest.mark.parametrize("case", kernel_cases(), ids=str)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, "float32") for case in kernel_cases()),
+        *((case, "bfloat16") for case in kernel_cases()[:4]),
+        *(more_kernels(case, "bfloat16") for case in kernel_cases()[4:]),
+    ],
+    ids=str,
+)
 def test_tpu_kernels_match_float64_reference(case, dtype):
     check(case, "pallas_tpu", dtype, make_inputs(case))
 
@@ -186,10 +206,20 @@ def any_case(draw) -> Case:
     )
 
 
+@given(case=any_case(), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_shape_and_option(case, seed):
+    check(case, "xla", "float32", make_inputs(case, seed))
+
+
 @pytest.mark.parametrize(
-    "implementation", ["xla", pytest.param("pallas_tpu", marks=pytest.mark.tpu_full)]
+    "implementation",
+    [
+        pytest.param("xla", marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", marks=pytest.mark.tpu_full),
+    ],
 )
 @given(case=any_case(), seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
-def test_any_shape_and_option(implementation, case, seed):
+def test_any_shape_and_option_more(implementation, case, seed):
     check(case, implementation, "float32", make_inputs(case, seed))

@@ -57,6 +57,7 @@ def test_parts_of_a_batch_make_the_same_update() -> None:
     assert max(jax.tree.leaves(errors)) < 1e-6
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_on_eight_devices() -> None:
     """Rows stay where they are: nothing is gathered to be cut."""
     done = subprocess.run(
