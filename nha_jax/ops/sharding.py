@@ -69,7 +69,7 @@ class Division:
     and of a state.
     """
 
-    sizes: dict[str, int]  # of all axes that are not manual
+    sizes: dict[str, int]  # of all axes of `AxisType.Auto`
     batch: tuple[str, ...]
     heads: tuple[str, ...]
     sequence: tuple[str, ...] = ()
@@ -141,13 +141,14 @@ class Division:
 def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = None) -> Division:
     """Of a call of B rows, Hkv heads and T tokens, over the mesh of `jax.set_mesh`.
 
-    Without one, or where all its axes are manual already (inside a `jax.shard_map`), nothing is
-    divided. Axes whose sizes divide nothing do the same work several times over.
+    Only axes of `AxisType.Auto` count: manual ones (inside a `jax.shard_map`) have been divided
+    over, explicit ones are the caller's. Axes whose sizes divide nothing do the same work several
+    times over.
 
     Args:
       num_tokens: None: a sequence is not divided.
     """
-    sizes, axes = _free_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
+    sizes, axes = _auto_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
     return Division(
         sizes,
         _dividing(axes.batch, sizes, batch_size),
@@ -227,12 +228,12 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
     return attend_over_mesh
 
 
-def _free_axes(mesh: AbstractMesh) -> dict[str, int]:
-    """Name and size of the axes that are not manual."""
+def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
+    """Name and size of the axes that are ours to divide over: `AxisType.Auto`."""
     return {
         name: size
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
-        if kind is not AxisType.Manual
+        if kind is AxisType.Auto
     }
 
 
