@@ -135,7 +135,7 @@ class Model(nnx.Module):
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """What the first layer reads: [B, T] integers -> [B, T, hidden_size] in config.dtype."""
-        table = shard_vocabulary(self.embed.embedding[...])
+        table = shard_vocabulary(self.embed.embedding[...], tokens)
         hidden = jnp.take(table, tokens, axis=0)  # cast after it: its gradient is a sum over tokens
         return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
 
@@ -206,7 +206,7 @@ class Model(nnx.Module):
         return jnp.einsum(
             "...d,vd->...v",
             hidden.astype(dtype),
-            shard_vocabulary(self.embed.embedding[...].astype(dtype)),
+            self.embed.embedding[...].astype(dtype),
             preferred_element_type=jnp.float32,
         )
 

@@ -167,13 +167,16 @@ def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
     return division.place(x, division.tokens if x.ndim == 3 else division.places)
 
 
-def shard_vocabulary(table: jax.Array) -> jax.Array:
-    """Divides [vocabulary, features] over the axes of heads, to look rows up or multiply by all.
+def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Divides [vocabulary, features] over the axes of heads, to look up tokens [B, T].
 
-    Each device then looks its own rows up, for its own tokens: were the features divided over axes
-    that divide the tokens too, every device would look up all tokens.
+    Only where sequences are divided: were the features divided over an axis that divides the
+    tokens too, every device would look up all tokens. Elsewhere XLA finds a way that needs less
+    memory by itself.
     """
-    division = divide_over_mesh(1, table.shape[0])
+    division = divide_over_mesh(tokens.shape[0], table.shape[0], tokens.shape[1])
+    if division.devices_of_sequence.count == 1:
+        return table
     return division.place(table, P(division.heads))
 
 
