@@ -55,7 +55,7 @@ forward = jax.jit(Model.__call__)
 
 @pytest.mark.parametrize(
     ("window_size", "num_slots"),
-    [*((layout, 4) for layout in LAYOUTS.values()), ((4, None), 0)],
+    [*((layout, 4) for layout in LAYOUTS.values()), ((4, None, 4), 0)],
     ids=[*LAYOUTS, "no-slots"],
 )
 @pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
