@@ -25,6 +25,7 @@ def loss(model: Model, tokens: jax.Array) -> jax.Array:
     return jnp.sin(model.logits(seen.hidden)).sum() + jnp.cos(9 * seen.slot_weight).sum()
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_what_is_kept():
     tokens = jnp.arange(40)[None] % 32
     kept, *recomputed = (

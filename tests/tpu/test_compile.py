@@ -12,16 +12,15 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.sharding import NamedSharding
 
 from nha_jax import ModelConfig
 from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
 from nha_jax.ops.sharding import divide_over_mesh
 from pallas.tpu import RESIDUAL_NAMES
-from tests.tpu.topology import CHIPS, compile_for, make_mesh, relayouts
+from tests.tpu.topology import CHIPS, compile_for, devices, make_mesh, relayouts
 from train.config import TrainConfig
-from train.mesh import MESH_AXES, batch_sharding
+from train.mesh import make_mesh as make_training_mesh
 from train.sections import DataConfig, MeshConfig
 from train.step import Steps
 
@@ -207,37 +206,29 @@ def test_decode_over_a_mesh(window_size: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "mesh_shape",
+    "mesh",
     [
-        pytest.param((1, 1), marks=pytest.mark.tpu_full, id="one device"),
-        pytest.param((2, 2), marks=pytest.mark.tpu_aot, id="data 2, fsdp 2"),
+        pytest.param(MeshConfig(), marks=pytest.mark.tpu_full, id="one device"),
+        pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.tpu_aot, id="data 2, fsdp 2"),
+        pytest.param(
+            MeshConfig(fsdp=2, context=2), marks=pytest.mark.tpu_aot, id="fsdp 2, context 2"
+        ),
     ],
 )
-def test_training_step(mesh_shape: tuple[int, int]) -> None:
+def test_training_step(mesh: MeshConfig) -> None:
     """An update of the published 340M model at its context length, in one chip's memory."""
-    mesh = make_mesh("v5e", mesh_shape, MESH_AXES)
     config = TrainConfig(
         run="unused",
         steps=10,
         batch_size=8,
         model=ModelConfig.preset("nha-340m"),
         data=DataConfig(corpus="unused", sequence_length=2048),
-        mesh=MeshConfig(data=mesh_shape[0], fsdp=mesh_shape[1]),
+        mesh=mesh,
     )
-    with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
-        state = jax.tree.map(
-            with_sharding,
-            steps.abstract_state,
-            steps.shardings,
-            is_leaf=lambda node: isinstance(node, nnx.Variable),
-        )
-        dtypes = dict.fromkeys(("tokens", "targets", "segment_ids"), jnp.int32)
-        batch = {
-            name: with_sharding(jax.ShapeDtypeStruct((8, 2048), dtype), batch_sharding(mesh))
-            for name, dtype in (dtypes | {"loss_mask": jnp.bool_}).items()
-        }
-        compiled = steps._update.lower(state, batch).compile()
+    count = max(mesh.data, 1) * mesh.fsdp * mesh.context
+    placed = make_training_mesh(config, devices("v5e")[:count])
+    with jax.set_mesh(placed):
+        compiled = Steps(config, placed).trace_update().lower().compile()
     assert "nha_backward" in compiled.as_text()
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
