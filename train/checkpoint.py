@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from train import processes
 from train.checksums import find_damage, has_checksums, write_checksums
+from train.differences import differences
 from train.errors import CheckpointError, ConfigError
 from train.sections import CheckpointConfig
 from train.step import TrainState
@@ -326,11 +327,7 @@ def _check_shapes(part: str, stored: Any, target: Any) -> None:
         }
         for tree in (stored, target)
     )
-    differing = [
-        f"{name}: {old.get(name, 'absent')} -> {new.get(name, 'absent')}"
-        for name in {**old, **new}
-        if old.get(name) != new.get(name)
-    ]
+    differing = differences(old, new, lambda shape: "absent" if shape is None else str(shape))
     if differing:
         raise ConfigError(
             f"the checkpoint's {part} does not fit this program's: {'; '.join(differing)}"

@@ -9,6 +9,7 @@ from typing import IO, Any, Self
 
 from train import processes
 from train.config import TrainConfig
+from train.differences import differences
 from train.errors import ConfigError, TrainingError
 
 # What may differ when a run is resumed: none of it changes the updates already made. A name
@@ -167,14 +168,12 @@ def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
 
 def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """`key: old -> new` for everything that has to be equal and is not."""
-    old, new = (
-        _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]} for record in (stored, present)
-    )
-    return [
-        f"{key}: {json.dumps(old.get(key))} -> {json.dumps(new.get(key))}"
-        for key in {**old, **new}
-        if key.split(".")[0] not in CHANGEABLE and old.get(key) != new.get(key)
-    ]
+
+    def fixed(record: dict[str, Any]) -> dict[str, Any]:
+        values = _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
+        return {key: x for key, x in values.items() if key.split(".")[0] not in CHANGEABLE}
+
+    return differences(fixed(stored), fixed(present), json.dumps)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 import nha_jax
 from train import processes
@@ -118,7 +118,12 @@ class Trainer:
         if not processes.is_first():
             return None
         # A mesh of its own: the others take no part any more.
-        here = jax.make_mesh((1,) * len(MESH_AXES), MESH_AXES, devices=jax.local_devices()[:1])
+        here = jax.make_mesh(
+            (1,) * len(MESH_AXES),
+            MESH_AXES,
+            axis_types=(AxisType.Auto,) * len(MESH_AXES),
+            devices=jax.local_devices()[:1],
+        )
         with jax.set_mesh(here):
             local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
             return self._write_result(held_out, local)

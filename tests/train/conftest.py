@@ -86,3 +86,14 @@ def undisturbed(
     nha = Nha(tmp_path_factory.mktemp("undisturbed"), tiny_values, environment)
     nha.train()
     return nha
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of all bytes and what follows from 125 documents."""
+    from tokenizers import pre_tokenizers  # of the extra `data`
+
+    from tests.train.raw_files import train_tokenizer
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    return train_tokenizer(tmp_path_factory.mktemp("bpe") / "tokenizer.json", 330, alphabet)

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -15,6 +12,7 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.arguments import default_positions
+from tests.eight_devices import run_on_eight_devices
 from tests.ops.cases import relative_error
 from tests.train.gradients_on_meshes import make_batch, make_config
 from train.config import TrainConfig
@@ -60,13 +58,7 @@ def test_parts_of_a_batch_make_the_same_update() -> None:
 @pytest.mark.slow
 def test_parts_of_a_batch_on_eight_devices() -> None:
     """Rows stay where they are: nothing is gathered to be cut."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.micro_batches_on_a_mesh"],
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_on_eight_devices("tests.train.micro_batches_on_a_mesh")
     assert done.returncode == 0, done.stderr
     assert "nvoluntary full rematerialization" not in done.stderr
     differences = json.loads(done.stdout.splitlines()[-1])

@@ -1,12 +1,11 @@
 """Training on meshes of eight devices: as on one, and nothing is gathered that need not be."""
 
 import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.eight_devices import run_on_eight_devices
 
 ALONE: list[dict[str, int]] = [{"data": 8}, {"fsdp": 8}, {"tensor": 8}, {"context": 8}]
 MIXED: list[dict[str, int]] = [
@@ -17,13 +16,7 @@ MIXED: list[dict[str, int]] = [
 
 
 def check(meshes: list[dict[str, int]]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.gradients_on_meshes", *map(json.dumps, meshes)],
-        env=os.environ
-        | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_on_eight_devices("tests.train.gradients_on_meshes", *map(json.dumps, meshes))
     assert done.returncode == 0, done.stderr
     assert "nvoluntary full rematerialization" not in done.stderr
     differences: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

@@ -1,14 +1,11 @@
 """What a compiled program does, read out of its text, against what is known of the program."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from tests.eight_devices import run_on_eight_devices
 from tests.train.known_program import ROUNDS
 from train.plan.costs import Collective, Costs, KernelCost, count_costs
 from train.plan.hlo import Program
@@ -18,13 +15,7 @@ from train.plan.kernels import pallas_calls
 @pytest.fixture(scope="module")
 def known() -> Costs:
     """Of the program in `known_program`, compiled for eight CPU devices."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.train.known_program"],
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
+    done = run_on_eight_devices("tests.train.known_program")
     assert done.returncode == 0, done.stderr
     return count_costs(Program(done.stdout), {})
 

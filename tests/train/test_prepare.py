@@ -1,6 +1,5 @@
-"""`nha data prepare`: every format and tokenizer, resuming, the split, one-line errors."""
+"""`nha data prepare`: every format and tokenizer, resuming, the split."""
 
-import gzip
 import json
 import os
 import random
@@ -12,13 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import tokenizers
-import zstandard
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tests.train.raw_files import (
+    DOCUMENTS,
+    FORMATS,
+    contents,
+    json_lines,
+    prepare,
+    train_tokenizer,
+    write_gzip,
+    write_text,
+    write_zstandard,
+)
 from tests.train.tiny_run import LAUNCH, Nha
 from train.cli import main
 from train.data.corpus import TokenSource, load_corpus
@@ -28,78 +34,6 @@ from train.data.tokenizer import FileTokenizer
 from train.errors import DataError
 from train.sections import DataConfig
 from train.text import load_tokenizer_of
-
-TEXTS = [
-    *(f"{n} lines of a document, {'and more ' * (n % 23)}" for n in range(120)),
-    "naïve Ελλάδα 日本語 😀",
-    "it says </s> in the middle",
-    "",
-    "line\nafter line\n",
-]
-DOCUMENTS = [text for text in TEXTS if text]
-
-
-def train_tokenizer(path: Path, size: int, alphabet: list[str]) -> Path:
-    """A byte-level BPE, saved with truncation switched on."""
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "</s>"],
-        initial_alphabet=alphabet,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    tokenizer.enable_truncation(5)
-    tokenizer.save(str(path))
-    return path
-
-
-@pytest.fixture(scope="session")
-def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer of all bytes and what follows from 125 documents."""
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    return train_tokenizer(tmp_path_factory.mktemp("bpe") / "tokenizer.json", 330, alphabet)
-
-
-def json_lines(texts: list[str]) -> bytes:
-    return "".join(json.dumps({"id": 1, "text": text}) + "\n\n" for text in texts).encode()
-
-
-def write_text(folder: Path) -> None:
-    for n, text in enumerate(TEXTS):
-        (folder / f"{n:03}.md").write_text(text)
-
-
-def write_json_lines(folder: Path) -> None:
-    (folder / "all.jsonl").write_bytes(json_lines(TEXTS))
-
-
-def write_gzip(folder: Path) -> None:
-    (folder / "a.jsonl.gz").write_bytes(gzip.compress(json_lines(TEXTS[:50])))
-    (folder / "b.json.gz").write_bytes(gzip.compress(json_lines(TEXTS[50:])))
-
-
-def write_zstandard(folder: Path) -> None:
-    frames = [zstandard.compress(json_lines(part)) for part in (TEXTS[:50], TEXTS[50:])]
-    (folder / "a.jsonl.zst").write_bytes(b"".join(frames))
-
-
-def write_parquet(folder: Path) -> None:
-    table = pyarrow.table({"id": range(len(TEXTS)), "text": TEXTS})
-    pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=30)
-
-
-FORMATS = [write_text, write_json_lines, write_gzip, write_zstandard, write_parquet]
-
-
-def prepare(out: Path, *arguments: object) -> int:
-    return main(["data", "prepare", str(out), *map(str, arguments)])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
@@ -326,106 +260,6 @@ def test_a_folder_of_something_else_is_left_alone(
     write_text(tmp_path)
     assert prepare(tmp_path, tmp_path / "*.md") == 2
     assert "holds '000.md', but no prepared tokens" in capsys.readouterr().err
-
-
-BAD_INPUTS = {
-    "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
-    "no_key.jsonl": (b'{"text": "a"}\n\n{"body": "b"}\n', "line 3: no key 'text'"),
-    "number.jsonl": (b'{"text": 3}\n', "line 1: 'text' is 3, not text"),
-    "list.jsonl": (b"[1]\n", "line 1: no key 'text'"),
-    "latin1.jsonl": (b'{"text": "a"}\n{"text": "\xe9"}\n', "line 2: not UTF-8"),
-    "half.jsonl": (b'{"text": "\\ud83d"}\n', "line 1: 'text' holds half a character"),
-    "latin1.txt": ("a\nb\né".encode("latin1"), "line 3: not UTF-8"),
-}
-
-
-@pytest.mark.parametrize("name", BAD_INPUTS)
-def test_a_bad_document_is_named_or_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    content, message = BAD_INPUTS[name]
-    (tmp_path / name).write_bytes(content)
-    (tmp_path / "good.txt").write_text("a good one")
-    arguments = [tmp_path / name, tmp_path / "good.txt"]
-    assert prepare(tmp_path / "out", *arguments) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"nha: {tmp_path / name}, {message}")
-    assert not list((tmp_path / "out").glob("*.tokens"))
-    assert prepare(tmp_path / "other", *arguments, "--skip-bad") == 0
-    assert "left out 1 documents" in capsys.readouterr().out
-    good = Prepared.open(tmp_path / "other").manifest.totals["documents"]
-    assert good == 1 + content.count(b'"text": "a"')
-
-
-def test_the_line_of_a_file_in_many_pieces_is_right(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    lines = [b'{"text": "line"}\n'] * 500
-    lines[321] = b'{"text": }\n'
-    (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
-    assert prepare(tmp_path / "out", tmp_path / "a.jsonl", "--shard-bytes=100") == 1
-    assert "a.jsonl, line 322: not JSON" in capsys.readouterr().err
-
-
-DAMAGED = {
-    "cut.jsonl.gz": gzip.compress(json_lines(TEXTS))[:-20],
-    "plain.jsonl.gz": json_lines(TEXTS),
-    "plain.jsonl.zst": json_lines(TEXTS),
-    "plain.parquet": json_lines(TEXTS),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
-    (tmp_path / name).write_bytes(DAMAGED[name])
-    assert prepare(tmp_path / "out", tmp_path / name) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nha: ")]
-    assert len(errors) == 1
-    assert f"{tmp_path / name}: cannot read it" in errors[0]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["/nowhere/*.txt"], "/nowhere/*.txt: no such file or folder"),
-        ([__file__, "--tokenizer=/nowhere.json"], "cannot read it: No such file"),
-        ([__file__, f"--tokenizer={__file__}"], "not a tokenizer.json"),
-        ([__file__, "--held-out-fraction=1"], "--held-out-fraction = 1.0: expected"),
-        ([__file__, "--workers=0"], "--workers = 0: expected at least 1"),
-        ([__file__, "--end-token=</s>"], "--tokenizer with it"),
-    ],
-)
-def test_a_wrong_option_is_one_line(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    assert prepare(tmp_path / "out", *arguments) == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert message in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("package", "name"),
-    [("tokenizers", "a.txt"), ("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")],
-)
-def test_a_missing_package_is_one_line(
-    tmp_path: Path,
-    tokenizer_file: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    package: str,
-    name: str,
-) -> None:
-    (tmp_path / name).write_text("anything")
-    monkeypatch.setitem(sys.modules, package, None)
-    assert prepare(tmp_path / "out", tmp_path / name, f"--tokenizer={tokenizer_file}") == 2
-    (error,) = capsys.readouterr().err.splitlines()
-    assert error == (
-        f"nha: the package {package.split('.')[0]} is not installed; "
-        '`pip install "nha_jax[data]"` brings it'
-    )
 
 
 def test_an_end_token_that_is_not_there(

@@ -22,6 +22,7 @@ from train.data.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
 from train.data.raw_documents import divide
 from train.data.token_shards import ShardRecord, replacing
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from train.differences import differences
 from train.errors import ConfigError, DataError
 from train.sections import require
 
@@ -133,11 +134,7 @@ def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
     work = out / WORK_FOLDER
     stored = _stored_settings(out, shown)
     if stored is not None:
-        differing = [
-            f"{name}: {json.dumps(stored.get(name))} -> {json.dumps(settings.get(name))}"
-            for name in {**stored, **settings}
-            if stored.get(name) != settings.get(name)
-        ]
+        differing = differences(stored, settings, json.dumps)
         if differing:
             raise ConfigError(
                 f"{shown}: the folder was prepared otherwise: {'; '.join(differing)}; choose "
