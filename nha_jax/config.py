@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
+from nha_jax.features import Experts, RopeScaling
 from nha_jax.ops import Implementation
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from pallas.tpu import BlockSizes
@@ -17,6 +18,8 @@ else:
 
 DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "operator", "dots"]
+AttentionBias = Literal["none", "qkv", "all"]
+ValueActivation = Literal["silu", "identity"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +36,18 @@ class ModelConfig:
         window_size: the last tokens kept exactly (W). An int; None for full attention; or a
             pattern of them, repeated over the layers. The parameters do not depend on it.
         mlp_size: width of the SwiGLU; None: 8/3 hidden_size, rounded up to a multiple of 64.
+        experts: a mixture of SwiGLUs instead, of which a token goes through few; `Experts` or a
+            mapping of its fields; None: one for all.
         conv_width: taps of the short convolution on query, key and value; 0: no convolution.
         gate_logit_normalizer: log_decay = logsigmoid(f) / gate_logit_normalizer.
+        value_activation: of the value before it is attended to or enters the slots.
+        output_norm: the layer gives o_proj(RMSNorm(silu(o))); False: o_proj(o).
+        qk_norm: every head's query and key go through an RMSNorm of their own first.
+        attention_bias: projections with a bias: "none"; "qkv", of query, key and value; or "all",
+            of the output too. The gate's never has one.
         rope_theta: base of the rotary embedding of the window's queries and keys.
+        rope_scaling: how its frequencies were changed for a longer context; `RopeScaling` or a
+            mapping of its fields; None: not at all.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head is the embedding table.
         slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`.
@@ -64,9 +76,15 @@ class ModelConfig:
     num_slots: int = 64
     window_size: int | tuple[int | None, ...] | None = 64
     mlp_size: DerivedInt = None
+    experts: Experts | None = None
     conv_width: int = 4
     gate_logit_normalizer: float = 8.0
+    value_activation: ValueActivation = "silu"
+    output_norm: bool = True
+    qk_norm: bool = False
+    attention_bias: AttentionBias = "none"
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     slot_feature_map: SlotFeatureMap = "identity"
@@ -97,7 +115,9 @@ class ModelConfig:
         self._check_heads()
         self._check_window_size()
         self._check_options()
-        self._build_block_sizes()
+        self._build("block_sizes", BlockSizes)
+        self._build("rope_scaling", RopeScaling)
+        self._build("experts", Experts)
 
     def _derive(self, field: str, default: int) -> None:
         if getattr(self, field) is None:
@@ -149,21 +169,25 @@ class ModelConfig:
             value = getattr(self, field)
             if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < float("inf"):
                 self._reject(field, "must be a finite number above 0")
-        if not isinstance(self.tie_embeddings, bool):
-            self._reject("tie_embeddings", "must be true or false")
+        for field in ("tie_embeddings", "output_norm", "qk_norm"):
+            if not isinstance(getattr(self, field), bool):
+                self._reject(field, "must be true or false")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
 
-    def _build_block_sizes(self) -> None:
-        if isinstance(self.block_sizes, dict):
+    def _build(self, field: str, part: type) -> None:
+        value = getattr(self, field)
+        if isinstance(value, dict):
             try:
-                block_sizes = BlockSizes(**self.block_sizes)
+                object.__setattr__(self, field, part(**value))
             except (TypeError, ValueError) as error:
-                self._reject("block_sizes", f"does not fit: {error}")
-            object.__setattr__(self, "block_sizes", block_sizes)
-        if not isinstance(self.block_sizes, BlockSizes | None):
-            self._reject("block_sizes", "must be a BlockSizes, a mapping of its fields, or None")
+                self._reject(field, f"does not fit: {error}")
+        elif not isinstance(value, part | None):
+            kind = part.__name__
+            self._reject(
+                field, f"must be {_article(kind)} {kind}, a mapping of its fields, or None"
+            )
 
     def _window_entries(self) -> tuple[int | None, ...]:
         return self.window_size if isinstance(self.window_size, tuple) else (self.window_size,)
@@ -234,20 +258,34 @@ class ModelConfig:
     @property
     def num_parameters(self) -> int:
         """How many numbers the model learns."""
-        norms = 2 * self.hidden_size + self.num_query_heads * self.value_dim
-        block = self._projection_parameters() + self._convolution_parameters() + norms
+        experts = self.experts.count if self.experts else 1
+        block = self._projection_parameters(experts) + self._convolution_parameters()
+        block += self._vector_parameters()
         tables = 1 if self.tie_embeddings else 2
         embeddings = tables * self.vocab_size * self.hidden_size
         return embeddings + self.num_layers * block + self.hidden_size
 
-    def _projection_parameters(self) -> int:
-        """Of one block's matrices: query, key, value, decay, output, and the SwiGLU's three."""
+    def _projection_parameters(self, experts: int) -> int:
+        """Of one block's matrices: query, key, value, decay, output, and so many SwiGLUs' three."""
         attention = (
             self.num_query_heads * (self.key_dim + self.value_dim)
             + self.num_kv_heads * (self.key_dim + self.value_dim)
             + self.num_kv_heads * self.num_slots
         )
-        return self.hidden_size * (attention + 3 * self.mlp_size)
+        if self.experts is None:
+            return self.hidden_size * (attention + 3 * self.mlp_size)
+        mixture = self.experts.count + experts * 3 * self.experts.size
+        return self.hidden_size * (attention + mixture)
+
+    def _vector_parameters(self) -> int:
+        """Of one block's norms and biases."""
+        output_size = self.num_query_heads * self.value_dim
+        total = 2 * self.hidden_size + self.output_norm * output_size
+        total += self.qk_norm * 2 * self.key_dim
+        if self.attention_bias != "none":
+            total += self.num_query_heads * self.key_dim
+            total += self.num_kv_heads * (self.key_dim + self.value_dim)
+        return total + (self.attention_bias == "all") * self.hidden_size
 
     def _convolution_parameters(self) -> int:
         channels = self.num_query_heads * self.key_dim
@@ -257,7 +295,8 @@ class ModelConfig:
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward floating-point operations a token, on average over a sequence of this length.
 
-        Counted: every matrix multiplication (2 a weight: projections, SwiGLU, head), the short
+        Counted: every matrix multiplication (2 a weight: projections, SwiGLU, head; of experts,
+        those that a token goes to), the short
         convolution, and the operator's necessary work, which is that of the recurrence and the
         same for every implementation: the logits and the weighted sum over the keys that are
         really visible (min(t + 1, W) at token t; full attention: (T + 1) / 2 on average), and,
@@ -272,7 +311,8 @@ class ModelConfig:
             raise ValueError(
                 f"sequence_length={sequence_length!r} must be an integer of at least 1"
             )
-        block = self._projection_parameters() + self._convolution_parameters()
+        experts = self.experts.per_token if self.experts else 1
+        block = self._projection_parameters(experts) + self._convolution_parameters()
         total = 2.0 * (self.num_layers * block + self.vocab_size * self.hidden_size)
         entry = self.key_dim + self.value_dim
         for window in self.windows:
@@ -290,6 +330,10 @@ class ModelConfig:
         return 3 * self.flops_per_token(sequence_length)
 
 
+def _article(word: str) -> str:
+    return "an" if word[0] in "AEIOU" else "a"
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -300,6 +344,8 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": get_args(DType),
     "param_dtype": get_args(DType),
     "remat": get_args(Remat),
+    "attention_bias": get_args(AttentionBias),
+    "value_activation": get_args(ValueActivation),
     "implementation": (*get_args(Implementation), None),
 }
 

@@ -25,6 +25,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
+    "experts": (),
     "conv": (),
     "norm": (),
 }

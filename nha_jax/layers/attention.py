@@ -48,11 +48,13 @@ class LayerDiagnostics(NamedTuple):
 
 
 class NativeHybridAttention(nnx.Module):
-    """Native Hybrid Attention (Du et al., arXiv 2510.07019), as in models trained from scratch.
+    """Native Hybrid Attention (Du et al., arXiv 2510.07019).
 
     query, key, value = conv(q_proj(x)), conv(k_proj(x)), silu(conv(v_proj(x))), with conv the
     short convolution or nothing; log_decay = logsigmoid(f_proj(x)) / gate_logit_normalizer in
     float32; the result is o_proj(RMSNorm(silu(nha_attention(...)))), the norm over all heads.
+    That is the published layer; `value_activation`, `output_norm`, `qk_norm` and `attention_bias`
+    of the config turn it into the attention of a pretrained model whose weights it takes over.
     The window is an argument of the calls: no parameter depends on it.
     """
 
@@ -64,15 +66,19 @@ class NativeHybridAttention(nnx.Module):
         value_size = config.num_kv_heads * config.value_dim
         slot_size = config.num_kv_heads * config.num_slots
         output_size = config.num_query_heads * config.value_dim
-        self.q_proj = linear(config, hidden, query_size, ("embed", "heads"), rngs=rngs)
-        self.k_proj = linear(config, hidden, key_size, ("embed", "kv_heads"), rngs=rngs)
-        self.v_proj = linear(config, hidden, value_size, ("embed", "kv_heads"), rngs=rngs)
+        bias = config.attention_bias != "none"
+        kv_axes = ("embed", "kv_heads")
+        self.q_proj = linear(
+            config, hidden, query_size, ("embed", "heads"), use_bias=bias, rngs=rngs
+        )
+        self.k_proj = linear(config, hidden, key_size, kv_axes, use_bias=bias, rngs=rngs)
+        self.v_proj = linear(config, hidden, value_size, kv_axes, use_bias=bias, rngs=rngs)
         if config.num_slots:
             self.f_proj = linear(
                 config,
                 hidden,
                 slot_size,
-                ("embed", "kv_heads"),
+                kv_axes,
                 rngs=rngs,
                 preferred_element_type=jnp.float32,
             )
@@ -80,8 +86,19 @@ class NativeHybridAttention(nnx.Module):
             self.q_conv = ShortConvolution(config, query_size, "heads", rngs=rngs)
             self.k_conv = ShortConvolution(config, key_size, "kv_heads", rngs=rngs)
             self.v_conv = ShortConvolution(config, value_size, "kv_heads", rngs=rngs)
-        self.o_norm = rms_norm(config, output_size, "heads", rngs=rngs)
-        self.o_proj = linear(config, output_size, hidden, ("heads", "embed"), rngs=rngs)
+        if config.qk_norm:
+            self.q_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
+            self.k_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
+        if config.output_norm:
+            self.o_norm = rms_norm(config, output_size, "heads", rngs=rngs)
+        self.o_proj = linear(
+            config,
+            output_size,
+            hidden,
+            ("heads", "embed"),
+            use_bias=config.attention_bias == "all",
+            rngs=rngs,
+        )
 
     def __call__(
         self,
@@ -264,13 +281,15 @@ class NativeHybridAttention(nnx.Module):
         return query, key, value
 
     def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Projections:
-        """[B, T, heads * size] -> [B, T, heads, size], and the value's activation."""
-        leading = query.shape[:-1]
-        return (
-            query.reshape(*leading, self.config.num_query_heads, self.config.key_dim),
-            key.reshape(*leading, self.config.num_kv_heads, self.config.key_dim),
-            jax.nn.silu(value).reshape(*leading, self.config.num_kv_heads, self.config.value_dim),
-        )
+        """[B, T, heads * size] -> [B, T, heads, size], normed and activated."""
+        config, leading = self.config, query.shape[:-1]
+        query = query.reshape(*leading, config.num_query_heads, config.key_dim)
+        key = key.reshape(*leading, config.num_kv_heads, config.key_dim)
+        value = value.reshape(*leading, config.num_kv_heads, config.value_dim)
+        if config.qk_norm:
+            query = self.q_norm(query).astype(query.dtype)
+            key = self.k_norm(key).astype(key.dtype)
+        return query, key, jax.nn.silu(value) if config.value_activation == "silu" else value
 
     def _operator(
         self, *, window_size: int | None, rope: Rope, segment_ids: jax.Array | None
@@ -297,4 +316,7 @@ class NativeHybridAttention(nnx.Module):
 
     def _output(self, attended: jax.Array) -> jax.Array:
         """[B, T, Hq, V] -> [B, T, hidden_size]."""
-        return self.o_proj(self.o_norm(jax.nn.silu(attended.reshape(*attended.shape[:-2], -1))))
+        outputs = attended.reshape(*attended.shape[:-2], -1)
+        return self.o_proj(
+            self.o_norm(jax.nn.silu(outputs)) if self.config.output_norm else outputs
+        )

@@ -13,8 +13,9 @@ LOGICAL_AXES = (
     "heads",  # query heads x their key or value size, heads outermost
     "kv_heads",  # key/value heads x their key, value or slot count, heads outermost
     "mlp",  # the inner width of the SwiGLU
+    "experts",  # the SwiGLUs of a mixture
     "conv",  # the taps of the short convolution
-    "norm",  # the scale of a norm over the residual stream
+    "norm",  # the scale of a norm over the residual stream, or over one head's query or key
 )
 """Every name a parameter's axis can have. A training stack maps them to mesh axes (or to None)."""
 
@@ -39,17 +40,19 @@ def linear(
     names: tuple[str, str],
     *,
     rngs: nnx.Rngs,
+    use_bias: bool = False,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> nnx.Linear:
-    """A projection without bias: [..., in_features] -> [..., out_features], in config.dtype."""
+    """A projection: [..., in_features] -> [..., out_features], in config.dtype."""
     return nnx.Linear(
         in_features,
         out_features,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         preferred_element_type=preferred_element_type,
         kernel_init=partitioned(jax.nn.initializers.normal(config.initializer_range), *names),
+        bias_init=partitioned(jax.nn.initializers.zeros, names[1]),
         rngs=rngs,
     )
 

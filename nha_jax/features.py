@@ -1,0 +1,101 @@
+"""Parts of a `ModelConfig` that have fields of their own: stretched rotations, and experts."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+RopeScalingKind = Literal["linear", "llama3", "yarn"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How the rotary embedding's frequencies were changed for contexts longer than at first.
+
+    Fields:
+        kind: "linear" divides every frequency by `factor`. "llama3" (Llama 3.1) divides those that
+            turn less than low_frequency_factor times over original_length, leaves those that turn
+            more than high_frequency_factor times, and blends between. "yarn" (arXiv 2309.00071)
+            does so between the dimensions that turn beta_slow and beta_fast times, and multiplies
+            the rotated vectors by attention_factor.
+        factor: how much longer the context became, at least 1.
+        original_length: tokens of the context before; of "llama3" and "yarn", which need it.
+        low_frequency_factor, high_frequency_factor: of "llama3", in turns.
+        beta_fast, beta_slow: of "yarn", in turns.
+        attention_factor: of "yarn"; None: 0.1 ln(factor) + 1.
+        truncate: of "yarn": whether the blend begins and ends at whole dimensions.
+
+    Raises:
+        ValueError: a field is out of its range; one line names it, its value and what is expected.
+    """
+
+    kind: RopeScalingKind
+    factor: float
+    original_length: int | None = None
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+    def __post_init__(self) -> None:
+        kinds = get_args(RopeScalingKind)
+        _require(self, "kind", self.kind in kinds, f"one of {', '.join(map(repr, kinds))}")
+        _require(self, "factor", _is_number(self.factor, 1), "a finite number of at least 1")
+        length = self.original_length
+        if self.kind != "linear":
+            fits = isinstance(length, int) and length >= 1
+            _require(self, "original_length", fits, f"at least 1: kind={self.kind!r} needs it")
+        for low, high in (("low_frequency_factor", "high_frequency_factor"),
+                          ("beta_slow", "beta_fast")):  # fmt: skip
+            _require(self, low, _is_number(getattr(self, low)), "a finite number above 0")
+            least = getattr(self, low)
+            fits = _is_number(getattr(self, high)) and getattr(self, high) > least
+            _require(self, high, fits, f"a finite number above {low}={least}")
+        scale = self.attention_factor
+        fits = scale is None or _is_number(scale)
+        _require(self, "attention_factor", fits, "a finite number above 0, or None")
+        _require(self, "truncate", isinstance(self.truncate, bool), "true or false")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A mixture of SwiGLUs in place of one: a router gives every token to a few of them.
+
+    Fields:
+        count: how many there are in a layer.
+        per_token: how many of them every token goes to.
+        size: width of each.
+        normalize: whether the weights of a token's experts add up to 1, rather than to their
+            share of the router's softmax over all.
+
+    Raises:
+        ValueError: a field is out of its range; one line names it, its value and what is expected.
+    """
+
+    count: int
+    per_token: int
+    size: int
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("count", "per_token", "size"):
+            value = getattr(self, name)
+            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            _require(self, name, fits, "an integer of at least 1")
+        few = self.per_token <= self.count
+        _require(self, "per_token", few, f"at most count={self.count}")
+        _require(self, "normalize", isinstance(self.normalize, bool), "true or false")
+
+
+def _is_number(value: object, least: float | None = None) -> bool:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        return False
+    return value > 0 if least is None else value >= least
+
+
+def _require(part: RopeScaling | Experts, name: str, condition: bool, expected: str) -> None:
+    assert name in {field.name for field in dataclasses.fields(part)}
+    if not condition:
+        raise ValueError(f"{name}={getattr(part, name)!r} must be {expected}")
