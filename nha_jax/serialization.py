@@ -6,15 +6,10 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import jax
-import jax.numpy as jnp
-import safetensors.flax
-from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
+from nha_jax.weights import ModelSource, SafetensorsSource, Shardings, build_model, write_weights
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -55,14 +50,13 @@ def save(
         if not path.is_dir() or {file.name for file in path.iterdir()} - own:
             raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: jnp.asarray(array) for name, array in _tensors(nnx.state(model)).items()}
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         new = workplace / "new"
         new.mkdir()
         config = json.dumps(model.config.to_dict(), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(config, encoding="utf-8")
-        safetensors.flax.save_file(tensors, new / WEIGHTS_FILE)
+        write_weights(new / WEIGHTS_FILE, ModelSource(model))
         for name, content in (tokenizer or {}).items():
             (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
@@ -70,28 +64,26 @@ def save(
         shutil.rmtree(workplace)
 
 
-def load(path: str | os.PathLike[str]) -> Model:
+def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> Model:
     """The model that `save` wrote to `path`.
+
+    Args:
+        path: the folder.
+        shardings: from the abstract nnx state of the model to a `jax.sharding.Sharding` in place
+            of each variable: every device then gets its part alone. None: all go to the default
+            device.
 
     Raises:
         FileNotFoundError: `path` lacks one of the two files.
-        ValueError: the config is not valid, or tensors are missing, unknown, or of another shape
-            or dtype than the config says; the message names every one of them.
+        ValueError: a file is damaged, the config is not valid, or tensors are missing, unknown, or
+            of another shape or dtype than the config says; the message names every one of them.
     """
     path = Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
     config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
-    graph, state = jax.eval_shape(lambda: nnx.split(Model(config, rngs=nnx.Rngs(0))))
-    expected = _tensors(state)
-    tensors = safetensors.flax.load_file(path / WEIGHTS_FILE)
-    problems = _differences(expected, tensors)
-    if problems:
-        raise ValueError(f"{path / WEIGHTS_FILE} does not fit its config: {'; '.join(problems)}")
-    nnx.replace_by_pure_dict(state, _nested(tensors))
-    return nnx.merge(graph, state)
+    return build_model(config, SafetensorsSource(path / WEIGHTS_FILE), shardings)
 
 
 def _replace(path: Path, new: Path, *, backup: Path) -> None:
@@ -105,34 +97,3 @@ def _replace(path: Path, new: Path, *, backup: Path) -> None:
         if replaces:
             backup.rename(path)
         raise
-
-
-def _tensors(state: nnx.State) -> dict[str, jax.Array]:
-    """The parameters by dotted name."""
-    leaves, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(state))
-    return {".".join(str(entry.key) for entry in keys): leaf for keys, leaf in leaves}
-
-
-def _nested(tensors: dict[str, jax.Array]) -> dict[str, Any]:
-    """The inverse of `_tensors`: a dictionary for each dot."""
-    tree: dict[str, Any] = {}
-    for name, tensor in tensors.items():
-        *parents, leaf = name.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = tensor
-    return tree
-
-
-def _differences(expected: dict[str, jax.Array], found: dict[str, jax.Array]) -> list[str]:
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in sorted(found) if name not in expected]
-    for name, tensor in found.items():
-        wanted = expected.get(name)
-        if wanted is not None and (tensor.shape, tensor.dtype) != (wanted.shape, wanted.dtype):
-            problems.append(
-                f"{name} is {tensor.dtype}{list(tensor.shape)}, "
-                f"not {wanted.dtype}{list(wanted.shape)}"
-            )
-    return problems

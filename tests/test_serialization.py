@@ -5,11 +5,12 @@ import json
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import safetensors.flax
 from flax import nnx
 
-from nha_jax import Model, ModelConfig, load, save
+from nha_jax import Model, ModelConfig, load, save, serialization, weights
 
 
 def tiny_model(seed: int = 0, **overrides) -> Model:
@@ -79,7 +80,7 @@ def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch):
     def disk_full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(safetensors.flax, "save_file", disk_full)
+    monkeypatch.setattr(serialization, "write_weights", disk_full)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path / "model", tiny_model(1), overwrite=True)
     with pytest.raises(OSError, match="no space left"):
@@ -137,3 +138,25 @@ def test_a_tokenizer_is_saved_with_the_model_and_replaced_with_it(tmp_path) -> N
     ]
     with pytest.raises(ValueError, match=r"other\.txt"):
         save(tmp_path / "new", tiny_model(), tokenizer={"other.txt": b""})
+
+
+def test_pieces_are_small_and_read_alone(tmp_path, monkeypatch):
+    model, asked = tiny_model(), []
+    source = weights.ModelSource(model)
+    read = source.read
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 2048)
+    monkeypatch.setattr(source, "read", lambda *part: asked.append(read(*part)) or asked[-1])
+    weights.write_weights(tmp_path / "file", source)
+    assert max(piece.nbytes for piece in asked) <= 2048
+    stored = safetensors.flax.load_file(tmp_path / "file")
+    for name, like in source.shapes.items():
+        whole = read(name, tuple(slice(None) for _ in like.shape))
+        chex.assert_trees_all_equal(np.asarray(stored[name]), whole)
+
+
+def test_a_file_that_is_cut_off_is_named(tmp_path):
+    save(tmp_path / "model", tiny_model())
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-5])
+    with pytest.raises(ValueError, match=r"model\.safetensors: damaged: .*"):
+        load(tmp_path / "model")
