@@ -191,7 +191,8 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
 def _place(source: WeightSource, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
     parts: dict[Any, np.ndarray] = {}  # devices with the same part share the reading of it
 
-    def part(index: Index) -> np.ndarray:
+    def part(index: Index | None) -> np.ndarray:
+        assert index is not None
         key = tuple((bound.start, bound.stop) for bound in index)
         if key not in parts:
             parts[key] = source.read(name, index)
