@@ -4,16 +4,29 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
-from nha_jax.weights import ModelSource, SafetensorsSource, Shardings, build_model, write_weights
+from nha_jax.weights import (
+    ModelSource,
+    SafetensorsSource,
+    Shardings,
+    WeightSource,
+    build_model,
+    weight_bytes,
+    write_weights,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COMPANION_FILES = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+"""What may lie beside a model: how its texts become tokens, and how it is spoken to."""
 
 
 def save(
@@ -33,35 +46,75 @@ def save(
         path: the folder to create; its parents are created too.
         model: the model.
         overwrite: replace a model that is there already.
-        tokenizer: name, one of TOKENIZER_FILES, and content of what goes beside the model.
+        tokenizer: name, one of COMPANION_FILES, and content of what goes beside the model.
 
     Raises:
         ValueError: `tokenizer` has another name.
         FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
             but a model is ever replaced.
     """
+    write_folder(
+        path, model.config, ModelSource(model), companions=tokenizer or {}, overwrite=overwrite
+    )
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    source: WeightSource,
+    *,
+    companions: Mapping[str, bytes] = types.MappingProxyType({}),
+    overwrite: bool = False,
+    on_written: Callable[[int], object] = lambda count: None,
+) -> None:
+    """What `save` writes, of parameters that need not be in memory.
+
+    Args:
+        path, overwrite: as for `save`.
+        config: of the model.
+        source: its parameters, read a piece at a time.
+        companions: name, one of COMPANION_FILES, and content of what goes beside them.
+        on_written: called with the bytes of each piece of the parameters.
+
+    Raises:
+        ValueError: `companions` has another name.
+        FileExistsError: as for `save`.
+        OSError: there is too little room on the disk; nothing was written.
+    """
     path = Path(path)
-    if set(tokenizer or ()) - set(TOKENIZER_FILES):
-        raise ValueError(f"tokenizer={sorted(tokenizer or ())} must be of {TOKENIZER_FILES}")
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
-        own = {CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES}
-        if not path.is_dir() or {file.name for file in path.iterdir()} - own:
-            raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
+    if set(companions) - set(COMPANION_FILES):
+        raise ValueError(f"files={sorted(companions)} must be of {COMPANION_FILES}")
+    check_replaceable(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    needed = weight_bytes(source.shapes) + sum(map(len, companions.values()))
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path} needs {needed / 1e9:.3g} GB of disk, and {path.parent} has {free / 1e9:.3g}"
+        )
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         new = workplace / "new"
         new.mkdir()
-        config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-        (new / CONFIG_FILE).write_text(config, encoding="utf-8")
-        write_weights(new / WEIGHTS_FILE, ModelSource(model))
-        for name, content in (tokenizer or {}).items():
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_weights(new / WEIGHTS_FILE, source, on_written)
+        for name, content in companions.items():
             (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
     finally:
         shutil.rmtree(workplace)
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if `path` exists, unless it is a saved model to overwrite."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
+    own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
+    if not path.is_dir() or {file.name for file in path.iterdir()} - own:
+        raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
 
 
 def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> Model:
