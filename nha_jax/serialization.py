@@ -1,12 +1,12 @@
-"""A model as a folder: `config.json`, `model.safetensors`, and the files of a tokenizer."""
+"""A model as a folder: `config.json`, `model.safetensors`, and the files that go with it."""
 
 import json
 import os
 import shutil
 import tempfile
-import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
@@ -22,11 +22,14 @@ from nha_jax.weights import (
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 COMPANION_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
-"""What may lie beside a model: how its texts become tokens, and how it is spoken to."""
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""What may lie beside a model, as Hugging Face names it, and travels with it byte for byte."""
 
 
 def save(
@@ -34,7 +37,7 @@ def save(
     model: Model,
     *,
     overwrite: bool = False,
-    tokenizer: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes a folder with the model's config and parameters, all of it or nothing.
 
@@ -46,16 +49,14 @@ def save(
         path: the folder to create; its parents are created too.
         model: the model.
         overwrite: replace a model that is there already.
-        tokenizer: name, one of COMPANION_FILES, and content of what goes beside the model.
+        files: name, one of COMPANION_FILES, and content of what goes beside the model.
 
     Raises:
-        ValueError: `tokenizer` has another name.
+        ValueError: `files` has another name.
         FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
             but a model is ever replaced.
     """
-    write_folder(
-        path, model.config, ModelSource(model), companions=tokenizer or {}, overwrite=overwrite
-    )
+    write_folder(path, model.config, ModelSource(model), files=files or {}, overwrite=overwrite)
 
 
 def write_folder(
@@ -63,30 +64,28 @@ def write_folder(
     config: ModelConfig,
     source: WeightSource,
     *,
-    companions: Mapping[str, bytes] = types.MappingProxyType({}),
+    files: Mapping[str, bytes] = MappingProxyType({}),
     overwrite: bool = False,
     on_written: Callable[[int], object] = lambda count: None,
 ) -> None:
     """What `save` writes, of parameters that need not be in memory.
 
     Args:
-        path, overwrite: as for `save`.
+        path, files, overwrite: as for `save`.
         config: of the model.
         source: its parameters, read a piece at a time.
-        companions: name, one of COMPANION_FILES, and content of what goes beside them.
         on_written: called with the bytes of each piece of the parameters.
 
     Raises:
-        ValueError: `companions` has another name.
-        FileExistsError: as for `save`.
+        ValueError, FileExistsError: as for `save`.
         OSError: there is too little room on the disk; nothing was written.
     """
     path = Path(path)
-    if set(companions) - set(COMPANION_FILES):
-        raise ValueError(f"files={sorted(companions)} must be of {COMPANION_FILES}")
+    if set(files) - set(COMPANION_FILES):
+        raise ValueError(f"files={sorted(files)} must be of {', '.join(COMPANION_FILES)}")
     check_replaceable(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    needed = weight_bytes(source.shapes) + sum(map(len, companions.values()))
+    needed = weight_bytes(source.shapes) + sum(map(len, files.values()))
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(
@@ -99,7 +98,7 @@ def write_folder(
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(text, encoding="utf-8")
         write_weights(new / WEIGHTS_FILE, source, on_written)
-        for name, content in companions.items():
+        for name, content in files.items():
             (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
     finally:
@@ -137,6 +136,12 @@ def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) ->
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
     config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
     return build_model(config, SafetensorsSource(path / WEIGHTS_FILE), shardings)
+
+
+def companions_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Name and content of those of COMPANION_FILES that lie in a folder: `files` of `save`."""
+    paths = (Path(folder) / name for name in COMPANION_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _replace(path: Path, new: Path, *, backup: Path) -> None:

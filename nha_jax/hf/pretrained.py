@@ -10,7 +10,7 @@ from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import Original, from_hf_config
 from nha_jax.model import Model
-from nha_jax.serialization import COMPANION_FILES
+from nha_jax.serialization import companions_of
 from nha_jax.weights import Shardings, WeightSource, build_model
 
 Windows = int | tuple[int | None, ...] | None
@@ -24,7 +24,7 @@ class Pretrained:
 
     original: Original
     source: WeightSource
-    companions: dict[str, Path]  # of COMPANION_FILES, those that are there
+    files: dict[str, bytes]  # the tokenizer's and others that go with the model
 
     @property
     def config(self) -> ModelConfig:
@@ -59,9 +59,7 @@ def open_pretrained(
         **chosen,
     )
     source = ConvertedSource(original.config, checkpoint)
-    files = {name: folder / name for name in COMPANION_FILES}
-    there = {name: file for name, file in files.items() if file.is_file()}
-    return Pretrained(original, source, there)
+    return Pretrained(original, source, companions_of(folder))
 
 
 def from_pretrained(

@@ -13,6 +13,7 @@ import safetensors.numpy
 import nha_jax
 from nha_jax.hf.config import from_hf_config
 from nha_jax.hf.pretrained import from_pretrained, open_pretrained
+from nha_jax.weights import build_model
 from tests.eight_devices import run_on_eight_devices
 from tests.hf.originals import EXACT, FIXTURES, NAMES, load_fixture, original_tensors
 
@@ -41,11 +42,9 @@ def test_greedy_texts_are_the_originals(name: str) -> None:
 @pytest.mark.parametrize("name", ["llama-3.1", "llama-linear", "qwen2-yarn"])
 def test_the_fixture_shows_that_rope_was_scaled(name: str) -> None:
     expected = np.load(FIXTURES / name / "expected.npz")
-    model = load_fixture(name)
-    plain = nha_jax.Model.__new__(type(model))
-    vars(plain).update(vars(model))
-    plain.config = dataclasses.replace(model.config, rope_scaling=None)
-    logits = np.asarray(plain(jnp.asarray(expected["tokens"])))
+    pretrained = open_pretrained(FIXTURES / name, num_slots=8, **EXACT)
+    unscaled = dataclasses.replace(pretrained.config, rope_scaling=None)
+    logits = np.asarray(build_model(unscaled, pretrained.source)(jnp.asarray(expected["tokens"])))
     assert np.abs(logits - expected["logits"]).max() > 0.1
 
 
