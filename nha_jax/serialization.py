@@ -4,12 +4,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
-from nha_jax.weights import ModelSource, SafetensorsSource, Shardings, build_model, write_weights
+from nha_jax.weights import (
+    ModelSource,
+    SafetensorsSource,
+    Shardings,
+    WeightSource,
+    build_model,
+    weight_bytes,
+    write_weights,
+)
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -47,28 +56,64 @@ def save(
         FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
             but a model is ever replaced.
     """
+    write_folder(path, model.config, ModelSource(model), files=files or {}, overwrite=overwrite)
+
+
+def write_folder(
+    path: str | os.PathLike[str],
+    config: ModelConfig,
+    source: WeightSource,
+    *,
+    files: Mapping[str, bytes] = MappingProxyType({}),
+    overwrite: bool = False,
+    on_written: Callable[[int], object] = lambda count: None,
+) -> None:
+    """What `save` writes, of parameters that need not be in memory.
+
+    Args:
+        path, files, overwrite: as for `save`.
+        config: of the model.
+        source: its parameters, read a piece at a time.
+        on_written: called with the bytes of each piece of the parameters.
+
+    Raises:
+        ValueError, FileExistsError: as for `save`.
+        OSError: there is too little room on the disk; nothing was written.
+    """
     path = Path(path)
-    if set(files or ()) - set(COMPANION_FILES):
-        raise ValueError(f"files={sorted(files or ())} must be of {', '.join(COMPANION_FILES)}")
-    if path.exists():
-        if not overwrite:
-            raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
-        own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
-        if not path.is_dir() or {file.name for file in path.iterdir()} - own:
-            raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
+    if set(files) - set(COMPANION_FILES):
+        raise ValueError(f"files={sorted(files)} must be of {', '.join(COMPANION_FILES)}")
+    check_replaceable(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
+    needed = weight_bytes(source.shapes) + sum(map(len, files.values()))
+    free = shutil.disk_usage(path.parent).free
+    if needed > free:
+        raise OSError(
+            f"{path} needs {needed / 1e9:.3g} GB of disk, and {path.parent} has {free / 1e9:.3g}"
+        )
     workplace = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         new = workplace / "new"
         new.mkdir()
-        config = json.dumps(model.config.to_dict(), indent=2) + "\n"
-        (new / CONFIG_FILE).write_text(config, encoding="utf-8")
-        write_weights(new / WEIGHTS_FILE, ModelSource(model))
-        for name, content in (files or {}).items():
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_weights(new / WEIGHTS_FILE, source, on_written)
+        for name, content in files.items():
             (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
     finally:
         shutil.rmtree(workplace)
+
+
+def check_replaceable(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if `path` exists, unless it is a saved model to overwrite."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
+    own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
+    if not path.is_dir() or {file.name for file in path.iterdir()} - own:
+        raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
 
 
 def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> Model:

@@ -112,6 +112,11 @@ def differences(expected: Shapes, found: Shapes) -> list[str]:
     return problems
 
 
+def weight_bytes(shapes: Shapes) -> int:
+    """Of all of them together."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
+
+
 def build_model(
     config: ModelConfig, source: WeightSource, shardings: Shardings | None = None
 ) -> Model:
