@@ -76,9 +76,10 @@ def random_model(name: str, seed: int) -> Any:
     return model.to(torch.bfloat16 if name == BFLOAT16 else torch.float32).eval()
 
 
-def what_it_computes(model: Any, tokens: np.ndarray) -> dict[str, np.ndarray]:
+def what_it_computes(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
     """float32 logits [B, T, V] of tokens [B, T], and greedy tokens after the first few."""
-    model = model.float()
+    # Read anew: a model turned into bfloat16 has rounded its rotations' frequencies too.
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.tensor(tokens)[:, :PROMPT]
     with torch.no_grad():
         logits = model(torch.tensor(tokens)).logits.numpy()
@@ -99,7 +100,7 @@ def main() -> int:
         model = random_model(name, seed)
         model.save_pretrained(folder, max_shard_size="40KB" if name == SHARDED else "1GB")
         tokens = np.random.default_rng(seed).integers(0, _TINY["vocab_size"], (1, 40))
-        np.savez_compressed(folder / "expected.npz", **what_it_computes(model, tokens))
+        np.savez_compressed(folder / "expected.npz", **what_it_computes(folder, tokens))
         logits = np.load(folder / "expected.npz")["logits"]
         print(f"{name}: logits up to {np.abs(logits).max():.1f}")
     return 0

@@ -197,8 +197,26 @@ def test_generate_names_a_folder_without_a_model(
             {"mesh__fsdp": 4, "batch_size": 8, "micro_batches": 2},
             "batch_size / micro_batches = 4: expected a multiple of mesh.data x mesh.fsdp",
         ),
+        (
+            {"mesh__tensor": 2, "model__mlp_size": 63},
+            "model.mlp_size = 63: expected a multiple of mesh.tensor, which is 2",
+        ),
+        (
+            {"mesh__tensor": 2, "model__experts": {"count": 4, "per_token": 2, "size": 9}},
+            "model.experts.size = 9: expected a multiple of mesh.tensor, which is 2",
+        ),
     ],
-    ids=["batch", "data", "fsdp", "hidden_size", "tensor", "context", "micro_batches"],
+    ids=[
+        "batch",
+        "data",
+        "fsdp",
+        "hidden_size",
+        "tensor",
+        "context",
+        "micro_batches",
+        "mlp_size",
+        "experts",
+    ],
 )
 def test_what_does_not_fit_eight_devices_is_refused(
     nha: Nha, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], line: str
