@@ -22,14 +22,19 @@ from nha_jax.weights import (
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ORIGINAL_CONFIG_FILE = "original_config.json"
+"""Of an imported model, the config.json that it came with."""
+
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    ORIGINAL_CONFIG_FILE,
 )
-"""What may lie beside a model, as Hugging Face names it, and travels with it byte for byte."""
+"""What may lie beside a model and travels with it byte for byte; all but the last are named as
+Hugging Face names them."""
 
 
 def save(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nha_jax.config import DType, ModelConfig
-from nha_jax.hf.names import IGNORED_SUFFIXES, TIED_HEAD, Entry, table
+from nha_jax.hf.names import IGNORED_SUFFIXES, TIED_HEAD, Entry
 from nha_jax.weights import Index, SafetensorsSource, Shapes, abstract_parameters, differences
 
 WEIGHTS_FILE = "model.safetensors"
@@ -69,16 +69,16 @@ class ConvertedSource:
         shapes: of every parameter, as the config has it.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint):
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, entries: Iterable[Entry]):
         """Compares all that the config wants with all that is there; reads no tensor.
 
         Raises:
-            ValueError: num_slots does not fit the key's size; or tensors are missing, unknown, or
-                of another shape or dtype than the config says; the line names every one of them.
+            ValueError: tensors are missing, unknown, or of another shape or dtype than the config
+                says; the line names every one of them.
         """
         self.name = checkpoint.name
         self._checkpoint = checkpoint
-        self._entries = {entry.name: entry for entry in table(config)}
+        self._entries = {entry.name: entry for entry in entries}
         self.shapes: Shapes = abstract_parameters(config)
         problems = _differences(config, self._entries.values(), self.shapes, checkpoint.shapes)
         if problems:
@@ -95,16 +95,8 @@ class ConvertedSource:
         for place in itertools.product(*(range(part.start, part.stop) for part in stacked)):
             tensor = self._checkpoint.read(entry.their_name(place), theirs)
             at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
-            result[at] = _convert(entry, tensor)
+            result[at] = entry.ours(tensor)
         return result
-
-
-def _convert(entry: Entry, tensor: np.ndarray) -> np.ndarray:
-    """A part of a tensor of theirs -> the same part of our parameter, without the stacked axes."""
-    if entry.averaged > 1:
-        groups = tensor.astype(np.float32).reshape(-1, entry.averaged, tensor.shape[-1])
-        tensor = groups.mean(axis=1)
-    return tensor.T if entry.transposed else tensor
 
 
 def _differences(
