@@ -116,9 +116,20 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
+    if not _is_saved_model(path):
+        raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
+
+
+def _is_saved_model(path: Path) -> bool:
+    """Whether nothing but what `save` writes is there; other programs use the same file names."""
     own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
     if not path.is_dir() or {file.name for file in path.iterdir()} - own:
-        raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
+        return False
+    try:
+        ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError):
+        return False
+    return True
 
 
 def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> Model:

@@ -57,7 +57,8 @@ class Checkpoint:
 
     def param_dtype(self) -> DType:
         """The smallest of ours that holds every floating-point tensor exactly."""
-        dtypes = {shape.dtype.name for shape in self.shapes.values()} & set(_FLOATS)
+        learned = {x for name, x in self.shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
+        dtypes = {x.dtype.name for x in learned} & set(_FLOATS)
         return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
 

@@ -85,7 +85,7 @@ def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> R
     """Raises TypeError or ValueError if a value does not fit."""
     assert kind in get_args(RopeScalingKind)
     longest = values.get("max_position_embeddings")
-    own = rope.get("original_max_position_embeddings", longest)
+    own = rope.get("original_max_position_embeddings") or longest
     length = values.get("original_max_position_embeddings", own)
     filled = {**rope, "original_max_position_embeddings": length}
     if kind == "yarn":
