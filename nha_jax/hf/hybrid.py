@@ -13,7 +13,7 @@ from typing import Any
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.config import Original, from_hf_config, listed, to_hf_config
-from nha_jax.hf.families import HYBRID_SUFFIX, HYBRIDS
+from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS
 from nha_jax.hf.layout import KEYS, read_layout, shortest, write_layout
 from nha_jax.hf.names import hybrid_table
 
@@ -44,17 +44,22 @@ def read_hybrid(
     problems += wrong
     if problems:
         raise ValueError(listed(problems))
-    plain = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
-    plain |= {"model_type": family.model_type.removesuffix(HYBRID_SUFFIX), "architectures": []}
     own = {
         "num_slots": values["num_slots"],
         "window_size": windows,
         "empty_slots": values.get("empty_slots", "attend"),
         "gate_logit_normalizer": GATE_LOGIT_NORMALIZER,
     }
-    original = from_hf_config(plain, param_dtype=param_dtype, **own | chosen)
+    original = from_hf_config(without_gates(fields), param_dtype=param_dtype, **own | chosen)
     config = dataclasses.replace(original.config, window_size=shortest(original.config))
     return dataclasses.replace(original, family=family, config=config, table=hybrid_table)
+
+
+def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model before it was hybridised."""
+    plain = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
+    family = FAMILIES[str(fields["model_type"]).removesuffix(HYBRID_SUFFIX)]
+    return plain | {"model_type": family.model_type, "architectures": [family.architecture]}
 
 
 def fixed_slots(num_slots: object, chosen: Mapping[str, Any]) -> list[str]:
@@ -76,10 +81,10 @@ def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any
     Raises:
         ValueError: the authors' code cannot compute this; one line names every field in the way.
     """
-    family = HYBRIDS.get(plain["model_type"] + HYBRID_SUFFIX)
-    if family is None:
-        plain = to_hf_config(config)  # a Mistral, say, is a Llama
-        family = HYBRIDS[plain["model_type"] + HYBRID_SUFFIX]
+    if plain["model_type"] + HYBRID_SUFFIX not in HYBRIDS:  # a Mistral, which is a Llama too
+        own = ("architectures", "model_type")
+        plain = {**plain, **{key: to_hf_config(config)[key] for key in own}}
+    family = HYBRIDS[plain["model_type"] + HYBRID_SUFFIX]
     problems = unpublished(config)
     if config.gate_logit_normalizer != GATE_LOGIT_NORMALIZER:
         problems.append(

@@ -126,19 +126,24 @@ def table(config: ModelConfig) -> tuple[Entry, ...]:
     return tuple(_converted(config, _gates_from_keys))
 
 
+def plain_table(config: ModelConfig) -> tuple[Entry, ...]:
+    """Likewise, without the gates: of what the original has."""
+    return tuple(_converted(config, None))
+
+
 def hybrid_table(config: ModelConfig) -> tuple[Entry, ...]:
     """Likewise, of a checkpoint with gates of its own, as the authors of the paper name them."""
     return tuple(_converted(config, _stored_gates))
 
 
-def _converted(config: ModelConfig, gates: Gates) -> Iterator[Entry]:
+def _converted(config: ModelConfig, gates: Gates | None) -> Iterator[Entry]:
     layer = "model.layers.{layer}."
     yield Entry(name="embed.embedding", template="model.embed_tokens.weight")
     yield Entry(name="norm.scale", template="model.norm.weight")
     yield Entry(name="blocks.attention_norm.scale", template=layer + "input_layernorm.weight")
     yield Entry(name="blocks.mlp_norm.scale", template=layer + "post_attention_layernorm.weight")
     yield from _attention(config, layer + "self_attn.")
-    if config.num_slots:
+    if gates and config.num_slots:
         yield gates(config, layer + "self_attn.")
     yield from _mlp(config, layer + "mlp.")
     if not config.tie_embeddings:
