@@ -170,6 +170,7 @@ def write_weights(
             for index in _pieces(shape, dtype.itemsize):
                 piece = np.ascontiguousarray(source.read(name, index)).reshape(-1)
                 on_written(file.write(piece.view(np.uint8).data))
+                del piece  # before the next one is read
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:

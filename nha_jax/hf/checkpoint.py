@@ -96,16 +96,23 @@ class ConvertedSource:
         for place in itertools.product(*(range(part.start, part.stop) for part in stacked)):
             tensor = self._checkpoint.read(entry.their_name(place), theirs)
             at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
-            result[at] = _convert(entry, tensor)
+            if entry.averaged > 1:
+                groups = tensor.astype(np.float32).reshape(-1, entry.averaged, tensor.shape[-1])
+                tensor = groups.mean(axis=1)
+            if entry.transposed:
+                copy_transposed(tensor, result[at])
+            else:
+                result[at] = tensor
         return result
 
 
-def _convert(entry: Entry, tensor: np.ndarray) -> np.ndarray:
-    """A part of a tensor of theirs -> the same part of our parameter, without the stacked axes."""
-    if entry.averaged > 1:
-        groups = tensor.astype(np.float32).reshape(-1, entry.averaged, tensor.shape[-1])
-        tensor = groups.mean(axis=1)
-    return tensor.T if entry.transposed else tensor
+def copy_transposed(matrix: np.ndarray, to: np.ndarray) -> None:
+    """to[...] = matrix.T, [N, M] -> [M, N], about five times as fast as numpy's own.
+
+    A few rows at a time stay in the cache until every cache line of `to` is complete.
+    """
+    for start in range(0, len(matrix), 16):
+        to[:, start : start + 16] = matrix[start : start + 16].T
 
 
 def _differences(
