@@ -216,7 +216,8 @@ class ModelConfig:
         2510.07019): 24 layers, 4 heads, 64 slots, no short convolution, a SwiGLU of 8/3 of the
         hidden size rounded up to 256. Their embeddings are tied: that is what makes the counts
         347M and 1.31B (untied they are 380M and 1.38B). "nha-tiny" (0.7M) and "nha-20m" are
-        byte-level: 256 byte values and one separator.
+        byte-level: 256 byte values and one separator. "llama-3-8b" is that model as
+        `nha_jax.from_pretrained` gives it: full attention, and gates (67M) for when windows shrink.
 
         Raises:
             ValueError: no preset has this name; the message lists those there are.
@@ -380,4 +381,20 @@ _PRESETS: dict[str, dict[str, Any]] = {
     },
     "nha-340m": {**_PUBLISHED, "hidden_size": 1024, "mlp_size": 2816},
     "nha-1.3b": {**_PUBLISHED, "hidden_size": 2048, "mlp_size": 5632},
+    "llama-3-8b": {
+        "vocab_size": 128256,
+        "num_layers": 32,
+        "hidden_size": 4096,
+        "num_query_heads": 32,
+        "num_kv_heads": 8,
+        "num_slots": 64,
+        "window_size": None,
+        "mlp_size": 14336,
+        "conv_width": 0,
+        "value_activation": "identity",
+        "output_norm": False,
+        "empty_slots": "mask",
+        "rope_theta": 500000.0,
+        "norm_eps": 1e-5,
+    },
 }

@@ -351,7 +351,8 @@ class Model(nnx.Module):
 
     def _rope(self, positions: jax.Array) -> Rope:
         """One pair of tables for all layers."""
-        return rope_tables(positions, self.config.key_dim, self.config.rope_theta)
+        config = self.config
+        return rope_tables(positions, config.key_dim, config.rope_theta, config.rope_scaling)
 
     def _forward(
         self,

@@ -1,4 +1,4 @@
-"""A model as a folder: `config.json`, `model.safetensors`, and the files of a tokenizer."""
+"""A model as a folder: `config.json`, `model.safetensors`, and the files that go with it."""
 
 import json
 import os
@@ -13,7 +13,14 @@ from nha_jax.weights import ModelSource, SafetensorsSource, Shardings, build_mod
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+COMPANION_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+"""What may lie beside a model, as Hugging Face names it, and travels with it byte for byte."""
 
 
 def save(
@@ -21,7 +28,7 @@ def save(
     model: Model,
     *,
     overwrite: bool = False,
-    tokenizer: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes a folder with the model's config and parameters, all of it or nothing.
 
@@ -33,20 +40,20 @@ def save(
         path: the folder to create; its parents are created too.
         model: the model.
         overwrite: replace a model that is there already.
-        tokenizer: name, one of TOKENIZER_FILES, and content of what goes beside the model.
+        files: name, one of COMPANION_FILES, and content of what goes beside the model.
 
     Raises:
-        ValueError: `tokenizer` has another name.
+        ValueError: `files` has another name.
         FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
             but a model is ever replaced.
     """
     path = Path(path)
-    if set(tokenizer or ()) - set(TOKENIZER_FILES):
-        raise ValueError(f"tokenizer={sorted(tokenizer or ())} must be of {TOKENIZER_FILES}")
+    if set(files or ()) - set(COMPANION_FILES):
+        raise ValueError(f"files={sorted(files or ())} must be of {', '.join(COMPANION_FILES)}")
     if path.exists():
         if not overwrite:
             raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
-        own = {CONFIG_FILE, WEIGHTS_FILE, *TOKENIZER_FILES}
+        own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
         if not path.is_dir() or {file.name for file in path.iterdir()} - own:
             raise FileExistsError(f"{path} is not a folder written by save; it is left as it is")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +64,7 @@ def save(
         config = json.dumps(model.config.to_dict(), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(config, encoding="utf-8")
         write_weights(new / WEIGHTS_FILE, ModelSource(model))
-        for name, content in (tokenizer or {}).items():
+        for name, content in (files or {}).items():
             (new / name).write_bytes(content)
         _replace(path, new, backup=workplace / "old")
     finally:
@@ -84,6 +91,12 @@ def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) ->
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
     config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
     return build_model(config, SafetensorsSource(path / WEIGHTS_FILE), shardings)
+
+
+def companions_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Name and content of those of COMPANION_FILES that lie in a folder: `files` of `save`."""
+    paths = (Path(folder) / name for name in COMPANION_FILES)
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _replace(path: Path, new: Path, *, backup: Path) -> None:

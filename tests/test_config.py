@@ -112,6 +112,11 @@ def test_presets_have_the_sizes_in_their_names(name, millions, untied):
     assert config.num_parameters / 1e6 == pytest.approx(untied, rel=1e-3)
 
 
+def test_llama_preset_is_llama_and_its_gates():
+    published, gates = 8_030_261_248, 32 * 4096 * 8 * 64
+    assert ModelConfig.preset("llama-3-8b").num_parameters == published + gates
+
+
 def test_preset_overrides_reach_derived_sizes():
     config = ModelConfig.preset("nha-tiny", num_query_heads=4)
     assert (config.num_kv_heads, config.key_dim) == (4, 32)

@@ -22,6 +22,17 @@ LAYOUTS = {
     "full": None,
     "mixed": (8, 0, None),
 }
+# What a pretrained model that is converted may have, all of it at once.
+CONVERTED = {
+    "window_size": (8, 0, None),
+    "empty_slots": "mask",
+    "conv_width": 0,
+    "value_activation": "identity",
+    "output_norm": False,
+    "qk_norm": True,
+    "attention_bias": "all",
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 6},
+}
 
 
 def tiny_config(**overrides) -> ModelConfig:
@@ -54,13 +65,17 @@ forward = jax.jit(Model.__call__)
 
 
 @pytest.mark.parametrize(
-    ("window_size", "num_slots"),
-    [*((layout, 4) for layout in LAYOUTS.values()), ((4, None, 4), 0)],
-    ids=[*LAYOUTS, "no-slots"],
+    "overrides",
+    [
+        *({"window_size": layout} for layout in LAYOUTS.values()),
+        {"window_size": (4, None, 4), "num_slots": 0},
+        CONVERTED,
+    ],
+    ids=[*LAYOUTS, "no-slots", "converted"],
 )
 @pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
-def test_prefill_and_decode_equal_the_forward(window_size, num_slots, lengths):
-    model = tiny_model(window_size=window_size, num_slots=num_slots)
+def test_prefill_and_decode_equal_the_forward(overrides, lengths):
+    model = tiny_model(**overrides)
     tokens = random_tokens(3, 24)
     expected = forward(model, tokens)
     starts = jnp.asarray(lengths or (17, 17, 17))

@@ -11,6 +11,7 @@ import safetensors.flax
 from flax import nnx
 
 from nha_jax import Model, ModelConfig, load, save, serialization, weights
+from nha_jax.serialization import COMPANION_FILES, companions_of
 
 
 def tiny_model(seed: int = 0, **overrides) -> Model:
@@ -126,18 +127,15 @@ def test_saving_does_not_depend_on_where_the_parameters_lie(tmp_path):
     chex.assert_trees_all_equal(nnx.state(load(tmp_path / "model")), nnx.state(model))
 
 
-def test_a_tokenizer_is_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
+def test_companions_are_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
     path = tmp_path / "model"
-    save(path, tiny_model(), tokenizer={"tokenizer.json": b"{}", "tokenizer_config.json": b"[]"})
-    assert (path / "tokenizer.json").read_bytes() == b"{}"
-    save(path, tiny_model(1), overwrite=True, tokenizer={"tokenizer.json": b"[]"})
-    assert sorted(file.name for file in path.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    ]
+    files = {name: f"{name}, as it came".encode() for name in COMPANION_FILES}
+    save(path, tiny_model(), files=files)
+    assert companions_of(path) == files
+    save(path, tiny_model(1), overwrite=True, files={"tokenizer.json": b"[]"})
+    assert companions_of(path) == {"tokenizer.json": b"[]"}
     with pytest.raises(ValueError, match=r"other\.txt"):
-        save(tmp_path / "new", tiny_model(), tokenizer={"other.txt": b""})
+        save(tmp_path / "new", tiny_model(), files={"other.txt": b""})
 
 
 def test_pieces_are_small_and_read_alone(tmp_path, monkeypatch):

@@ -141,9 +141,7 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(
-            self._folder.model, model, overwrite=True, tokenizer=self._corpus.tokenizer.files
-        )
+        nha_jax.save(self._folder.model, model, overwrite=True, files=self._corpus.tokenizer.files)
         step, references = self.progress.step, self._references()
         result = Result(
             step,

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from nha_jax.features import RopeScaling
 from nha_jax.ops import NHAState, nha_attention, rope_tables
 from pallas.tpu import BlockSizes
 
 WINDOWS = ("0", "1", "16", "64", "100", "T", "T+5", "None")
 GATES = ("normaliser-0.1", "normaliser-1", "normaliser-8", "-1000", "-inf", "0", "mixed", "holes")
+YARN = RopeScaling(kind="yarn", factor=4.0, original_length=64, attention_factor=1.4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Case:
     B: int = 2
     H: int = 1
     gate: str = "normaliser-8"
-    rope: str | None = "tokens"  # "tokens": [T, K/2], "rows": [B, T, K/2]
+    rope: str | None = "tokens"  # "tokens": [T, K/2], "rows": [B, T, K/2], "yarn": no rotation
     segments: bool = False
     state: bool = False
     empty_slots: str = "attend"
@@ -97,8 +99,10 @@ def make_inputs(case: Case, seed: int | None = None) -> dict:
     }
     rest: dict = {"rope": None, "segment_ids": None, "length": None}
     if case.rope:
-        positions = np.arange(T) if case.rope == "tokens" else rng.integers(0, 500, (B, T))
-        rest["rope"] = tuple(map(np.asarray, rope_tables(jnp.asarray(positions), K)))
+        positions = rng.integers(0, 500, (B, T)) if case.rope == "rows" else np.arange(T)
+        scaling = YARN if case.rope == "yarn" else None
+        tables = rope_tables(jnp.asarray(positions), K, scaling=scaling)
+        rest["rope"] = tuple(map(np.asarray, tables))
     if case.segments:
         rest["segment_ids"] = segment_ids(case, rng)
     if case.state:

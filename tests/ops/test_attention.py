@@ -101,10 +101,12 @@ def kernel_cases() -> list[Case]:
     return [
         Case(T=65, window="0", G=2, M=20, K=60, V=40, state=True, gate="-inf"),
         Case(T=130, window="1", M=48, slot_feature_map="relu", rope="rows", empty_slots="mask"),
-        Case(T=200, window="64", G=4, M=64, K=128, V=128, H=2, B=1, small_blocks=False),
+        Case(
+            T=200, window="64", G=4, K=128, V=128, H=2, B=1, M=64, rope="yarn", small_blocks=False
+        ),
         Case(T=200, window="100", segments=True, gate="mixed", empty_slots="mask"),
         Case(T=140, window="16", segments=True, state=True, gate="-1000", rope=None),
-        Case(T=300, window="150", segments=True, G=2, slot_feature_map="silu"),
+        Case(T=300, window="150", segments=True, G=2, slot_feature_map="silu", rope="yarn"),
         Case(T=64, window="None", segments=True, M=64),
     ]
 
@@ -144,7 +146,12 @@ def test_bfloat16_matches_float64_reference(case, implementation):
     ("implementation", "case"),
     [
         ("xla", Case(T=65, window="0")),
-        ("xla", Case(T=90, window="16", G=2, segments=True, empty_slots="mask", state=True)),
+        (
+            "xla",
+            Case(
+                T=90, window="16", G=2, segments=True, empty_slots="mask", state=True, rope="yarn"
+            ),
+        ),
         ("xla", Case(T=64, window="None")),
         ("pallas_tpu", Case(T=90, window="16", G=2, segments=True, state=True)),
         more_kernels("pallas_tpu", Case(T=300, window="150", B=1)),
@@ -198,7 +205,7 @@ def any_case(draw) -> Case:
         K=2 * draw(st.integers(1, 5)),
         V=draw(st.integers(1, 9)),
         gate=pick(*GATES),
-        rope=pick(None, "tokens", "rows"),
+        rope=pick(None, "tokens", "rows", "yarn"),
         segments=pick(False, True),
         state=pick(False, True),
         empty_slots=pick("attend", "mask"),
