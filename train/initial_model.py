@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Self
 
 from nha_jax import ModelConfig
-from nha_jax.serialization import CONFIG_FILE, WEIGHTS_FILE
+from nha_jax.serialization import CONFIG_FILE, WEIGHTS_FILE, companions_of
 from nha_jax.weights import SafetensorsSource, abstract_parameters, differences
-from train.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from train.config import TrainConfig
+from train.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
 from train.errors import ConfigError
 from train.run_folder import write_atomically
 
@@ -77,6 +78,19 @@ class InitialModel:
             f"{file}; prepare it with --tokenizer {file}"
         )
 
+    def companions(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+        """Name and content of what goes beside the trained model.
+
+        Its tokenizer's end of a text becomes the end of the corpus's documents.
+        """
+        files = companions_of(self.folder)
+        settings = files.get(TOKENIZER_CONFIG_FILE)
+        files |= tokenizer.files
+        if settings is not None and TOKENIZER_CONFIG_FILE in tokenizer.files:
+            merged = json.loads(settings) | json.loads(files[TOKENIZER_CONFIG_FILE])
+            files[TOKENIZER_CONFIG_FILE] = (json.dumps(merged, indent=2) + "\n").encode()
+        return files
+
     def remember(self, run: Path) -> None:
         """Notes in a run's folder what its initial model is.
 
@@ -117,14 +131,17 @@ class InitialModel:
         return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
-def original_config(name: str, model: ModelConfig) -> ModelConfig:
-    """What the initial model computes, in the way that `model` is computed.
+def model_to_learn_from(config: TrainConfig) -> ModelConfig | None:
+    """The initial model's configuration if there is distillation; computed as the run's model is.
 
-    For a plan the folder need not be there: then it is `model` with full attention.
+    For a plan the folder need not be there: it is then the run's model with full attention.
 
     Raises:
         ConfigError: the folder's configuration is not valid.
     """
+    name, model = config.initial_model, config.model
+    if name is None or not config.loss.distillation:
+        return None
     if not has_config(name):
         return dataclasses.replace(model, window_size=None, empty_slots="mask")
     same = {field: getattr(model, field) for field in _COMPUTATION}
@@ -158,7 +175,9 @@ def read_config(name: str) -> ModelConfig:
         ) from None
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ConfigError(f"initial_model = {name!r}: {CONFIG_FILE} is not valid: {reason}") from None
+        raise ConfigError(
+            f"initial_model = {name!r}: {CONFIG_FILE} is not valid: {reason}"
+        ) from None
 
 
 def _find(name: str) -> Path:

@@ -51,6 +51,9 @@ class Evaluation(NamedTuple):
 class Steps:
     """A model and its optimizer as functions over sharded state; compiled at the first call.
 
+    `read_original` gives a tree like `abstract_original`, which is None if there is no model to
+    learn from, on the devices that `original_shardings` says.
+
     The batch of every call is a `train.data.batches.Batch` of those of its rows that are this
     process's (`train.mesh.rows_of_process`).
     """
@@ -80,7 +83,7 @@ class Steps:
         self.shardings = TrainState(
             state_shardings(mesh, model_state), state_shardings(mesh, optimizer_state)
         )
-        self._trained_shardings, _ = self._split(self.shardings.model)
+        self.original_shardings, _ = self._split(self.shardings.model)  # and of gradients
         self.abstract_original = None
         if original is not None:
             self._original_graph = jax.eval_shape(lambda: nnx.split(_new_model(original, 0)))[0]
@@ -92,6 +95,11 @@ class Steps:
             out_shardings=(self.shardings, replicated),
         )
         self._evaluate = jax.jit(self._evaluate_function, out_shardings=replicated)
+
+    @property
+    def num_trained(self) -> int:
+        """How many numbers are trained."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self._split(self.abstract_state.model)[0]))
 
     def initial_state(self, source: WeightSource | None = None) -> TrainState:
         """Parameters and an empty optimizer, created on their own devices.
@@ -115,7 +123,9 @@ class Steps:
 
         They are kept in frozen_dtype.
         """
-        return read_state(source, self.abstract_original, self._trained_shardings)
+        if self.abstract_original is None:
+            raise ValueError("original was not given: there is no model to learn from")
+        return read_state(source, self.abstract_original, self.original_shardings)
 
     def update(
         self, state: TrainState, batch: Batch, original: nnx.State | None = None
@@ -147,7 +157,7 @@ class Steps:
         state = jax.tree.map(place, self.abstract_state, self.shardings, is_leaf=is_variable)
         original = self.abstract_original
         if original is not None:
-            original = jax.tree.map(place, original, self._trained_shardings, is_leaf=is_variable)
+            original = jax.tree.map(place, original, self.original_shardings, is_leaf=is_variable)
         shape = self._config.batch_size, self._config.data.sequence_length
         integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
@@ -181,7 +191,8 @@ class Steps:
 
     def _split(self, state: Any) -> tuple[nnx.State, nnx.State]:
         """What is trained of a model's state, or of a tree like it, and what is not."""
-        return nnx.split_state(state, self._trainable, ...)
+        trained, frozen = nnx.split_state(state, self._trainable, ...)
+        return trained, frozen
 
     def _abstract_original(self) -> nnx.State:
         trained, _ = self._split(self.abstract_state.model)
@@ -246,7 +257,7 @@ class Steps:
         parts = cut_rows(self._mesh, batch, config.micro_batches)
         one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         sums, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), one)
-        gradients = jax.lax.with_sharding_constraint(gradients, self._trained_shardings)
+        gradients = jax.lax.with_sharding_constraint(gradients, self.original_shardings)
         ((loss, terms), gradients), _ = jax.lax.scan(add, (sums, gradients), parts)
         return loss, terms, jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, one[1])
 
