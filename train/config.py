@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nha_jax import ModelConfig
+from nha_jax.config import DType
 from train.sections import (
     CheckpointConfig,
     DataConfig,
@@ -29,6 +30,13 @@ class TrainConfig:
         micro_batches: parts of the batch that go through the model in turn, their gradients added
             up: as many times less memory for activations, for the same update
         seed: of the initial parameters and of the order of the data
+        initial_model: folder of the model to start from: one that `nha import` or `nha_jax.save`
+            wrote, or a finished run; the keys of `model` are then changes to its configuration
+        trainable: patterns of the names of the parameters to train, e.g. blocks.attention.*; the
+            others stay as they are, and have no gradient and no optimizer state
+        frozen_dtype: of the parameters that are not trained, while training; null for
+            model.param_dtype. What computes in bfloat16 loses nothing by holding them so, but for
+            the scales of norms
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: see below
         optimizer: see below
@@ -52,6 +60,9 @@ class TrainConfig:
     data: DataConfig
     micro_batches: int = 1
     seed: int = 0
+    initial_model: str | None = None
+    trainable: tuple[str, ...] = ("*",)
+    frozen_dtype: DType | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -74,6 +85,13 @@ class TrainConfig:
             "optimizer.warmup_steps",
             warmup,
             f"at most steps, which is {self.steps}",
+        )
+        require(bool(self.trainable), "trainable", list(self.trainable), "a pattern at least")
+        require(
+            not self.loss.distillation or self.initial_model is not None,
+            "loss.distillation",
+            self.loss.distillation,
+            "0 without an initial_model, which is the one to learn from",
         )
         mixed = self.model.num_slots > 0 and any(self.model.windows)
         require(

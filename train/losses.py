@@ -70,7 +70,11 @@ def counts(model: nha_jax.ModelConfig, batch: Mapping[str, jax.Array]) -> Counts
 
 
 def losses(
-    model: nha_jax.Model, batch: Mapping[str, jax.Array], config: LossConfig, total: Counts
+    model: nha_jax.Model,
+    batch: Mapping[str, jax.Array],
+    config: LossConfig,
+    total: Counts,
+    original: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """A batch's share of the loss to minimise, and of each of its terms.
 
@@ -79,10 +83,12 @@ def losses(
         batch: one part of the whole batch, or all of it.
         config: the weights of the terms.
         total: of the whole batch; the shares of its parts add up to the losses.
+        original: logits [B, T, vocabulary] to learn from; for distillation.
 
     Returns:
-        loss + z_loss weight * z_loss + slot_loss weight * slot_loss, and these terms by name,
-        float32 scalars; those with a weight of 0 are neither computed nor named.
+        loss + z_loss weight * z_loss + slot_loss weight * slot_loss + distillation weight *
+        distillation, and these terms by name, float32 scalars; those with a weight of 0 are
+        neither computed nor named.
     """
     if config.slot_loss:
         seen = model.diagnose(batch["tokens"], batch["segment_ids"], slot_weight_gradient="slots")
@@ -96,6 +102,11 @@ def losses(
         squares = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
         terms["z_loss"] = jnp.where(batch["loss_mask"], squares, 0.0).sum() / targets
         loss += config.z_loss * terms["z_loss"]
+    if config.distillation:
+        assert original is not None
+        divergence = kl_divergence(original, logits, config.temperature)
+        terms["distillation"] = jnp.where(batch["loss_mask"], divergence, 0.0).sum() / targets
+        loss += config.distillation * terms["distillation"]
     if config.slot_loss:
         chosen = _can_choose(model.config, batch["segment_ids"])[..., None]
         weight = seen.slot_weight[_mixed_layers(model.config)]
@@ -103,6 +114,18 @@ def losses(
         terms["slot_loss"] = jnp.where(chosen, entropy, 0.0).sum() / jnp.maximum(total.shares, 1)
         loss += config.slot_loss * terms["slot_loss"]
     return loss, terms
+
+
+def kl_divergence(original: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
+    """temperature**2 KL(softmax(original / temperature) || softmax(logits / temperature)).
+
+    Logits [..., vocabulary] -> [...] float32, in nats. With that factor its gradient is about as
+    large at any temperature (Hinton, Vinyals and Dean, arXiv 1503.02531).
+    """
+    wanted, found = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (original, logits)
+    )
+    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(-1)
 
 
 def share_cross_entropy(share: jax.Array, target: float) -> jax.Array:

@@ -102,7 +102,8 @@ class Reporting:
         self._bar.advance(**shown)
 
     def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
-        terms = {name: metrics[name] for name in ("z_loss", "slot_loss") if name in metrics}
+        names = ("z_loss", "slot_loss", "distillation")
+        terms = {name: metrics[name] for name in names if name in metrics}
         row: Row = {
             "step": step,
             "loss": metrics["loss"],

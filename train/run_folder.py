@@ -131,6 +131,12 @@ class RunFolder:
                 "they were, and the same command resumes"
             ) from error
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, damaged or not."""
+        folder = self.checkpoints
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
     def model_config(self) -> dict[str, Any]:
         """The stored run's model section.
 

@@ -63,10 +63,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 BFLOAT16, SHARDED = "mistral", "llama-2"
 
 
-def random_model(name: str, seed: int) -> Any:
+def random_model(name: str, seed: int, **changes: Any) -> Any:
     """A model of `MODELS` whose weights, biases and norms are all far from their defaults."""
     model_type, differences = MODELS[name]
-    config = transformers.AutoConfig.for_model(model_type, **_TINY | differences)
+    config = transformers.AutoConfig.for_model(model_type, **_TINY | differences | changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -36,6 +36,11 @@ def test_nothing_is_lost_in_either_direction(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_what_transformers_writes_is_known(name: str) -> None:
+    assert from_hf_config(fields_of(name)).notices == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_in_the_table(name: str) -> None:
     config = from_hf_config(fields_of(name), num_slots=8).config
     assert sorted(entry.name for entry in table(config)) == sorted(abstract_parameters(config))

@@ -1,11 +1,11 @@
 """A program: `nha import` of a checkpoint of many shards, with much less memory than it takes.
 
-Its argument is a folder to work in. Its last line of output is JSON: MiB of the checkpoint, of the
-budget beyond what the process had before, and resident at most before and after.
+Its argument is a folder with two checkpoints, `write_checkpoint`'s `tiny` and `large`. Its last
+line of output is JSON: MiB of the large one, of the budget beyond what the process needs for the
+tiny one, and resident at most in importing the tiny and the large.
 """
 
 import json
-import math
 import resource
 import sys
 from pathlib import Path
@@ -19,27 +19,32 @@ from nha_jax.weights import abstract_parameters
 from train.cli import main as nha
 
 MIB = 2**20
-BUDGET = 200 * MIB
+BUDGET = 110 * MIB
 SHARDS = 12
 
 LLAMA = {
     "model_type": "llama",
     "vocab_size": 8192,
-    "hidden_size": 1024,
-    "intermediate_size": 2752,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
     "num_hidden_layers": SHARDS - 2,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 6,
+}
+TINY = LLAMA | {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
 }
 
 
 def main(folder: Path) -> None:
-    size = write_checkpoint(folder / "large", LLAMA)
-    tiny = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 64, "vocab_size": 64}
-    write_checkpoint(folder / "tiny", LLAMA | tiny | {"num_key_value_heads": 2})
     convert(folder, "tiny")
-    baseline = resident()
-    limit = data_bytes() + BUDGET
+    baseline = status("VmHWM")  # getrusage would count what the parent had before exec
+    size = sum(file.stat().st_size for file in (folder / "large").glob("*.safetensors"))
+    limit = status("VmData") + BUDGET
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:
         np.ones(size, np.uint8)
@@ -47,7 +52,7 @@ def main(folder: Path) -> None:
     except MemoryError:
         pass
     convert(folder, "large")
-    sizes = {"checkpoint": size, "budget": BUDGET, "baseline": baseline, "peak": resident()}
+    sizes = {"checkpoint": size, "budget": BUDGET, "baseline": baseline, "peak": status("VmHWM")}
     print(json.dumps({name: round(number / MIB) for name, number in sizes.items()}))
 
 
@@ -58,13 +63,13 @@ def convert(folder: Path, name: str) -> None:
     assert (out / "model.safetensors").exists()
 
 
-def write_checkpoint(folder: Path, fields: dict) -> int:
-    """Writes the embeddings, the head and each layer as a shard of its own; returns the bytes."""
+def write_checkpoint(folder: Path, fields: dict) -> None:
+    """Writes a folder with the embeddings, the head and each layer as a shard of its own."""
     config = from_hf_config(fields, num_slots=32).config
     shapes: dict[str, tuple[int, ...]] = {}
     for entry in table(config):
         ours = abstract_parameters(config)[entry.name].shape
-        if entry.averaged == 1:
+        if entry.averaged == 1:  # not made from tensors that are there already
             shapes |= dict.fromkeys(entry.their_names(ours), entry.their_shape(ours))
     shards: dict[str, list[str]] = {}
     for name in shapes:
@@ -80,20 +85,12 @@ def write_checkpoint(folder: Path, fields: dict) -> int:
     index = json.dumps({"weight_map": weight_map})
     (folder / "model.safetensors.index.json").write_text(index)
     (folder / "config.json").write_text(json.dumps(fields))
-    return 4 * sum(map(math.prod, shapes.values()))
 
 
-def resident() -> int:
-    """Bytes that this process had in memory at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def data_bytes() -> int:
-    """What the limit counts."""
-    status = Path("/proc/self/status").read_text()
-    return next(
-        1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmData")
-    )
+def status(field: str) -> int:
+    """Bytes of memory of this process, as Linux counts them."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 if __name__ == "__main__":
