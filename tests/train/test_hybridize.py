@@ -21,13 +21,16 @@ from tests.eight_devices import run_on_eight_devices
 from tests.train.tiny_run import Nha
 from train.cli import main
 from train.config import TrainConfig
+from train.config_loader import load_config
 from train.data.batches import Batch
 from train.errors import ConfigError
+from train.flops import training_flops_per_token
 from train.initial_model import InitialModel, model_to_learn_from
 from train.losses import kl_divergence
 from train.mesh import make_mesh
 from train.step import Steps, TrainState
 from train.text import load_model
+from train.trainable import Trainable
 
 
 @pytest.fixture(scope="module")
@@ -154,10 +157,29 @@ def test_frozen_parameters_cost_no_gradient(hybrid: Nha) -> None:
 
     config = hybrid.config()
     tokens = config.batch_size * config.data.sequence_length
-    # The gradients of the head and, once as XLA counts a loop's body, of the SwiGLUs' matrices.
-    spared = 2 * tokens * 32 * (257 + 2 * 3 * 48)
-    everything = flops(trainable=["*"])
-    assert everything - flops() > 0.95 * spared
+    # The gradients of the head and, as XLA counts a loop's body once, of two layers' SwiGLUs.
+    spared = 2 * 32 * (257 + 2 * 3 * 48)
+    assert flops(trainable=["*"]) - flops() > 0.95 * spared * tokens
+    model = config.model.training_flops_per_token(32)
+    assert training_flops_per_token(config) == model - spared
+    everything = dataclasses.replace(config, trainable=("*",))
+    assert training_flops_per_token(everything) == model
+    learning = hybrid.config(loss__distillation=1)
+    full = dataclasses.replace(config.model, window_size=None).flops_per_token(32)
+    assert training_flops_per_token(learning) == model - spared + full
+
+
+def test_a_token_meets_few_of_the_frozen_experts(hybrid: Nha) -> None:
+    config = hybrid.config(
+        initial_model=None,
+        model={
+            "preset": "nha-tiny", "num_layers": 1, "tie_embeddings": False,
+            "experts": {"count": 8, "per_token": 2, "size": 16},
+        },
+    )  # fmt: skip
+    spared = 2 * 128 * (257 + 8 + 2 * 3 * 16)
+    model = config.model.training_flops_per_token(32)
+    assert training_flops_per_token(config) == model - spared
 
 
 def test_nothing_to_learn_from_the_model_that_it_is(hybrid: Nha, batch: Batch) -> None:
@@ -345,6 +367,22 @@ def test_a_folder_that_does_not_serve_is_refused(
     for part in parts:
         assert part in error
     assert not hybrid.run.exists()
+
+
+def test_the_shipped_configuration() -> None:
+    """Of Llama-3-8B 1.3B are trained; 256 windows a step, 5.4B tokens."""
+    config = load_config(
+        str(Path(__file__).parents[2] / "configs" / "hybridize.yaml"),
+        [("model.preset", "llama-3-8b"), ("loss.distillation", "1")],
+    )
+    assert config.steps * config.batch_size * config.data.sequence_length == 5368709120
+    assert config.optimizer.learning_rate == 3e-5
+    assert config.model.windows.count(None) == 4
+    names = Trainable.match(config.trainable, config.model).names
+    assert {name.split(".")[-2] for name in names} == {f"{x}_proj" for x in "qkvfo"}
+    other = model_to_learn_from(config)
+    assert other is not None
+    assert set(other.windows) == {None}
 
 
 def test_a_plan_needs_no_folder(hybrid: Nha) -> None:
