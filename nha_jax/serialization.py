@@ -1,10 +1,11 @@
 """A model as a folder: `config.json`, `model.safetensors`, and the files that go with it."""
 
+import contextlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,14 +23,19 @@ from nha_jax.weights import (
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+ORIGINAL_CONFIG_FILE = "original_config.json"
+"""Of an imported model, the config.json that it came with."""
+
 COMPANION_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
     "chat_template.jinja",
+    ORIGINAL_CONFIG_FILE,
 )
-"""What may lie beside a model, as Hugging Face names it, and travels with it byte for byte."""
+"""What may lie beside a model and travels with it byte for byte; all but the last are named as
+Hugging Face names them."""
 
 
 def save(
@@ -84,8 +90,27 @@ def write_folder(
     if set(files) - set(COMPANION_FILES):
         raise ValueError(f"files={sorted(files)} must be of {', '.join(COMPANION_FILES)}")
     check_replaceable(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
     needed = weight_bytes(source.shapes) + sum(map(len, files.values()))
+    with replacing_folder(path, needed) as new:
+        text = json.dumps(config.to_dict(), indent=2) + "\n"
+        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+        write_weights(new / WEIGHTS_FILE, source, on_written)
+        for name, content in files.items():
+            (new / name).write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, needed: int) -> Iterator[Path]:
+    """A new folder beside `path`, which it becomes at the end, unless something fails.
+
+    Args:
+        path: its parents are created too; what is there is replaced.
+        needed: bytes that will be written.
+
+    Raises:
+        OSError: there is too little room on the disk; nothing was written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if needed > free:
         raise OSError(
@@ -95,11 +120,7 @@ def write_folder(
     try:
         new = workplace / "new"
         new.mkdir()
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
-        write_weights(new / WEIGHTS_FILE, source, on_written)
-        for name, content in files.items():
-            (new / name).write_bytes(content)
+        yield new
         _replace(path, new, backup=workplace / "old")
     finally:
         shutil.rmtree(workplace)
@@ -141,12 +162,23 @@ def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) ->
         ValueError: a file is damaged, the config is not valid, or tensors are missing, unknown, or
             of another shape or dtype than the config says; the message names every one of them.
     """
+    config, source = open_saved(path)
+    return build_model(config, source, shardings)
+
+
+def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSource]:
+    """What `save` wrote to `path`; no parameter has been read, nor compared with the config.
+
+    Raises:
+        FileNotFoundError: `path` lacks one of the two files.
+        ValueError: a file is damaged, or the config is not valid.
+    """
     path = Path(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
     config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    return build_model(config, SafetensorsSource(path / WEIGHTS_FILE), shardings)
+    return config, SafetensorsSource(path / WEIGHTS_FILE)
 
 
 def companions_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:

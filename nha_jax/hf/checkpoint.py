@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nha_jax.config import DType, ModelConfig
-from nha_jax.hf.names import IGNORED_SUFFIXES, TIED_HEAD, Entry, table
+from nha_jax.hf.names import IGNORED_SUFFIXES, TIED_HEAD, Entry
 from nha_jax.weights import Index, SafetensorsSource, Shapes, abstract_parameters, differences
 
 WEIGHTS_FILE = "model.safetensors"
@@ -70,19 +70,19 @@ class ConvertedSource:
         shapes: of every parameter, as the config has it.
     """
 
-    def __init__(self, config: ModelConfig, checkpoint: Checkpoint):
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, entries: Iterable[Entry]):
         """Compares all that the config wants with all that is there.
 
         No tensor is read, but for a head in the checkpoint of a model whose embeddings are tied.
 
         Raises:
-            ValueError: num_slots does not fit the key's size; or tensors are missing, unknown, or
-                of another shape or dtype than the config says; the line names every one of them.
-                Or the embeddings should be tied, and the head is another table.
+            ValueError: tensors are missing, unknown, or of another shape or dtype than the config
+                says; the line names every one of them. Or the embeddings should be tied, and the
+                head is another table.
         """
         self.name = checkpoint.name
         self._checkpoint = checkpoint
-        self._entries = {entry.name: entry for entry in table(config)}
+        self._entries = {entry.name: entry for entry in entries}
         self.shapes: Shapes = abstract_parameters(config)
         problems = _differences(config, self._entries.values(), self.shapes, checkpoint.shapes)
         if problems:
@@ -106,23 +106,20 @@ class ConvertedSource:
         for place in itertools.product(*(range(part.start, part.stop) for part in stacked)):
             tensor = self._checkpoint.read(entry.their_name(place), theirs)
             at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
-            if entry.averaged > 1:
-                groups = tensor.astype(np.float32).reshape(-1, entry.averaged, tensor.shape[-1])
-                tensor = groups.mean(axis=1)
-            if entry.transposed:
-                copy_transposed(tensor, result[at])
-            else:
-                result[at] = tensor
+            copy_array(entry.ours(tensor), result[at])
         return result
 
 
-def copy_transposed(matrix: np.ndarray, to: np.ndarray) -> None:
-    """to[...] = matrix.T, [N, M] -> [M, N], about five times as fast as numpy's own.
+def copy_array(values: np.ndarray, to: np.ndarray) -> None:
+    """to[...] = values; of a transposed matrix about five times as fast as numpy's own.
 
-    A few rows at a time stay in the cache until every cache line of `to` is complete.
+    A few columns at a time stay in the cache until every cache line of `to` is complete.
     """
-    for start in range(0, len(matrix), 16):
-        to[:, start : start + 16] = matrix[start : start + 16].T
+    if values.ndim != 2 or values.strides[0] >= values.strides[1]:
+        to[...] = values
+        return
+    for start in range(0, values.shape[1], 16):
+        to[:, start : start + 16] = values[:, start : start + 16]
 
 
 def _differences(

@@ -7,6 +7,7 @@ from typing import Any
 from nha_jax.config import AttentionBias, DType, ModelConfig
 from nha_jax.features import Experts
 from nha_jax.hf.families import FAMILIES, Family, find_family
+from nha_jax.hf.names import Entry, table
 from nha_jax.hf.rope import read_rope, write_rope
 
 CONVERTED: dict[str, Any] = {
@@ -30,6 +31,7 @@ class Original:
 
     family: Family
     config: ModelConfig
+    table: Callable[[ModelConfig], tuple[Entry, ...]]  # where each parameter lies
     notices: tuple[str, ...]  # what the user should know: where the model differs, what is ignored
 
 
@@ -40,7 +42,7 @@ _SIZES = (
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
 # Bookkeeping, and what matters in training or to other programs only.
-_HARMLESS = frozenset({
+HARMLESS = frozenset({
     "_attn_implementation", "_name_or_path", "architectures", "attention_dropout",
     "attn_implementation", "bos_token", "bos_token_id", "chunk_size_feed_forward", "dtype",
     "eos_token", "eos_token_id", "id2label", "label2id", "max_length", "model_type",
@@ -108,20 +110,20 @@ def from_hf_config(
     theta, scaling, rope_problems, rope_unknown = read_rope(values)
     problems += rope_problems
     if problems:
-        raise ValueError(_listed(problems))
+        raise ValueError(listed(problems))
     try:
         config = ModelConfig(
             **_sizes(values, family),
             rope_theta=theta,
             rope_scaling=scaling,
-            **CONVERTED | {"window_size": None, "dtype": _dtype(fields)} | chosen,
+            **CONVERTED | {"window_size": None, "dtype": computing_dtype(fields)} | chosen,
             param_dtype=param_dtype,
         )
     except ValueError as error:
-        raise ValueError(_listed([str(error)])) from None
+        raise ValueError(listed([str(error)])) from None
     unknown = [*_unknown_keys(fields, family), *rope_unknown]
-    notices = (*_sliding_notice(values, family), *_unknown_notice(unknown))
-    return Original(family, config, notices)
+    notices = (*_sliding_notice(values, family), *unknown_notice(unknown))
+    return Original(family, config, table, notices)
 
 
 def to_hf_config(
@@ -227,7 +229,8 @@ def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
     }
 
 
-def _dtype(fields: Mapping[str, Any]) -> DType:
+def computing_dtype(fields: Mapping[str, Any]) -> DType:
+    """What the original computes in, of ours."""
     named = str(fields.get("dtype") or fields.get("torch_dtype"))
     return "bfloat16" if named.removeprefix("torch.") == "bfloat16" else "float32"
 
@@ -254,14 +257,16 @@ def _sliding_notice(values: Mapping[str, Any], family: Family) -> list[str]:
 
 def _unknown_keys(fields: Mapping[str, Any], family: Family) -> list[str]:
     aliases = ("num_local_experts",) if family.experts else ()
-    known = {*family.defaults, *_SIZES, *_ROPE_KEYS, *_REQUIRED, *_HARMLESS, *aliases}
+    known = {*family.defaults, *_SIZES, *_ROPE_KEYS, *_REQUIRED, *HARMLESS, *aliases}
     return sorted(set(fields) - known)
 
 
-def _unknown_notice(keys: Iterable[str]) -> list[str]:
+def unknown_notice(keys: Iterable[str]) -> list[str]:
+    """What is said of keys that mean nothing here."""
     named = ", ".join(keys)
     return [f"config.json has keys that were ignored: {named}"] if named else []
 
 
-def _listed(problems: Iterable[str]) -> str:
+def listed(problems: Iterable[str]) -> str:
+    """One line of all that is in the way of an import."""
     return f"config.json cannot be imported: {'; '.join(problems)}"

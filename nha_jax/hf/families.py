@@ -1,7 +1,7 @@
 """The model types of transformers that can be imported, and what each means."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nha_jax.config import AttentionBias
@@ -94,6 +94,41 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+HYBRID_SUFFIX = "_nha"
+
+
+def _hybrid(model_type: str, architecture: str) -> Family:
+    family = FAMILIES[model_type]
+    name, own = model_type + HYBRID_SUFFIX, {"num_slots": 32, "window_size": 32}
+    defaults = {**family.defaults, **own}
+    return replace(family, model_type=name, architecture=architecture, defaults=defaults)
+
+
+HYBRIDS: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        _hybrid("llama", "LlamaNHAForCausalLM"),
+        _hybrid("qwen2", "Qwen2NHAForCausalLM"),
+        _hybrid("qwen3", "Qwen3NHAForCausalLM"),
+        _hybrid("qwen3_moe", "Qwen3MoeNHAForCausalLM"),
+    )
+}
+"""Those that the authors of Native Hybrid Attention hybridised: a gate projection more a layer."""
+
+NATIVE = Family(
+    model_type="nha",
+    architecture="NHAForCausalLM",
+    defaults={
+        "hidden_size": 2048, "gate_logit_normalizer": 8, "hidden_ratio": 4,
+        "intermediate_size": None, "num_hidden_layers": 24, "num_heads": 4, "num_kv_heads": None,
+        "num_slots": 64, "use_short_conv": False, "conv_size": 4, "exapnd_k": 1, "exapnd_v": 1,
+        "norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddings": False,
+        "vocab_size": 32000, "rope_theta": 10000.0, "window_size": 32,
+    },
+)  # fmt: skip
+"""The models that its authors trained from scratch."""
+
+
 def find_family(fields: Mapping[str, Any]) -> Family:
     """The family that a config.json names.
 
@@ -105,7 +140,8 @@ def find_family(fields: Mapping[str, Any]) -> Family:
     if model_type is None:
         family = next((x for x in FAMILIES.values() if x.architecture in architectures), None)
     if family is None or architectures not in ([], [family.architecture]):
-        known = ", ".join(f"{x.model_type} ({x.architecture})" for x in FAMILIES.values())
+        supported = (*FAMILIES.values(), *HYBRIDS.values(), NATIVE)
+        known = ", ".join(f"{x.model_type} ({x.architecture})" for x in supported)
         raise ValueError(
             f"config.json is of no supported model: model_type = {model_type!r}, "
             f"architectures = {architectures!r}; expected one of {known}"

@@ -2,15 +2,19 @@
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import Original, from_hf_config
+from nha_jax.hf.families import HYBRIDS, NATIVE
+from nha_jax.hf.hybrid import read_hybrid
+from nha_jax.hf.native import read_native
 from nha_jax.model import Model
-from nha_jax.serialization import companions_of
+from nha_jax.serialization import ORIGINAL_CONFIG_FILE, companions_of
 from nha_jax.weights import Shardings, WeightSource, build_model
 
 Windows = int | tuple[int | None, ...] | None
@@ -35,8 +39,8 @@ class Pretrained:
 def open_pretrained(
     path: str | os.PathLike[str],
     *,
-    num_slots: int = 64,
-    window_size: Windows = None,
+    num_slots: int | None = None,
+    window_size: Windows | Literal["original"] = "original",
     dtype: DType | None = None,
     param_dtype: DType | None = None,
     **overrides: Any,
@@ -50,23 +54,33 @@ def open_pretrained(
         )
     fields = _read_config(folder)
     checkpoint = Checkpoint(folder)
-    chosen = overrides if dtype is None else {"dtype": dtype, **overrides}
-    original = from_hf_config(
-        fields,
-        num_slots=num_slots,
-        window_size=window_size,
-        param_dtype=checkpoint.param_dtype() if param_dtype is None else param_dtype,
-        **chosen,
-    )
-    source = ConvertedSource(original.config, checkpoint)
-    return Pretrained(original, source, companions_of(folder))
+    chosen: dict[str, Any] = {"num_slots": num_slots, "dtype": dtype}
+    chosen = overrides | {name: value for name, value in chosen.items() if value is not None}
+    if window_size != "original":
+        chosen["window_size"] = window_size
+    if param_dtype is None:
+        param_dtype = checkpoint.param_dtype()
+    original = understand(fields, param_dtype=param_dtype, **chosen)
+    source = ConvertedSource(original.config, checkpoint, original.table(original.config))
+    files = companions_of(folder) | {ORIGINAL_CONFIG_FILE: (folder / CONFIG_FILE).read_bytes()}
+    return Pretrained(original, source, files)
+
+
+def understand(fields: Mapping[str, Any], **options: Any) -> Original:
+    """What a config.json says, of whichever model; options and errors of `from_hf_config`."""
+    model_type = fields.get("model_type")
+    if model_type == NATIVE.model_type:
+        return read_native(fields, **options)
+    if model_type in HYBRIDS:
+        return read_hybrid(fields, **options)
+    return from_hf_config(fields, **options)
 
 
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
-    num_slots: int = 64,
-    window_size: Windows = None,
+    num_slots: int | None = None,
+    window_size: Windows | Literal["original"] = "original",
     dtype: DType | None = None,
     param_dtype: DType | None = None,
     shardings: Shardings | None = None,
@@ -74,14 +88,19 @@ def from_pretrained(
 ) -> Model:
     """A model of transformers (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE) as one of ours.
 
+    The checkpoints published with Native Hybrid Attention are read too: what was trained from
+    scratch (`nha_jax.hf.native`), and what was hybridised (`nha_jax.hf.hybrid`).
+
     With window None in every layer, as is the default, its logits are the original's. The gates,
     of which the original has none, start from its key projection: the rows of a head's, averaged
     in num_slots groups of neighbours.
 
     Args:
         path: the folder with config.json and the weights, model.safetensors or shards of it.
-        num_slots: slots per key/value head (M); divides the size of a head's key.
-        window_size: as in `ModelConfig`.
+        num_slots: slots per key/value head (M); divides the size of a head's key. None: 64, or
+            as many as the checkpoint has gates for.
+        window_size: as in `ModelConfig`; "original": as in the checkpoint, None everywhere if it
+            is none of Native Hybrid Attention.
         dtype: of the computation; None: bfloat16 if config.json says so, else float32.
         param_dtype: of the parameters; None: bfloat16 if all weights are, else float32.
         shardings: from the abstract nnx state of the model to a `jax.sharding.Sharding` in place

@@ -67,8 +67,11 @@ def test_what_lies_beside_the_original_goes_with_it(
         "config.json",
         "generation_config.json",
         "model.safetensors",
+        "original_config.json",
         "tokenizer.json",
     ]
+    config = (original / "config.json").read_bytes()
+    assert (tmp_path / "model" / "original_config.json").read_bytes() == config
     assert (tmp_path / "model" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 

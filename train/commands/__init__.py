@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import data, generate, import_, inspect, plan, search, train
+from train.commands import data, export, generate, import_, inspect, plan, search, train
 
 
 class Command(Protocol):
@@ -28,4 +28,5 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "search": search,
     "inspect": inspect,
+    "export": export,
 }

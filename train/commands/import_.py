@@ -1,10 +1,9 @@
 """`nha import`."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
 
@@ -13,7 +12,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = """\
 Turns a pretrained model in the format of Hugging Face's transformers (Llama, Mistral, Qwen2, Qwen3,
-Qwen3-MoE) into a folder that nha generate, nha train and nha_jax.load take.
+Qwen3-MoE), or of the authors of Native Hybrid Attention (JusenD/NHA), into a folder that nha
+generate, nha train and nha_jax.load take.
 
 The weights are read from .safetensors files, a piece at a time; nothing is downloaded. With full
 attention in every layer, as is the default, the model computes what the original does. A --windows
@@ -26,9 +26,6 @@ examples:
 then
   nha generate models/llama --prompt 'Once upon a time'
   nha train configs/hybridize.yaml --initial_model=models/hybrid"""
-
-# Less is copied before anyone looks for a bar.
-_BAR_FROM_BYTES = 2**28
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -45,13 +42,14 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("run", metavar="RUN", help="the folder to make")
     add = parser.add_argument
     add(
-        "--num-slots", type=int, default=64, metavar="M",
-        help="slots per key/value head; divides the size of a head's key (default: 64)",
+        "--num-slots", type=int, metavar="M",
+        help="slots per key/value head; divides the size of a head's key (default: 64; a model "
+        "that was hybridised already has its own)",
     )  # fmt: skip
     add(
-        "--windows", metavar="LAYOUT", default="none",
+        "--windows", metavar="LAYOUT",
         help="of the layers: a pattern such as '64,64,64,none', or a result of nha search "
-        "(default: none, full attention)",
+        "(default: none, full attention; or those of a model that was hybridised already)",
     )  # fmt: skip
     dtypes = ("float32", "bfloat16")
     add(
@@ -71,7 +69,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.serialization import check_replaceable
     from train.layout import read_layout
 
-    windows = read_layout(options.windows, "--windows")
+    windows: Any = "original"
+    if options.windows is not None:
+        windows = read_layout(options.windows, "--windows")
     out = Path(options.run)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
@@ -94,16 +94,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
     """All or nothing, with a bar for what takes a while."""
-    from tqdm import tqdm
-
     from nha_jax.serialization import write_folder
     from nha_jax.weights import weight_bytes
+    from train.bytes_bar import bytes_bar
 
-    size = weight_bytes(pretrained.source.shapes)
-    with tqdm(
-        total=size, unit="B", unit_scale=True, dynamic_ncols=True, disable=size < _BAR_FROM_BYTES,
-        mininterval=0.1 if sys.stderr.isatty() else 10.0,
-    ) as bar:  # fmt: skip
+    with bytes_bar(weight_bytes(pretrained.source.shapes)) as bar:
         write_folder(
             out,
             pretrained.config,
@@ -116,6 +111,8 @@ def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
 
 def _summary(pretrained: "Pretrained") -> str:
     """What the model is, a line each, and what the user should know about it."""
+    from nha_jax.hf.families import FAMILIES
+    from nha_jax.serialization import ORIGINAL_CONFIG_FILE
     from nha_jax.weights import weight_bytes
     from train.layout import format_layout
 
@@ -123,12 +120,13 @@ def _summary(pretrained: "Pretrained") -> str:
     period = config.window_period
     layout = "full attention" if period == (None,) else f"windows {format_layout(period)}"
     size = weight_bytes(pretrained.source.shapes) / 1e9
-    files = ", ".join(pretrained.files) or "no tokenizer"
+    beside = ", ".join(name for name in pretrained.files if name != ORIGINAL_CONFIG_FILE)
+    gates = "from the key projection" if family.model_type in FAMILIES else "of its own"
     lines = [
         f"{family.architecture}: {config.num_parameters:,} parameters, {config.num_layers} layers",
         f"{layout} in every layer" if len(period) == 1 else f"{layout}, repeated",
-        f"{config.num_slots} slots a key/value head, gates from the key projection",
+        f"{config.num_slots} slots a key/value head, gates {gates}",
         f"{config.param_dtype} parameters ({size:.3g} GB), computing in {config.dtype}",
-        f"beside it: {files}",
+        f"beside it: {beside or 'no tokenizer'}",
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in pretrained.original.notices)])
