@@ -135,7 +135,8 @@ def to_hf_config(
 
     Args:
         config: of a model with the attention of a pretrained one, as `from_hf_config` gives it.
-        max_position_embeddings: the longest context; None: the family's default.
+        max_position_embeddings: the longest context; None: as the rotations were stretched for, or
+            else the family's default.
 
     Raises:
         ValueError: no supported family computes this; one line names every field that is in the
@@ -155,7 +156,9 @@ def to_hf_config(
         problems.append(f"attention_bias = {config.attention_bias!r}: expected 'none' or 'all'")
     if problems:
         raise ValueError(f"transformers has no model of this config: {'; '.join(problems)}")
-    longest = family.defaults["max_position_embeddings"]
+    longest, scaling = family.defaults["max_position_embeddings"], config.rope_scaling
+    if scaling and scaling.original_length:  # older versions derive yarn's factor from it
+        longest = round(scaling.factor * scaling.original_length)
     fields: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,

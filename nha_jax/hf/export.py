@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from nha_jax.config import ModelConfig
-from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE
+from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_transposed
 from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
 from nha_jax.hf.families import HYBRIDS, NATIVE
 from nha_jax.hf.hybrid import without_gates, write_hybrid
@@ -102,10 +102,10 @@ def plan_export(
     if format == "nha" or (format is None and hybrid):
         return Export(write_hybrid(config, plain), hybrid_table(config), _notices(config))
     if hybrid:
-        shown = ", ".join("none" if window is None else str(window) for window in config.windows)
         raise ValueError(
-            f"the windows {shown}: no model of transformers has any; export with full attention "
-            "(--windows none), or with format='nha' for the code of the paper's authors"
+            f"window_size = {config.window_size}: no model of transformers has windows like these; "
+            "export with full attention (--windows none), or with format='nha' for the code of the "
+            "paper's authors"
         )
     return Export(plain, plain_table(config), ())
 
@@ -190,7 +190,12 @@ class ExportedSource:
         place = self._places[name]
         at = tuple(slice(i, i + 1) for i in place.stacked)
         part = self._source.read(place.entry.name, (*at, *place.entry.our_index(index)))
-        return place.entry.theirs(part.reshape(part.shape[len(at) :]))
+        own = part.reshape(part.shape[len(at) :])
+        if not place.entry.transposed:
+            return place.entry.theirs(own)
+        tensor = np.empty(own.shape[::-1], own.dtype)
+        copy_transposed(own, tensor)
+        return tensor
 
 
 class _Place(NamedTuple):

@@ -77,6 +77,8 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
     if scaling is None:
         return {"rope_theta": theta, "rope_scaling": None}
     rope = {name: getattr(scaling, field) for name, field in _KEYS[scaling.kind].items()}
+    # Older versions want numbers with a point, and do not know the key that the default leaves out.
+    rope |= {"factor": float(scaling.factor), "truncate": None if scaling.truncate else False}
     given = {name: value for name, value in rope.items() if value is not None}
     return {"rope_theta": theta, "rope_scaling": {"rope_type": scaling.kind, **given}}
 
