@@ -106,21 +106,20 @@ class ConvertedSource:
         for place in itertools.product(*(range(part.start, part.stop) for part in stacked)):
             tensor = self._checkpoint.read(entry.their_name(place), theirs)
             at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
-            own = entry.ours(tensor)
-            if entry.transposed:
-                copy_transposed(own.T, result[at])
-            else:
-                result[at] = own
+            copy_array(entry.ours(tensor), result[at])
         return result
 
 
-def copy_transposed(matrix: np.ndarray, to: np.ndarray) -> None:
-    """to[...] = matrix.T, [N, M] -> [M, N], about five times as fast as numpy's own.
+def copy_array(values: np.ndarray, to: np.ndarray) -> None:
+    """to[...] = values; of a transposed matrix about five times as fast as numpy's own.
 
-    A few rows at a time stay in the cache until every cache line of `to` is complete.
+    A few columns at a time stay in the cache until every cache line of `to` is complete.
     """
-    for start in range(0, len(matrix), 16):
-        to[:, start : start + 16] = matrix[start : start + 16].T
+    if values.ndim != 2 or values.strides[0] >= values.strides[1]:
+        to[...] = values
+        return
+    for start in range(0, values.shape[1], 16):
+        to[:, start : start + 16] = values[:, start : start + 16]
 
 
 def _differences(
