@@ -23,6 +23,7 @@ from train.cli import main
 from train.config import TrainConfig
 from train.config_loader import load_config
 from train.data.batches import Batch
+from train.data.tokenizer import FileTokenizer
 from train.errors import ConfigError
 from train.flops import training_flops_per_token
 from train.initial_model import InitialModel, model_to_learn_from
@@ -383,6 +384,25 @@ def test_the_shipped_configuration() -> None:
     other = model_to_learn_from(config)
     assert other is not None
     assert set(other.windows) == {None}
+
+
+def test_what_goes_beside_the_model_is_the_originals_and_the_corpus_s(
+    tmp_path: Path, original: Path, tokenizer_file: Path
+) -> None:
+    folder = tmp_path / "original"
+    shutil.copytree(original, folder)
+    shutil.copy(tokenizer_file, folder / "tokenizer.json")
+    settings = {"bos_token": None, "eos_token": "<pad>", "model_max_length": 2048}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    files = {"tokenizer.json": tokenizer_file.read_bytes()}
+    tokenizer = FileTokenizer(files, None, "tokenizer.json")
+    initial = InitialModel.open(str(folder))
+    initial.check_tokenizer(tokenizer, "corpus")
+    found = initial.companions(tokenizer)
+    assert found.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    told = json.loads(tokenizer.files["tokenizer_config.json"])
+    assert told["eos_token"] != "<pad>"
+    assert json.loads(found["tokenizer_config.json"]) == settings | told
 
 
 def test_a_plan_needs_no_folder(hybrid: Nha) -> None:
