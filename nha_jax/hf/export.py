@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 
 from nha_jax.config import ModelConfig
-from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_transposed
+from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
 from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
 from nha_jax.hf.families import HYBRIDS, NATIVE
 from nha_jax.hf.hybrid import without_gates, write_hybrid
@@ -190,11 +190,9 @@ class ExportedSource:
         place = self._places[name]
         at = tuple(slice(i, i + 1) for i in place.stacked)
         part = self._source.read(place.entry.name, (*at, *place.entry.our_index(index)))
-        own = part.reshape(part.shape[len(at) :])
-        if not place.entry.transposed:
-            return place.entry.theirs(own)
-        tensor = np.empty(own.shape[::-1], own.dtype)
-        copy_transposed(own, tensor)
+        values = place.entry.theirs(part.reshape(part.shape[len(at) :]))
+        tensor = np.empty(values.shape, values.dtype)
+        copy_array(values, tensor)
         return tensor
 
 

@@ -9,7 +9,7 @@ from nha_jax.config import ModelConfig
 from nha_jax.weights import Index
 
 TIED_HEAD = "lm_head.weight"
-"""Written by some programs although the embeddings are tied; never read then."""
+"""Written by some programs although the embeddings are tied; not used then."""
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 """Ends of names of tensors that hold nothing learned."""

@@ -20,7 +20,7 @@ NATIVE: dict[str, Any] = {
     "model_type": "nha",
     "vocab_size": 48,
     "hidden_size": 32,
-    "num_hidden_layers": 5,
+    "num_hidden_layers": 3,
     "num_heads": 4,
     "num_kv_heads": 4,
     "expand_k": 0.5,

@@ -68,13 +68,22 @@ def test_only_what_holds_nothing_is_ignored(folder: Path) -> None:
     assert open_pretrained(folder, num_slots=8).config.num_layers == 2
 
 
-@pytest.mark.parametrize("written", [True, False], ids=["written", "left out"])
-def test_a_tied_head_is_not_read(tmp_path: Path, written: bool) -> None:
-    folder = shutil.copytree(FIXTURES / "qwen2", tmp_path / "original")
-    if written:
-        one_file(folder, lambda x: x.update({"lm_head.weight": np.zeros((2, 2), np.float32)}))
-    source = open_pretrained(folder, num_slots=8).source
-    assert "head.kernel" not in source.shapes
+def with_head(folder: Path, change: float) -> Path:
+    """A copy of a model with tied embeddings, and them written as its head too, changed."""
+    shutil.copytree(FIXTURES / "qwen2", folder)
+    table = "model.embed_tokens.weight"
+    one_file(folder, lambda tensors: tensors.update({"lm_head.weight": tensors[table] + change}))
+    return folder
+
+
+def test_a_tied_head_may_be_written_too(tmp_path: Path) -> None:
+    shapes = open_pretrained(with_head(tmp_path / "original", 0), num_slots=8).source.shapes
+    assert "head.kernel" not in shapes
+
+
+def test_a_tied_head_that_is_another_table_is_refused(tmp_path: Path) -> None:
+    message = refused(with_head(tmp_path / "original", 1))
+    assert "has lm_head.weight, which differs from model.embed_tokens.weight" in message
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,25 @@ def test_unknown_architectures_are_refused_with_a_list_of_the_known(named: dict)
     assert all(family.architecture in str(error.value) for family in FAMILIES.values())
 
 
+def test_the_preset_is_the_published_model() -> None:
+    published = {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+        "vocab_size": 128256,
+    }
+    config = from_hf_config(published).config
+    assert config == ModelConfig.preset("llama-3-8b")
+    gates = 32 * 4096 * 8 * 64
+    assert config.num_parameters == 8_030_261_248 + gates  # as its authors count it
+
+
 def test_an_architecture_alone_is_enough() -> None:
     original = from_hf_config({**SIZES, "architectures": ["Qwen3ForCausalLM"]})
     assert original.config.qk_norm

@@ -1,8 +1,8 @@
-"""A program: `nha import` of a checkpoint of many shards, with much less memory than it takes.
+"""A program: `nha import` of a checkpoint of many shards, and its export, with little memory.
 
 Its argument is a folder with two checkpoints, `write_checkpoint`'s `tiny` and `large`. Its last
 line of output is JSON: MiB of the large one, of the budget beyond what the process needs for the
-tiny one, and resident at most in importing the tiny and the large.
+tiny one, and resident at most in importing and exporting the tiny and the large.
 """
 
 import json
@@ -61,6 +61,8 @@ def convert(folder: Path, name: str) -> None:
     code = nha(["import", str(folder / name), str(out), "--num-slots", "32"])
     assert code == 0
     assert (out / "model.safetensors").exists()
+    code = nha(["export", str(out), str(folder / f"{name}-exported"), "--shard-size", "40MB"])
+    assert code == 0
 
 
 def write_checkpoint(folder: Path, fields: dict) -> None:

@@ -164,7 +164,7 @@ def test_a_failure_leaves_nothing_behind(
     assert names(tmp_path) == ["original"]
 
 
-def test_a_checkpoint_larger_than_the_memory_is_imported(tmp_path: Path) -> None:
+def test_a_checkpoint_larger_than_the_memory_is_imported_and_exported(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny", TINY)
     write_checkpoint(tmp_path / "large", LLAMA_LIKE)
     finished = subprocess.run(
@@ -177,3 +177,6 @@ def test_a_checkpoint_larger_than_the_memory_is_imported(tmp_path: Path) -> None
     sizes = json.loads(finished.stdout.splitlines()[-1])
     assert sizes["budget"] < sizes["checkpoint"] / 2
     assert sizes["peak"] - sizes["baseline"] < sizes["checkpoint"] / 2
+    shards = [file.stat().st_size for file in (tmp_path / "large-exported").glob("*.safetensors")]
+    assert sum(shards) == pytest.approx(sizes["checkpoint"] * 2**20, rel=0.01)
+    assert max(shards) < 41e6

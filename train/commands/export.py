@@ -125,7 +125,8 @@ def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -
 
     beside = ", ".join(name for name in files if name != ORIGINAL_CONFIG_FILE)
     lines = [
-        f"{export.fields['architectures'][0]}, {config.num_layers} layers, windows "
+        f"{export.fields['architectures'][0]}, {config.num_layers} layer"
+        f"{'s' * (config.num_layers > 1)}, windows "
         f"{format_layout(config.window_period)}, {config.param_dtype}",
         f"beside it: {beside or 'no tokenizer'}",
     ]
