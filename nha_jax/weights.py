@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -117,6 +118,18 @@ def differences(expected: Shapes, found: Shapes) -> list[str]:
     return problems
 
 
+def check_weights(expected: Shapes, source: WeightSource) -> None:
+    """Raises ValueError, naming all `differences`, if a source does not hold what is expected."""
+    problems = differences(expected, source.shapes)
+    if problems:
+        raise ValueError(f"{source.name} does not fit its config: {'; '.join(problems)}")
+
+
+def weight_bytes(shapes: Shapes) -> int:
+    """Of all of them together."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
+
+
 def build_model(
     config: ModelConfig, source: WeightSource, shardings: Shardings | None = None
 ) -> Model:
@@ -133,9 +146,7 @@ def build_model(
     """
     graph, state = _abstract(config)
     expected = _named(state)
-    problems = differences(expected, source.shapes)
-    if problems:
-        raise ValueError(f"{source.name} does not fit its config: {'; '.join(problems)}")
+    check_weights(expected, source)
     default = jax.sharding.SingleDeviceSharding(_default_device())
     places = jax.tree.map(lambda _: default, state) if shardings is None else shardings(state)
     return nnx.merge(graph, read_state(source, state, places))
@@ -159,7 +170,10 @@ def read_state(source: WeightSource, abstract: nnx.State, shardings: Any) -> nnx
 
 
 def write_weights(
-    path: Path, source: WeightSource, on_written: Callable[[int], object] = lambda count: None
+    path: Path,
+    source: WeightSource,
+    on_written: Callable[[int], object] = lambda count: None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a `.safetensors` file, never holding more than a piece of one parameter.
 
@@ -167,10 +181,12 @@ def write_weights(
         path: the file.
         source: what to write.
         on_written: called with the bytes of each piece.
+        metadata: texts that the file's header holds beside the tensors.
     """
     # The format wants no gaps; larger entries first keep every tensor aligned.
     names = sorted(source.shapes, key=lambda name: (-source.shapes[name].dtype.itemsize, name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in names:
         shape, dtype = source.shapes[name].shape, source.shapes[name].dtype
         end = offset + math.prod(shape) * dtype.itemsize
@@ -185,6 +201,7 @@ def write_weights(
             for index in _pieces(shape, dtype.itemsize):
                 piece = np.ascontiguousarray(source.read(name, index)).reshape(-1)
                 on_written(file.write(piece.view(np.uint8).data))
+                del piece  # before the next one is read
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:

@@ -29,6 +29,8 @@ class TrainConfig:
         batch_size: windows per step over all devices
         micro_batches: parts of the batch that go through the model in turn, their gradients added
             up: as many times less memory for activations, for the same update
+        head_parts: parts of every sequence that go through the head and the loss in turn, the
+            logits computed again for the gradient: as many times less memory for logits
         seed: of the initial parameters and of the order of the data
         initial_model: folder of the model to start from: one that `nha import` or `nha_jax.save`
             wrote, or a finished run; the keys of `model` are then changes to its configuration
@@ -59,6 +61,7 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     micro_batches: int = 1
+    head_parts: int = 1
     seed: int = 0
     initial_model: str | None = None
     trainable: tuple[str, ...] = ("*",)
@@ -75,7 +78,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run", self.run, "a folder")
-        require_at_least(self, 1, "steps", "batch_size", "micro_batches")
+        require_at_least(self, 1, "steps", "batch_size", "micro_batches", "head_parts")
         parts, expected = self.micro_batches, f"a divisor of batch_size, which is {self.batch_size}"
         require(self.batch_size % parts == 0, "micro_batches", parts, expected)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, below 2**32")
@@ -93,6 +96,9 @@ class TrainConfig:
             self.loss.distillation,
             "0 without an initial_model, which is the one to learn from",
         )
+        parts, length = self.head_parts, self.data.sequence_length
+        expected = f"a divisor of data.sequence_length, which is {length}"
+        require(length % parts == 0, "head_parts", parts, expected)
         mixed = self.model.num_slots > 0 and any(self.model.windows)
         require(
             not self.loss.slot_loss or mixed,

@@ -12,7 +12,8 @@ from nha_jax import ModelConfig
 from nha_jax.serialization import CONFIG_FILE, WEIGHTS_FILE, companions_of
 from nha_jax.weights import SafetensorsSource, abstract_parameters, differences
 from train.config import TrainConfig
-from train.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, Tokenizer
+from train.data.tokenizer import Tokenizer
+from train.data.tokenizer_files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
 from train.errors import ConfigError
 from train.run_folder import write_atomically
 
@@ -81,14 +82,17 @@ class InitialModel:
     def companions(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """Name and content of what goes beside the trained model.
 
-        Its tokenizer's end of a text becomes the end of the corpus's documents.
+        Where the corpus's tokenizer says something else, such as how a text ends, that counts.
+
+        Raises:
+            DataError: the folder's tokenizer_config.json is damaged.
         """
-        files = companions_of(self.folder)
-        settings = files.get(TOKENIZER_CONFIG_FILE)
+        files, name = companions_of(self.folder), TOKENIZER_CONFIG_FILE
+        both = [x[name] for x in (files, tokenizer.files) if name in x]
         files |= tokenizer.files
-        if settings is not None and TOKENIZER_CONFIG_FILE in tokenizer.files:
-            merged = json.loads(settings) | json.loads(files[TOKENIZER_CONFIG_FILE])
-            files[TOKENIZER_CONFIG_FILE] = (json.dumps(merged, indent=2) + "\n").encode()
+        if len(both) == 2:
+            old, new = (read_object(content, self.folder / name) for content in both)
+            files[name] = (json.dumps(old | new, indent=2, ensure_ascii=False) + "\n").encode()
         return files
 
     def remember(self, run: Path) -> None:

@@ -15,8 +15,8 @@ from train.errors import ConfigError, TrainingError
 # What may differ when a run is resumed: none of it changes the updates already made. A name
 # that is a section stands for all of its keys.
 CHANGEABLE = frozenset(
-    {"run", "steps", "micro_batches", "evaluation", "checkpoint", "logging", "mesh", "sample"}
-    | {"distributed", "compilation_cache"}
+    {"run", "steps", "micro_batches", "head_parts", "evaluation", "checkpoint", "logging", "mesh"}
+    | {"sample", "distributed", "compilation_cache"}
 )
 
 # What a process killed while it made the folder leaves behind.

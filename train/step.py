@@ -1,5 +1,6 @@
 """The compiled parts of training: initial state, one update, one evaluation."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import nha_jax
 from nha_jax.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.losses import LossSum, counts, cross_entropy, losses
+from train.losses import LossSum, Original, counts, cross_entropy_of_hidden, losses
 from train.mesh import batch_sharding, cut_rows, state_shardings, to_devices
 from train.optimizer import learning_rate_schedule, make_optimizer
 from train.trainable import Trainable
@@ -239,38 +240,63 @@ class Steps:
             wanted = None
             if original is not None:
                 teacher = nnx.merge(self._original_graph, original, frozen)
-                wanted = teacher(part["tokens"], segment_ids=part["segment_ids"])
+                hidden = teacher.hidden_states(part["tokens"], part["segment_ids"])
+                wanted = Original(teacher, hidden)
 
             def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
                 model = nnx.merge(self._model_graph, trained, frozen)
-                return losses(model, part, config.loss, total, wanted)
+                return losses(model, part, config.loss, total, wanted, config.head_parts)
 
             return jax.value_and_grad(loss, has_aux=True)(trained)
 
-        if config.micro_batches == 1:
-            (loss, terms), gradients = of_part(batch)
-            return loss, terms, gradients
+        def place(sums: Any) -> Any:
+            values, gradients = sums
+            return values, jax.lax.with_sharding_constraint(gradients, self.original_shardings)
+
+        (loss, terms), gradients = self._sum_of_parts(of_part, batch, place)
+        gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, trained)
+        return loss, terms, gradients
+
+    def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> Evaluation:
+        """In the parts of training, which need not have room for more."""
+        config, model = self._config, nnx.merge(self._model_graph, model_state)
+
+        def of_part(part: DeviceBatch) -> Evaluation:
+            seen = model.diagnose(part["tokens"], part["segment_ids"])
+            # Padding has a share of 0.
+            real = (part["segment_ids"] > 0).sum(dtype=jnp.int32)
+            return Evaluation(
+                cross_entropy_of_hidden(model, seen.hidden, part, config.head_parts),
+                seen.slot_weight.sum((1, 2, 3)),
+                real * config.model.num_query_heads,
+            )
+
+        return self._sum_of_parts(of_part, batch)
+
+    def _sum_of_parts(
+        self,
+        of_part: Callable[[DeviceBatch], Any],
+        batch: DeviceBatch,
+        place: Callable[[Any], Any] = lambda sums: sums,
+    ) -> Any:
+        """What the micro-batches give one after the other, added up, in float32 if not integers.
+
+        `place` says where the sums lie.
+        """
+        if self._config.micro_batches == 1:
+            return of_part(batch)
+
+        def zeros(x: jax.ShapeDtypeStruct) -> jax.Array:
+            return jnp.zeros(
+                x.shape, x.dtype if jnp.issubdtype(x.dtype, jnp.integer) else "float32"
+            )
 
         def add(sums: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, of_part(part)), None
 
-        parts = cut_rows(self._mesh, batch, config.micro_batches)
+        parts = cut_rows(self._mesh, batch, self._config.micro_batches)
         one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
-        sums, gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), one)
-        gradients = jax.lax.with_sharding_constraint(gradients, self.original_shardings)
-        ((loss, terms), gradients), _ = jax.lax.scan(add, (sums, gradients), parts)
-        return loss, terms, jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, one[1])
-
-    def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> Evaluation:
-        model = nnx.merge(self._model_graph, model_state)
-        seen = model.diagnose(batch["tokens"], batch["segment_ids"])
-        # Padding has a share of 0.
-        real = (batch["segment_ids"] > 0).sum(dtype=jnp.int32)
-        return Evaluation(
-            cross_entropy(model.logits(seen.hidden), batch),
-            seen.slot_weight.sum((1, 2, 3)),
-            real * self._config.model.num_query_heads,
-        )
+        return jax.lax.scan(add, place(jax.tree.map(zeros, one)), parts)[0]
 
 
 def _new_model(config: nha_jax.ModelConfig, seed: int) -> nha_jax.Model:
