@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.parameters import partitioned
+from nha_jax.ops.grouped import grouped_dot
 from nha_jax.ops.sharding import divide_over_mesh
 
 
@@ -123,9 +124,8 @@ def _mix(
     place = jnp.argsort(order)  # of each pair among the sorted ones
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
     rows = _send(inputs.reshape(-1, inputs.shape[-1]), order, place)
-    inner = jax.nn.silu(jax.lax.ragged_dot(rows, gate, sizes))
-    inner *= jax.lax.ragged_dot(rows, up, sizes)
-    parts = _send(jax.lax.ragged_dot(inner, down, sizes), place, order)
+    inner = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
+    parts = _send(grouped_dot(inner, down, sizes), place, order)
     parts = parts.reshape(*chosen.shape, -1).astype(jnp.float32)
     outputs = jnp.sum(weights[..., None] * parts, axis=2).astype(inputs.dtype)
     return jax.lax.psum(outputs, shared) if shared else outputs
