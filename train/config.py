@@ -37,8 +37,8 @@ class TrainConfig:
         trainable: patterns of the names of the parameters to train, e.g. blocks.attention.*; the
             others stay as they are, and have no gradient and no optimizer state
         frozen_dtype: of the parameters that are not trained, while training; null for
-            model.param_dtype. What computes in bfloat16 loses nothing by holding them so, but for
-            the scales of norms
+            model.param_dtype. A model of dtype bfloat16 loses nothing by holding them so, but for
+            the scales of norms and what chooses experts
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: see below
         optimizer: see below

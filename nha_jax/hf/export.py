@@ -17,9 +17,9 @@ from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
 from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
 from nha_jax.hf.families import HYBRIDS, NATIVE
-from nha_jax.hf.hybrid import without_gates, write_hybrid
+from nha_jax.hf.hybrid import hybrid_notices, without_gates, write_hybrid
 from nha_jax.hf.names import Entry, hybrid_table, native_table, plain_table
-from nha_jax.hf.native import read_native, write_native
+from nha_jax.hf.native import native_notices, read_native, write_native
 from nha_jax.model import Model
 from nha_jax.serialization import COMPANION_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
 from nha_jax.weights import Index, ModelSource, Shapes, WeightSource, weight_bytes, write_weights
@@ -97,17 +97,21 @@ def plan_export(
                 "leave format='family' out"
             )
         fields = _kept(config, original, native=True) | write_native(config)
-        return Export(fields, native_table(config), _notices(config))
+        return Export(fields, native_table(config), native_notices(config))
     plain = _plain_fields(config, original, files)
     if format == "nha" or (format is None and hybrid):
-        return Export(write_hybrid(config, plain), hybrid_table(config), _notices(config))
+        fields = write_hybrid(config, plain)
+        notices = hybrid_notices(config, fields["model_type"])
+        return Export(fields, hybrid_table(config), notices)
     if hybrid:
         raise ValueError(
             f"window_size = {config.window_size}: no model of transformers has windows like these; "
             "export with full attention (--windows none), or with format='nha' for the code of the "
             "paper's authors"
         )
-    return Export(plain, plain_table(config), ())
+    attends = config.empty_slots == "attend" and config.num_slots > 0
+    notice = "this model attends to empty slots (empty_slots='attend'), and transformers has none"
+    return Export(plain, plain_table(config), (notice,) if attends else ())
 
 
 def write_export(
@@ -278,16 +282,6 @@ def _read_object(content: bytes) -> dict[str, Any]:
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _notices(config: ModelConfig) -> tuple[str, ...]:
-    """Where the authors' code computes otherwise."""
-    if config.empty_slots == "attend":
-        return ()
-    return (
-        "the authors' code lets the first tokens attend to empty slots, which this model masks: "
-        "its outputs there are other than the model's",
-    )
 
 
 def _is_export(path: Path) -> bool:

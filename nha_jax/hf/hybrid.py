@@ -14,7 +14,7 @@ from typing import Any
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.config import Original, from_hf_config, listed, to_hf_config
 from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS
-from nha_jax.hf.layout import KEYS, read_layout, shortest, write_layout
+from nha_jax.hf.layout import KEYS, full_layers_notice, read_layout, shortest, write_layout
 from nha_jax.hf.names import hybrid_table
 
 GATE_LOGIT_NORMALIZER = 8
@@ -52,7 +52,8 @@ def read_hybrid(
     }
     original = from_hf_config(without_gates(fields), param_dtype=param_dtype, **own | chosen)
     config = dataclasses.replace(original.config, window_size=shortest(original.config))
-    return dataclasses.replace(original, family=family, config=config, table=hybrid_table)
+    notices = (*original.notices, *hybrid_notices(config, family.model_type))
+    return Original(family, config, hybrid_table, notices)
 
 
 def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -107,6 +108,24 @@ def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any
         "rand_window": False,
         "empty_slots": config.empty_slots,
     }
+
+
+def hybrid_notices(config: ModelConfig, model_type: str) -> tuple[str, ...]:
+    """Where the authors' code computes otherwise than the model."""
+    notices = full_layers_notice(config.windows)
+    if notices and model_type == "qwen2_nha" and config.empty_slots == "attend":
+        notices += ("in those of a Qwen2 it does not attend to empty slots, as this model does",)
+    return notices + empty_slots_notice(config)
+
+
+def empty_slots_notice(config: ModelConfig) -> tuple[str, ...]:
+    """Of a model whose tokens do not attend to slots that are still empty."""
+    if config.empty_slots == "attend":
+        return ()
+    return (
+        "the authors' code lets the first tokens attend to empty slots, which this model masks: "
+        "its outputs there are other than the model's",
+    )
 
 
 def unpublished(config: ModelConfig) -> list[str]:

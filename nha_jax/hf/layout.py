@@ -8,6 +8,9 @@ from nha_jax.config import ModelConfig
 LARGEST_WINDOW = 64
 """Beyond it the authors' code leaves the slots out, and the layer is none of theirs any more."""
 
+FULL_WINDOW = 2048
+"""What the authors' layers of full attention see at most: the context that they trained with."""
+
 Layout = tuple[int | None, ...]
 
 KEYS = ("window_size", "block_size", "transformer_idx")
@@ -17,7 +20,7 @@ def read_layout(values: Mapping[str, Any], num_layers: int) -> tuple[Layout, lis
     """The window of every layer, and what is wrong with the keys.
 
     Layer i sees everything where i % block_size == transformer_idx, and window_size tokens
-    elsewhere. (In the authors' code "everything" is the last 2048 tokens, their context.)
+    elsewhere.
     """
     window, block, place = (values.get(key) for key in KEYS)
     problems = []
@@ -71,6 +74,16 @@ def write_layout(windows: Sequence[int | None]) -> dict[str, int | None]:
             "n-th layer or in none; choose other windows (--windows), e.g. none for full attention"
         )
     return dict(zip(KEYS, (window, block, place), strict=True))
+
+
+def full_layers_notice(windows: Sequence[int | None]) -> tuple[str, ...]:
+    """What to know about layers of full attention, if there are any."""
+    if None not in windows:
+        return ()
+    return (
+        f"in layers of full attention the authors' code sees the last {FULL_WINDOW} tokens, and "
+        "this model all",
+    )
 
 
 def shortest(config: ModelConfig) -> int | Layout | None:

@@ -21,8 +21,8 @@ from nha_jax.hf.config import (
     unknown_notice,
 )
 from nha_jax.hf.families import NATIVE
-from nha_jax.hf.hybrid import fixed_slots, unpublished
-from nha_jax.hf.layout import KEYS, read_layout, shortest, write_layout
+from nha_jax.hf.hybrid import empty_slots_notice, fixed_slots, unpublished
+from nha_jax.hf.layout import KEYS, full_layers_notice, read_layout, shortest, write_layout
 from nha_jax.hf.names import native_table
 
 PUBLISHED: dict[str, Any] = {
@@ -131,8 +131,13 @@ def read_native(
     config = dataclasses.replace(config, window_size=shortest(config))
     known = {*NATIVE.defaults, *KEYS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
     known |= {"expand_k", "expand_v", "empty_slots"}
-    notices = unknown_notice(sorted(set(fields) - known))
-    return Original(NATIVE, config, native_table, tuple(notices))
+    notices = (*unknown_notice(sorted(set(fields) - known)), *native_notices(config))
+    return Original(NATIVE, config, native_table, notices)
+
+
+def native_notices(config: ModelConfig) -> tuple[str, ...]:
+    """Where the authors' code computes otherwise than the model."""
+    return full_layers_notice(config.windows) + empty_slots_notice(config)
 
 
 def _head_sizes(values: Mapping[str, Any]) -> tuple[int, int, list[str]]:

@@ -112,7 +112,10 @@ def test_a_hybridised_model_goes_back_as_it_came(
     layout = {"block_size": None if full is None else 2, "transformer_idx": full}
     fields, expected = published.write_hybrid(tmp_path / "original", name, **layout)
     original = open_pretrained(tmp_path / "original")
-    assert export(original, tmp_path / "out") == ()
+    notices = export(original, tmp_path / "out")
+    assert ("the last 2048 tokens" in " ".join(notices)) == (full is not None)
+    assert ("of a Qwen2" in " ".join(notices)) == (full is not None and name == "qwen2")
+    assert original.original.notices[-len(notices) :] == notices or not notices
     chex.assert_trees_all_equal(tensors(tmp_path / "out"), tensors(tmp_path / "original"))
     assert expected.keys() == tensors(tmp_path / "out").keys()
     after = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -129,14 +132,21 @@ def test_what_was_hybridised_here_travels_with_its_gates(
     tmp_path: Path, windows: tuple[int | None, ...]
 ) -> None:
     original = open_pretrained(FIXTURES / "llama-3.1", num_slots=4, window_size=windows)
-    (notice,) = export(original, tmp_path / "out")
+    *full, notice = export(original, tmp_path / "out")
     assert "empty slots" in notice
+    assert len(full) == (None in windows)
     again = open_pretrained(tmp_path / "out")
     assert again.original.family.architecture == "LlamaNHAForCausalLM"
     assert again.config.empty_slots == "mask"
     assert again.config.windows == original.config.windows
     assert dataclasses.replace(again.config, window_size=windows) == original.config
     assert_same_weights(again, original)
+
+
+def test_empty_slots_that_the_family_has_not_are_told(tmp_path: Path) -> None:
+    original = open_pretrained(FIXTURES / "qwen3", num_slots=4, empty_slots="attend")
+    (notice,) = export(original, tmp_path / "out")
+    assert "empty_slots='attend'" in notice
 
 
 def test_gates_can_be_kept_at_full_attention(tmp_path: Path) -> None:
@@ -159,7 +169,7 @@ NATIVE = {
 def test_a_published_model_goes_back_as_it_came(tmp_path: Path, name: str) -> None:
     fields, expected = published.write_native(tmp_path / "original", **NATIVE[name])
     original = open_pretrained(tmp_path / "original")
-    assert export(original, tmp_path / "out") == ()
+    assert export(original, tmp_path / "out") == original.original.notices
     chex.assert_trees_all_equal(tensors(tmp_path / "out"), dict(expected))
     after = json.loads((tmp_path / "out" / "config.json").read_text())
     derived = {"intermediate_size", "exapnd_k"}
@@ -181,7 +191,8 @@ def test_a_model_trained_here_travels(tmp_path: Path, overrides: dict[str, Any])
         "nha-tiny", num_layers=2, hidden_size=32, num_slots=4, window_size=(8, None), **overrides
     )
     model = nha_jax.Model(config, rngs=nnx.Rngs(0))
-    assert nha_jax.save_pretrained(tmp_path / "out", model, shard_bytes=10_000) == ()
+    (notice,) = nha_jax.save_pretrained(tmp_path / "out", model, shard_bytes=10_000)
+    assert "the last 2048 tokens" in notice
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (fields["model_type"], fields["architectures"]) == ("nha", ["NHAForCausalLM"])
     again = from_pretrained(tmp_path / "out", dtype=config.dtype)

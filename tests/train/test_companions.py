@@ -1,50 +1,30 @@
 """The files of a pretrained model beside its weights: what they say of tokens, prompts, drawing."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import tokenizers
 from flax import nnx
-from tokenizers import decoders, models, pre_tokenizers, processors
 
 import nha_jax
+from tests.train.pretrained_tokenizer import (
+    BEGIN,
+    CONFIG,
+    END,
+    OTHER_END,
+    TEMPLATE,
+    TURN,
+    tokenizer_json,
+)
 from tests.train.raw_files import json_lines, prepare
+from train.chat import ChatTemplate
 from train.cli import main
 from train.data.prepared import Prepared
 from train.data.tokenizer import FileTokenizer, load_tokenizer
 from train.errors import ConfigError, DataError
-
-SPECIAL = ["<begin>", "<end>", "<turn>", "</s>"]
-CONFIG = {"eos_token": "<end>", "bos_token": "<begin>", "model_max_length": 1e30, "clean_up": False}
-TEMPLATE = """\
-{{ bos_token }}{% for message in messages %}
-    <turn>{{ message['role'] }}: {{ message['content'] | trim }}{{ eos_token }}
-{% endfor %}
-{%- if add_generation_prompt %}<turn>assistant:{% endif %}"""
-
-
-def tokenizer_json(template: str | None) -> bytes:
-    """A tokenizer of bytes; its post-processor puts special tokens around the text, $A."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = tokenizers.Tokenizer(models.BPE({x: i for i, x in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    if template is not None:
-        numbers = [(name, tokenizer.token_to_id(name)) for name in SPECIAL]
-        tokenizer.post_processor = processors.Sequence(
-            [
-                processors.ByteLevel(trim_offsets=False),
-                processors.TemplateProcessing(single=template, special_tokens=numbers),
-            ]
-        )
-    return tokenizer.to_str().encode()
-
-
-BEGIN, END, TURN, OTHER_END = range(256, 260)
 
 
 def write(folder: Path, **files: Any) -> Path:
@@ -122,9 +102,9 @@ def test_what_is_damaged_is_named(
         ("$A <end>", {}, ()),
         ("<begin> <turn> $A", {}, (BEGIN, TURN)),
         (None, {"add_bos_token": True}, (BEGIN,)),
-        ("<begin> $A", {"add_bos_token": False}, ()),
+        ("<begin> $A", {"add_bos_token": True}, (BEGIN,)),
     ],
-    ids=["none", "begin", "both", "end", "two", "asked for", "forbidden"],
+    ids=["none", "begin", "both", "end", "two", "asked for", "asked for twice"],
 )
 def test_prompts_and_documents_begin_as_the_tokenizer_says(
     tmp_path: Path, template: str | None, config: dict[str, Any], begin: tuple[int, ...]
@@ -214,6 +194,12 @@ def test_defaults_that_cannot_be_are_named(generate, defaults: object, message: 
     assert message in errors
 
 
+def test_chat_takes_no_tokens(generate) -> None:
+    code, _, errors = generate({}, "--chat", "--prompt-tokens=1 2")
+    assert code == 2
+    assert "--prompt-tokens: expected text with --chat" in errors
+
+
 def test_a_prompt_is_read_from_its_first_token_on(model: Path, generate) -> None:
     text = json.loads(generate({}, "--prompt=ab", "--temperature=0", "--json")[1])["tokens"]
     tokens = f"--prompt-tokens={BEGIN} " + " ".join(map(str, load_tokenizer(model).encode("ab")))
@@ -224,8 +210,6 @@ def test_a_prompt_is_read_from_its_first_token_on(model: Path, generate) -> None
 def test_chat_puts_the_prompt_into_the_template(
     model: Path, generate, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train.chat import ChatTemplate
-
     if where != "file":
         named = [{"name": "tools", "template": "no"}, {"name": "default", "template": TEMPLATE}]
         config = CONFIG | {"chat_template": TEMPLATE if where == "text" else named}
@@ -258,17 +242,21 @@ def test_chat_puts_the_prompt_into_the_template(
 def test_a_template_that_cannot_be_used_is_one_line(
     tmp_path: Path, template: str | None, message: str
 ) -> None:
-    from train.chat import ChatTemplate
-
     if template is not None:
         (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(ConfigError, match=message):
         ChatTemplate.of(tmp_path).render("hi")
 
 
-def test_names_and_json_reach_a_template_as_they_are(tmp_path: Path) -> None:
-    from train.chat import ChatTemplate
+def test_a_missing_package_is_one_line(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2.sandbox", None)
+    with pytest.raises(
+        ConfigError, match=r'jinja2 is not installed; `pip install "nha_jax\[chat\]"`'
+    ):
+        ChatTemplate.of(model)
 
+
+def test_names_and_json_reach_a_template_as_they_are(tmp_path: Path) -> None:
     template = "{{ {'é': '<b>'} | tojson }} {{ strftime_now('%Y') | length }} {{ tools is none }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     assert ChatTemplate.of(tmp_path).render("hi") == '{"é": "<b>"} 4 True'

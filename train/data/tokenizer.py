@@ -191,18 +191,15 @@ class FileTokenizer:
         )
 
     def _find_begin_tokens(self, settings: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
-        """As add_bos_token says; else what the tokenizer itself puts before a text."""
-        told = settings.get(TOKENIZER_CONFIG_FILE, {}).get("add_bos_token")
-        number = self._tokenizer.token_to_id(special_token(settings, "bos_token") or "")
-        if told is False:
-            return ()
-        if told is True and number is not None:
-            return (number,)
+        """What the tokenizer itself puts before a text, or else what add_bos_token asks for."""
         encoding = self._tokenizer.encode("a")
         added = itertools.takewhile(
             lambda token: token[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
         )
-        return tuple(token for token, _ in added if token != self.end_token or token == number)
+        number = self._tokenizer.token_to_id(special_token(settings, "bos_token") or "")
+        begin = tuple(token for token, _ in added if token != self.end_token or token == number)
+        asked = settings.get(TOKENIZER_CONFIG_FILE, {}).get("add_bos_token") is True
+        return (number,) if not begin and asked and number is not None else begin
 
     def encode(self, text: str) -> np.ndarray:
         clean = _to_bytes(text).decode(errors="replace")
