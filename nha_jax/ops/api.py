@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.gpu import gpu_attention, gpu_unsupported
 from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.sharding import over_mesh
@@ -151,7 +152,8 @@ def nha_attention(
         "options": options,
     }
     validate_rest(query, key, value, log_decay, **rest)
-    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, options=options)
+    refuse = gpu_unsupported if implementation == "pallas_gpu" else tpu_unsupported
+    unsupported = functools.partial(refuse, query, key, value, log_decay, options=options)
     attend = _implementation(implementation, unsupported)
     result = attend(query, key, value, log_decay, **rest)
     return result if return_state or return_slot_weight else result.out
@@ -164,42 +166,40 @@ def _is_integer(x) -> bool:
 def _implementation(
     name: str | None, unsupported: Callable[[], str | None]
 ) -> Callable[..., NHAOutput]:
-    """Raises as `nha_attention` does; `unsupported` says why the TPU kernels can't serve."""
+    """Raises as `nha_attention` does; `unsupported` says why kernels can't serve."""
     match name:
         case "reference":
             return over_mesh(reference_attention)
         case "xla":
             return over_mesh(chunked_attention)
-        case "pallas_tpu":
+        case "pallas_tpu" | "pallas_gpu":
             if reason := unsupported():
                 raise NotImplementedError(f"implementation={name!r}: {reason}")
-            interpreted = functools.partial(tpu_attention, interpret=True)
-            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
-        case None:
+            attend = tpu_attention if name == "pallas_tpu" else gpu_attention
+            interpreted = over_mesh(functools.partial(attend, interpret=True))
+            platform = "tpu" if name == "pallas_tpu" else "cuda"
+            return _by_platform(default=interpreted, **{platform: over_mesh(attend)})
+        case None:  # on GPUs as well: nobody has measured their kernels yet
             if unsupported() or not can_compile_for_tpus():
                 return over_mesh(chunked_attention)
-            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(chunked_attention))
-        case "pallas_gpu":
-            raise NotImplementedError(
-                f"implementation={name!r}: this version has no such kernel yet; "
-                "use 'xla', or None for the fastest there is"
-            )
+            return _by_platform(default=over_mesh(chunked_attention), tpu=over_mesh(tpu_attention))
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
 
 
 def _by_platform(
-    tpu: Callable[..., NHAOutput], default: Callable[..., NHAOutput]
+    default: Callable[..., NHAOutput], **platforms: Callable[..., NHAOutput]
 ) -> Callable[..., NHAOutput]:
     """The one for the platform that the program is lowered for, which may not be this machine's.
 
-    Both are traced; what the other one leaves for the gradient is dropped by the compiler.
+    All are traced; what the others leave for the gradient is dropped by the compiler.
     """
 
     def attend(query, key, value, log_decay, *, options, **rest):
         def call(implementation):
             return lambda arrays, rest: implementation(*arrays, **rest, options=options)
 
+        calls = {name: call(implementation) for name, implementation in platforms.items()}
         arrays = (query, key, value, log_decay)
-        return lax.platform_dependent(arrays, rest, tpu=call(tpu), default=call(default))
+        return lax.platform_dependent(arrays, rest, default=call(default), **calls)
 
     return attend
