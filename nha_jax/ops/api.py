@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.chunked import chunked_attention
-from nha_jax.ops.gpu import gpu_attention, gpu_unsupported
+from nha_jax.ops.gpu import compiling_for_gpus, gpu_attention, gpu_unsupported
 from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.sharding import over_mesh
@@ -172,34 +172,35 @@ def _implementation(
             return over_mesh(reference_attention)
         case "xla":
             return over_mesh(chunked_attention)
-        case "pallas_tpu" | "pallas_gpu":
+        case "pallas_tpu":
             if reason := unsupported():
                 raise NotImplementedError(f"implementation={name!r}: {reason}")
-            attend = tpu_attention if name == "pallas_tpu" else gpu_attention
-            interpreted = over_mesh(functools.partial(attend, interpret=True))
-            platform = "tpu" if name == "pallas_tpu" else "cuda"
-            return _by_platform(default=interpreted, **{platform: over_mesh(attend)})
-        case None:  # on GPUs as well: nobody has measured their kernels yet
+            interpreted = functools.partial(tpu_attention, interpret=True)
+            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
+        case None:  # on GPUs plain XLA: nobody has measured their kernels yet
             if unsupported() or not can_compile_for_tpus():
                 return over_mesh(chunked_attention)
-            return _by_platform(default=over_mesh(chunked_attention), tpu=over_mesh(tpu_attention))
+            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(chunked_attention))
+        case "pallas_gpu":
+            if reason := unsupported():
+                raise NotImplementedError(f"implementation={name!r}: {reason}")
+            return over_mesh(functools.partial(gpu_attention, interpret=not compiling_for_gpus()))
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
 
 
 def _by_platform(
-    default: Callable[..., NHAOutput], **platforms: Callable[..., NHAOutput]
+    tpu: Callable[..., NHAOutput], default: Callable[..., NHAOutput]
 ) -> Callable[..., NHAOutput]:
     """The one for the platform that the program is lowered for, which may not be this machine's.
 
-    All are traced; what the others leave for the gradient is dropped by the compiler.
+    Both are traced; what the other one leaves for the gradient is dropped by the compiler.
     """
 
     def attend(query, key, value, log_decay, *, options, **rest):
         def call(implementation):
             return lambda arrays, rest: implementation(*arrays, **rest, options=options)
 
-        calls = {name: call(implementation) for name, implementation in platforms.items()}
         arrays = (query, key, value, log_decay)
-        return lax.platform_dependent(arrays, rest, default=call(default), **calls)
+        return lax.platform_dependent(arrays, rest, tpu=call(tpu), default=call(default))
 
     return attend

@@ -56,6 +56,18 @@ def gpu_unsupported(
     return None
 
 
+def compiling_for_gpus() -> bool:
+    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device.
+
+    Not by the platform of the lowering, as for TPUs: the GPU interpreter's effects cannot stand
+    beside the kernel in one program.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform in ("gpu", "cuda")
+    return jax.default_backend() == "gpu"
+
+
 def gpu_attention(
     query: jax.Array,
     key: jax.Array,
