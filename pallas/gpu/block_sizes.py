@@ -32,8 +32,8 @@ def default_block_sizes(head_dim: int, slots: int) -> BlockSizes:
     """What fits a Hopper block's 227 KB of shared memory without spilling registers.
 
     By static figures, nothing was measured. Two consuming warpgroups would share what they read,
-    but have 168 registers a thread, because the compiler that jax 0.12 brings does not let them
-    take the producer's: they spill up to 92 bytes.
+    but have 168 registers a thread, because ptxas, as jax 0.12 calls it, does not let them take the
+    producer's; they spill.
 
     Args:
       head_dim: D.

@@ -19,7 +19,7 @@ LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no 
 
 
 class Consumer:
-    """Reads what `producer.produce` fetches; the slots M lie in panels of up to 64."""
+    """Reads what `producer.produce` fetches; the slots lie in panels of up to 32."""
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
         self.refs, self.shared, self.place, self.matmul = refs, shared, place, matmul

@@ -9,7 +9,8 @@ cumulative decay, a and b the logits of slots and window:
 
 Four blocks of 16 rows have a reference each, G in their middle, R. A row's factor exp(G_r - R)
 spans 8 tokens, and so does the part of exp(R - G_j) that grows: with the floor of `gates.py`
-neither exceeds 2^93, however strong the decays are. Block I reads the first 16 (I + 1) tokens only.
+neither exceeds 2^93, however strong the decays are. Every block multiplies the whole chunk, with
+zeros for the rows of the others: products of fewer than 64 columns are not to be had in this layout.
 
 A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
 """
@@ -31,7 +32,8 @@ from pallas.gpu.place import Place
 from pallas.gpu.producer import produce
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
+# ptxas ignores them as jax 0.12 calls it (C7504), and all warpgroups have 168.
 
 
 class Facts(NamedTuple):

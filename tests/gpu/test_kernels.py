@@ -1,8 +1,12 @@
 """The operator on the GPU kernels against the float64 reference, in their interpreter."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 
-from tests.gpu.interpreted import CASES, ORDINARY, run_cases
+from tests.gpu.interpreted import CASES, ORDINARY, THREADS, run_cases
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +26,14 @@ def test_matches_float64_reference(index, ordinary_results):
 )
 def test_whole_suite_matches_float64_reference(index):
     assert run_cases([index]) == {index: "ok"}
+
+
+@pytest.mark.gpu_full
+def test_two_warpgroups_and_the_softmax_denominator():
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.gpu.warpgroups"],
+        env=os.environ | THREADS,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
