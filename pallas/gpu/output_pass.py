@@ -10,7 +10,7 @@ cumulative decay, a and b the logits of slots and window:
 Four blocks of 16 rows have a reference each, G in their middle, R. A row's factor exp(G_r - R)
 spans 8 tokens, and so does the part of exp(R - G_j) that grows: with the floor of `gates.py`
 neither exceeds 2^93, however strong the decays are. Every block multiplies the whole chunk, with
-zeros for the rows of the others: products of fewer than 64 columns are not to be had in this layout.
+zeros for the rows of the others: this layout has no products of fewer columns.
 
 A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
 """

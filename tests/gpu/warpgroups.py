@@ -1,6 +1,6 @@
 """What the operator's suite does not reach of the kernels: two consuming warpgroups, and log_mass.
 
-python -m tests.gpu.warpgroups    in an environment with `interpreted.THREADS`; silent if all is well
+python -m tests.gpu.warpgroups    in an environment with `interpreted.THREADS`; silent if well
 """
 
 import jax
@@ -32,7 +32,8 @@ def main() -> None:
     slots = {"query": query, "key": key, "log_decay": log_decay.astype(jnp.float32)}
     one, two = (attend(spec, tokens | slots, warpgroups) for warpgroups in (1, 2))
     jax.tree.map(np.testing.assert_array_equal, one, two)
-    assert np.all(np.isfinite(one.out)) and np.any(one.slot_weight > 0.1)
+    assert np.all(np.isfinite(one.out))
+    assert np.any(one.slot_weight > 0.1)
 
     spec = Spec(slots=0, empty_slots=EMPTY, window=None, offset=0, ahead=0, **facts)
     logits = SCALE * np.einsum("nhd,md->hnm", *(np.float64(x) for x in (query[0], key[0, :, 0])))
