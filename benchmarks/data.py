@@ -25,6 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.data.prepare import PrepareOptions, prepare
 from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from train.data.tokenizer_files import TOKENIZER_FILE
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
@@ -112,7 +113,7 @@ def seconds_to_encode(file: Path | None, texts: Sequence[str]) -> tuple[float, f
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer: Tokenizer = ByteTokenizer()
     if file:
-        tokenizer = FileTokenizer(file.read_bytes(), None, str(file))
+        tokenizer = FileTokenizer({TOKENIZER_FILE: file.read_bytes()}, None, str(file))
     start, cpu_start = time.perf_counter(), time.process_time()
     for first in range(0, len(texts), 64):
         tokenizer.encode_documents(texts[first : first + 64])

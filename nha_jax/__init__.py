@@ -6,6 +6,7 @@ from nha_jax.config import ModelConfig
 from nha_jax.diagnostics import Diagnostics
 from nha_jax.engine import Engine, Event
 from nha_jax.generate import Generated, generate
+from nha_jax.hf import from_pretrained, save_pretrained
 from nha_jax.model import Model, ModelCache
 from nha_jax.ops import NHAOutput, NHAState, nha_attention
 from nha_jax.sampling import SamplingOptions
@@ -24,8 +25,10 @@ __all__ = [
     "NHAOutput",
     "NHAState",
     "SamplingOptions",
+    "from_pretrained",
     "generate",
     "load",
     "nha_attention",
     "save",
+    "save_pretrained",
 ]

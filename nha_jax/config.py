@@ -59,7 +59,7 @@ class ModelConfig:
         remat: what the backward pass computes again rather than keep, block by block: "none";
             "full", everything but the block's input; "operator", all but what the attention
             operator's own backward needs, whose forward then runs once; "dots", all but that and
-            the projections' and the SwiGLU's products.
+            the projections' and the SwiGLU's products (of experts, their router's only).
 
     Raises:
         ValueError: a field is out of its range or does not fit another; one line names the field,
@@ -297,13 +297,13 @@ class ModelConfig:
         """Forward floating-point operations a token, on average over a sequence of this length.
 
         Counted: every matrix multiplication (2 a weight: projections, SwiGLU, head; of experts,
-        those that a token goes to), the short
-        convolution, and the operator's necessary work, which is that of the recurrence and the
-        same for every implementation: the logits and the weighted sum over the keys that are
-        really visible (min(t + 1, W) at token t; full attention: (T + 1) / 2 on average), and,
-        from the first token that left the window on, the read of the slots (per query head) and
-        their update (per key/value head, 3 operations an entry). A chunked implementation does
-        more than that to use matrix units. Not counted: norms, activations, softmax, rotation.
+        those that a token goes to), the short convolution, and the operator's necessary work,
+        which is that of the recurrence and the same for every implementation: the logits and the
+        weighted sum over the keys that are really visible (min(t + 1, W) at token t; full
+        attention: (T + 1) / 2 on average), and, from the first token that left the window on, the
+        read of the slots (per query head) and their update (per key/value head, 3 operations an
+        entry). A chunked implementation does more than that to use matrix units. Not counted:
+        norms, activations, softmax, rotation.
 
         Raises:
             ValueError: sequence_length is not a positive integer.

@@ -63,6 +63,9 @@ class RopeScaling:
 class Experts:
     """A mixture of SwiGLUs in place of one: a router gives every token to a few of them.
 
+    For models that are pretrained already. Nothing here balances how many tokens each gets: trained
+    from scratch, a few experts would take all of them and the others learn nothing.
+
     Fields:
         count: how many there are in a layer.
         per_token: how many of them every token goes to.

@@ -49,6 +49,7 @@ def in_layer_order(period: tuple[Any, ...]) -> Any:
     """P trees with leaves [L/P, ...], as a scan over groups of P layers gives them -> [L, ...]."""
 
     def stack(*leaves: jax.Array) -> jax.Array:
-        return jnp.stack(leaves, axis=1).reshape(-1, *leaves[0].shape[1:])
+        repeats = len(leaves[0])  # not -1: there may be no entries, without slots
+        return jnp.stack(leaves, axis=1).reshape(repeats * len(leaves), *leaves[0].shape[1:])
 
     return jax.tree.map(stack, *period)

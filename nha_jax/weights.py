@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import jax
@@ -76,13 +77,17 @@ class SafetensorsSource:
 
 
 class ModelSource:
-    """The parameters of a model in memory."""
+    """The parameters of a model in memory, in its config's param_dtype.
+
+    While it is trained, a model may hold some of them in another.
+    """
 
     def __init__(self, model: Model):
         self.name = "the model"
         self._arrays = {name: jnp.asarray(x) for name, x in _named(nnx.state(model)).items()}
+        self._dtype = jnp.dtype(model.config.param_dtype)
         self.shapes: Shapes = {
-            name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in self._arrays.items()
+            name: jax.ShapeDtypeStruct(x.shape, self._dtype) for name, x in self._arrays.items()
         }
 
     def read(self, name: str, index: Index) -> np.ndarray:
@@ -90,7 +95,8 @@ class ModelSource:
         bounds = [part.indices(length)[:2] for part, length in zip(index, array.shape, strict=True)]
         # Dynamic, so that the parts of an array share one compiled program.
         starts, sizes = [low for low, _ in bounds], [high - low for low, high in bounds]
-        return np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
+        part = np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
+        return part.astype(self._dtype, copy=False)
 
 
 def abstract_parameters(config: ModelConfig) -> Shapes:
@@ -112,6 +118,18 @@ def differences(expected: Shapes, found: Shapes) -> list[str]:
     return problems
 
 
+def check_weights(expected: Shapes, source: WeightSource) -> None:
+    """Raises ValueError, naming all `differences`, if a source does not hold what is expected."""
+    problems = differences(expected, source.shapes)
+    if problems:
+        raise ValueError(f"{source.name} does not fit its config: {'; '.join(problems)}")
+
+
+def weight_bytes(shapes: Shapes) -> int:
+    """Of all of them together."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
+
+
 def build_model(
     config: ModelConfig, source: WeightSource, shardings: Shardings | None = None
 ) -> Model:
@@ -128,18 +146,34 @@ def build_model(
     """
     graph, state = _abstract(config)
     expected = _named(state)
-    problems = differences(expected, source.shapes)
-    if problems:
-        raise ValueError(f"{source.name} does not fit its config: {'; '.join(problems)}")
+    check_weights(expected, source)
     default = jax.sharding.SingleDeviceSharding(_default_device())
     places = jax.tree.map(lambda _: default, state) if shardings is None else shardings(state)
-    arrays = {name: _place(source, name, place) for name, place in _named(places).items()}
+    return nnx.merge(graph, read_state(source, state, places))
+
+
+def read_state(source: WeightSource, abstract: nnx.State, shardings: Any) -> nnx.State:
+    """A model's state, or a part of it, with the parameters of `source`.
+
+    Args:
+        source: has a parameter of the same shape for each of the state's variables; each device's
+            part is read by itself.
+        abstract: shapes and dtypes; a parameter that has another dtype is cast as it is read.
+        shardings: the same tree, a `jax.sharding.Sharding` in place of each variable.
+    """
+    state, places = jax.tree.map(lambda leaf: leaf, abstract), _named(shardings)
+    arrays = {
+        name: _place(source, name, places[name], leaf.dtype) for name, leaf in _named(state).items()
+    }
     nnx.replace_by_pure_dict(state, _nested(arrays))
-    return nnx.merge(graph, state)
+    return state
 
 
 def write_weights(
-    path: Path, source: WeightSource, on_written: Callable[[int], object] = lambda count: None
+    path: Path,
+    source: WeightSource,
+    on_written: Callable[[int], object] = lambda count: None,
+    metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Writes a `.safetensors` file, never holding more than a piece of one parameter.
 
@@ -147,10 +181,12 @@ def write_weights(
         path: the file.
         source: what to write.
         on_written: called with the bytes of each piece.
+        metadata: texts that the file's header holds beside the tensors.
     """
     # The format wants no gaps; larger entries first keep every tensor aligned.
     names = sorted(source.shapes, key=lambda name: (-source.shapes[name].dtype.itemsize, name))
-    header, offset = {}, 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
     for name in names:
         shape, dtype = source.shapes[name].shape, source.shapes[name].dtype
         end = offset + math.prod(shape) * dtype.itemsize
@@ -165,6 +201,7 @@ def write_weights(
             for index in _pieces(shape, dtype.itemsize):
                 piece = np.ascontiguousarray(source.read(name, index)).reshape(-1)
                 on_written(file.write(piece.view(np.uint8).data))
+                del piece  # before the next one is read
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
@@ -188,14 +225,16 @@ def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return jax.eval_shape(lambda: nnx.split(Model(config, rngs=nnx.Rngs(0))))
 
 
-def _place(source: WeightSource, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+def _place(
+    source: WeightSource, name: str, sharding: jax.sharding.Sharding, dtype: jax.typing.DTypeLike
+) -> jax.Array:
     parts: dict[Any, np.ndarray] = {}  # devices with the same part share the reading of it
 
     def part(index: Index | None) -> np.ndarray:
         assert index is not None
         key = tuple((bound.start, bound.stop) for bound in index)
         if key not in parts:
-            parts[key] = source.read(name, index)
+            parts[key] = source.read(name, index).astype(dtype, copy=False)
         return parts[key]
 
     return jax.make_array_from_callback(source.shapes[name].shape, sharding, part)

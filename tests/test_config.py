@@ -6,6 +6,7 @@ import json
 import pytest
 
 from nha_jax import ModelConfig
+from nha_jax.features import Experts, RopeScaling
 from pallas.tpu import BlockSizes
 
 SMALL = {"vocab_size": 50, "num_layers": 4, "hidden_size": 96, "num_query_heads": 6}
@@ -76,6 +77,18 @@ def _fields(value: object) -> str:
         ({"block_sizes": {"chunk": 7}}, r"block_sizes=\{'chunk': 7\}.*32, 64 or 128, got 7"),
         ({"block_sizes": {"chunks": 7}}, "block_sizes=.*'chunks'"),
         ({"block_sizes": 64}, "block_sizes=64 must be a BlockSizes"),
+        ({"value_activation": "gelu"}, "value_activation='gelu' must be one of 'silu', 'identity'"),
+        ({"attention_bias": True}, "attention_bias=True must be one of 'none', 'qkv', 'all'"),
+        ({"output_norm": 1}, "output_norm=1 must be true or false"),
+        ({"qk_norm": None}, "qk_norm=None must be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be a RopeScaling, a mapping"),
+        ({"rope_scaling": {"kind": "linear"}}, "rope_scaling=.* does not fit: .*'factor'"),
+        ({"rope_scaling": {"kind": "linear", "by": 2}}, "rope_scaling=.* does not fit: .*'by'"),
+        ({"experts": 8}, "experts=8 must be an Experts, a mapping of its fields, or None"),
+        (
+            {"experts": {"count": 8, "per_token": 9, "size": 16}},
+            "experts=.* does not fit: per_token=9 must be at most count=8",
+        ),
         ({"num_slot": 3}, "unknown field 'num_slot'; did you mean 'num_slots'?"),
         ({"qwertz": 3}, "unknown field 'qwertz'$"),
     ],
@@ -87,6 +100,49 @@ def test_a_wrong_value_is_one_line_that_names_it(overrides, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "ntk"}, "kind='ntk' must be one of 'linear', 'llama3', 'yarn'"),
+        ({"factor": 0.5}, "factor=0.5 must be a finite number of at least 1"),
+        ({"factor": True}, "factor=True must be a finite number"),
+        ({"kind": "llama3"}, "original_length=None must be at least 1: kind='llama3' needs it"),
+        ({"kind": "yarn", "original_length": 0}, "original_length=0 must be at least 1"),
+        ({"low_frequency_factor": 0}, "low_frequency_factor=0 must be a finite number above 0"),
+        (
+            {"low_frequency_factor": 4},
+            "high_frequency_factor=4.0 must be .* low_frequency_factor=4",
+        ),
+        ({"beta_slow": 40.0}, "beta_fast=32.0 must be a finite number above beta_slow=40.0"),
+        (
+            {"attention_factor": 0.0},
+            "attention_factor=0.0 must be a finite number above 0, or None",
+        ),
+        ({"truncate": 1}, "truncate=1 must be true or false"),
+    ],
+    ids=_fields,
+)
+def test_a_wrong_scaling_is_one_line_that_names_it(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RopeScaling(**{"kind": "linear", "factor": 2.0} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"count": 0}, "count=0 must be an integer of at least 1"),
+        ({"per_token": 2.0}, "per_token=2.0 must be an integer of at least 1"),
+        ({"size": True}, "size=True must be an integer of at least 1"),
+        ({"count": 3, "per_token": 4}, "per_token=4 must be at most count=3"),
+        ({"normalize": "yes"}, "normalize='yes' must be true or false"),
+    ],
+    ids=_fields,
+)
+def test_a_wrong_mixture_is_one_line_that_names_it(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Experts(**{"count": 4, "per_token": 2, "size": 8} | fields)
+
+
 def test_missing_fields_are_named():
     with pytest.raises(ValueError, match="missing num_layers, num_query_heads"):
         ModelConfig.from_dict({"vocab_size": 5, "hidden_size": 8})
@@ -94,11 +150,20 @@ def test_missing_fields_are_named():
 
 def test_dictionary_survives_json():
     config = small(
-        window_size=(8, None), num_kv_heads=2, implementation="xla", block_sizes={"chunk": 128}
+        window_size=(8, None),
+        num_kv_heads=2,
+        implementation="xla",
+        block_sizes={"chunk": 128},
+        rope_scaling={"kind": "yarn", "factor": 4, "original_length": 32, "truncate": False},
+        experts={"count": 8, "per_token": 2, "size": 32, "normalize": False},
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.to_dict()["window_size"] == [8, None]
     assert config.block_sizes == BlockSizes(chunk=128)
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn", factor=4, original_length=32, truncate=False
+    )
+    assert config.experts == Experts(count=8, per_token=2, size=32, normalize=False)
     assert hash(config) == hash(dataclasses.replace(config))
 
 
@@ -147,6 +212,15 @@ def test_flops_of_one_layer_counted_by_hand():
     expected = 2 * (matrices + convolution) + window + slots
     assert config.flops_per_token(4) == pytest.approx(expected)
     assert config.training_flops_per_token(4) == pytest.approx(3 * expected)
+
+
+def test_of_experts_those_that_a_token_goes_through_are_counted():
+    one = small(mlp_size=32)
+    several = small(experts={"count": 8, "per_token": 3, "size": 32})
+    swiglu, router = 3 * 96 * 32, 96 * 8
+    growth = several.flops_per_token(64) - one.flops_per_token(64)
+    assert growth == pytest.approx(4 * 2 * (2 * swiglu + router))  # layers, multiply and add
+    assert several.num_parameters - one.num_parameters == 4 * (7 * swiglu + router)
 
 
 def test_flops_are_flat_for_windows_and_grow_for_full_attention():

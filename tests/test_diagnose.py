@@ -120,3 +120,12 @@ def test_slot_weight_can_be_trained():
     expected = gradient(lambda model: layer_by_layer(model, TOKENS, None, jnp.arange(24)))
     chex.assert_trees_all_close(found, expected, atol=1e-5, rtol=1e-3)
     assert jnp.abs(nnx.state(found).blocks.attention.f_proj.kernel[...]).max() > 1e-6
+
+
+def test_a_model_without_slots_gives_them_nothing() -> None:
+    model = tiny_model(num_slots=0, window_size=(4, None, 4, 4))
+    seen = diagnose(model, TOKENS, SEGMENT_IDS)
+    assert seen.log_decay.shape == (4, *TOKENS.shape, 2, 0)
+    assert seen.slot_weight.shape == (4, *TOKENS.shape, 4)
+    assert not seen.slot_weight.any()
+    chex.assert_trees_all_close(model.logits(seen.hidden), model(TOKENS, SEGMENT_IDS), atol=1e-5)

@@ -1,5 +1,7 @@
 """The layers against plain formulas."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -108,6 +110,108 @@ def test_attention_layer_equals_its_formula(conv_width):
     normed = gated / jnp.sqrt((gated**2).mean(-1, keepdims=True) + config.norm_eps)
     expected = normed @ layer.o_proj.kernel[...]
     chex.assert_trees_all_close(layer(x, window_size=2, rope=rope), expected, rtol=1e-4, atol=1e-5)
+
+
+def softmax_attention(parameters, x, segment_ids, rope) -> np.ndarray:
+    """A pretrained model's attention, in float64: no gate, no slot, a token and a head at a time.
+
+    parameters: by dotted name, as CONFIG sizes them.
+    """
+    heads = {"q": 4, "k": 2, "v": 2}
+
+    def project(name, x):
+        return x @ parameters[f"{name}_proj.kernel"] + parameters[f"{name}_proj.bias"]
+
+    def norm(name, x):
+        mean_square = (x**2).mean(-1, keepdims=True)
+        return x / np.sqrt(mean_square + CONFIG.norm_eps) * parameters[f"{name}_norm.scale"]
+
+    def rotate(x):
+        cos, sin = (table[:, None] for table in rope)
+        first, second = np.split(x, 2, axis=-1)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+    B, T, _ = x.shape
+    query, key, value = (project(n, x).reshape(B, T, heads[n], -1) for n in heads)
+    query, key = rotate(norm("q", query)), rotate(norm("k", key))
+    attended = np.zeros((B, T, 4, 5))
+    for b, t, h in np.ndindex(B, T, 4):
+        seen = (segment_ids[b] == segment_ids[b, t]) & (np.arange(T) <= t)
+        if segment_ids[b, t] == 0:
+            continue
+        weights = np.exp(key[b, seen, h // 2] @ query[b, t, h] / np.sqrt(6))
+        attended[b, t, h] = weights / weights.sum() @ value[b, seen, h // 2]
+    return project("o", attended.reshape(B, T, -1))
+
+
+CONVERTED = {
+    "conv_width": 0,
+    "value_activation": "identity",
+    "output_norm": False,
+    "qk_norm": True,
+    "attention_bias": "all",
+    "empty_slots": "mask",
+}
+
+
+def converted_layer() -> NativeHybridAttention:
+    """Its scales and biases drawn at random too, as training leaves them."""
+    layer = NativeHybridAttention(
+        ModelConfig.from_dict(CONFIG.to_dict() | CONVERTED), rngs=nnx.Rngs(0)
+    )
+    rngs = nnx.Rngs(1)
+    draw = lambda leaf: leaf + 0.3 * jax.random.normal(rngs.params(), leaf.shape)  # noqa: E731
+    nnx.update(layer, jax.tree.map(draw, nnx.state(layer)))
+    return layer
+
+
+# Two documents and padding; in the second row padding comes first, too.
+PACKED = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_without_a_window_a_converted_layer_is_softmax_attention(implementation):
+    layer = converted_layer()
+    layer.config = ModelConfig.from_dict(
+        layer.config.to_dict() | {"implementation": implementation}
+    )
+    x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))
+    rope = rope_tables(jnp.arange(11), CONFIG.key_dim)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def loss(layer, x):
+        outputs = layer(x, window_size=None, rope=rope, segment_ids=jnp.asarray(PACKED))
+        return jnp.sum(jnp.sin(outputs) * (PACKED != 0)[..., None]), outputs
+
+    (_, outputs), gradients = loss(layer, x)
+    parameters = {
+        ".".join(map(str, path)): np.asarray(leaf[...], np.float64)
+        for path, leaf in nnx.to_flat_state(nnx.state(layer))
+    }
+    rope = tuple(np.asarray(table, np.float64) for table in rope)
+    expected = softmax_attention(parameters, np.asarray(x, np.float64), PACKED, rope)
+    np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-5)
+    chex.assert_tree_all_finite(gradients)
+    assert not jnp.any(gradients[1][PACKED == 0])
+    assert not jnp.any(gradients[0].f_proj.kernel[...])  # nothing ever enters the slots
+    used = (
+        leaf for path, leaf in nnx.to_flat_state(nnx.state(gradients[0])) if "f_proj" not in path
+    )
+    assert all(jnp.any(leaf[...]) for leaf in used)
+
+
+@pytest.mark.parametrize("window_size", [3, 0, None], ids=["window", "slots-only", "full"])
+def test_what_a_biased_layer_makes_of_padding_reaches_no_token(window_size):
+    layer = converted_layer()
+    x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))
+    other = jnp.where((PACKED != 0)[..., None], x, 1e3)
+    rope = rope_tables(jnp.arange(11), CONFIG.key_dim)
+    apply = jax.jit(
+        lambda x: layer(x, window_size=window_size, rope=rope, segment_ids=jnp.asarray(PACKED))
+    )
+    found, expected = apply(other), apply(x)
+    np.testing.assert_array_equal(found[PACKED != 0], expected[PACKED != 0])
 
 
 def test_decay_and_norm_are_float32_in_bfloat16_compute():

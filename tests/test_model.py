@@ -32,6 +32,7 @@ CONVERTED = {
     "qk_norm": True,
     "attention_bias": "all",
     "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 6},
+    "experts": {"count": 6, "per_token": 2, "size": 10},
 }
 
 
@@ -176,13 +177,16 @@ def test_positions_only_matter_through_their_differences():
     assert jnp.abs(stretched - expected).max() > 1e-3
 
 
-def test_scan_over_groups_equals_a_loop_over_layers():
-    sizes = {
-        "num_layers": 4,
-        "window_size": (8, None),
-        "conv_width": 0,
-        "implementation": "reference",
-    }
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 4, "window_size": (8, None)},
+        {"num_layers": 2, "experts": CONVERTED["experts"]},
+    ],
+    ids=["groups-of-two", "experts"],
+)
+def test_scan_over_groups_equals_a_loop_over_layers(sizes):
+    sizes = {"conv_width": 0, "implementation": "reference", **sizes}
     model = tiny_model(**sizes)
     tokens = random_tokens(2, 20)
 
@@ -228,8 +232,10 @@ def test_program_size_does_not_depend_on_depth(window_size):
         {"tie_embeddings": True, "conv_width": 0},
         {"num_kv_heads": 4, "window_size": None, "num_layers": 1},
         {"conv_width": 2, "mlp_size": None, "value_dim": 8},
+        {"attention_bias": "qkv"},
+        CONVERTED,
     ],
-    ids=["gqa", "tied-no-convolution", "one-layer", "default-mlp"],
+    ids=["gqa", "tied-no-convolution", "one-layer", "default-mlp", "biases", "converted"],
 )
 def test_parameters_are_counted_by_the_config_and_name_their_axes(overrides):
     config = tiny_config(**overrides)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from nha_jax import ModelConfig
+from nha_jax.config import DType
 from train.sections import (
     CheckpointConfig,
     DataConfig,
@@ -28,7 +29,16 @@ class TrainConfig:
         batch_size: windows per step over all devices
         micro_batches: parts of the batch that go through the model in turn, their gradients added
             up: as many times less memory for activations, for the same update
+        head_parts: parts of every sequence that go through the head and the loss in turn, the
+            logits computed again for the gradient: as many times less memory for logits
         seed: of the initial parameters and of the order of the data
+        initial_model: folder of the model to start from: one that `nha import` or `nha_jax.save`
+            wrote, or a finished run; the keys of `model` are then changes to its configuration
+        trainable: patterns of the names of the parameters to train, e.g. blocks.attention.*; the
+            others stay as they are, and have no gradient and no optimizer state
+        frozen_dtype: of the parameters that are not trained, while training; null for
+            model.param_dtype. A model of dtype bfloat16 loses nothing by holding them so, but for
+            the scales of norms and what chooses experts
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: see below
         optimizer: see below
@@ -51,7 +61,11 @@ class TrainConfig:
     model: ModelConfig
     data: DataConfig
     micro_batches: int = 1
+    head_parts: int = 1
     seed: int = 0
+    initial_model: str | None = None
+    trainable: tuple[str, ...] = ("*",)
+    frozen_dtype: DType | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -64,7 +78,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.run), "run", self.run, "a folder")
-        require_at_least(self, 1, "steps", "batch_size", "micro_batches")
+        require_at_least(self, 1, "steps", "batch_size", "micro_batches", "head_parts")
         parts, expected = self.micro_batches, f"a divisor of batch_size, which is {self.batch_size}"
         require(self.batch_size % parts == 0, "micro_batches", parts, expected)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 or more, below 2**32")
@@ -75,6 +89,16 @@ class TrainConfig:
             warmup,
             f"at most steps, which is {self.steps}",
         )
+        require(bool(self.trainable), "trainable", list(self.trainable), "a pattern at least")
+        require(
+            not self.loss.distillation or self.initial_model is not None,
+            "loss.distillation",
+            self.loss.distillation,
+            "0 without an initial_model, which is the one to learn from",
+        )
+        parts, length = self.head_parts, self.data.sequence_length
+        expected = f"a divisor of data.sequence_length, which is {length}"
+        require(length % parts == 0, "head_parts", parts, expected)
         mixed = self.model.num_slots > 0 and any(self.model.windows)
         require(
             not self.loss.slot_loss or mixed,

@@ -22,9 +22,12 @@ import yaml
 from nha_jax import ModelConfig
 from train.config import TrainConfig
 from train.errors import ConfigError
+from train.initial_model import has_config, read_config
 from train.layout import LAYOUT_KEY, read_layout
+from train.run_folder import RunFolder
 
 PRESET_KEY = "preset"
+INITIAL_MODEL_KEY = "initial_model"
 _ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
 
 
@@ -94,7 +97,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
         _override(values, name, _parse(text, f"--{name}={text}"))
     _check_names(values, TrainConfig, "")
     values = {key: value for key, value in values.items() if value is not None}
-    return _validate(_expand_preset(_read_layout_file(values)))
+    return _validate(_fill_model(_read_layout_file(values)))
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
@@ -234,24 +237,45 @@ def _read_layout_file(values: dict[str, Any]) -> dict[str, Any]:
     return {**values, "model": {**model, LAYOUT_KEY: layout}}
 
 
-def _expand_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """Replaces `model.preset` by the fields it stands for; keys beside it win."""
-    model = values.get("model")
-    if not isinstance(model, dict) or PRESET_KEY not in model:
+def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the `model` section what it is based on; keys that are there win.
+
+    That is `model.preset`, which is left out, or else the configuration of `initial_model`.
+    """
+    model, initial = values.get("model") or {}, values.get(INITIAL_MODEL_KEY)
+    if not isinstance(model, dict):
         return values
     overrides = dict(model)
-    name = overrides.pop(PRESET_KEY)
+    preset = overrides.pop(PRESET_KEY, None)
+    try:
+        if PRESET_KEY in model:
+            _check_preset(preset)
+            filled = ModelConfig.preset(preset, **overrides)
+        elif isinstance(initial, str):
+            filled = ModelConfig.from_dict(_initial_config(initial, values.get("run")) | overrides)
+        else:
+            return values
+    except ValueError as error:
+        raise _explain_value_error(error, "model") from None
+    return {**values, "model": filled.to_dict()}
+
+
+def _check_preset(name: Any) -> None:
     if not isinstance(name, str):
         raise ConfigError(f"model.{PRESET_KEY} = {_show(name)}: expected the name of a preset")
     try:
         ModelConfig.preset(name)
     except ValueError as error:
         raise ConfigError(f"model.{PRESET_KEY} = {_show(name)}: {error}") from None
-    try:
-        preset = ModelConfig.preset(name, **overrides)
-    except ValueError as error:
-        raise _explain_value_error(error, "model") from None
-    return {**values, "model": preset.to_dict()}
+
+
+def _initial_config(name: str, run: Any) -> dict[str, Any]:
+    """From the folder; once a run has begun, from what it wrote down if that is gone."""
+    if not has_config(name) and isinstance(run, str):
+        stored = RunFolder(run).config() or {}
+        if stored.get(INITIAL_MODEL_KEY) == name:
+            return stored["model"]
+    return read_config(name).to_dict()
 
 
 def _validate(values: dict[str, Any]) -> TrainConfig:

@@ -1,7 +1,8 @@
 """What a step minimises: cross-entropy, and what `loss` of the configuration adds to it."""
 
+import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import optax
 
 import nha_jax
 from nha_jax.arguments import default_positions
+from nha_jax.ops.sharding import shard_tokens
 from train.sections import LossConfig
 
 LEAST_SHARE = 1e-30
@@ -26,6 +28,18 @@ class LossSum(NamedTuple):
 
     nats: jax.Array
     targets: jax.Array
+
+
+class Original(NamedTuple):
+    """What is learned from besides the text.
+
+    Attributes:
+        model: the one whose distribution is to be found again.
+        hidden: what it made of the batch: its `hidden_states`, [B, T, hidden_size].
+    """
+
+    model: nha_jax.Model
+    hidden: jax.Array
 
 
 class Counts(NamedTuple):
@@ -70,7 +84,12 @@ def counts(model: nha_jax.ModelConfig, batch: Mapping[str, jax.Array]) -> Counts
 
 
 def losses(
-    model: nha_jax.Model, batch: Mapping[str, jax.Array], config: LossConfig, total: Counts
+    model: nha_jax.Model,
+    batch: Mapping[str, jax.Array],
+    config: LossConfig,
+    total: Counts,
+    original: Original | None = None,
+    head_parts: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """A batch's share of the loss to minimise, and of each of its terms.
 
@@ -79,30 +98,102 @@ def losses(
         batch: one part of the whole batch, or all of it.
         config: the weights of the terms.
         total: of the whole batch; the shares of its parts add up to the losses.
+        original: to learn from; for distillation.
+        head_parts: a divisor of T; the logits of so many parts of the tokens are made in turn.
 
     Returns:
-        loss + z_loss weight * z_loss + slot_loss weight * slot_loss, and these terms by name,
-        float32 scalars; those with a weight of 0 are neither computed nor named.
+        loss + z_loss weight * z_loss + slot_loss weight * slot_loss + distillation weight *
+        distillation, and these terms by name, float32 scalars; those with a weight of 0 are
+        neither computed nor named.
     """
+    tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     if config.slot_loss:
-        seen = model.diagnose(batch["tokens"], batch["segment_ids"], slot_weight_gradient="slots")
-        logits = model.logits(seen.hidden)
+        seen = model.diagnose(tokens, segment_ids, slot_weight_gradient="slots")
+        hidden = seen.hidden
     else:
-        logits = model(batch["tokens"], segment_ids=batch["segment_ids"])
+        hidden = model.hidden_states(tokens, segment_ids)
+    per_token = {name: batch[name] for name in ("targets", "loss_mask")} | {"hidden": hidden}
+    if original is not None:
+        per_token["original"] = original.hidden
+    teacher = None if original is None else original.model
+    sums = _in_parts(functools.partial(_target_sums, model, config, teacher), per_token, head_parts)
     targets = jnp.maximum(total.targets, 1)
-    terms = {"loss": cross_entropy(logits, batch).nats / targets}
-    loss = terms["loss"]
-    if config.z_loss:
-        squares = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1) ** 2
-        terms["z_loss"] = jnp.where(batch["loss_mask"], squares, 0.0).sum() / targets
-        loss += config.z_loss * terms["z_loss"]
+    terms = {name: nats / targets for name, nats in sums.items()}
     if config.slot_loss:
-        chosen = _can_choose(model.config, batch["segment_ids"])[..., None]
+        chosen = _can_choose(model.config, segment_ids)[..., None]
         weight = seen.slot_weight[_mixed_layers(model.config)]
         entropy = share_cross_entropy(weight, config.slot_target)
         terms["slot_loss"] = jnp.where(chosen, entropy, 0.0).sum() / jnp.maximum(total.shares, 1)
-        loss += config.slot_loss * terms["slot_loss"]
-    return loss, terms
+    weights = {name: 1.0 if name == "loss" else getattr(config, name) for name in terms}
+    return sum((weights[name] * term for name, term in terms.items()), jnp.float32(0)), terms
+
+
+def cross_entropy_of_hidden(
+    model: nha_jax.Model, hidden: jax.Array, batch: Mapping[str, jax.Array], head_parts: int = 1
+) -> LossSum:
+    """`cross_entropy` of what the head makes of hidden states [B, T, hidden_size], in parts."""
+    per_token = {name: batch[name] for name in ("targets", "loss_mask")} | {"hidden": hidden}
+    sums = functools.partial(_target_sums, model, LossConfig(), None)
+    nats = _in_parts(sums, per_token, head_parts)["loss"]
+    return LossSum(nats, batch["loss_mask"].sum(dtype=jnp.int32))
+
+
+def _target_sums(
+    model: nha_jax.Model,
+    config: LossConfig,
+    teacher: nha_jax.Model | None,
+    per_token: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """The terms that are means over targets, summed over those of `per_token`, [B, T, ...]."""
+    vocabulary = model.config.vocab_size
+    logits = shard_tokens(model.logits(shard_tokens(per_token["hidden"])), heads=vocabulary)
+    sums = {"loss": cross_entropy(logits, per_token).nats}
+    if config.z_loss:
+        squares = jax.nn.logsumexp(logits, axis=-1) ** 2
+        sums["z_loss"] = jnp.where(per_token["loss_mask"], squares, 0.0).sum()
+    if config.distillation:
+        assert teacher is not None
+        wanted = shard_tokens(teacher.logits(shard_tokens(per_token["original"])), heads=vocabulary)
+        divergence = kl_divergence(wanted, logits, config.temperature)
+        sums["distillation"] = jnp.where(per_token["loss_mask"], divergence, 0.0).sum()
+    return sums
+
+
+def _in_parts(
+    sums: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]],
+    per_token: Mapping[str, jax.Array],
+    head_parts: int,
+) -> dict[str, jax.Array]:
+    """`sums` of arrays [B, T, ...], so many parts of their tokens one after the other.
+
+    The logits are computed again for the gradient. A part has every head_parts-th token, so that
+    devices that divide a sequence keep their own.
+    """
+    if head_parts == 1:
+        return sums(per_token)
+
+    def cut(x: jax.Array) -> jax.Array:  # -> [parts, B, T / parts, ...]
+        return jnp.moveaxis(x.reshape(len(x), -1, head_parts, *x.shape[2:]), 2, 0)
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, jax.checkpoint(sums, prevent_cse=False)(part)), None
+
+    parts = jax.tree.map(cut, dict(per_token))
+    one = jax.eval_shape(sums, jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
+    return jax.lax.scan(add, zeros, parts)[0]
+
+
+def kl_divergence(original: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
+    """temperature**2 KL(softmax(original / temperature) || softmax(logits / temperature)).
+
+    Logits [..., vocabulary] -> [...] float32, in nats. With that factor its gradient is about as
+    large at any temperature (Hinton, Vinyals and Dean, arXiv 1503.02531).
+    """
+    wanted, found = (
+        jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (original, logits)
+    )
+    return temperature**2 * (jnp.exp(wanted) * (wanted - found)).sum(-1)
 
 
 def share_cross_entropy(share: jax.Array, target: float) -> jax.Array:

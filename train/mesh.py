@@ -140,12 +140,17 @@ def _check_divisions(config: TrainConfig, sizes: Mapping[str, int]) -> None:
     model = config.model
     rows = config.batch_size // config.micro_batches
     per_row = "batch_size" if config.micro_batches == 1 else "batch_size / micro_batches"
+    whole = config.head_parts == 1
+    per_part = "data.sequence_length" if whole else "data.sequence_length / head_parts"
+    mlp = ("mlp_size", model.mlp_size)
+    if model.experts:
+        mlp = ("experts.size", model.experts.size)
     divided = [
         (per_row, rows, BATCH_AXES),
-        ("data.sequence_length", config.data.sequence_length, (SEQUENCE_AXIS,)),
+        (per_part, config.data.sequence_length // config.head_parts, (SEQUENCE_AXIS,)),
         ("model.hidden_size", model.hidden_size, RULES["embed"]),
         ("model.num_kv_heads", model.num_kv_heads, RULES["kv_heads"]),
-        ("model.mlp_size", model.mlp_size, RULES["mlp"]),
+        (f"model.{mlp[0]}", mlp[1], RULES["mlp"]),
     ]
     for name, length, axes in divided:
         ways = math.prod(sizes[axis] for axis in axes)

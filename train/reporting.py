@@ -12,6 +12,7 @@ from train.chips import chip_of
 from train.clock import Clock
 from train.config import TrainConfig
 from train.evaluation import HeldOut
+from train.flops import training_flops_per_token
 from train.metrics import MetricsLog, ProgressBar, Reporter, Row, read_rows
 from train.plots import plot_loss_curve, plot_slot_share
 from train.run_folder import RunFolder, config_values
@@ -48,7 +49,7 @@ class Reporting:
         self._config = config
         self._devices = mesh.devices.size
         self._chip = chip_of(mesh.devices.flat[0].device_kind)
-        self._flops = config.model.training_flops_per_token(config.data.sequence_length)
+        self._flops = training_flops_per_token(config)
         self._bytes_per_target = bytes_per_target
         more: list[Reporter] = []
         if config.logging.wandb is not None and processes.is_first():
@@ -102,7 +103,8 @@ class Reporting:
         self._bar.advance(**shown)
 
     def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
-        terms = {name: metrics[name] for name in ("z_loss", "slot_loss") if name in metrics}
+        names = ("z_loss", "slot_loss", "distillation")
+        terms = {name: metrics[name] for name in names if name in metrics}
         row: Row = {
             "step": step,
             "loss": metrics["loss"],

@@ -15,8 +15,8 @@ from train.errors import ConfigError, TrainingError
 # What may differ when a run is resumed: none of it changes the updates already made. A name
 # that is a section stands for all of its keys.
 CHANGEABLE = frozenset(
-    {"run", "steps", "micro_batches", "evaluation", "checkpoint", "logging", "mesh", "sample"}
-    | {"distributed", "compilation_cache"}
+    {"run", "steps", "micro_batches", "head_parts", "evaluation", "checkpoint", "logging", "mesh"}
+    | {"sample", "distributed", "compilation_cache"}
 )
 
 # What a process killed while it made the folder leaves behind.
@@ -130,6 +130,12 @@ class RunFolder:
                 f"{error.filename or self.path}: {error.strerror or error}; the checkpoints are as "
                 "they were, and the same command resumes"
             ) from error
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, damaged or not."""
+        folder = self.checkpoints
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
     def model_config(self) -> dict[str, Any]:
         """The stored run's model section.

@@ -105,16 +105,24 @@ class LossConfig:
         slot_loss: weight of the published auxiliary loss: the binary cross-entropy of the slots'
             share of every head's softmax towards slot_target; only the slots' logits are pulled
         slot_target: that share, between 0 and 1
+        distillation: weight of the KL divergence of the model's distribution from that of
+            initial_model as it was, under its own windows
+        temperature: divides the logits of both before it; the divergence is then multiplied by
+            its square
     """
 
     z_loss: float = 0.0
     slot_loss: float = 0.0
     slot_target: float = 0.5
+    distillation: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        for key in ("z_loss", "slot_loss"):
+        for key in ("z_loss", "slot_loss", "distillation"):
             value = getattr(self, key)
             require(0 <= value < math.inf, key, value, "a finite number, 0 or more")
+        warmth = self.temperature
+        require(0 < warmth < math.inf, "temperature", warmth, "a finite number above 0")
         target = self.slot_target
         require(0 < target < 1, "slot_target", target, "a share between 0 and 1")
 

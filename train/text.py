@@ -56,17 +56,26 @@ def _check_folder(path: str) -> None:
 def read_tokens(path: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
     """The first `limit` tokens of a file, [at most limit] int32; "-": standard input.
 
+    They begin as `Tokenizer.encode_prompt` says; errors as of `read_text`.
+    """
+    text = read_text(path, None if limit is None else limit * _LONGEST_TOKEN)
+    return tokenizer.encode_prompt(text)[:limit]
+
+
+def read_text(path: str, limit: int | None = None) -> str:
+    """The first `limit` bytes of a file; "-": standard input. Surrogates stand for what is no text.
+
     Raises:
         ConfigError: it cannot be read, or is empty.
     """
     try:
         with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
-            content = file.read(-1 if limit is None else limit * _LONGEST_TOKEN)
+            content = file.read(-1 if limit is None else limit)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the text: {error.strerror}") from None
     if not content:
         raise ConfigError(f"{path}: the text is empty")
-    return tokenizer.encode(content.decode(errors="surrogateescape"))[:limit]
+    return content.decode(errors="surrogateescape")
 
 
 class Piece(NamedTuple):
@@ -112,7 +121,7 @@ def complete(
     model: nha_jax.Model, tokenizer: Tokenizer, prompt: str, options: nha_jax.SamplingOptions
 ) -> str:
     """What the model writes after `prompt`, up to the end of the document."""
-    tokens = tokenizer.encode(prompt)
+    tokens = tokenizer.encode_prompt(prompt)
     engine = nha_jax.Engine(
         model,
         batch_size=1,

@@ -7,6 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 import nha_jax
+from nha_jax.serialization import companions_of
 from train import processes
 from train.checkpoint import Checkpoints, Progress
 from train.config import TrainConfig
@@ -14,6 +15,7 @@ from train.data.batches import Windows, training_batches
 from train.data.corpus import Corpus
 from train.errors import TrainingError
 from train.evaluation import HeldOut, gzip_references, measure_held_out
+from train.initial_model import InitialModel, model_to_learn_from
 from train.interruption import Interruption
 from train.mesh import MESH_AXES, rows_of_process
 from train.profiling import Profiler
@@ -42,8 +44,9 @@ class Trainer:
         mesh: Mesh,
         folder: RunFolder,
         checkpoints: Checkpoints,
+        initial: InitialModel | None = None,
     ):
-        """Restores the newest checkpoint, or starts afresh."""
+        """Restores the newest checkpoint, or starts afresh: from `initial` if there is one."""
         self._config = config
         self._corpus = corpus
         self._folder = folder
@@ -51,10 +54,15 @@ class Trainer:
         self._training = Windows(corpus.training, config.data.sequence_length)
         self._held_out = Windows(corpus.held_out, config.data.sequence_length)
         self._rows = rows_of_process(mesh, config.batch_size)
-        self._steps = Steps(config, mesh)
+        self._initial = initial
+        self._steps = Steps(config, mesh, model_to_learn_from(config))
         self.state: TrainState
+        source = None if initial is None else initial.source(config.model)
         restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
-        self.state, self.progress = restored or (self._steps.initial_state(), Progress())
+        self.state, self.progress = restored or (self._steps.initial_state(source), Progress())
+        self._original = None
+        if config.loss.distillation and source is not None:
+            self._original = self._steps.read_original(source)
         self._mesh = mesh
         self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
@@ -79,7 +87,7 @@ class Trainer:
             unreported: dict[int, Metrics] = {}
             for step in range(first + 1, config.steps + 1):
                 profiler.before(step)
-                self.state, metrics = self._steps.update(self.state, next(batches))
+                self.state, metrics = self._steps.update(self.state, next(batches), self._original)
                 profiler.after(step, metrics)
                 # The step before is fetched while the devices work on this one.
                 self._report_steps(unreported, reporting)
@@ -141,7 +149,8 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        nha_jax.save(self._folder.model, model, overwrite=True, files=self._corpus.tokenizer.files)
+        files = companions_of(self._folder.path)
+        nha_jax.save(self._folder.model, model, overwrite=True, files=files)
         step, references = self.progress.step, self._references()
         result = Result(
             step,
@@ -195,6 +204,11 @@ class Trainer:
         shape = " ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
         print(f"run      {self._folder.path}")
         print(f"model    {model.num_parameters:,} parameters, {flops / 1e6:.2f} MFLOPs a token")
+        if self._initial is not None:
+            changes = "; ".join(self._initial.changes(model)) or "as it is"
+            print(f"from     {self._initial.folder}: {changes}")
+        if self._steps.num_trained < model.num_parameters:
+            print(f"trained  {self._steps.num_trained:,} parameters")
         for name, part in (
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),

@@ -8,6 +8,7 @@ from nha_jax.layers.attention import (
 )
 from nha_jax.layers.block import Block
 from nha_jax.layers.convolution import ShortConvolution
+from nha_jax.layers.experts import MixtureOfExperts
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import LOGICAL_AXES
 
@@ -17,6 +18,7 @@ __all__ = [
     "ConvolutionState",
     "LayerCache",
     "LayerDiagnostics",
+    "MixtureOfExperts",
     "NativeHybridAttention",
     "ShortConvolution",
     "SwiGLU",

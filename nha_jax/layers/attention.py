@@ -108,7 +108,7 @@ class NativeHybridAttention(nnx.Module):
         rope: Rope,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives 0."""
+        """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives o_proj(0)."""
         outputs, _ = self.forward(
             inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )

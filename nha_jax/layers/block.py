@@ -5,6 +5,7 @@ from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.attention import LayerCache, LayerDiagnostics, NativeHybridAttention
+from nha_jax.layers.experts import MixtureOfExperts
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient
@@ -18,7 +19,8 @@ class Block(nnx.Module):
         self.attention_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
         self.attention = NativeHybridAttention(config, rngs=rngs)
         self.mlp_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
-        self.mlp = SwiGLU(config, rngs=rngs)
+        mlp = MixtureOfExperts if config.experts else SwiGLU
+        self.mlp = mlp(config, rngs=rngs)
 
     def __call__(
         self,

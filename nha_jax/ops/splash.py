@@ -2,6 +2,7 @@
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -113,12 +114,15 @@ def _kernel(
         use_fused_bwd_kernel=fused,
     )
     mask = masks.MultiHeadMask([masks.CausalMask((queries, keys), offset)] * heads)
-    with jax.ensure_compile_time_eval():
-        kernel = splash.make_splash_mha_single_device(
+    # In a thread of its own, which is in no trace and on no mesh: that may be of devices to compile
+    # for, which compute nothing.
+    with ThreadPoolExecutor(1) as thread:
+        kernel = thread.submit(
+            splash.make_splash_mha_single_device,
             mask=mask,
             block_sizes=block_sizes,
             save_residuals=save_residuals,
             residual_checkpoint_name="nha_out",
             interpret=interpret,
-        )
+        ).result()
     return jax.tree.map(np.asarray, kernel)

@@ -68,6 +68,25 @@ def test_what_does_not_fit_and_what_makes_it_fit(capsys: pytest.CaptureFixture[s
     assert fitting["costs"]["kernels"] == {"nha_forward": 2 * parts, "nha_backward": parts}
 
 
+@pytest.mark.tpu_aot
+def test_a_converted_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
+    """Full attention, and grouped matrix products, which XLA has kernels of its own for."""
+    overrides = {
+        "num_layers": 4, "hidden_size": 512, "num_query_heads": 4, "num_kv_heads": 2,
+        "key_dim": 128, "vocab_size": 1024, "window_size": "[64, null]", "conv_width": 0,
+        "value_activation": "identity", "output_norm": "false", "qk_norm": "true",
+        "attention_bias": "qkv", "empty_slots": "mask",
+        "experts": "{count: 16, per_token: 4, size: 512}",
+    }  # fmt: skip
+    arguments = [f"--model.{name}={value}" for name, value in overrides.items()]
+    arguments += ["--batch_size=8", "--mesh.data=1", "--mesh.fsdp=2", "--mesh.tensor=2"]
+    code, figures = plan(capsys, "nha-340m.yaml", "v5p:2x2x1", *arguments)
+    assert code == 0
+    check(figures, devices=4)
+    full = "full attention: fused TPU kernels"
+    assert figures["layers"] == {"window 64: fused TPU kernels": 2, full: 2}
+
+
 @pytest.mark.tpu_full
 @pytest.mark.parametrize(
     ("config", "topology", "arguments", "devices"),

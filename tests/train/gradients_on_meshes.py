@@ -1,7 +1,8 @@
 """Loss and gradients of a model on eight devices against those on one; for test_mesh.py.
 
-Usage: gradients_on_meshes.py MESH..., each as JSON, e.g. '{"data": 4, "context": 2}'. Prints the
-largest differences, relative to the largest gradient, as JSON. XLA warns on stderr.
+Usage: gradients_on_meshes.py KIND MESH..., a key of KINDS, and meshes as JSON, e.g.
+'{"data": 4, "context": 2}'. Prints the largest differences, relative to the largest gradient, as
+JSON. XLA warns on stderr.
 """
 
 import json
@@ -20,10 +21,22 @@ from train.sections import DataConfig, MeshConfig
 from train.step import Steps
 
 B, T, VOCABULARY = 8, 32, 264
+KINDS: dict[str, dict[str, Any]] = {
+    "from-scratch": {},
+    "converted": {
+        "conv_width": 0,
+        "value_activation": "identity",
+        "output_norm": False,
+        "qk_norm": True,
+        "attention_bias": "all",
+        "empty_slots": "mask",
+        "experts": {"count": 5, "per_token": 2, "size": 24},
+    },
+}
 
 
-def make_config(mesh: dict[str, int]) -> TrainConfig:
-    """A window, full attention and short convolutions; every axis of the mesh can be 8."""
+def make_config(kind: str, mesh: dict[str, int]) -> TrainConfig:
+    """With a window and with full attention; every axis of the mesh can be 8."""
     model = ModelConfig(
         vocab_size=VOCABULARY,
         num_layers=2,
@@ -33,6 +46,7 @@ def make_config(mesh: dict[str, int]) -> TrainConfig:
         window_size=(6, None),
         tie_embeddings="tensor" in mesh,
         dtype="float32",
+        **KINDS[kind],
     )
     return TrainConfig(
         run="unused",
@@ -69,12 +83,12 @@ def gradients(config: TrainConfig, devices: list[jax.Device]) -> tuple[float, di
         return float(loss), jax.device_get(nnx.to_pure_dict(found))
 
 
-def main(*meshes: str) -> None:
+def main(kind: str, *meshes: str) -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     differences = {}
     for text in meshes:
-        config = make_config(json.loads(text))
-        alone = make_config(dict.fromkeys(json.loads(text), 1))
+        config = make_config(kind, json.loads(text))
+        alone = make_config(kind, dict.fromkeys(json.loads(text), 1))
         loss, found = gradients(config, jax.devices())
         expected_loss, expected = gradients(alone, jax.devices()[:1])
         pairs = zip(*map(jax.tree.leaves, (found, expected)), strict=True)

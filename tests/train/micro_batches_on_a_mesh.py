@@ -28,13 +28,15 @@ def update(config: TrainConfig) -> tuple[dict[str, float], list[np.ndarray]]:
 def main() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     config = dataclasses.replace(
-        make_config({"data": 2, "fsdp": 2, "context": 2}),
+        make_config("from-scratch", {"data": 2, "fsdp": 2, "context": 2}),
         loss=LossConfig(z_loss=1e-2, slot_loss=1e-1),
         # An update that is smooth in the gradient, near 0 too.
         optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1),
     )
     metrics, state = update(config)
-    metrics_by_parts, state_by_parts = update(dataclasses.replace(config, micro_batches=2))
+    metrics_by_parts, state_by_parts = update(
+        dataclasses.replace(config, micro_batches=2, head_parts=4)
+    )
     differences = {
         name: abs(metrics_by_parts[name] / metrics[name] - 1)
         for name in metrics_by_parts

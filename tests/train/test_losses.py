@@ -30,7 +30,8 @@ def train_config(**changes: Any) -> TrainConfig:
     With so large an epsilon an update is smooth in the gradient, near 0 too.
     """
     config = dataclasses.replace(
-        make_config({"data": 1}), optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1)
+        make_config("from-scratch", {"data": 1}),
+        optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1),
     )
     model = dataclasses.replace(config.model, window_size=6, num_layers=1, remat="none")
     return dataclasses.replace(config, model=model, **changes)
@@ -53,6 +54,49 @@ def test_parts_of_a_batch_make_the_same_update() -> None:
         np.testing.assert_allclose(metrics_by_parts[name], value, rtol=1e-6, err_msg=name)
     errors = jax.tree.map(relative_error, state_by_parts, state)
     assert max(jax.tree.leaves(errors)) < 1e-6
+
+
+def test_parts_of_the_tokens_at_the_head_make_the_same_update() -> None:
+    metrics, state = update(train_config(loss=WEIGHTS))
+    by_parts, state_by_parts = update(train_config(loss=WEIGHTS, head_parts=4, micro_batches=2))
+    assert metrics.keys() == by_parts.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(by_parts[name], value, rtol=1e-6, err_msg=name)
+    errors = jax.tree.map(relative_error, state_by_parts, state)
+    assert max(jax.tree.leaves(errors)) < 1e-6
+
+
+def test_parts_at_the_head_need_less_memory() -> None:
+    """Seven eighths of the logits at least, which are the widest thing there is here."""
+    config = train_config()
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, vocab_size=8192, tie_embeddings=False)
+    )
+
+    def temporaries(head_parts: int) -> int:
+        mesh = make_mesh(config, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            steps = Steps(dataclasses.replace(config, head_parts=head_parts), mesh)
+            compiled = steps.trace_update().lower().compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * config.batch_size * config.data.sequence_length * config.model.vocab_size
+    assert temporaries(1) - temporaries(8) > 7 / 8 * logits
+
+
+def test_evaluation_does_not_depend_on_the_parts() -> None:
+    def evaluate(**parts: int) -> Any:
+        config = train_config(**parts)
+        mesh = make_mesh(config, jax.devices()[:1])
+        with jax.set_mesh(mesh):
+            steps = Steps(config, mesh)
+            return steps.evaluate(steps.initial_state().model, make_batch())
+
+    whole, parts = evaluate(), evaluate(micro_batches=4, head_parts=4)
+    assert whole.loss.targets == parts.loss.targets
+    assert whole.shares == parts.shares
+    np.testing.assert_allclose(parts.loss.nats, whole.loss.nats, rtol=1e-5)
+    np.testing.assert_allclose(parts.slot_share, whole.slot_share, rtol=1e-5)
 
 
 @pytest.mark.slow

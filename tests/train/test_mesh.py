@@ -15,8 +15,8 @@ MIXED: list[dict[str, int]] = [
 ]
 
 
-def check(meshes: list[dict[str, int]]) -> None:
-    done = run_on_eight_devices("tests.train.gradients_on_meshes", *map(json.dumps, meshes))
+def check(meshes: list[dict[str, int]], kind: str) -> None:
+    done = run_on_eight_devices("tests.train.gradients_on_meshes", kind, *map(json.dumps, meshes))
     assert done.returncode == 0, done.stderr
     assert "nvoluntary full rematerialization" not in done.stderr
     differences: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -25,15 +25,21 @@ def check(meshes: list[dict[str, int]]) -> None:
         assert max(difference.values()) < 1e-5, mesh
 
 
-def test_all_kinds_of_division_at_once() -> None:
-    check([{"fsdp": 2, "tensor": 2, "context": 2}])
+KINDS = pytest.mark.parametrize("kind", ["from-scratch", "converted"])
+
+
+@KINDS
+def test_all_kinds_of_division_at_once(kind: str) -> None:
+    check([{"fsdp": 2, "tensor": 2, "context": 2}], kind)
 
 
 @pytest.mark.slow
-def test_every_axis_alone() -> None:
-    check(ALONE)
+@KINDS
+def test_every_axis_alone(kind: str) -> None:
+    check(ALONE, kind)
 
 
 @pytest.mark.slow
-def test_two_by_two_by_two() -> None:
-    check(MIXED)
+@KINDS
+def test_two_by_two_by_two(kind: str) -> None:
+    check(MIXED, kind)

@@ -42,7 +42,8 @@ def test_traffic_is_between_the_arrays_once_and_every_round_ten_times(known: Cos
 
 # What TPU programs have and CPU programs have not: a loop unrolled by two, a gather spread over
 # fusions, a reduce-scatter written as an all-reduce, arrays in a core's memory (S), a layer taken
-# out of a stack, a kernel, and heads [2, 16, 64] x [4, 32, 64] as a window of 4 over padding.
+# out of a stack, a kernel, heads [2, 16, 64] x [4, 32, 64] as a window of 4 over padding, rows
+# [32, 16] in groups with a matrix [16, 8] each, and attributes with line breaks.
 TPU_PROGRAM = """\
 HloModule step, is_scheduled=true, num_partitions=4
 
@@ -89,6 +90,15 @@ calls=%fused_start
   %taps = bf16[4,32,64,1]{3,2,1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
   %heads = bf16[2,16,4,32]{3,2,1,0:S(1)} convolution(%rows, %taps), \
 window={size=1x4 pad=0_0x3_3 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f
+  %sorted = bf16[32,16]{1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %experts = bf16[4,16,8]{2,1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %ragged-dot-metadata = s32[5]{0:S(1)} custom-call(), custom_call_target="tpu_custom_call"
+  %ragged-dot-none.1 = bf16[32,8]{1,0:S(1)} custom-call(%ragged-dot-metadata, %sorted, %experts), \
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block\\": 512}"
+}}, metadata={op_name="ragged-dot-none"}
+  %ragged-dot-none = bf16[4,16,8]{2,1,0:S(1)} custom-call(%sorted, %ragged-dot-none.1), \
+custom_call_target="tpu_custom_call"
   %kernel_2.5.clone.1 = f32[4,4]{1,0} custom-call(%sum), custom_call_target="tpu_custom_call"
   ROOT %out = (s32[], bf16[4,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%next, %stack, %sum)
 }
@@ -123,7 +133,8 @@ def test_an_unrolled_loop_runs_fewer_times(tpu: Costs) -> None:
 
 
 def test_products_over_padding_do_not_count(tpu: Costs) -> None:
-    assert tpu.flops == TRIPS * (2 * (2 * 16 * 4 * 32) * 64 + 7)
+    heads, experts, kernel = 2 * (2 * 16 * 4 * 32) * 64, 2 * (2 * 32 * 16 * 8), 7
+    assert tpu.flops == TRIPS * (heads + experts + kernel)
 
 
 def test_a_spread_collective_counts_once_and_a_reduce_scatter_as_one(tpu: Costs) -> None:

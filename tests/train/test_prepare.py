@@ -30,7 +30,6 @@ from train.cli import main
 from train.data.corpus import TokenSource, load_corpus
 from train.data.hashing import in_fraction
 from train.data.prepared import Manifest, Prepared
-from train.data.tokenizer import FileTokenizer
 from train.errors import DataError
 from train.sections import DataConfig
 from train.text import load_tokenizer_of
@@ -275,7 +274,7 @@ def test_an_end_token_that_is_not_there(
 
 
 def test_text_comes_out_as_it_went_in_token_by_token(tokenizer_file: Path) -> None:
-    tokenizer = FileTokenizer(tokenizer_file.read_bytes(), None, "here")
+    tokenizer = load_tokenizer_of(str(tokenizer_file.parent))
     for text in DOCUMENTS:
         tokens = tokenizer.encode(text)
         assert tokenizer.decode(tokens) == text

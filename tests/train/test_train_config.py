@@ -42,6 +42,20 @@ MISTAKES = [
     (["--model.block_sizes.chunks=8"], ["model.block_sizes.chunks = 8", "chunk"]),
     (["--model.block_sizes.chunk=7"], ["model.block_sizes.chunk must be", "got 7"]),
     (["--model.block_sizes=7"], ["model.block_sizes = 7", "a section of keys or null"]),
+    (["--model.rope_scaling.kind=llama3"], ["model.rope_scaling.factor: missing", "a number"]),
+    (["--model.rope_scaling={kind: ntk, factor: 2}"], ['model.rope_scaling.kind = "ntk"', "yarn"]),
+    (
+        ["--model.rope_scaling={kind: linear, factor: 0.5}"],
+        ["model.rope_scaling.factor=0.5", "at least 1"],
+    ),
+    (["--model.experts.count=8"], ["model.experts.per_token: missing", "an integer"]),
+    (["--model.experts.number=8"], ["model.experts.number = 8", "count, per_token, size"]),
+    (
+        ["--model.experts={count: 8, per_token: 9, size: 16}"],
+        ["model.experts.per_token=9", "at most count=8"],
+    ),
+    (["--model.experts=8"], ["model.experts = 8", "a section of keys or null"]),
+    (["--model.attention_bias=true"], ["model.attention_bias = true", "none, qkv, all"]),
     (["--data=words"], ['data = "words"', "a section"]),
     (["--data.sequence_length=1"], ["data.sequence_length = 1", "at least 2"]),
     (["--data.corpus=null"], ["data.corpus = null", "text"]),
@@ -197,8 +211,26 @@ def test_generate_names_a_folder_without_a_model(
             {"mesh__fsdp": 4, "batch_size": 8, "micro_batches": 2},
             "batch_size / micro_batches = 4: expected a multiple of mesh.data x mesh.fsdp",
         ),
+        (
+            {"mesh__tensor": 2, "model__mlp_size": 63},
+            "model.mlp_size = 63: expected a multiple of mesh.tensor, which is 2",
+        ),
+        (
+            {"mesh__tensor": 2, "model__experts": {"count": 4, "per_token": 2, "size": 9}},
+            "model.experts.size = 9: expected a multiple of mesh.tensor, which is 2",
+        ),
     ],
-    ids=["batch", "data", "fsdp", "hidden_size", "tensor", "context", "micro_batches"],
+    ids=[
+        "batch",
+        "data",
+        "fsdp",
+        "hidden_size",
+        "tensor",
+        "context",
+        "micro_batches",
+        "mlp_size",
+        "experts",
+    ],
 )
 def test_what_does_not_fit_eight_devices_is_refused(
     nha: Nha, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], line: str

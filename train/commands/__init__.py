@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import data, generate, inspect, plan, search, train
+from train.commands import data, export, generate, import_, inspect, plan, search, train
 
 
 class Command(Protocol):
@@ -22,9 +22,11 @@ class Command(Protocol):
 
 COMMANDS: dict[str, Command] = {
     "data": data,
+    "import": import_,
     "train": train,
     "plan": plan,
     "generate": generate,
     "search": search,
     "inspect": inspect,
+    "export": export,
 }

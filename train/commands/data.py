@@ -20,6 +20,9 @@ INPUT is a file, a folder or a glob ("**" goes through all folders below), as of
   any other              UTF-8 text, one document a file
 and any of these but parquet packed as .gz or .zst. Empty documents are left out.
 
+After each document comes the end token; before it, what the tokenizer itself puts before a text,
+such as <|begin_of_text|>.
+
 The order of documents is that of the inputs; whether one is held out for evaluation depends on a
 hash of its text alone, so copies of it are on the same side. Stopped in any way, the same command
 goes on; the folder becomes the same byte for byte, with any number of workers."""
@@ -48,11 +51,15 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     prepare.add_argument("out", metavar="OUT", help="the folder to make")
     prepare.add_argument("inputs", metavar="INPUT", nargs="+", help="what to read, see above")
     add = prepare.add_argument
-    add("--tokenizer", metavar="FILE", help="a Hugging Face tokenizer.json (default: bytes)")
+    add(
+        "--tokenizer", metavar="FILE",
+        help="a Hugging Face tokenizer.json, or a folder that holds one and the files beside it, "
+        "such as a run's or a model's (default: bytes)",
+    )  # fmt: skip
     add(
         "--end-token", metavar="NAME",
-        help="of the tokenizer's tokens the one after each document (default: </s>, "
-        "<|endoftext|>, <|end_of_text|> or <eos>)",
+        help="of the tokenizer's tokens the one after each document (default: the folder's "
+        "eos_token, or else </s>, <|endoftext|>, <|end_of_text|> or <eos>)",
     )  # fmt: skip
     add("--text-key", default="text", metavar="KEY", help="where the text is (default: text)")
     add(

@@ -6,7 +6,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nha_jax import Engine, SamplingOptions
+    from train.chat import ChatTemplate
     from train.data.tokenizer import Tokenizer
     from train.text import Piece
 
@@ -26,15 +28,18 @@ SAMPLING = {
     "repetition_penalty": "divides positive logits of tokens that were there before; 1: none",
     "seed": "of the random numbers; each prompt gets its own from it",
 }
+DEFAULTS = {"max_new_tokens": 256, "temperature": 0.8, "repetition_penalty": 1.0, "seed": 0}
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "generate",
         help="let a trained model continue texts",
-        description="Prints what the model writes after each prompt (a --prompt is repeated before "
-        "it), as it is written if there is one prompt. Prompts come from --prompt, --prompt-file "
-        "and --prompt-tokens, each as often as you like, or else from standard input.",
+        description="Prints what the model writes after each prompt (a --prompt is repeated "
+        "before it, but for --chat), as it is written if there is one prompt. Prompts come from "
+        "--prompt, --prompt-file and --prompt-tokens, each as often as you like, or else from "
+        "standard input. How tokens are drawn is as the options say, or else RUN's "
+        "generation_config.json, if there is one, or else the defaults.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -48,11 +53,12 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="the same as numbers, e.g. '100 101 102'",
     )  # fmt: skip
     kinds = {"max_new_tokens": int, "top_k": int, "seed": int}
-    shown = {"max_new_tokens": 256, "temperature": 0.8, "repetition_penalty": 1.0, "seed": 0}
     for name, text in SAMPLING.items():
         option = f"--{name.replace('_', '-')}"
-        default = shown.get(name, argparse.SUPPRESS)
-        add(option, type=kinds.get(name, float), default=default, help=text)
+        shown = f"{text} (default: {DEFAULTS[name]})" if name in DEFAULTS else text
+        add(option, type=kinds.get(name, float), help=shown)
+    add("--chat", action="store_true", default=False, help="each prompt is what a user says, put "
+        "into the model's chat template")  # fmt: skip
     add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable")
     add("--stop-token", action="append", type=int, default=[], metavar="N", help="the same")
     add("--json", action="store_true", default=False, help="a JSON line for each prompt, with its "
@@ -81,23 +87,30 @@ class _Prompt(argparse.Action):
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
-    from nha_jax import Engine, SamplingOptions
+    from nha_jax import Engine
     from nha_jax.engine import chunk_for
+    from train.chat import ChatTemplate
     from train.layout import read_layout
     from train.text import load_model, load_tokenizer_of
 
     tokenizer = load_tokenizer_of(options.folder)
+    template = ChatTemplate.of(Path(options.folder)) if options.chat else None
     prompts = [
-        _Prompted(option, value, _read_prompt(option, value, tokenizer)) for option, value in given
+        _Prompted(
+            option,
+            value,
+            _read_prompt(option, value, tokenizer, template),
+            repeated=option == "--prompt" and not options.chat,
+        )
+        for option, value in given
     ]
-    sampling = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
     windows = getattr(options, "windows", None)
     layout = None if windows is None else read_layout(windows, "--windows")
     model = load_model(options.folder)
     try:
         if windows is not None:
             model = model.with_windows(layout)
-        chosen = SamplingOptions(**sampling, stop_tokens=(tokenizer.end_token, *options.stop_token))
+        chosen = _choose_sampling(options, tokenizer)
         longest = max(len(prompt.tokens) for prompt in prompts)
         engine = Engine(
             model,
@@ -111,21 +124,43 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _read_prompt(option: str, value: str, tokenizer: "Tokenizer") -> "np.ndarray":
+def _choose_sampling(options: argparse.Namespace, tokenizer: "Tokenizer") -> "SamplingOptions":
+    """As the options say, or else the model's authors; says what came from them."""
+    from nha_jax import SamplingOptions
+    from train.generation_defaults import GenerationDefaults
+
+    defaults = GenerationDefaults.of(Path(options.folder))
+    given = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
+    shown = [f"{name}={x}" for name, x in defaults.sampling.items() if name not in given]
+    if defaults.stop_tokens:
+        shown.append(f"stop tokens {', '.join(map(str, defaults.stop_tokens))}")
+    if shown:
+        print(f"from generation_config.json: {', '.join(shown)}", file=sys.stderr)
+    stop = (tokenizer.end_token, *defaults.stop_tokens, *options.stop_token)
+    sampling: dict[str, Any] = {**DEFAULTS, **defaults.sampling, **given}
+    return SamplingOptions(**sampling, stop_tokens=tuple(dict.fromkeys(stop)))
+
+
+def _read_prompt(
+    option: str, value: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
+) -> "np.ndarray":
     import numpy as np
 
-    from train.text import read_tokens
+    from train.text import read_text
 
     if option == "--prompt-tokens":
+        if template:
+            raise ConfigError("--prompt-tokens: expected text with --chat; give a --prompt")
         try:
             return np.array([int(token) for token in value.split()], np.int64)
         except ValueError:
             raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
-    if option == "--prompt-file":
-        return read_tokens(value, tokenizer)
-    if not value:
+    text = read_text(value) if option == "--prompt-file" else value
+    if not text:
         raise ConfigError("--prompt: the text is empty")
-    return tokenizer.encode(value)
+    if template is None:
+        return tokenizer.encode_prompt(text)
+    return tokenizer.encode_prompt(template.render(text), chat=True)
 
 
 def _write(
@@ -172,9 +207,9 @@ def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
 class _Prompted:
     """A prompt and what came after it."""
 
-    def __init__(self, option: str, value: str, tokens: "np.ndarray"):
+    def __init__(self, option: str, value: str, tokens: "np.ndarray", *, repeated: bool):
         self.option, self.value, self.tokens = option, value, tokens
-        self.shown = value if option == "--prompt" else ""
+        self.shown = value if repeated else ""
         self.written: list[int] = []
         self.log_probabilities: list[float] = []
         self.text = ""

@@ -72,8 +72,8 @@ def open_unpacked(path: Path) -> BinaryIO:
             return path.open("rb")
 
 
-def import_extra(name: str) -> Any:
-    """A module of a package of the extra `data`.
+def import_extra(name: str, extra: str = "data") -> Any:
+    """A module of a package that an extra brings.
 
     Raises:
         ConfigError: it is not installed.
@@ -83,5 +83,5 @@ def import_extra(name: str) -> Any:
     except ImportError:
         package = name.split(".")[0]
         raise ConfigError(
-            f'the package {package} is not installed; `pip install "nha_jax[data]"` brings it'
+            f'the package {package} is not installed; `pip install "nha_jax[{extra}]"` brings it'
         ) from None

@@ -21,7 +21,8 @@ from train.data.pieces import Piece, PieceRecord, Rules, group
 from train.data.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
 from train.data.raw_documents import divide
 from train.data.token_shards import ShardRecord, replacing
-from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
+from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+from train.data.tokenizer_files import TOKENIZER_FILE
 from train.differences import differences
 from train.errors import ConfigError, DataError
 from train.sections import require
@@ -74,6 +75,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     settings = {
         "inputs": _describe(files),
         "tokenizer": tokenizer.name,
+        **({"begin_tokens": list(tokenizer.begin_tokens)} if tokenizer.begin_tokens else {}),
         "end_token": tokenizer.end_token,
         **asdict(rules),
         "shard_bytes": options.shard_bytes,
@@ -94,13 +96,18 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
     if options.tokenizer is None:
         return ByteTokenizer()
     path = Path(options.tokenizer).expanduser()
+    if path.is_dir():
+        tokenizer = load_tokenizer(path, options.end_token)
+        if not tokenizer.files:
+            raise ConfigError(f"--tokenizer = {str(path)!r}: holds no {TOKENIZER_FILE}")
+        return tokenizer
     try:
         content = path.read_bytes()
     except OSError as error:
         raise ConfigError(
             f"--tokenizer = {str(path)!r}: cannot read it: {error.strerror}"
         ) from None
-    return FileTokenizer(content, options.end_token, str(path))
+    return FileTokenizer({TOKENIZER_FILE: content}, options.end_token, str(path))
 
 
 def _files(inputs: Sequence[str]) -> list[Path]:

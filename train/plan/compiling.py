@@ -14,6 +14,7 @@ from nha_jax import ModelConfig
 from nha_jax.ops.tpu import tpu_unsupported
 from nha_jax.ops.types import Options
 from train.config import TrainConfig
+from train.initial_model import model_to_learn_from
 from train.mesh import make_mesh
 from train.plan.costs import Costs, KernelCost, count_costs
 from train.plan.hlo import Program
@@ -27,8 +28,8 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-        parameters: of the model.
-        optimizer: its moments and counters.
+        parameters: of the model, and what is held of one to learn from.
+        optimizer: moments and counters.
         batch: tokens, targets, segments and mask.
         temporaries: activations kept for the backward pass, gradients, and everything else that
             lives for a part of the step; if the step does not fit, all that it needs beyond the
@@ -91,13 +92,16 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
     """
     mesh = make_mesh(config, topology.devices)
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
+        steps = Steps(config, mesh, model_to_learn_from(config))
         traced = steps.trace_update()
         start = time.perf_counter()
         lowered = traced.lower()
         compiled, refusal = _compile(lowered)
+    parameters = _device_bytes(steps.abstract_state.model, steps.shardings.model)
+    if steps.abstract_original is not None:
+        parameters += _device_bytes(steps.abstract_original, steps.original_shardings)
     state = {
-        "parameters": _device_bytes(steps.abstract_state.model, steps.shardings.model),
+        "parameters": parameters,
         "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
     }
     if compiled is None:

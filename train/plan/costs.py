@@ -120,6 +120,8 @@ def _flops(computation: Computation, instruction: Instruction) -> Iterator[int]:
         yield _convolution_flops(computation, instruction)
     elif instruction.opcode == "dot":
         yield _dot_flops(computation, instruction, r"lhs_contracting_dims=\{([\d,]*)\}")
+    elif instruction.opcode == "custom-call" and instruction.name.startswith("ragged-dot"):
+        yield _ragged_dot_flops(computation, instruction)
     elif instruction.opcode == "custom-call" and "__cublas" in instruction.attributes:
         yield _dot_flops(computation, instruction, r'"lhs_contracting_dimensions":\[([\d",]*)\]')
 
@@ -129,6 +131,19 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: str) -> i
     found = re.search(contracted, dot.attributes)
     axes = [int(axis) for axis in re.findall(r"\d+", found[1])] if found else []
     return 2 * dot.results[0].size * math.prod(left.shape[axis] for axis in axes)
+
+
+def _ragged_dot_flops(computation: Computation, call: Instruction) -> int:
+    """Of XLA's own kernels for TPUs: rows [N, D] and a matrix [D, I] for each group of them.
+
+    The three arrays are [N, D], [groups, D, I] and [N, I], whichever of them is the result.
+    """
+    arrays = [*computation.arrays(call.operands), *call.results]
+    rows = [array.shape[0] for array in arrays if len(array.shape) == 2]
+    matrices = [array.shape[1:] for array in arrays if len(array.shape) == 3]
+    if not rows or not matrices:  # the call that prepares the groups
+        return 0
+    return 2 * rows[0] * math.prod(matrices[0])
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> int:

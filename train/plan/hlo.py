@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
+_END = re.compile(r"^\}(, .*)?$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -127,11 +128,15 @@ class Program:
             if match and " = " not in line.split("{")[0].split("(")[0]:
                 header, lines = match[2], []
                 entry = header if match[1] else entry
-            elif line.startswith("}") and lines is not None:
+            elif lines is None:
+                continue
+            elif _END.match(line):
                 self.computations[header] = _computation(header, lines)
                 lines = None
-            elif lines is not None:
+            elif line.startswith("  ") or not lines:
                 lines.append(line)
+            else:
+                lines[-1] += line  # one of its attributes is a text of several lines
         if not entry:
             raise ValueError("this is no text of an XLA program: it has no ENTRY")
         self.entry = self.computations[entry]

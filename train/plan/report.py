@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from train.chips import GIB
+from train.flops import training_flops_per_token
 from train.plan.compiling import CompiledStep, layer_kinds
 
 SECONDS_A_DAY = 86400
@@ -14,7 +15,8 @@ class Speed:
     """What the chips' peaks say of a step; lower bounds, as each part is taken to run alone.
 
     Attributes:
-        model_flops: of the model's definition, a device and step; recomputation is not counted.
+        model_flops: of the definition of what is trained, a device and step; recomputation is not
+            counted.
         compute: seconds that the program's matrix products take at the peak.
         memory: seconds that its HBM traffic takes at the peak; the traffic is an upper estimate.
         network: seconds that its collectives take with every link busy.
@@ -41,7 +43,7 @@ def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
     config, chip = compiled.config, compiled.topology.chip
     length, devices = config.data.sequence_length, len(compiled.topology.devices)
     tokens = config.batch_size * length
-    model_flops = config.model.training_flops_per_token(length) * tokens / devices
+    model_flops = training_flops_per_token(config) * tokens / devices
     step = model_flops / (mfu * chip.flops)
     return Speed(
         model_flops=model_flops,

@@ -1,0 +1,171 @@
+"""A small language model with full attention becomes a hybrid, and gets its quality back.
+
+    uv run python benchmarks/hybridize.py
+
+Trains the original on the quick start's corpus, takes it through the Hugging Face format and back,
+so that its gates start from its keys, gives three layers in four a short window, and fine-tunes the
+attention alone for a tenth of the steps. Prints held-out bits per byte, as a Markdown table.
+Stopped in any way, the same command goes on where it was: all is in --folder.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import nha_jax
+from nha_jax.serialization import WEIGHTS_FILE
+from nha_jax.weights import Index, SafetensorsSource, WeightSource, build_model
+from train.cli import main as nha
+from train.config import TrainConfig
+from train.config_loader import load_config
+from train.data.batches import Windows
+from train.data.corpus import load_corpus
+from train.evaluation import measure_held_out
+from train.initial_model import InitialModel
+from train.mesh import make_mesh
+from train.result import Result
+from train.step import Steps
+
+QUICK_START = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
+LAYOUT = "[16, 16, 16, null]"
+FULL = "null"
+
+# As an import makes a model: the attention of a Llama, and gates.
+ORIGINAL = {
+    "model.num_layers": "4",
+    "model.num_query_heads": "4",
+    "model.num_kv_heads": "2",
+    "model.window_size": FULL,
+    "model.conv_width": "0",
+    "model.value_activation": "identity",
+    "model.output_norm": "false",
+    "model.empty_slots": "mask",
+    "data.sequence_length": "512",
+    "evaluation.final_windows": "512",
+}
+FINE_TUNE = {
+    "trainable": "[blocks.attention.*]",
+    "data.sequence_length": "512",
+    "optimizer.learning_rate": "2e-3",
+    "optimizer.weight_decay": "0",
+    "evaluation.final_windows": "512",
+}
+
+Overrides = dict[str, str]
+
+
+def train(run: Path, steps: int, overrides: Overrides) -> float:
+    """`nha train`, or the rest of it; held-out bits per byte of the finished model."""
+    arguments = [f"--{key}={value}" for key, value in _run(run, steps, overrides).items()]
+    if nha(["train", QUICK_START, *arguments]):
+        sys.exit(1)
+    result = Result.read(run / "result.json")
+    assert result is not None
+    return result.held_out_bits_per_byte
+
+
+def measure(model: Path, overrides: Overrides) -> float:
+    """Held-out bits per byte of a saved model as it is."""
+    values = _run(Path("unused"), 1, FINE_TUNE | overrides | {"initial_model": str(model)})
+    return _held_out(load_config(QUICK_START, list(values.items())))
+
+
+def _run(run: Path, steps: int, overrides: Overrides) -> Overrides:
+    base = {"run": str(run), "steps": str(steps), "optimizer.warmup_steps": str(steps // 20)}
+    return base | overrides
+
+
+def _held_out(config: TrainConfig) -> float:
+    corpus, mesh = load_corpus(config.data), make_mesh(config)
+    windows = Windows(corpus.held_out, config.data.sequence_length)
+    with jax.set_mesh(mesh):
+        steps = Steps(config, mesh)
+        state = steps.initial_state(
+            InitialModel.open(config.initial_model or "").source(config.model)
+        )
+        count = config.evaluation.final_windows
+        found = measure_held_out(steps, state.model, windows, config.batch_size, count)
+    return found.bits_per_byte
+
+
+def through_hugging_face(model: Path, folder: Path) -> Path:
+    """The model as an import of its export makes it: its gates start from its keys."""
+    exported, imported = folder / "hugging-face", folder / "imported"
+    if not exported.exists() and nha(["export", str(model), str(exported)]):
+        sys.exit(1)
+    options = ["--num-slots=32", "--param-dtype=float32"]
+    if not imported.exists() and nha(["import", str(exported), str(imported), *options]):
+        sys.exit(1)
+    return imported
+
+
+class WithoutGates:
+    """The weights of a model, but for those of its gates."""
+
+    def __init__(self, source: WeightSource):
+        self.name = source.name
+        self.shapes = {name: x for name, x in source.shapes.items() if ".f_proj." not in name}
+        self._source = source
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        return self._source.read(name, index)
+
+
+def without_slots(model: Path, folder: Path) -> Path:
+    """The same model without slots: what has left its windows is gone."""
+    path = folder / "without-slots"
+    if not path.exists():
+        config = dataclasses.replace(InitialModel.open(str(model)).config, num_slots=0)
+        source = WithoutGates(SafetensorsSource(model / WEIGHTS_FILE))
+        nha_jax.save(path, build_model(config, source))
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=Path("runs/hybridize"))
+    parser.add_argument("--steps", type=int, default=4000, help="of the original (default: 4000)")
+    options = parser.parse_args()
+    folder, tenth = options.folder, max(options.steps // 10, 1)
+
+    original = train(folder / "original", options.steps, ORIGINAL)
+    imported = through_hugging_face(folder / "original" / "model", folder)
+    window_only = without_slots(imported, folder)
+    # In place of the quick start's whole section: the rest is the initial model's.
+    hybrid, full = ({"model": f"{{window_size: {layout}}}"} for layout in (LAYOUT, FULL))
+    learning = {"loss.distillation": "1.0"}
+
+    def tuned(name: str, start: Path, overrides: Overrides) -> float:
+        values = FINE_TUNE | overrides | {"initial_model": str(start)}
+        return train(folder / name, tenth, values)
+
+    rows = [
+        ("original, full attention", original, tuned("full", imported, full), None),
+        ("exported, imported again", measure(imported, full), None, None),
+        (
+            f"hybrid {LAYOUT}",
+            measure(imported, hybrid),
+            tuned("hybrid", imported, hybrid),
+            tuned("distilled", imported, hybrid | learning),
+        ),
+        (
+            "the same without slots",
+            measure(window_only, hybrid),
+            tuned("window-only", window_only, hybrid),
+            None,
+        ),
+    ]
+    print(f"\nHeld-out bits per byte; {options.steps} steps, fine-tunes of {tenth}\n")
+    print("| model | as it is | attention fine-tuned | and distilled |")
+    print("| --- | --- | --- | --- |")
+    for name, *values in rows:
+        cells = ("" if value is None else f"{value:.3f}" for value in values)
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,275 @@
+"""The config.json of a transformers model, and the `ModelConfig` that computes the same."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nha_jax.config import AttentionBias, DType, ModelConfig
+from nha_jax.features import Experts
+from nha_jax.hf.families import FAMILIES, Family, find_family
+from nha_jax.hf.names import Entry, table
+from nha_jax.hf.rope import read_rope, write_rope
+
+CONVERTED: dict[str, Any] = {
+    "value_activation": "identity",
+    "output_norm": False,
+    "conv_width": 0,
+    "empty_slots": "mask",
+}
+"""What makes a `ModelConfig` with window None the plain attention of a pretrained model."""
+
+CHOSEN = (
+    "num_slots", "window_size", "gate_logit_normalizer", "slot_feature_map", "empty_slots", "dtype",
+    "param_dtype", "remat", "implementation", "block_sizes",
+)  # fmt: skip
+"""Fields of `ModelConfig` that the original's config.json does not determine."""
+
+
+@dataclass(frozen=True)
+class Original:
+    """A config.json, understood."""
+
+    family: Family
+    config: ModelConfig
+    table: Callable[[ModelConfig], tuple[Entry, ...]]  # where each parameter lies
+    notices: tuple[str, ...]  # what the user should know: where the model differs, what is ignored
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+)  # fmt: skip
+
+_ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+
+# Bookkeeping, and what matters in training or to other programs only.
+HARMLESS = frozenset({
+    "_attn_implementation", "_name_or_path", "architectures", "attention_dropout",
+    "attn_implementation", "bos_token", "bos_token_id", "chunk_size_feed_forward", "dtype",
+    "eos_token", "eos_token_id", "id2label", "label2id", "max_length", "model_type",
+    "output_attentions", "output_hidden_states", "output_router_logits", "pad_token",
+    "pad_token_id", "problem_type", "return_dict", "router_aux_loss_coef", "tokenizer_class",
+    "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
+})  # fmt: skip
+
+
+def _nothing(value: Any) -> bool:
+    return not value
+
+
+# What transformers would compute otherwise than we do, unless the key says the usual.
+_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
+    "attention_bias": (lambda value: value in (None, False, True), "true or false"),
+    "mlp_bias": (_nothing, "false"),
+    "pretraining_tp": (lambda value: value in (None, 1), "1"),
+    "partial_rotary_factor": (lambda value: value in (None, 1), "1"),
+    "quantization_config": (_nothing, "weights that are not quantized"),
+    "per_layer_config": (_nothing, "the same config for every layer"),
+    "is_encoder_decoder": (_nothing, "false"),
+    "add_cross_attention": (_nothing, "false"),
+    "mlp_only_layers": (_nothing, "[]: experts in every layer"),
+    "decoder_sparse_step": (lambda value: value in (None, 1), "1: experts in every layer"),
+    "layer_types": (
+        lambda value: set(value or ()) <= {"full_attention", "sliding_attention"},
+        "'full_attention' or 'sliding_attention' for every layer",
+    ),
+}
+
+
+def from_hf_config(
+    fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
+) -> Original:
+    """What a config.json of transformers says, as a `ModelConfig` that computes the same.
+
+    The model keeps its own attention (`CONVERTED`) and, unless chosen otherwise, window None in
+    every layer and 64 slots; `dtype` is bfloat16 if config.json says so, else float32.
+
+    Args:
+        fields: the parsed config.json.
+        param_dtype: of the parameters.
+        chosen: other fields of `ModelConfig`, of `CHOSEN`.
+
+    Raises:
+        ValueError: the architecture is not supported, or keys say what cannot be computed; one
+            line names every one of them with its value and what is expected. Or `chosen` has a
+            field that the original determines.
+    """
+    if wrong := sorted(set(chosen) - set(CHOSEN)):
+        raise ValueError(
+            f"{', '.join(wrong)} cannot be chosen: the original determines it; "
+            f"there are {', '.join(CHOSEN)}"
+        )
+    family = find_family(fields)
+    values = {**family.defaults, **fields}
+    problems = [f"{key} is missing" for key in _SIZES if key not in values]
+    problems += [
+        f"{key} = {values[key]!r}: expected {expected}"
+        for key, (fits, expected) in _REQUIRED.items()
+        if key in values and not fits(values[key])
+    ]
+    theta, scaling, rope_problems, rope_unknown = read_rope(values)
+    problems += rope_problems
+    if problems:
+        raise ValueError(listed(problems))
+    try:
+        config = ModelConfig(
+            **_sizes(values, family),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            **CONVERTED | {"window_size": None, "dtype": computing_dtype(fields)} | chosen,
+            param_dtype=param_dtype,
+        )
+    except ValueError as error:
+        raise ValueError(listed([str(error)])) from None
+    unknown = [*_unknown_keys(fields, family), *rope_unknown]
+    notices = (*_sliding_notice(values, family), *unknown_notice(unknown))
+    return Original(family, config, table, notices)
+
+
+def to_hf_config(
+    config: ModelConfig, *, max_position_embeddings: int | None = None
+) -> dict[str, Any]:
+    """A config.json with which transformers computes what the model does at window None.
+
+    Windows, slots and gates have no place in it, and are left out.
+
+    Args:
+        config: of a model with the attention of a pretrained one, as `from_hf_config` gives it.
+        max_position_embeddings: the longest context; None: as the rotations were stretched for, or
+            else the family's default.
+
+    Raises:
+        ValueError: no supported family computes this; one line names every field that is in the
+            way.
+    """
+    family = _family_of(config)
+    problems = [
+        f"{field} = {getattr(config, field)!r}: expected {value!r}"
+        for field, value in CONVERTED.items()
+        if field != "empty_slots" and getattr(config, field) != value
+    ]
+    if config.value_dim != config.key_dim:
+        problems.append(f"value_dim = {config.value_dim}: expected key_dim = {config.key_dim}")
+    if family.attention_bias not in (None, config.attention_bias) or (
+        family.attention_bias is None and config.attention_bias == "qkv"
+    ):
+        problems.append(f"attention_bias = {config.attention_bias!r}: expected 'none' or 'all'")
+    if problems:
+        raise ValueError(f"transformers has no model of this config: {'; '.join(problems)}")
+    longest, scaling = family.defaults["max_position_embeddings"], config.rope_scaling
+    if scaling and scaling.original_length:  # older versions derive yarn's factor from it
+        longest = round(scaling.factor * scaling.original_length)
+    fields: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.mlp_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_query_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.key_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": max_position_embeddings or longest,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+        "torch_dtype": config.param_dtype,
+        **write_rope(config.rope_theta, config.rope_scaling),
+    }
+    if family.attention_bias is None:
+        fields["attention_bias"] = config.attention_bias == "all"
+    if family.slides != "never":
+        fields |= {"use_sliding_window": False, "sliding_window": None}
+    if config.experts:
+        fields |= {
+            "num_experts": config.experts.count,
+            "num_experts_per_tok": config.experts.per_token,
+            "moe_intermediate_size": config.experts.size,
+            "norm_topk_prob": config.experts.normalize,
+            "mlp_only_layers": [],
+            "decoder_sparse_step": 1,
+        }
+    return fields
+
+
+def _family_of(config: ModelConfig) -> Family:
+    """The plainest family that has what the config has."""
+    if config.experts:
+        return FAMILIES["qwen3_moe"]
+    if config.qk_norm:
+        return FAMILIES["qwen3"]
+    return FAMILIES["qwen2" if config.attention_bias == "qkv" else "llama"]
+
+
+def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of `ModelConfig` that are numbers and flags of config.json."""
+    bias: AttentionBias | None = family.attention_bias
+    if bias is None:
+        bias = "all" if values["attention_bias"] else "none"
+    experts = None
+    if family.experts:
+        experts = Experts(
+            count=values.get("num_local_experts", values["num_experts"]),
+            per_token=values["num_experts_per_tok"],
+            size=values["moe_intermediate_size"],
+            normalize=values["norm_topk_prob"],
+        )
+    return {
+        "vocab_size": values["vocab_size"],
+        "num_layers": values["num_hidden_layers"],
+        "hidden_size": values["hidden_size"],
+        "num_query_heads": values["num_attention_heads"],
+        "num_kv_heads": values["num_key_value_heads"],
+        "key_dim": values["head_dim"],
+        "mlp_size": values["intermediate_size"],
+        "norm_eps": values["rms_norm_eps"],
+        "initializer_range": values["initializer_range"],
+        "tie_embeddings": values["tie_word_embeddings"],
+        "qk_norm": family.qk_norm,
+        "attention_bias": bias,
+        "experts": experts,
+    }
+
+
+def computing_dtype(fields: Mapping[str, Any]) -> DType:
+    """What the original computes in, of ours."""
+    named = str(fields.get("dtype") or fields.get("torch_dtype"))
+    return "bfloat16" if named.removeprefix("torch.") == "bfloat16" else "float32"
+
+
+def _sliding_notice(values: Mapping[str, Any], family: Family) -> list[str]:
+    window, layers = values.get("sliding_window"), values["num_hidden_layers"]
+    asked = family.slides == "always" or values.get("use_sliding_window")
+    if family.slides == "never" or not asked or not window:
+        return []
+    if window >= (values["max_position_embeddings"] or 0):
+        return []
+    sliding = layers
+    if family.slides == "named":
+        named: Sequence[str] | None = values.get("layer_types")
+        above = max(layers - values["max_window_layers"], 0)
+        sliding = above if named is None else list(named).count("sliding_attention")
+    if not sliding:
+        return []
+    return [
+        f"{sliding} of {layers} layers of the original see the last {window} tokens only "
+        f"(sliding_window); with window None the model equals it up to {window} tokens"
+    ]
+
+
+def _unknown_keys(fields: Mapping[str, Any], family: Family) -> list[str]:
+    aliases = ("num_local_experts",) if family.experts else ()
+    known = {*family.defaults, *_SIZES, *_ROPE_KEYS, *_REQUIRED, *HARMLESS, *aliases}
+    return sorted(set(fields) - known)
+
+
+def unknown_notice(keys: Iterable[str]) -> list[str]:
+    """What is said of keys that mean nothing here."""
+    named = ", ".join(keys)
+    return [f"config.json has keys that were ignored: {named}"] if named else []
+
+
+def listed(problems: Iterable[str]) -> str:
+    """One line of all that is in the way of an import."""
+    return f"config.json cannot be imported: {'; '.join(problems)}"

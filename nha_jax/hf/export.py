@@ -1,0 +1,307 @@
+"""Models of ours in the format of transformers, or in that of the paper's authors."""
+
+import dataclasses
+import itertools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+
+from nha_jax.config import ModelConfig
+from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
+from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
+from nha_jax.hf.families import HYBRIDS, NATIVE
+from nha_jax.hf.hybrid import hybrid_notices, without_gates, write_hybrid
+from nha_jax.hf.names import Entry, hybrid_table, native_table, plain_table
+from nha_jax.hf.native import native_notices, read_native, write_native
+from nha_jax.model import Model
+from nha_jax.serialization import COMPANION_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
+from nha_jax.weights import Index, ModelSource, Shapes, WeightSource, weight_bytes, write_weights
+
+Format = Literal["family", "nha"]
+
+CONFIG_FILE = "config.json"
+
+_METADATA = {"format": "pt", "producer": "nha_jax"}
+
+# Spelt otherwise by what is written instead, or by other versions of transformers.
+_REWRITTEN = {
+    "rope_parameters", "rope_scaling", "layer_types", "dtype", "num_local_experts",
+    "transformers_version",
+}  # fmt: skip
+
+
+class Export(NamedTuple):
+    """What a model becomes, before any weight is written."""
+
+    fields: dict[str, Any]  # config.json
+    entries: tuple[Entry, ...]  # where each parameter goes; those that are left out are not there
+    notices: tuple[str, ...]  # where the original computes otherwise than the model
+
+
+def save_pretrained(
+    path: str | os.PathLike[str],
+    model: Model,
+    *,
+    format: Format | None = None,
+    files: Mapping[str, bytes] | None = None,
+    shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+) -> tuple[str, ...]:
+    """Writes a folder that transformers loads, or the code of the paper's authors.
+
+    Args:
+        path: the folder to create, all of it or nothing; its parents are created too.
+        model: the model; `with_windows` gives it other windows.
+        format: "family": of Llama, Qwen2, ..., for a pretrained model with window None in every
+            layer, without its gates, which have no part in full attention. "nha": that of the
+            paper's authors, with the gates: of a pretrained model, model types such as llama_nha;
+            of one of the published architecture, nha. None: "family" where it fits, else "nha".
+        files: name, of `nha_jax.serialization.COMPANION_FILES`, and content of what goes with the
+            model. Of an imported model, `original_config.json` decides its family and whatever
+            else of config.json the model does not.
+        shard_bytes: the weights' files are at most this large, or hold one tensor.
+        overwrite: replace a folder that this function wrote.
+
+    Returns:
+        Sentences about where the loaded model computes otherwise than this one.
+
+    Raises:
+        ValueError: no format has what the model has; one line names every field in the way.
+        FileExistsError: `path` exists and overwrite is False, or something else is there.
+        OSError: there is too little room on the disk; nothing was written.
+    """
+    export = plan_export(model.config, files or {}, format)
+    write_export(
+        path, export, ModelSource(model), files or {}, shard_bytes=shard_bytes, overwrite=overwrite
+    )
+    return export.notices
+
+
+def plan_export(
+    config: ModelConfig, files: Mapping[str, bytes], format: Format | None = None
+) -> Export:
+    """What `save_pretrained` would write of a model; the same arguments, errors and notices."""
+    original = _original(files)
+    hybrid = set(config.windows) != {None}
+    if config.output_norm or config.value_activation != "identity":
+        if format == "family":
+            raise ValueError(
+                "no model of transformers has the published architecture's attention; "
+                "leave format='family' out"
+            )
+        fields = _kept(config, original, native=True) | write_native(config)
+        return Export(fields, native_table(config), native_notices(config))
+    plain = _plain_fields(config, original, files)
+    if format == "nha" or (format is None and hybrid):
+        fields = write_hybrid(config, plain)
+        notices = hybrid_notices(config, fields["model_type"])
+        return Export(fields, hybrid_table(config), notices)
+    if hybrid:
+        raise ValueError(
+            f"window_size = {config.window_size}: no model of transformers has windows like these; "
+            "export with full attention (--windows none), or with format='nha' for the code of the "
+            "paper's authors"
+        )
+    attends = config.empty_slots == "attend" and config.num_slots > 0
+    notice = "this model attends to empty slots (empty_slots='attend'), and transformers has none"
+    return Export(plain, plain_table(config), (notice,) if attends else ())
+
+
+def write_export(
+    path: str | os.PathLike[str],
+    export: Export,
+    source: WeightSource,
+    files: Mapping[str, bytes],
+    *,
+    shard_bytes: int,
+    overwrite: bool = False,
+    on_written: Callable[[int], object] = lambda count: None,
+) -> None:
+    """Writes what `plan_export` planned, a piece of a tensor at a time.
+
+    Args:
+        path, files, shard_bytes, overwrite: as for `save_pretrained`.
+        export: the plan.
+        source: the model's parameters.
+        on_written: called with the bytes of each piece of the weights.
+
+    Raises:
+        ValueError, FileExistsError, OSError: as for `save_pretrained`.
+    """
+    path = Path(path)
+    if wrong := sorted(set(files) - set(COMPANION_FILES)):
+        raise ValueError(f"files={wrong} must be of {', '.join(COMPANION_FILES)}")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
+    check_exportable(path, overwrite=overwrite)
+    places = _places(source.shapes, export.entries)
+    theirs = ExportedSource(source, places).shapes
+    shards = _shards(theirs, shard_bytes)
+    needed = weight_bytes(theirs) + sum(map(len, files.values()))
+    with replacing_folder(path, needed) as new:
+        _write_json(new / CONFIG_FILE, export.fields)
+        for name, content in files.items():
+            if name != ORIGINAL_CONFIG_FILE:
+                (new / name).write_bytes(content)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(shards, 1):
+            name = WEIGHTS_FILE
+            if len(shards) > 1:
+                name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+            part = ExportedSource(source, {tensor: places[tensor] for tensor in shard})
+            write_weights(new / name, part, on_written, _METADATA)
+            weight_map |= dict.fromkeys(shard, name)
+        if len(shards) > 1:
+            total = {"total_size": weight_bytes(theirs)}
+            _write_json(new / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
+
+
+def check_exportable(path: Path, *, overwrite: bool) -> None:
+    """Raises FileExistsError if `path` exists, unless it is an export of ours to overwrite."""
+    if not path.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{path} exists; choose another folder or pass overwrite=True")
+    if not _is_export(path):
+        raise FileExistsError(f"{path} is not a folder written by an export; it is left as it is")
+
+
+class ExportedSource:
+    """Parameters of a model, as tensors under the names of another format.
+
+    Attributes:
+        name: what errors call it.
+        shapes: of the tensors.
+    """
+
+    def __init__(self, source: WeightSource, places: "Mapping[str, _Place]"):
+        self.name = source.name
+        self._source, self._places = source, places
+        self.shapes: Shapes = {
+            name: jax.ShapeDtypeStruct(place.shape, source.shapes[place.entry.name].dtype)
+            for name, place in places.items()
+        }
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """A part of a tensor, with bounds."""
+        place = self._places[name]
+        at = tuple(slice(i, i + 1) for i in place.stacked)
+        part = self._source.read(place.entry.name, (*at, *place.entry.our_index(index)))
+        values = place.entry.theirs(part.reshape(part.shape[len(at) :]))
+        tensor = np.empty(values.shape, values.dtype)
+        copy_array(values, tensor)
+        return tensor
+
+
+class _Place(NamedTuple):
+    """Where a tensor of theirs lies in ours."""
+
+    entry: Entry
+    stacked: tuple[int, ...]  # layer and expert
+    shape: tuple[int, ...]  # of the tensor
+
+
+def _places(ours: Shapes, entries: tuple[Entry, ...]) -> dict[str, _Place]:
+    """Every tensor of theirs, from the embedding through the layers to the head."""
+    found = []
+    for entry in entries:
+        shape = ours[entry.name].shape
+        for stacked in itertools.product(*map(range, shape[: entry.stacked_axes])):
+            layer = stacked[0] if stacked else (-1 if entry.name.startswith("embed") else math.inf)
+            place = _Place(entry, stacked, entry.their_shape(shape))
+            found.append((layer, entry.their_name(stacked), place))
+    return {name: place for _, name, place in sorted(found, key=lambda item: item[:2])}
+
+
+def _shards(theirs: Shapes, shard_bytes: int) -> list[list[str]]:
+    """The names in order, in as many parts as there are to be files."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, shape in theirs.items():
+        size = weight_bytes({name: shape})
+        if shards[-1] and size > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
+
+
+def _plain_fields(
+    config: ModelConfig, original: Mapping[str, Any], files: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """The config.json of transformers that computes the model at window None."""
+    kept = _kept(config, original, native=False)
+    fields = to_hf_config(config, max_position_embeddings=kept.get("max_position_embeddings"))
+    if not kept:
+        return fields | _tokens(files)
+    own: dict[str, Any] = {key: kept[key] for key in ("architectures", "model_type") if key in kept}
+    if "sliding_window" in kept:  # the model sees all tokens, also where its original did not
+        own["sliding_window"] = None
+    return kept | fields | own
+
+
+def _kept(config: ModelConfig, original: Mapping[str, Any], *, native: bool) -> dict[str, Any]:
+    """What the original's config.json says, if the model still is what it says."""
+    model_type = original.get("model_type")
+    if model_type in HYBRIDS:
+        original = without_gates(original)
+    if native != (model_type == NATIVE.model_type) or not original:
+        return {}
+    try:
+        read = read_native if native else from_hf_config
+        before = read(original, param_dtype=config.param_dtype).config
+    except ValueError:
+        return {}
+    determined = {field.name for field in dataclasses.fields(config)} - set(CHOSEN)
+    if any(getattr(before, name) != getattr(config, name) for name in determined):
+        return {}
+    return {key: value for key, value in original.items() if key not in _REWRITTEN}
+
+
+def _original(files: Mapping[str, bytes]) -> dict[str, Any]:
+    return _read_object(files.get(ORIGINAL_CONFIG_FILE, b"{}"))
+
+
+def _tokens(files: Mapping[str, bytes]) -> dict[str, Any]:
+    """The numbers of special tokens; without them transformers would take its family's."""
+    told = _read_object(files.get("generation_config.json", b"{}"))
+    return {key: told.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+
+
+def _read_object(content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _is_export(path: Path) -> bool:
+    """Whether nothing but what an export writes is there; downloads have the same file names."""
+    own = {CONFIG_FILE, INDEX_FILE, *COMPANION_FILES}
+    weights = list(path.glob("*.safetensors"))
+    if not path.is_dir() or {file.name for file in path.iterdir()} - own - {
+        x.name for x in weights
+    }:
+        return False
+    try:
+        return bool(weights) and all(_metadata(file) == _METADATA for file in weights)
+    except safetensors.SafetensorError:
+        return False
+
+
+def _metadata(path: Path) -> dict[str, str] | None:
+    with safetensors.safe_open(path, "numpy") as file:
+        return file.metadata()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

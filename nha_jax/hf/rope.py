@@ -1,0 +1,108 @@
+"""The rotary embedding's part of a config.json, in both of transformers' spellings."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, cast, get_args
+
+from nha_jax.features import RopeScaling, RopeScalingKind
+
+DEFAULT_THETA = 10000.0
+
+_SHARED = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
+_KEYS: dict[str, dict[str, str]] = {
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "low_freq_factor": "low_frequency_factor",
+        "high_freq_factor": "high_frequency_factor",
+    },
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "attention_factor": "attention_factor",
+        "truncate": "truncate",
+    },
+}
+"""By kind: transformers' key -> the field of `RopeScaling`."""
+
+_NEEDED = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": set[str](),
+}
+_MSCALES = ("mscale", "mscale_all_dim")
+
+
+def read_rope(
+    values: Mapping[str, Any],
+) -> tuple[float, RopeScaling | None, list[str], list[str]]:
+    """Base and scaling of a config.json (with defaults filled in), its problems, unknown keys.
+
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling; where
+    several are there, the order is transformers' own.
+    """
+    key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    rope = values.get(key) or {}
+    if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
+        expected = "a mapping, the same for all layers"
+        return DEFAULT_THETA, None, [f"{key} = {rope!r}: expected {expected}"], []
+    theta = rope.get("rope_theta", values.get("rope_theta", DEFAULT_THETA))
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    problems, scaling = [], None
+    if rope.get("partial_rotary_factor") not in (None, 1):
+        problems.append(
+            f"{key}.partial_rotary_factor = {rope['partial_rotary_factor']!r}: expected 1"
+        )
+    if kind not in ("default", *_KEYS):
+        known = ", ".join(map(repr, ("default", *_KEYS)))
+        problems.append(f"{key}.rope_type = {kind!r}: expected one of {known}")
+    elif kind != "default":
+        missing = sorted(name for name in _NEEDED[kind] if rope.get(name) is None)
+        problems += [f"{key}.{name} is missing: {kind!r} needs it" for name in missing]
+        if not missing:
+            try:
+                scaling = _scaling(kind, rope, values)
+            except (TypeError, ValueError) as error:
+                problems.append(f"{key} does not fit: {error}")
+    known_keys = {*_SHARED, *_KEYS.get(kind, {}), *(_MSCALES if kind == "yarn" else ())}
+    unknown = [f"{key}.{name}" for name in sorted(set(rope) - known_keys)]
+    return theta, scaling, problems, unknown
+
+
+def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
+    """The keys of a config.json that every version of transformers reads."""
+    if scaling is None:
+        return {"rope_theta": theta, "rope_scaling": None}
+    rope = {name: getattr(scaling, field) for name, field in _KEYS[scaling.kind].items()}
+    # Older versions want numbers with a point, and do not know the key that the default leaves out.
+    rope |= {"factor": float(scaling.factor), "truncate": None if scaling.truncate else False}
+    given = {name: value for name, value in rope.items() if value is not None}
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": scaling.kind, **given}}
+
+
+def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
+    """Raises TypeError or ValueError if a value does not fit."""
+    assert kind in get_args(RopeScalingKind)
+    longest = values.get("max_position_embeddings")
+    own = rope.get("original_max_position_embeddings") or longest
+    length = values.get("original_max_position_embeddings", own)
+    filled = {**rope, "original_max_position_embeddings": length}
+    if kind == "yarn":
+        if filled.get("factor") is None:
+            filled["factor"] = values["max_position_embeddings"] / length
+        filled["attention_factor"] = _attention_factor(filled)
+    fields = {field: filled.get(name) for name, field in _KEYS[kind].items()}
+    given = {field: value for field, value in fields.items() if value is not None}
+    return RopeScaling(kind=cast(RopeScalingKind, kind), **given)
+
+
+def _attention_factor(rope: Mapping[str, Any]) -> float | None:
+    """DeepSeek's two mscales (arXiv 2405.04434) are a ratio of attention factors."""
+    mscale, of_all = (rope.get(name) for name in _MSCALES)
+    if rope.get("attention_factor") is not None or not (mscale and of_all):
+        return rope.get("attention_factor")
+    growth = 0.1 * math.log(rope["factor"])
+    return (growth * mscale + 1) / (growth * of_all + 1)

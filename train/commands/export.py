@@ -1,0 +1,133 @@
+"""`nha export`."""
+
+import argparse
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nha_jax import ModelConfig
+    from nha_jax.hf.export import Export
+    from nha_jax.weights import WeightSource
+
+_DESCRIPTION = """\
+Writes a model as a folder for PyTorch: config.json, .safetensors and the files of its tokenizer.
+
+  --format family  what transformers loads (Llama, Qwen2, ...): a pretrained model with full
+                   attention in every layer. Its gates, which have no part in that, are left out.
+  --format nha     what the code of the authors of Native Hybrid Attention loads (JusenD/NHA): a
+                   hybridised model with its gates, or one of the published architecture.
+By default it is the first where every layer has full attention, else the second. The weights are
+read from RUN a piece at a time, if RUN is a saved model."""
+
+_EXAMPLES = """\
+examples:
+  nha export models/llama exported/llama
+  nha export runs/hybrid exported/hybrid --shard-size 2GB
+  nha export runs/hybrid exported/original-attention --windows none"""
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write a model for PyTorch: transformers, or the paper's code",
+        usage="nha export RUN HF_DIR [options]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
+    parser.add_argument("out", metavar="HF_DIR", help="the folder to make")
+    add = parser.add_argument
+    add("--format", choices=("family", "nha"), help="see above")
+    add(
+        "--windows", metavar="LAYOUT",
+        help="other windows than the model's: none, a pattern such as '64,64,64,none', or a result "
+        "of nha search",
+    )  # fmt: skip
+    add(
+        "--shard-size", default="5GB", metavar="SIZE",
+        help="of a file of weights at most, e.g. 500MB (default: 5GB)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace an export that is at HF_DIR already")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from nha_jax.hf.export import check_exportable, plan_export, write_export
+    from nha_jax.serialization import companions_of
+    from nha_jax.weights import weight_bytes
+    from train.bytes_bar import bytes_bar
+    from train.layout import read_layout
+
+    shard_bytes = _read_size(options.shard_size)
+    layout = None if options.windows is None else read_layout(options.windows, "--windows")
+    out = Path(options.out)
+    if out.exists() and not options.overwrite:
+        raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
+    try:
+        check_exportable(out, overwrite=options.overwrite)
+        config, source = _open(options.run)
+        if options.windows is not None:
+            config = dataclasses.replace(config, window_size=layout)
+        files = companions_of(options.run)
+        export = plan_export(config, files, options.format)
+        print(_summary(config, export, files), flush=True)
+        with bytes_bar(weight_bytes(source.shapes)) as bar:
+            write_export(
+                out,
+                export,
+                source,
+                files,
+                shard_bytes=shard_bytes,
+                overwrite=options.overwrite,
+                on_written=bar.update,
+            )
+    except (OSError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    print(f"wrote {out}")
+    return 0
+
+
+def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
+    """A saved model as it lies on the disk; of a run, its newest checkpoint."""
+    from nha_jax.serialization import WEIGHTS_FILE, open_saved
+    from nha_jax.weights import ModelSource, abstract_parameters, check_weights
+    from train.text import load_model
+
+    if (Path(path) / WEIGHTS_FILE).exists():
+        config, source = open_saved(path)
+        check_weights(abstract_parameters(config), source)
+        return config, source
+    model = load_model(path)
+    return model.config, ModelSource(model)
+
+
+def _read_size(text: str) -> int:
+    """'500MB' -> 500,000,000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", text, re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"--shard-size = {text!r}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -> str:
+    """What the folder will be, a line each, and what the user should know about it."""
+    from nha_jax.serialization import ORIGINAL_CONFIG_FILE
+    from train.layout import format_layout
+
+    beside = ", ".join(name for name in files if name != ORIGINAL_CONFIG_FILE)
+    lines = [
+        f"{export.fields['architectures'][0]}, {config.num_layers} layer"
+        f"{'s' * (config.num_layers > 1)}, windows "
+        f"{format_layout(config.window_period)}, {config.param_dtype}",
+        f"beside it: {beside or 'no tokenizer'}",
+    ]
+    return "\n".join([*lines, *(f"note: {notice}" for notice in export.notices)])

@@ -1,0 +1,132 @@
+"""`nha import`."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from train.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nha_jax.hf import Pretrained
+
+_DESCRIPTION = """\
+Turns a pretrained model in the format of Hugging Face's transformers (Llama, Mistral, Qwen2, Qwen3,
+Qwen3-MoE), or of the authors of Native Hybrid Attention (JusenD/NHA), into a folder that nha
+generate, nha train and nha_jax.load take.
+
+The weights are read from .safetensors files, a piece at a time; nothing is downloaded. With full
+attention in every layer, as is the default, the model computes what the original does. A --windows
+layout then makes it a hybrid: its slots work, but only well after a fine-tune."""
+
+_EXAMPLES = """\
+examples:
+  nha import downloads/Llama-3-8B models/llama
+  nha import downloads/Llama-3-8B models/hybrid --windows 64,64,64,none
+then
+  nha generate models/llama --prompt 'Once upon a time'
+  nha train configs/hybridize.yaml --initial_model=models/hybrid"""
+
+
+def add_parser(commands: "argparse._SubParsersAction") -> None:
+    parser = commands.add_parser(
+        "import",
+        help="turn a pretrained model of transformers into one of ours",
+        usage="nha import HF_DIR RUN [options]",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", metavar="HF_DIR", help="the original's folder")
+    parser.add_argument("run", metavar="RUN", help="the folder to make")
+    add = parser.add_argument
+    add(
+        "--num-slots", type=int, metavar="M",
+        help="slots per key/value head; divides the size of a head's key (default: 64; a model "
+        "that was hybridised already has its own)",
+    )  # fmt: skip
+    add(
+        "--windows", metavar="LAYOUT",
+        help="of the layers: a pattern such as '64,64,64,none', or a result of nha search "
+        "(default: none, full attention; or those of a model that was hybridised already)",
+    )  # fmt: skip
+    dtypes = ("float32", "bfloat16")
+    add(
+        "--param-dtype", choices=dtypes,
+        help="of the parameters (default: bfloat16 if all weights are, else float32)",
+    )  # fmt: skip
+    add(
+        "--dtype", choices=dtypes,
+        help="of the computation (default: bfloat16 if the original's config says so, else "
+        "float32)",
+    )  # fmt: skip
+    add("--overwrite", action="store_true", help="replace a model that is at RUN already")
+
+
+def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from nha_jax.hf import open_pretrained
+    from nha_jax.serialization import check_replaceable
+    from train.layout import read_layout
+
+    windows: Any = "original"
+    if options.windows is not None:
+        windows = read_layout(options.windows, "--windows")
+    out = Path(options.run)
+    if out.exists() and not options.overwrite:
+        raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
+    try:
+        check_replaceable(out, overwrite=options.overwrite)
+        pretrained = open_pretrained(
+            options.source,
+            num_slots=options.num_slots,
+            window_size=windows,
+            dtype=options.dtype,
+            param_dtype=options.param_dtype,
+        )
+        print(_summary(pretrained), flush=True)
+        _write(out, pretrained, overwrite=options.overwrite)
+    except (OSError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    print(f"wrote {out}; next: nha generate {out} --prompt 'Once upon a time'")
+    return 0
+
+
+def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
+    """All or nothing, with a bar for what takes a while."""
+    from nha_jax.serialization import write_folder
+    from nha_jax.weights import weight_bytes
+    from train.bytes_bar import bytes_bar
+
+    with bytes_bar(weight_bytes(pretrained.source.shapes)) as bar:
+        write_folder(
+            out,
+            pretrained.config,
+            pretrained.source,
+            files=pretrained.files,
+            overwrite=overwrite,
+            on_written=bar.update,
+        )
+
+
+def _summary(pretrained: "Pretrained") -> str:
+    """What the model is, a line each, and what the user should know about it."""
+    from nha_jax.hf.families import FAMILIES
+    from nha_jax.serialization import ORIGINAL_CONFIG_FILE
+    from nha_jax.weights import weight_bytes
+    from train.layout import format_layout
+
+    config, family = pretrained.config, pretrained.original.family
+    period = config.window_period
+    layout = "full attention" if period == (None,) else f"windows {format_layout(period)}"
+    size = weight_bytes(pretrained.source.shapes) / 1e9
+    beside = ", ".join(name for name in pretrained.files if name != ORIGINAL_CONFIG_FILE)
+    gates = "from the key projection" if family.model_type in FAMILIES else "of its own"
+    lines = [
+        f"{family.architecture}: {config.num_parameters:,} parameters, {config.num_layers} layers",
+        f"{layout} in every layer" if len(period) == 1 else f"{layout}, repeated",
+        f"{config.num_slots} slots a key/value head, gates {gates}",
+        f"{config.param_dtype} parameters ({size:.3g} GB), computing in {config.dtype}",
+        f"beside it: {beside or 'no tokenizer'}",
+    ]
+    return "\n".join([*lines, *(f"note: {notice}" for notice in pretrained.original.notices)])
