@@ -94,6 +94,7 @@ class Steps:
             self._update_function,
             donate_argnums=0,
             out_shardings=(self.shardings, replicated),
+            keep_unused=True,  # an original's gates are not read, but held: a plan counts them
         )
         self._evaluate = jax.jit(self._evaluate_function, out_shardings=replicated)
 
