@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.features import RopeScaling
@@ -47,12 +48,18 @@ class Case:
         names = {"None": None, "T": self.T, "T+5": self.T + 5}
         return names[self.window] if self.window in names else int(self.window)
 
-    def interpreter(self) -> contextlib.AbstractContextManager:
+    def interpreter(self, implementation: str) -> contextlib.AbstractContextManager:
         """Our kernels' is strict; the library's of full attention is not made for it."""
+        if implementation == "pallas_gpu":
+            return plgpu.force_gpu_interpret_mode(GPU_INTERPRETER)
         nothing_leaves = self.window_size is None or (self.window_size >= self.T and not self.state)
         if nothing_leaves:
             return contextlib.nullcontext()
         return pltpu.force_tpu_interpret_mode(INTERPRETER)  # a race raises
+
+    @property
+    def block_sizes(self) -> BlockSizes | None:
+        return BLOCK_SIZES if self.small_blocks else None
 
     def __str__(self) -> str:
         flags = [name for name in ("segments", "state") if getattr(self, name)]
@@ -130,6 +137,7 @@ def make_inputs(case: Case, seed: int | None = None) -> dict:
 # Two chunks a grid step: the interpreter's time is compilation, which goes by the chunks.
 BLOCK_SIZES = BlockSizes(chunks_per_step=2, forward_group=2, backward_group=1)
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+GPU_INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
 
 @functools.partial(jax.jit, static_argnames=("case", "implementation"))
@@ -152,7 +160,7 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
             return_slot_weight=True,
             slot_weight_gradient=case.slot_weight_gradient,
             implementation=implementation,
-            block_sizes=BLOCK_SIZES if case.small_blocks else None,
+            block_sizes=None if implementation == "pallas_gpu" else case.block_sizes,
         )
         # The state's slots take part in the loss, so that gradients flow through them too.
         total = jnp.vdot(result.out, cotangents["out"].astype(result.out.dtype))
@@ -181,7 +189,7 @@ def run(case: Case, implementation: str, dtype: str, inputs: dict | None = None)
         }
         rest = jax.tree.map(jnp.asarray, inputs["rest"])
         cotangents = {name: jnp.asarray(x, wide) for name, x in inputs["cotangents"].items()}
-        with case.interpreter():
+        with case.interpreter(implementation):
             result = _run(arrays, rest, cotangents, case=case, implementation=implementation)
         flat, _ = jax.tree_util.tree_flatten_with_path(result)
         return {

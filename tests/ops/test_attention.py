@@ -28,6 +28,7 @@ TOLERANCE = {
     ("xla", "bfloat16"): Tolerance(1e-2, 1e-2),
     ("pallas_tpu", "float32"): Tolerance(1e-4, 5e-4),
     ("pallas_tpu", "bfloat16"): Tolerance(5e-3, 2e-2),
+    ("pallas_gpu", "bfloat16"): Tolerance(5e-3, 2e-2),
 }
 
 

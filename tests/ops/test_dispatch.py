@@ -51,3 +51,18 @@ def test_kernels_cost_other_machines_no_derivatives(monkeypatch):
 
     curvature = jax.jit(jax.hessian(loss))(x)
     assert curvature.shape == (*x.shape, *x.shape)
+
+
+def test_on_gpus_plain_xla_until_someone_has_measured():
+    assert "mosaic_gpu" not in program("cuda", window_size=16)
+
+
+def test_gpu_kernels_refuse_other_gpus(monkeypatch):
+    class Ampere:
+        device_kind, compute_capability = "NVIDIA A100-SXM4-80GB", "8.0"
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
+    x = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match=r"Hopper.*A100.*8\.0"):
+        nha_attention(x, x, x, -x, window_size=2, implementation="pallas_gpu")

@@ -93,11 +93,11 @@ def test_wrong_arguments(changes, message):
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("pallas_gpu", {}, "no such kernel"),
+        ("pallas_gpu", {}, "bfloat16, got query of float32"),
         ("pallas_tpu", {"scale": -1.0}, "scale"),
         ("pallas_tpu", {"log_decay": jnp.zeros((B, T, HKV, 200))}, "200"),
     ],
-    ids=["no kernel", "scale", "slots"],
+    ids=["dtype", "scale", "slots"],
 )
 def test_a_kernel_that_cannot_serve_says_why(name, changes, message):
     with pytest.raises(NotImplementedError, match=f"'{name}'.*{message}"):

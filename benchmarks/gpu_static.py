@@ -1,0 +1,41 @@
+"""What ptxas makes of the operator's GPU kernels on Hopper, with no GPU: nothing is measured.
+
+uv run --extra cuda python benchmarks/gpu_static.py    # about half a minute a shape
+
+HBM / minimum: what the whole forward reads and writes, rotation and gates included, each array once
+for each operation (counted by hand: `static.ptxas.bytes_moved`), to query, key, value, log_decay
+and output once each.
+"""
+
+import argparse
+import itertools
+
+from static.programs import Shape
+from static.ptxas import compile_in_subprocess
+
+HEADINGS = "shape | kernel | registers | spills, bytes | shared memory, KB | HBM / minimum"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--heads", nargs="+", type=int, default=[64, 128], metavar="K", help="K=V")
+    parser.add_argument("--slots", nargs="+", type=int, default=[16, 64, 128], metavar="M")
+    parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], metavar="G")
+    parser.add_argument("--segments", action="store_true", help="packed documents")
+    arguments = parser.parse_args()
+    print(f"| {HEADINGS} |")
+    print("|" + " --- |" * len(HEADINGS.split(" | ")))
+    for K, M, G in itertools.product(arguments.heads, arguments.slots, arguments.groups):
+        shape = Shape(B=8, T=4096, K=K, M=M, G=G, segments=arguments.segments)
+        figures = compile_in_subprocess(shape)
+        for name, kernel in figures["kernels"].items():
+            cells = [f"K={K} M={M} G={G}", f"`{name.rsplit('_', 1)[0]}`", kernel["registers"]]
+            cells += [kernel["spills"], f"{kernel['shared_memory'] / 1024:.0f}"]
+            cells.append(f"{figures['bytes'] / figures['minimum_bytes']:.2f}")
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

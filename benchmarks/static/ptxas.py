@@ -1,0 +1,118 @@
+"""Compiles the operator's GPU kernels for Hopper without a GPU, and reads what ptxas says.
+
+A process of its own for each program, because Mosaic compiles equal kernels of a process once. As a
+program: `python -m static.ptxas JSON FOLDER`, with the fields of `Shape`; it prints a JSON object
+in one line. Needs CUDA's libraries (the extra `cuda`).
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from static.compiling import report, run_worker
+from static.programs import Shape, minimum_bytes
+
+SHARED_MEMORY = 227 * 1024
+"""Bytes that a thread block may have on Hopper."""
+
+
+def compile_in_subprocess(shape: Shape) -> dict[str, Any]:
+    """`compile_and_read`'s object, from a fresh process; the dumps are removed.
+
+    Raises:
+        RuntimeError: it does not compile; the message ends with the compiler's.
+    """
+    return run_worker("static.ptxas", vars(shape), dump=False)
+
+
+def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
+    """The forward by the kernels, of [B, T, heads, size] arrays as a layer has them.
+
+    Returns:
+        "kernels", by name: "registers" a thread, "spills" (bytes stored and loaded), and
+        "shared_memory" (bytes a block); "bytes" by `bytes_moved`, and "minimum_bytes".
+    """
+    os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1"}
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import topologies
+
+    from nha_jax.ops import nha_attention, rope_tables
+    from train.plan.gpus import GPUS
+
+    topology = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="1x1x1",
+        topology="1x1x1",
+        target_config=GPUS["H100"].target_config,
+    )
+    device = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
+
+    def forward(query, key, value, log_decay, segment_ids):
+        return nha_attention(
+            query, key, value, log_decay,
+            window_size=shape.W,
+            rope=rope_tables(jnp.arange(shape.T), shape.K),
+            segment_ids=segment_ids,
+            implementation="pallas_gpu",
+        )  # fmt: skip
+
+    rows, heads = (shape.B, shape.T), shape.H * shape.G
+    query = jax.ShapeDtypeStruct((*rows, heads, shape.K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((*rows, shape.H, shape.K), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((*rows, shape.H, shape.M), jnp.float32)
+    segment_ids = jax.ShapeDtypeStruct(rows, jnp.int32) if shape.segments else None
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        jitted = jax.jit(forward, in_shardings=device, out_shardings=device)
+        jitted.lower(query, key, key, log_decay, segment_ids).compile()
+    return {
+        "kernels": {file.stem: read(file) for file in sorted(dumps.glob("*.ptxas"))},
+        "bytes": sum(bytes_moved(shape).values()),
+        "minimum_bytes": minimum_bytes("pallas", shape, backward=False),
+    }
+
+
+def bytes_moved(shape: Shape) -> dict[str, int]:
+    """Of a forward with rotation, W and T multiples of 64 and no segments, by what moves them.
+
+    Counted by hand: each array once for each operation that reads or writes it. What several blocks
+    of a kernel read is taken to come from the L2 cache after the first.
+    """
+    rows = shape.B * shape.T * shape.H
+    query, key, gate = 2 * rows * shape.G * shape.K, 2 * rows * shape.K, 2 * rows * shape.M
+    starts = 2 * 2 * rows * shape.K * shape.M // 64  # of keys and values, every 64 rows
+    # The gates: cumulative is float32, s and what is left of it at the chunk's end are bfloat16.
+    return {
+        "rotation": 2 * query + 2 * key,
+        "gates": 2 * gate + 4 * gate,
+        "state pass": 2 * key + gate + starts,
+        "output pass": 3 * query + 3 * key + 3 * gate + starts,
+    }
+
+
+def read(ptxas: Path) -> dict[str, int]:
+    """A kernel's figures, from the file beside which Mosaic leaves its own."""
+    text = ptxas.read_text()
+    resources = ptxas.with_suffix(".resources.txt").read_text()
+    stored, loaded = _find(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
+    return {
+        "registers": int(_find(r"[Uu]sed (\d+) registers", text)[0]),
+        "spills": int(stored) + int(loaded),
+        "shared_memory": int(_find(r"smem_scratch_bytes=(\d+)", resources)[0]),
+    }
+
+
+def _find(pattern: str, text: str) -> tuple[str, ...]:
+    """Raises ValueError if the compiler's words have changed."""
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern!r} in {text!r}")
+    return match.groups()
+
+
+if __name__ == "__main__":
+    report(compile_and_read(Shape(**json.loads(sys.argv[1])), Path(sys.argv[2])))

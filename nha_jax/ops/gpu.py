@@ -1,0 +1,270 @@
+"""The operator on the Mosaic GPU kernels: their forward, and for now the gradient of plain XLA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.state import (
+    Carried,
+    Slots,
+    Timeline,
+    Tokens,
+    build_timeline,
+    last_real,
+    next_state,
+    of_last_segment,
+)
+from nha_jax.ops.types import NHAOutput, Options
+from pallas.gpu import CHUNK, Spec, default_block_sizes, fused_attention
+
+LARGEST_HEAD, MOST_SLOTS = 128, 128
+HOPPER = "9.0"
+
+Arrays = dict[str, jax.Array]
+
+
+def gpu_unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    options: Options,
+) -> str | None:
+    """Why the kernels can't serve this call, in a line; None if they can."""
+    if query.dtype != jnp.bfloat16:
+        return f"its kernels multiply in bfloat16, got query of {query.dtype}"
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[3] > LARGEST_HEAD:
+            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
+    if log_decay.shape[3] > MOST_SLOTS:
+        return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
+    if options.block_sizes is not None:
+        return "block_sizes are those of the TPU kernels"
+    if jax.default_backend() == "gpu":
+        device = jax.devices()[0]
+        capability = str(getattr(device, "compute_capability", "none"))
+        if capability != HOPPER:
+            return (
+                f"its kernels are for Hopper (compute capability {HOPPER}), "
+                f"got {device.device_kind} ({capability})"
+            )
+    return None
+
+
+def compiling_for_gpus() -> bool:
+    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device.
+
+    Not by the platform of the lowering, as for TPUs: the GPU interpreter's effects cannot stand
+    beside the kernel in one program.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        return device.platform in ("gpu", "cuda")
+    return jax.default_backend() == "gpu"
+
+
+def gpu_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    carried: Carried | None,
+    options: Options,
+    interpret: bool = False,
+) -> NHAOutput:
+    """`nha_attention` by the kernels; shapes as there.
+
+    The kernels have no backward yet: the gradient is that of `chunked_attention`, which computes
+    its own forward again. It differs from the kernels' by their rounding.
+
+    interpret: run the kernels on the CPU.
+    """
+    arrays = query, key, value, log_decay
+    return _attend(options, interpret, arrays, rope, segment_ids, carried)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(options, interpret, arrays, rope, segment_ids, carried) -> NHAOutput:
+    return _forward(options, interpret, arrays, rope, segment_ids, carried)
+
+
+def _attend_fwd(options, interpret, *inputs):
+    return _attend(options, interpret, *inputs), inputs
+
+
+def _attend_bwd(options, interpret, inputs, cotangents):
+    def attend(arrays, rope, segment_ids, carried):
+        rest = {"rope": rope, "segment_ids": segment_ids, "carried": carried}
+        return chunked_attention(*arrays, **rest, options=options)
+
+    return jax.vjp(attend, *inputs)[1](cotangents)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(options, interpret, arrays, rope, segment_ids, carried) -> NHAOutput:
+    query, key, value, log_decay = arrays
+    T, M, W = query.shape[1], log_decay.shape[3], options.window_size
+    tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(jnp.float32))
+    nothing_leaves = W is None or (W >= T and carried is None)
+    timeline = build_timeline(tokens, segment_ids, carried, None if nothing_leaves else W)
+    has_slots = M > 0 and not nothing_leaves
+    spec = Spec(
+        group=query.shape[2] // key.shape[2],
+        slots=M if has_slots else 0,
+        empty_slots=M if nothing_leaves and options.empty_slots == "attend" else 0,
+        window=None if nothing_leaves else W,
+        offset=timeline.run.shape[1] - T,
+        ahead=0 if nothing_leaves or carried is not None else _rows_ahead(W, T),
+        scale=float(options.scale),
+        masked=segment_ids is not None or carried is not None or options.empty_slots == "mask",
+        state=has_slots and (carried is not None or options.return_state),
+    )
+    inputs = _window_inputs(apply_rope(query, rope), tokens, timeline, spec)
+    if has_slots:
+        inputs |= _slot_inputs(query, tokens, timeline, carried, spec, options)
+    fused = fused_attention(
+        inputs,
+        spec=spec,
+        block_sizes=default_block_sizes(inputs["value"].shape[3], _padded_slots(M)),
+        interpret=plgpu.InterpretGPUParams() if interpret else False,
+    )
+    real = timeline.real[:, -T:, None]
+    out = jnp.where(real[..., None], fused.out[:, :T, :, : value.shape[3]], 0)
+    weight = jnp.where(real, fused.slot_weight.swapaxes(1, 2)[:, :T], 0)
+    state = None
+    if options.return_state:
+        slots = _empty(tokens, M)
+        if fused.end is not None:  # [B, H, D, M'] -> [B, H, M, .]
+            dims = key.shape[3], value.shape[3]
+            ends = (x[:, :, :dim, :M] for x, dim in zip(fused.end, dims, strict=True))
+            end_key, end_value = (x.swapaxes(2, 3) for x in ends)
+            slots = of_last_segment((end_key, end_value), timeline, T)
+        state = next_state(timeline, T, slots, segment_ids, carried, W)
+    return NHAOutput(out, state, weight if options.return_slot_weight else None)
+
+
+def _rows_ahead(W: int, T: int) -> int:
+    """The timeline's W rows of nothing, if the kernels can do without them: then keys and values
+    are read where they lie, and are not copied.
+    """
+    return W if W % CHUNK == 0 and T % CHUNK == 0 else 0
+
+
+def _window_inputs(
+    rotated_query: jax.Array, tokens: Tokens, timeline: Timeline, spec: Spec
+) -> Arrays:
+    """What every call of the kernels reads; N query rows and P token rows, whole chunks."""
+    T = rotated_query.shape[1]
+    N, P = _padded_rows(T, spec)
+    D = _head_dim(tokens)
+    source = tokens if spec.ahead else timeline.tokens
+    inputs = {
+        "rotated_query": _pad(rotated_query, rows=N, last=D),
+        "rotated_key": _pad(source.rotated_key, rows=P, last=D),
+        "value": _pad(source.value, rows=P, last=D),
+    }
+    if spec.masked:
+        query_run = jnp.where(timeline.real, timeline.run, -2)[:, -T:]
+        visible = jnp.where(timeline.real, timeline.run, -1)[:, spec.ahead :]
+        inputs["query_run"] = _pad(query_run, rows=N, value=-2)
+        inputs["visible"] = _pad(visible, rows=P, value=-1)
+    return inputs
+
+
+def _slot_inputs(
+    query: jax.Array,
+    tokens: Tokens,
+    timeline: Timeline,
+    carried: Carried | None,
+    spec: Spec,
+    options: Options,
+) -> Arrays:
+    """What the slots are made of. At row t enters the timeline's row t, the token W back; nothing
+    does after the last real token, so that the slots stay as that one left them.
+    """
+    T = query.shape[1]
+    N, P = _padded_rows(T, spec)
+    D, M = _head_dim(tokens), _padded_slots(spec.slots)
+    source = tokens if spec.ahead else timeline.tokens
+    row, last = jnp.arange(T), last_real(timeline, T)[:, None]
+    real = timeline.real[:, :T]
+    log_decay = jnp.where(
+        (real & (row <= last))[..., None, None], timeline.tokens.log_decay[:, :T], 0
+    )
+    inputs = {
+        "query": _pad(options.feature_map(query), rows=N, last=D),
+        "key": _pad(options.feature_map(source.key), rows=P, last=D),
+        "log_decay": _pad(log_decay, rows=N, last=M),
+    }
+    if spec.masked:
+        # Of the slots: whose they are once a row's token has entered, and at the chunks' ends.
+        run = jnp.take_along_axis(timeline.run[:, :T], jnp.minimum(row, last), axis=1, mode="clip")
+        run = jnp.where(last >= 0, run, 0)
+        run = jnp.pad(run, ((0, 0), (0, N - T)), mode="edge").reshape(-1, N // CHUNK, CHUNK)
+        end = run[..., -1]
+        start = jnp.pad(end, ((0, 0), (1, 0)))[:, :-1]
+        own = timeline.run[:, -T:]
+        enters = real & (timeline.run[:, :T] == own)
+        visible = timeline.real[:, -T:] if options.empty_slots == "attend" else enters
+        carries = own == jnp.repeat(start, CHUNK, axis=1)[:, :T]
+        reads = jnp.where(visible, 1 + carries.astype(jnp.int32), 0)
+        inputs |= {
+            "reads": _pad(reads, rows=N),
+            "written": (run == end[..., None]).reshape(-1, N),
+            "kept": start == end,
+        }
+    if spec.state:
+        slots = _empty(tokens, spec.slots) if carried is None else carried.slots
+        for name, x in zip(("start_key", "start_value"), slots, strict=True):
+            x = _pad(x, last=D).swapaxes(2, 3)  # [B, H, M, .] -> [B, H, D, M']
+            inputs[name] = _pad(x, last=M)
+    return inputs
+
+
+def _empty(tokens: Tokens, M: int) -> Slots:
+    """[B, H, M, K] and [B, H, M, V] float32."""
+    key, value = (
+        jnp.zeros((x.shape[0], x.shape[2], M, x.shape[3]), jnp.float32)
+        for x in (tokens.key, tokens.value)
+    )
+    return key, value
+
+
+def _padded_rows(T: int, spec: Spec) -> tuple[int, int]:
+    """N and P."""
+    N = -(-T // CHUNK) * CHUNK
+    if spec.blocks is None:
+        return N, -(-(N + spec.offset) // CHUNK) * CHUNK
+    return N, N + (spec.blocks - 1) * CHUNK - spec.ahead
+
+
+def _head_dim(tokens: Tokens) -> int:
+    """D: keys and values are padded to the same size."""
+    return 64 if max(tokens.key.shape[3], tokens.value.shape[3]) <= 64 else 128
+
+
+def _padded_slots(M: int) -> int:
+    return max(16, 1 << max(M - 1, 0).bit_length())
+
+
+def _pad(
+    x: jax.Array, *, rows: int | None = None, last: int | None = None, value: int = 0
+) -> jax.Array:
+    """Axis 1 to `rows`, the last to `last`, each at its end."""
+    widths = [(0, 0)] * x.ndim
+    if rows is not None:
+        x = x[:, :rows]
+        widths[1] = (0, rows - x.shape[1])
+    if last is not None:
+        widths[-1] = (0, last - x.shape[-1])
+    return jnp.pad(x, widths, constant_values=value)

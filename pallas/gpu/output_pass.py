@@ -1,0 +1,178 @@
+"""Slots, window and one softmax: the output of a chunk's rows, given the slots at its start.
+
+With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the chunk's
+cumulative decay, a and b the logits of slots and window:
+
+    a_r = exp(G_r) (q_r . SK0) + sum_{j <= r} (q_r . k_j) s_j exp(G_r - G_j)
+    o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
+    P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r, and the window's p beyond
+
+Four blocks of 16 rows have a reference each, G in their middle, R. A row's factor exp(G_r - R)
+spans 8 tokens, and so does the part of exp(R - G_j) that grows: with the floor of `gates.py`
+neither exceeds 2^93, however strong the decays are. Every block multiplies the whole chunk, with
+zeros for the rows of the others: this layout has no products of fewer columns.
+
+A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.consumer import Consumer
+from pallas.gpu.gates import Gates
+from pallas.gpu.matmul import Matmul
+from pallas.gpu.place import Place
+from pallas.gpu.producer import produce
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
+
+CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
+# ptxas ignores them as jax 0.12 calls it (C7504), and all warpgroups have 168.
+
+
+class Facts(NamedTuple):
+    """Who sees whom, by the numbers of segments (from 0), int32."""
+
+    query: jax.Array  # [B, N], of the row's segment; -2 for padding
+    visible: jax.Array  # [B, P], of the token row's; -1 where there is no token
+    reads: jax.Array | None  # [B, N], 0: no slots; 1: not those at the chunk's start; 2: all
+
+
+class Result(NamedTuple):
+    out: jax.Array  # [B, N, H * G, D] bfloat16
+    log_mass: jax.Array  # [B, H * G, N] float32, the log-sum-exp of a row's logits; base e
+    slot_weight: jax.Array  # [B, H * G, N] float32
+
+
+def output_pass(
+    query: jax.Array | None,
+    rotated_query: jax.Array,
+    key: jax.Array | None,
+    rotated_key: jax.Array,
+    value: jax.Array,
+    gates: Gates | None,
+    starts: tuple[jax.Array, jax.Array] | None,
+    facts: Facts | None,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
+) -> Result:
+    """The kernel's call.
+
+    query, rotated_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
+    a multiple of C. key, rotated_key, value: [B, P, H, D], the timeline without its first
+    spec.ahead rows; P reaches as far as whole blocks of C do. starts: [B, H, N / C, D, M], the
+    slots' keys and values at the chunks' starts. Without spec.slots query, key, gates and starts
+    are None, without spec.masked facts are.
+    interpret: as for `fused_attention`.
+    """
+    B, N, heads, D = rotated_query.shape
+    warpgroups = block_sizes.warpgroups
+    inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
+    if query is not None and key is not None and gates is not None and starts is not None:
+        inputs |= {"query": query, "key": key, "cumulative": gates.cumulative}
+        inputs |= {"write": gates.write, "start_key": starts[0], "start_value": starts[1]}
+    if facts is not None:
+        inputs |= {"query_run": facts.query, "visible": facts.visible}
+        if facts.reads is not None:
+            inputs["reads"] = facts.reads
+    outputs = {
+        "out": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
+        "log_mass": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
+        "slot_weight": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
+    }
+    M = gates.cumulative.shape[3] if gates is not None else 0
+    scratch = _scratch(spec, block_sizes, D, M, interpret=bool(interpret))
+
+    def entry(*refs):
+        named = dict(zip([*inputs, *outputs], refs, strict=True))
+        kernel = functools.partial(_kernel, named, spec, bool(interpret))
+        pl.run_scoped(kernel, scratch, collective_axes="wg")
+
+    call = plgpu.kernel(
+        entry,
+        out_type=list(outputs.values()),
+        grid=(N // CHUNK, heads // warpgroups, B),
+        grid_names=("chunk", "heads", "batch"),
+        num_threads=warpgroups + 1,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="nha_output",
+        interpret=interpret,
+    )
+    return Result(*call(*inputs.values()))
+
+
+def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: bool) -> dict:
+    """Shared memory and barriers; of a barrier's arrivals the copies into its arrays are some."""
+    warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
+    narrow, wide = jnp.bfloat16, jnp.float32
+
+    def tiled(*shape, dtype=narrow, columns=None):
+        layout = tile(columns or shape[-1], jnp.dtype(dtype).itemsize)
+        return plgpu.SMEM(shape, dtype, transforms=layout)
+
+    scratch = {
+        "rotated_query": tiled(warpgroups, CHUNK, D),
+        "rotated_key": tiled(stages, CHUNK, D),
+        "value": tiled(stages, CHUNK, D),
+        "log_mass": plgpu.SMEM((warpgroups, CHUNK), wide),
+        "slot_weight": plgpu.SMEM((warpgroups, CHUNK), wide),
+        "queries_loaded": plgpu.Barrier(num_arrivals=2 if M else 1, num_barriers=warpgroups),
+        "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
+        "block_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    }
+    if spec.masked:
+        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=2 if M else 1)
+        if M:
+            scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    if M:
+        panel = min(M, PANEL)
+        panels = M // panel
+        scratch |= {
+            "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
+            "key": tiled(CHUNK, D, columns=min(D, panel)),
+            "slots": tiled(panels, D, panel),  # of keys, then of values
+            "cumulative": tiled(panels, CHUNK, panel, dtype=wide),
+            "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
+            "falls": tiled(GATE_BLOCKS - 1, panels, CHUNK, panel),
+            "last_fall": tiled(panels, CHUNK, panel),  # s before
+            "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
+            "keys_loaded": plgpu.Barrier(num_arrivals=1 + panels),
+            "slot_keys_read": plgpu.Barrier(num_arrivals=warpgroups),
+            "slot_values_loaded": plgpu.Barrier(num_arrivals=panels),
+            "writes_read": plgpu.Barrier(num_arrivals=warpgroups),
+            "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
+        }
+    if interpret:
+        scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), narrow)
+    return scratch
+
+
+def _kernel(refs: dict, spec: Spec, interpret: bool, shared: dict):
+    warpgroups = shared["rotated_query"].shape[0]
+    me = lax.axis_index("wg")
+    place = Place(spec, warpgroups)
+    limited = warpgroups > 1  # one consumer and the producer have all the registers they can name
+
+    @pl.when(me == warpgroups)
+    def _():
+        if limited:
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        produce(refs, shared, place)
+
+    @pl.when(me < warpgroups)
+    def _():
+        if limited:
+            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
+        Consumer(refs, shared, place, matmul, spec, me).run()
