@@ -1,5 +1,6 @@
 """Texts of the user as tokens, and a model continuing them."""
 
+import contextlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,8 +12,9 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.engine import chunk_for
+from nha_jax.serialization import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
 from train.checkpoint import load_model_state
-from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer import BYTE_VOCABULARY, TOKENIZER_FILE, Tokenizer, load_tokenizer
 from train.errors import ConfigError
 from train.run_folder import RunFolder
 
@@ -26,11 +28,12 @@ def load_model(path: str) -> nha_jax.Model:
     """The model of a folder: one that `nha_jax.save` wrote, or a run's newest checkpoint.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither, or it is damaged.
     """
     _check_folder(path)
     if (Path(path) / "model.safetensors").exists():
-        return nha_jax.load(path)
+        with _as_config_error():
+            return nha_jax.load(path)
     folder = RunFolder(path)
     config = nha_jax.ModelConfig.from_dict(folder.model_config())
     graph, state = jax.eval_shape(lambda: nnx.split(nha_jax.Model(config, rngs=nnx.Rngs(0))))
@@ -41,11 +44,32 @@ def load_tokenizer_of(path: str) -> Tokenizer:
     """What the tokens of a folder's model mean, a run's or a saved one's.
 
     Raises:
-        ConfigError: there is no such folder, or the package tokenizers is missing.
+        ConfigError: there is no such folder, the package tokenizers is missing, or the model was
+            imported without its tokenizer.
         DataError: the tokenizer's files are damaged.
     """
     _check_folder(path)
-    return load_tokenizer(Path(path))
+    folder = Path(path)
+    tokenizer = load_tokenizer(folder)
+    imported = (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists()
+    if tokenizer.name == "bytes" and imported:
+        with _as_config_error():
+            size = open_saved(path)[0].vocab_size
+        if size != BYTE_VOCABULARY:
+            raise ConfigError(
+                f"{path}: it was imported without its tokenizer, and its {size} tokens are no "
+                f"bytes; put the original's {TOKENIZER_FILE} into this folder"
+            )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """What is wrong with a saved model, in a line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _check_folder(path: str) -> None:

@@ -96,6 +96,23 @@ def test_the_summary_says_what_was_made(run_import, original: Path, tmp_path: Pa
         assert line in output
 
 
+def test_texts_need_the_originals_tokenizer(run_import, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "model"
+    assert f"tokenizer.json into it, then nha generate {out}" in run_import(LLAMA, out)[1]
+    assert main(["generate", str(out), "--prompt", "a"]) == 2
+    assert "was imported without its tokenizer" in capsys.readouterr().err
+
+
+def test_a_damaged_model_is_one_line(run_import, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "model"
+    assert run_import(LLAMA, out)[0] == 0
+    (out / "model.safetensors").write_bytes(b"not tensors")
+    assert main(["generate", str(out), "--prompt", "a"]) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors: damaged" in error
+    assert error.count("\n") == 1
+
+
 def test_a_model_is_replaced_only_if_asked(run_import, original: Path, tmp_path: Path) -> None:
     out = tmp_path / "model"
     assert run_import(original, out)[0] == 0

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         _write(out, pretrained, overwrite=options.overwrite)
     except (OSError, ValueError) as error:
         raise ConfigError(" ".join(str(error).split())) from None
-    print(f"wrote {out}; next: nha generate {out} --prompt 'Once upon a time'")
+    print(f"wrote {out}; next: {_next(pretrained, out)}")
     return 0
 
 
@@ -107,6 +107,12 @@ def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
             overwrite=overwrite,
             on_written=bar.update,
         )
+
+
+def _next(pretrained: "Pretrained", out: Path) -> str:
+    if "tokenizer.json" in pretrained.files:
+        return f"nha generate {out} --prompt 'Once upon a time'"
+    return f"put the original's tokenizer.json into it, then nha generate {out}"
 
 
 def _summary(pretrained: "Pretrained") -> str:
