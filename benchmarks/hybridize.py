@@ -128,7 +128,7 @@ def without_slots(model: Path, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, default=Path("runs/hybridize"))
-    parser.add_argument("--steps", type=int, default=4000, help="of the original (default: 4000)")
+    parser.add_argument("--steps", type=int, default=3000, help="of the original (default: 3000)")
     options = parser.parse_args()
     folder, tenth = options.folder, max(options.steps // 10, 1)
 
