@@ -181,7 +181,7 @@ def test_positions_only_matter_through_their_differences():
     "sizes",
     [
         {"num_layers": 4, "window_size": (8, None)},
-        {"num_layers": 2, "experts": CONVERTED["experts"]},
+        pytest.param({"num_layers": 2, "experts": CONVERTED["experts"]}, marks=pytest.mark.slow),
     ],
     ids=["groups-of-two", "experts"],
 )

@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 227 * 1024
 
-# A thread has 255 registers at most, and with 128 slots the output pass wants more. By head size
-# and slots, bytes stored and loaded: what it is, not what it should be.
-SPILLS = {(64, 128): 372, (128, 128): 160}
+# A thread has 255 registers at most, and with 128 slots the output pass wants more. By K, M and G,
+# bytes stored and loaded: what it is, not what it should be.
+SPILLS = {(64, 128, 1): 372, (64, 128, 4): 388, (128, 128, 1): 128, (128, 128, 4): 160}
 
 CASES = [
     *({"K": K, "M": M, "G": G} for K, M, G in itertools.product((64, 128), (16, 64, 128), (1, 4))),
@@ -46,7 +46,7 @@ def test_compiles_within_the_chips_means(fields, tmp_path):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs CUDA: uv run --extra cuda")
     kernels = figures_of({"B": 2, "T": 1024, "H": 2, **fields}, tmp_path)["kernels"]
     assert len(kernels) == 2
-    allowed = SPILLS.get((fields["K"], fields["M"]), 0)
+    allowed = SPILLS.get((fields["K"], fields["M"], fields.get("G", 1)), 0)
     for name, kernel in kernels.items():
         assert kernel["spills"] <= (allowed if "output" in name else 0), (name, kernel)
         assert kernel["shared_memory"] <= SHARED_MEMORY, (name, kernel)

@@ -34,7 +34,11 @@ def temporary_bytes(T: int, window_size: int | None) -> tuple[int, int]:
 
 
 @pytest.mark.usefixtures("optimized")
-@pytest.mark.parametrize("window_size", [0, 64, 512], ids="W{}".format)
+@pytest.mark.parametrize(
+    "window_size",
+    [pytest.param(0, marks=pytest.mark.slow), 64, pytest.param(512, marks=pytest.mark.slow)],
+    ids="W{}".format,
+)
 def test_memory_is_linear(window_size):
     at_8192, inputs = temporary_bytes(8192, window_size)
     assert at_8192 <= 5 * inputs

@@ -262,6 +262,7 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(
     assert "no model in this folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_distillation_a_run_needs_the_folder_only_once(
     hybrid: Nha, tmp_path: Path, original: Path
 ) -> None:

@@ -46,24 +46,15 @@ def update(config: TrainConfig) -> tuple[dict[str, Any], Any]:
         return jax.device_get(metrics), jax.device_get(state)
 
 
-def test_parts_of_a_batch_make_the_same_update() -> None:
+def test_parts_of_a_batch_and_of_its_tokens_make_the_same_update() -> None:
     metrics, state = update(train_config(loss=WEIGHTS))
-    metrics_by_parts, state_by_parts = update(train_config(loss=WEIGHTS, micro_batches=4))
-    assert metrics.keys() == metrics_by_parts.keys()
-    for name, value in metrics.items():
-        np.testing.assert_allclose(metrics_by_parts[name], value, rtol=1e-6, err_msg=name)
-    errors = jax.tree.map(relative_error, state_by_parts, state)
-    assert max(jax.tree.leaves(errors)) < 1e-6
-
-
-def test_parts_of_the_tokens_at_the_head_make_the_same_update() -> None:
-    metrics, state = update(train_config(loss=WEIGHTS))
-    by_parts, state_by_parts = update(train_config(loss=WEIGHTS, head_parts=4, micro_batches=2))
-    assert metrics.keys() == by_parts.keys()
-    for name, value in metrics.items():
-        np.testing.assert_allclose(by_parts[name], value, rtol=1e-6, err_msg=name)
-    errors = jax.tree.map(relative_error, state_by_parts, state)
-    assert max(jax.tree.leaves(errors)) < 1e-6
+    for parts in ({"micro_batches": 4}, {"micro_batches": 2, "head_parts": 4}):
+        metrics_by_parts, state_by_parts = update(train_config(loss=WEIGHTS, **parts))
+        assert metrics.keys() == metrics_by_parts.keys()
+        for name, value in metrics.items():
+            np.testing.assert_allclose(metrics_by_parts[name], value, rtol=1e-6, err_msg=name)
+        errors = jax.tree.map(relative_error, state_by_parts, state)
+        assert max(jax.tree.leaves(errors)) < 1e-6
 
 
 def test_parts_at_the_head_need_less_memory() -> None:

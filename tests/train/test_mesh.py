@@ -28,7 +28,9 @@ def check(meshes: list[dict[str, int]], kind: str) -> None:
 KINDS = pytest.mark.parametrize("kind", ["from-scratch", "converted"])
 
 
-@KINDS
+@pytest.mark.parametrize(
+    "kind", ["from-scratch", pytest.param("converted", marks=pytest.mark.slow)]
+)
 def test_all_kinds_of_division_at_once(kind: str) -> None:
     check([{"fsdp": 2, "tensor": 2, "context": 2}], kind)
 
