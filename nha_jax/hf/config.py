@@ -52,22 +52,26 @@ HARMLESS = frozenset({
 })  # fmt: skip
 
 
-def _nothing(value: Any) -> bool:
+Required = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""Of a key, whether its value is one that we compute with, and what is expected in words."""
+
+
+def nothing(value: Any) -> bool:
     return not value
 
 
 # What transformers would compute otherwise than we do, unless the key says the usual.
-_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+_REQUIRED: Required = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
     "attention_bias": (lambda value: value in (None, False, True), "true or false"),
-    "mlp_bias": (_nothing, "false"),
+    "mlp_bias": (nothing, "false"),
     "pretraining_tp": (lambda value: value in (None, 1), "1"),
     "partial_rotary_factor": (lambda value: value in (None, 1), "1"),
-    "quantization_config": (_nothing, "weights that are not quantized"),
-    "per_layer_config": (_nothing, "the same config for every layer"),
-    "is_encoder_decoder": (_nothing, "false"),
-    "add_cross_attention": (_nothing, "false"),
-    "mlp_only_layers": (_nothing, "[]: experts in every layer"),
+    "quantization_config": (nothing, "weights that are not quantized"),
+    "per_layer_config": (nothing, "the same config for every layer"),
+    "is_encoder_decoder": (nothing, "false"),
+    "add_cross_attention": (nothing, "false"),
+    "mlp_only_layers": (nothing, "[]: experts in every layer"),
     "decoder_sparse_step": (lambda value: value in (None, 1), "1: experts in every layer"),
     "layer_types": (
         lambda value: set(value or ()) <= {"full_attention", "sliding_attention"},
@@ -102,11 +106,7 @@ def from_hf_config(
     family = find_family(fields)
     values = {**family.defaults, **fields}
     problems = [f"{key} is missing" for key in _SIZES if key not in values]
-    problems += [
-        f"{key} = {values[key]!r}: expected {expected}"
-        for key, (fits, expected) in _REQUIRED.items()
-        if key in values and not fits(values[key])
-    ]
+    problems += refused(values, _REQUIRED)
     theta, scaling, rope_problems, rope_unknown = read_rope(values)
     problems += rope_problems
     if problems:
@@ -191,6 +191,15 @@ def to_hf_config(
             "decoder_sparse_step": 1,
         }
     return fields
+
+
+def refused(values: Mapping[str, Any], required: Required) -> list[str]:
+    """What keys that are there say otherwise than they must."""
+    return [
+        f"{key} = {values[key]!r}: expected {expected}"
+        for key, (fits, expected) in required.items()
+        if key in values and not fits(values[key])
+    ]
 
 
 def _family_of(config: ModelConfig) -> Family:

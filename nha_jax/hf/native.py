@@ -8,7 +8,7 @@ gsa_kv_shift, and is refused. Layers of full attention and empty slots are as fo
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from nha_jax.config import DType, ModelConfig
@@ -16,8 +16,11 @@ from nha_jax.hf.config import (
     CHOSEN,
     HARMLESS,
     Original,
+    Required,
     computing_dtype,
     listed,
+    nothing,
+    refused,
     unknown_notice,
 )
 from nha_jax.hf.families import NATIVE
@@ -36,26 +39,22 @@ PUBLISHED: dict[str, Any] = {
 """What makes a `ModelConfig` one of the published architecture."""
 
 
-def _nothing(value: Any) -> bool:
-    return not value
-
-
 # What the original would compute otherwise than we do, unless the key says the usual.
-_REQUIRED: dict[str, tuple[Callable[[Any], bool], str]] = {
+_REQUIRED: Required = {
     "feature_map": (lambda value: value in ("swish", "relu", None), "'swish' or 'relu'"),
     "hidden_act": (lambda value: value in ("swish", "silu"), "'swish'"),
-    "conv_bias": (_nothing, "false"),
-    "use_output_gate": (_nothing, "false"),
+    "conv_bias": (nothing, "false"),
+    "use_output_gate": (nothing, "false"),
     "use_norm": (bool, "true"),
     "elementwise_affine": (bool, "true"),
-    "attn": (_nothing, "null: its layers have no gates"),
-    "rope_scaling": (_nothing, "null"),
+    "attn": (nothing, "null: its layers have no gates"),
+    "rope_scaling": (nothing, "null"),
     "gsa_kv_shift": (
         lambda value: value is None,
         "a model of the paper's time, whose config has no such key: later code computes "
         "something else",
     ),
-    "quantization_config": (_nothing, "weights that are not quantized"),
+    "quantization_config": (nothing, "weights that are not quantized"),
 }
 
 # Of training, and of how the original computes the same.
@@ -86,11 +85,7 @@ def read_native(
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the original determines it")
     values = {**NATIVE.defaults, **fields}
     architectures = values.get("architectures") or []
-    problems = [
-        f"{key} = {values[key]!r}: expected {expected}"
-        for key, (fits, expected) in _REQUIRED.items()
-        if key in values and not fits(values[key])
-    ]
+    problems = refused(values, _REQUIRED)
     if architectures not in ([], [NATIVE.architecture]):
         problems.append(f"architectures = {architectures!r}: expected {NATIVE.architecture!r}")
     windows, wrong = read_layout(values, values["num_hidden_layers"])
