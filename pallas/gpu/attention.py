@@ -40,7 +40,7 @@ def fused_attention(
 
     There is no gradient yet.
     """
-    facts = gates = starts = end = None
+    facts = starts = end = None
     if spec.masked:
         facts = Facts(inputs["query_run"], inputs["visible"], inputs.get("reads"))
     if spec.slots:
@@ -64,7 +64,7 @@ def fused_attention(
         inputs.get("key"),
         inputs["rotated_key"],
         inputs["value"],
-        gates,
+        inputs.get("log_decay"),
         starts,
         facts,
         spec=spec,

@@ -32,6 +32,11 @@ class InChunk:
     def __init__(self, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
         self.shared, self.place, self.matmul, self.spec = shared, place, matmul, spec
 
+    def _panels(self) -> tuple[int, int]:
+        """How many there are, and the slots of each."""
+        panels, _, width = self.shared["cumulative"].shape
+        return panels, width
+
     def _falls(self, block: int, panel):
         """Where s_j exp(R - G_j) lies, [C, slots of the panel] bfloat16."""
         raise NotImplementedError
@@ -71,12 +76,15 @@ class InChunk:
     def _spread(self, panel, scores: jax.Array, width: int) -> jax.Array:
         """[C, C] -> [C, slots]: sum_j scores_rj s_j exp(R - G_j), R of the row's block."""
 
-        def operands():
-            for block in range(GATE_BLOCKS):
+        def operands(blocks):
+            for block in blocks:
                 rows = jnp.where(gate_block(CHUNK) == block, scores, 0.0).astype(jnp.bfloat16)
                 yield rows, self._falls(block, panel)
 
-        return self.matmul(lambda: list(operands()), (CHUNK, width))
+        # In two halves: until they are multiplied, the rows of a half are held in registers.
+        half, shape = GATE_BLOCKS // 2, (CHUNK, width)
+        total = self.matmul(lambda: list(operands(range(half))), shape)
+        return self.matmul(lambda: list(operands(range(half, GATE_BLOCKS))), shape, total)
 
     def _gather(self, panel, p: jax.Array, start: jax.Array | None) -> jax.Array:
         """[C, slots] -> [C, C]: sum_m p_rm s_jm exp(R - G_j), finite or inf for j > r."""
@@ -90,7 +98,7 @@ class InChunk:
 
     def _hide(self, panel, logits: jax.Array) -> jax.Array:
         """-inf where there is no slot, or the row reads none."""
-        spec, (panels, _, width) = self.spec, self.shared["cumulative"].shape
+        spec, (panels, width) = self.spec, self._panels()
         if spec.slots < panels * width:
             logits = jnp.where(iota(width, 1) < spec.slots - panel * width, logits, -jnp.inf)
         if spec.masked:

@@ -10,21 +10,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.place import Place
-from pallas.gpu.spec import CHUNK
 
 Refs = dict[str, Any]
 
 
 def produce(refs: Refs, shared: Refs, place: Place) -> None:
     """Copies a chunk's operands to shared memory, in the order in which they are needed."""
-    if "gates_loaded" in shared:
-        _fetch_gates(refs, shared, place)
     _fetch_queries(refs, shared, place)
-    if "keys_loaded" in shared:
-        loaded = shared["keys_loaded"]
-        keys = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
-        plgpu.copy_gmem_to_smem(keys, shared["key"], loaded)
-        _fetch_slots(refs["start_key"], shared, place, loaded)
+    panels = panel_stages = 0
+    if "key_loaded" in shared:
+        key = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
+        plgpu.copy_gmem_to_smem(key, shared["key"], shared["key_loaded"])
+        panel_stages, _, width = shared["slot_key"].shape
+        panels = refs["log_decay"].shape[3] // width
+        for panel in range(panel_stages):
+            _fetch_panel(refs, shared, place, panel)
     if "facts_loaded" in shared:
         for name in ("query_run", "reads"):
             if name not in shared:
@@ -36,9 +36,9 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     for stage in range(stages):
         fetch = functools.partial(_fetch_block, refs, shared, place, stage)
         pl.when(stage < place.blocks)(fetch)
-    if "slot_keys_read" in shared:  # the slots' values take the place of their keys
-        plgpu.barrier_wait(shared["slot_keys_read"])
-        _fetch_slots(refs["start_value"], shared, place, shared["slot_values_loaded"])
+    for panel in range(panel_stages, panels):
+        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
+        _fetch_panel(refs, shared, place, panel)
 
     @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
     def _(block):
@@ -46,25 +46,12 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         _fetch_block(refs, shared, place, block + stages)
 
     # Every completion of a barrier must be waited for.
+    for panel in range(panels - panel_stages, panels):
+        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
+
     @pl.loop(jnp.maximum(place.blocks - stages, 0), jnp.int32(place.blocks))
     def _(block):
         plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
-
-
-def _fetch_gates(refs: Refs, shared: Refs, place: Place) -> None:
-    b, h, loaded = place.batch, place.kv_head, shared["gates_loaded"]
-    for name, target in (("cumulative", "cumulative"), ("write", "last_fall")):
-        panels, _, width = shared[target].shape
-        for panel in range(panels):
-            slots = pl.ds(panel * width, width)
-            gate = refs[name].at[b, place.rows, h, slots]
-            plgpu.copy_gmem_to_smem(gate, shared[target].at[panel], loaded)
-    blocks = shared["references"].shape[0]
-    rows = CHUNK // blocks
-    for block in range(blocks):
-        middle = place.first_row + block * rows + rows // 2 - 1
-        reference = refs["cumulative"].at[b, middle, h]
-        plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
 
 
 def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
@@ -75,12 +62,16 @@ def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
             plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared["queries_loaded"].at[i])
 
 
-def _fetch_slots(starts: Any, shared: Refs, place: Place, loaded: Any) -> None:
-    panels, features, width = shared["slots"].shape
-    for panel in range(panels):
-        slots = (pl.ds(0, features), pl.ds(panel * width, width))
-        source = starts.at[place.batch, place.kv_head, place.chunk, *slots]
-        plgpu.copy_gmem_to_smem(source, shared["slots"].at[panel], loaded)
+def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
+    """Some slots' keys and values at the chunk's start, and their decays in the chunk."""
+    stages, features, width = shared["slot_key"].shape
+    stage, slots = panel % stages, pl.ds(panel * width, width)
+    loaded, b, h = shared["panel_loaded"].at[stage], place.batch, place.kv_head
+    decay = refs["log_decay"].at[b, place.rows, h, slots]
+    plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
+    for name, starts in (("slot_key", "start_key"), ("slot_value", "start_value")):
+        source = refs[starts].at[b, h, place.chunk, pl.ds(0, features), slots]
+        plgpu.copy_gmem_to_smem(source, shared[name].at[stage], loaded)
 
 
 def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
