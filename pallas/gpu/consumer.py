@@ -40,9 +40,7 @@ class Consumer(InChunk):
     def _empty_slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Without slots to read: the empty ones have logit 0 and value 0."""
         empty = self.spec.empty_slots
-        full = lambda x: plgpu.layout_cast(jnp.full(CHUNK, x, jnp.float32), ROW)  # noqa: E731
-        out = plgpu.layout_cast(jnp.zeros((CHUNK, self.D), jnp.float32), LOGITS)
-        return out, full(0.0 if empty else LOWEST), full(float(empty))
+        return _zeros(self.D), _full(0.0 if empty else LOWEST), _full(float(empty))
 
     # The slots
 
@@ -76,37 +74,43 @@ class Consumer(InChunk):
     def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The slots at the chunk's start, and the first block's tokens that entered them.
 
-        An online softmax, a panel of slots after the other. Returns what it goes on from: sum of p
-        times values [C, D], the logits' maximum [C] and the sum of p [C].
+        An online softmax, a panel of slots after the other: first the weights, then the values.
+        Returns what it goes on from: sum of p times values [C, D], the logits' maximum [C] and the
+        sum of p [C].
         """
-        shared = self.shared
+        shared, me = self.shared, self.me
         plgpu.barrier_wait(shared["key_loaded"])
         plgpu.barrier_wait(shared["block_loaded"].at[0])
-        scores = self.matmul(
-            lambda: [(shared["query"].at[self.me], shared["key"].T)], (CHUNK, CHUNK)
-        )
+        scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
         # In shared memory: what is made of it in the loop is not made before it, and held.
-        scores = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
-        shared["scores"].at[self.me][...] = scores
+        between = shared["between"].at[me]
+        between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
 
-        @pl.when(self.me == 0)
+        @pl.when(me == 0)
         def _():
             store_chosen(iota(CHUNK, 1) <= iota(CHUNK, 0), shared["up_to_row"])
 
-        zeros = lambda columns: plgpu.layout_cast(  # noqa: E731
-            jnp.zeros((CHUNK, columns), jnp.float32), LOGITS
-        )
-        full = lambda x: plgpu.layout_cast(jnp.full(CHUNK, x, jnp.float32), ROW)  # noqa: E731
-        carry = zeros(self.D), zeros(CHUNK), full(LOWEST), full(0.0)
-        out, within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
-        p_tokens = jnp.where(self._entered(), within, 0.0).astype(jnp.bfloat16)
-        out = self.matmul(lambda: [(p_tokens, shared["value"].at[0])], (CHUNK, self.D), out)
-        return out, top, mass
+        carry = _zeros(CHUNK), _full(LOWEST), _full(0.0)
+        within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
+        between[...] = jnp.where(self._entered(), within, 0.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        plgpu.barrier_wait(shared["slot_values_loaded"])
+        out = _zeros(self.D)
+        for panel in range(self._panels()[0]):
+            shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
+            out = self.matmul(
+                lambda i=panel: [(shared["p_start"].at[me, i], shared["slot_value"].at[i].T)],
+                (CHUNK, self.D),
+                out * by_row(shrink, self.D),
+            )
+        p_tokens = lambda: [(shared["between"].at[me], shared["value"].at[0])]  # noqa: E731
+        return self.matmul(p_tokens, (CHUNK, self.D), out), top, mass
 
     def _panel(self, panel, carry):
-        """One more panel of slots; `within` is P of the first block, before its mask."""
-        out, within, top, mass = carry
-        shared, width = self.shared, self._panels()[1]
+        """The weights of one more panel; `within` is P of the first block, before its mask."""
+        within, top, mass = carry
+        shared, me, width = self.shared, self.me, self._panels()[1]
         stage = lax.rem(panel, jnp.int32(shared["slot_key"].shape[0]))
         plgpu.barrier_wait(shared["panel_loaded"].at[stage])
         build = functools.partial(self._build_falls, stage)
@@ -114,26 +118,23 @@ class Consumer(InChunk):
             build()
         else:
             _meet(shared["falls_read"])
-            pl.when(self.me == 0)(build)
+            pl.when(me == 0)(build)
             _meet(shared["falls_ready"])
-        scores = plgpu.load(shared["scores"].at[self.me], layout=LOGITS)
         a = self._to_slots(
-            0, scores, lambda: [(shared["query"].at[self.me], shared["slot_key"].at[stage])]
+            0,
+            plgpu.load(shared["between"].at[me], layout=LOGITS),
+            lambda: [(shared["query"].at[me], shared["slot_key"].at[stage])],
         )
         a = self._hide(panel, a * (self.spec.scale * LOG2E))
         new_top = jnp.maximum(top, a.max(axis=1))
         shrink = jnp.exp2(top - new_top)
+        shared["shrink"].at[me, panel][...] = shrink
         p = jnp.exp2(a - by_row(new_top, width))
+        shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
         mass = mass * shrink + p.sum(axis=1)
-        p_start = (p * self._from_start(0)).astype(jnp.bfloat16)
-        out = self.matmul(
-            lambda: [(p_start, shared["slot_value"].at[stage].T)],
-            (CHUNK, self.D),
-            out * by_row(shrink, self.D),
-        )
         within = self._gather(0, p * self._rise(0), within * by_row(shrink, CHUNK))
         plgpu.barrier_arrive(shared["panel_read"].at[stage])
-        return out, within, new_top, mass
+        return within, new_top, mass
 
     # The window
 
@@ -197,6 +198,14 @@ class Consumer(InChunk):
             target = refs[name].at[place.batch, head, place.rows]
             plgpu.copy_smem_to_gmem(shared[name].at[me], target)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _zeros(columns: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((CHUNK, columns), jnp.float32), LOGITS)
+
+
+def _full(x: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(CHUNK, x, jnp.float32), ROW)
 
 
 def _meet(barrier) -> None:

@@ -39,6 +39,9 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     for panel in range(panel_stages, panels):
         plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
         _fetch_panel(refs, shared, place, panel)
+    for panel in range(panels):
+        value, loaded = shared["slot_value"].at[panel], shared["slot_values_loaded"]
+        _fetch_slots(refs["start_value"], value, place, panel, loaded)
 
     @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
     def _(block):
@@ -63,15 +66,20 @@ def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
 
 
 def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
-    """Some slots' keys and values at the chunk's start, and their decays in the chunk."""
-    stages, features, width = shared["slot_key"].shape
-    stage, slots = panel % stages, pl.ds(panel * width, width)
-    loaded, b, h = shared["panel_loaded"].at[stage], place.batch, place.kv_head
-    decay = refs["log_decay"].at[b, place.rows, h, slots]
+    """Some slots' keys at the chunk's start, and their decays in the chunk."""
+    stages, _, width = shared["slot_key"].shape
+    stage = panel % stages
+    loaded, slots = shared["panel_loaded"].at[stage], pl.ds(panel * width, width)
+    decay = refs["log_decay"].at[place.batch, place.rows, place.kv_head, slots]
     plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
-    for name, starts in (("slot_key", "start_key"), ("slot_value", "start_value")):
-        source = refs[starts].at[b, h, place.chunk, pl.ds(0, features), slots]
-        plgpu.copy_gmem_to_smem(source, shared[name].at[stage], loaded)
+    _fetch_slots(refs["start_key"], shared["slot_key"].at[stage], place, panel, loaded)
+
+
+def _fetch_slots(starts: Any, target: Any, place: Place, panel: int, loaded: Any) -> None:
+    features, width = target.shape
+    slots = pl.ds(0, features), pl.ds(panel * width, width)
+    source = starts.at[place.batch, place.kv_head, place.chunk, *slots]
+    plgpu.copy_gmem_to_smem(source, target, loaded)
 
 
 def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
