@@ -92,7 +92,11 @@ class Consumer(InChunk):
 
         carry = _zeros(CHUNK), _full(LOWEST), _full(0.0)
         within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
-        between[...] = jnp.where(self._entered(), within, 0.0).astype(jnp.bfloat16)
+        # Read, not made again: the compiler would keep the mask until here.
+        entered = plgpu.load(shared["up_to_row"], layout=LOGITS) > 0
+        if self.spec.masked:
+            entered &= self._same_segment(0)
+        between[...] = jnp.where(entered, within, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
 
         plgpu.barrier_wait(shared["slot_values_loaded"])
