@@ -134,9 +134,11 @@ class Consumer(InChunk):
         shrink = jnp.exp2(top - new_top)
         shared["shrink"].at[me, panel][...] = shrink
         p = jnp.exp2(a - by_row(new_top, width))
-        shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
         mass = mass * shrink + p.sum(axis=1)
-        within = self._gather(0, p * self._rise(0), within * by_row(shrink, CHUNK))
+        shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
+        within = self._gather(
+            0, (p * self._rise(0)).astype(jnp.bfloat16), within * by_row(shrink, CHUNK)
+        )
         plgpu.barrier_arrive(shared["panel_read"].at[stage])
         return within, new_top, mass
 
