@@ -12,6 +12,7 @@ class BlockSizes:
         each, 1 or 2 (of an even number); they share the keys, the values, the slots and the gates.
       stages: blocks of keys and values in flight in the output pass, 1 to 4.
       state_stages: chunks in flight in the state pass, 1 to 4.
+      grad_stages: blocks or chunks in flight in the window's backward, 1 to 4.
 
     Raises:
       ValueError: a field is out of its range; the message names it and its value.
@@ -20,9 +21,11 @@ class BlockSizes:
     warpgroups: int = 1
     stages: int = 2
     state_stages: int = 3
+    grad_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name, most in (("warpgroups", 2), ("stages", 4), ("state_stages", 4)):
+        for field in dataclasses.fields(self):
+            name, most = field.name, 2 if field.name == "warpgroups" else 4
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"BlockSizes: {name} must be an int of 1 to {most}, got {value!r}")

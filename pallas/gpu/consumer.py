@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E
+from pallas.gpu.masks import in_window
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
@@ -186,15 +187,10 @@ class Consumer:
 
     def _in_window(self, block) -> jax.Array:
         """[C, C], whatever their segments."""
-        spec, place = self.spec, self.place
+        place = self.place
+        row = _iota(CHUNK, 0) + place.first_row
         token = _iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
-        now = _iota(CHUNK, 0) + (place.first_row + spec.offset)
-        inside = token <= now
-        if spec.window is not None:
-            inside &= token > now - spec.window
-        if not spec.masked:
-            inside &= token >= spec.offset
-        return inside
+        return in_window(self.spec, row, token)
 
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
         shared = self.shared
