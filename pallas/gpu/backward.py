@@ -71,9 +71,7 @@ def backward(
 
     gates = gates_of(inputs, constants)
     arrays = inputs["query"], out_grad, inputs["key"], inputs["value"]
-    queries = slot_queries(
-        *arrays, saved.log_mass, of_slots, gates, saved.starts, facts, **launch
-    )
+    queries = slot_queries(*arrays, saved.log_mass, of_slots, gates, saved.starts, facts, **launch)
     started = queries.logits_start, queries.weights_start
     states = state_grads(inputs["query"], out_grad, *started, gates, end_grad, **launch)
     tokens = slot_tokens(
