@@ -1,4 +1,4 @@
-"""The operator on the Mosaic GPU kernels: what they read is prepared, and differentiated, by JAX."""
+"""The operator on the Mosaic GPU kernels; JAX differentiates what prepares their arrays."""
 
 import jax
 import jax.numpy as jnp
