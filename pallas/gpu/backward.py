@@ -17,7 +17,7 @@ from pallas.gpu.output_pass import Facts
 from pallas.gpu.slot_queries import slot_queries
 from pallas.gpu.slot_tokens import slot_tokens
 from pallas.gpu.spec import Spec
-from pallas.gpu.state_pass import state_grads
+from pallas.gpu.state_grads import state_grads
 from pallas.gpu.window_queries import window_queries
 from pallas.gpu.window_tokens import window_tokens
 
@@ -71,14 +71,18 @@ def backward(
 
     gates = gates_of(inputs, constants)
     arrays = inputs["query"], out_grad, inputs["key"], inputs["value"]
-    queries = slot_queries(*arrays, saved.log_mass, of_slots, gates, saved.starts, facts, **launch)
+    rows = saved.log_mass, of_slots
+    queries = slot_queries(
+        *arrays, *rows, gates, saved.starts, facts, spec=spec, interpret=interpret
+    )
     started = queries.logits_start, queries.weights_start
     states = state_grads(inputs["query"], out_grad, *started, gates, end_grad, **launch)
     tokens = slot_tokens(
         *arrays,
-        queries.logits_rise,
-        queries.weights_rise,
-        *started,
+        (queries.logits_rise, queries.logits_start),
+        (queries.weights_rise, queries.weights_start),
+        inputs["log_decay"],
+        constants.get("written"),
         gates,
         saved.starts,
         (states.key, states.value),

@@ -62,7 +62,7 @@ def slot_queries(
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
     key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
     delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp. starts: [B, H, N / C, D, M] bfloat16 each. facts: with spec.masked.
+    from dp, or with window 0 the sum of p dp over the slots in its place. starts: [B, H, N / C, D, M] bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
@@ -141,8 +141,10 @@ class QuerySide(InChunk):
         products = self._entered_products("out_grad", "value")
         plgpu.barrier_wait(shared["gates_loaded"])
         plgpu.barrier_wait(shared["slots_loaded"])
-        into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         panels = shared["cumulative"].shape[0]
+        if self.spec.window == 0:
+            self._sum_delta(scores, products, panels)
+        into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         step = functools.partial(self._panel, scores, products)
         into_tokens = lax.fori_loop(0, panels, step, into_tokens)
         self._store_query(into_tokens)
@@ -185,22 +187,42 @@ class QuerySide(InChunk):
             self._falls(block, panel)[...] = self._fall(block, panel, G, write)
         plgpu.commit_smem()
 
-    def _panel(self, scores, products, panel, into_tokens: jax.Array) -> jax.Array:
-        """One more panel of slots; returns what it adds to L."""
-        shared, spec = self.shared, self.spec
-        copies = len(SlotQueries._fields) - 1
-        # The stores of the panel that had the same buffer are done.
-        plgpu.wait_smem_to_gmem(copies * (shared["falls"].shape[0] - 1), wait_read_only=True)
+    def _sum_delta(self, scores: jax.Array, products: jax.Array, panels: int) -> None:
+        """Takes the given delta's place with the sum of p dp, where a row reads slots only.
+
+        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp.
+        """
+
+        def add(panel, total):
+            p, dp = self._weights(panel, scores, products)
+            return total + (p * dp).sum(axis=1)
+
+        zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
+        self.shared["delta"][...] = lax.fori_loop(0, panels, add, zeros)
+        plgpu.commit_smem()
+
+    def _weights(self, panel, scores, products) -> tuple[jax.Array, jax.Array]:
+        """p and dp of a panel, [C, its slots]."""
+        shared = self.shared
         self._build_falls(panel)
         a = self._to_slots(
             panel, scores, lambda: [(shared["query"], shared["start_key"].at[panel])]
         )
-        a = self._hide(panel, a * (spec.scale * LOG2E))
+        a = self._hide(panel, a * (self.spec.scale * LOG2E))
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
         dp = self._to_slots(
             panel, products, lambda: [(shared["out_grad"], shared["start_value"].at[panel])]
         )
-        ds = p * (dp - by_row(self._row("delta"), a.shape[1])) * spec.scale
+        return p, dp
+
+    def _panel(self, scores, products, panel, into_tokens: jax.Array) -> jax.Array:
+        """One more panel of slots; returns what it adds to L."""
+        shared = self.shared
+        copies = len(SlotQueries._fields) - 1
+        # The stores of the panel that had the same buffer are done.
+        plgpu.wait_smem_to_gmem(copies * (shared["falls"].shape[0] - 1), wait_read_only=True)
+        p, dp = self._weights(panel, scores, products)
+        ds = p * (dp - by_row(self._row("delta"), p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
         into_tokens = self._gather(panel, ds_rise, into_tokens)
