@@ -17,7 +17,7 @@ the decay of token j, in parts that are summed over the sides and the heads of t
 
 The first sum nearly cancels where decays are strong, so both its terms are made of the very
 operands, rounded, that enter the products. No term of the second does. Where nothing decays s is 0,
-and Y is needed all the same: 2^-60 stands for s, in f too, which no result can tell from 0.
+and Y is needed all the same: 2^-60 stands for s, in f and wS too, which no result can tell from 0.
 
 A block works on 64 slots of a chunk, with one warpgroup, and returns its share of dx and dy. The
 sums over rows are products with a triangle. It works on columns of a gate block's 16 rows, not on
@@ -44,6 +44,7 @@ from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, 
 
 MOST_SLOTS = 64  # of a block
 LEAST_WRITE = 2.0**-60  # stands for s = 0
+FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # e / s; at less, nothing inside a chunk goes by the decay
 SIDES = ("key", "value")
 
 
@@ -53,13 +54,6 @@ class SlotTokens(NamedTuple):
     key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
     value: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32
-
-
-class _Decays(NamedTuple):
-    """What the gradients of a chunk's decays need beside `Gates`; [B, N, H, M] bfloat16."""
-
-    odds: jax.Array  # e / s
-    kept: jax.Array  # e times the decay from the row to its chunk's end
 
 
 def slot_tokens(
@@ -88,17 +82,17 @@ def slot_tokens(
     D, M] bfloat16, the slots at the chunks' starts and the gradients of those at their ends.
     interpret: as for `fused_attention`.
     """
-    B, N, heads, D = query.shape
+    B, N, _, D = query.shape
     H, M = gates.cumulative.shape[2:]
     width = min(M, MOST_SLOTS)
     panels, stages = M // width, min(block_sizes.token_stages, 2 * spec.group)
-    decays = _decays(log_decay, written, gates)
+    to_end, odds = _decays(log_decay, written, gates)
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
         "logits_rise": logits[0], "weights_rise": weights[0],
         "logits_start": logits[1], "weights_start": weights[1],
-        "cumulative": gates.cumulative, "write": gates.write, "to_end": gates.to_end,
-        "total": gates.total, "odds": decays.odds, "kept": decays.kept,
+        "cumulative": gates.cumulative, "write": gates.write, "to_end": to_end,
+        "total": gates.total, "odds": odds,
         "start_key": starts[0], "start_value": starts[1],
         "end_key": end_grads[0], "end_value": end_grads[1],
     }  # fmt: skip
@@ -130,14 +124,19 @@ def slot_tokens(
     return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
 
 
-def _decays(log_decay: jax.Array, written: jax.Array | None, gates: Gates) -> _Decays:
+def _decays(
+    log_decay: jax.Array, written: jax.Array | None, gates: Gates
+) -> tuple[jax.Array, jax.Array]:
+    """wS, which `Gates` has too but for the least s, and e / s; [B, N, H, M] bfloat16."""
     B, N, H, M = log_decay.shape
     write = jnp.maximum(gates.write.astype(jnp.float32), LEAST_WRITE)
     chunks = log_decay.reshape(B, N // CHUNK, CHUNK, H, M)
-    kept = jnp.exp(jnp.cumsum(chunks[:, :, ::-1], axis=2)[:, :, ::-1]).reshape(log_decay.shape)
+    from_row = jnp.cumsum(chunks[:, :, ::-1], axis=2)[:, :, ::-1]
+    after = jnp.pad(from_row[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    to_end = write * jnp.exp(after).reshape(log_decay.shape)
     if written is not None:
-        kept = jnp.where(written[..., None, None], kept, 0)
-    return _Decays(*(x.astype(jnp.bfloat16) for x in (jnp.exp(log_decay) / write, kept)))
+        to_end = jnp.where(written[..., None, None], to_end, 0)
+    return to_end.astype(jnp.bfloat16), (jnp.exp(log_decay) / write).astype(jnp.bfloat16)
 
 
 def _sum_panels(shares: jax.Array) -> jax.Array:
@@ -152,6 +151,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
     def tiled(*shape):
         return plgpu.SMEM(shape, narrow, transforms=tile(GATE_ROWS))
 
+    added = plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4))
     scratch = {
         "rows": tiled(stages, CHUNK, D),  # q or do
         "rise": tiled(stages, CHUNK, width),
@@ -162,14 +162,15 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "slot_grads": tiled(D, width),
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "falls": tiled(GATE_BLOCKS, CHUNK, width),  # s before, in the last
-        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "cumulative": added,  # then dg
+        "row_sums": added,  # R
+        "token_sums": added,  # sY
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
         "to_end": tiled(CHUNK, width),
         "odds": tiled(CHUNK, width),
-        "kept": tiled(CHUNK, width),
         "part": tiled(CHUNK, width),
-        "gates_loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + 2 * masked),
+        "gates_loaded": plgpu.Barrier(num_arrivals=5 + GATE_BLOCKS + 2 * masked),
     }
     if masked:
         scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
@@ -202,11 +203,9 @@ class _Block:
             self._load_head(jnp.int32(item), item)
         plgpu.barrier_wait(self.shared["gates_loaded"])
         self._build_falls()
-        zeros = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
-        sums = zeros, zeros
         for side in range(len(SIDES)):
-            sums = self._side(side, sums)
-        self._store_decays(*sums)
+            self._side(side)
+        self._store_decays()
         plgpu.wait_smem_to_gmem(0)
 
     # Copies
@@ -217,7 +216,7 @@ class _Block:
         last = shared["falls"].at[GATE_BLOCKS - 1]
         targets = {
             "write": last,
-            **{x: shared[x] for x in ("cumulative", "to_end", "odds", "kept")},
+            **{x: shared[x] for x in ("cumulative", "to_end", "odds")},
         }
         for name, target in targets.items():
             plgpu.copy_gmem_to_smem(refs[name].at[b, self.own, h, self.columns], target, loaded)
@@ -268,6 +267,8 @@ class _Block:
         G = plgpu.load(shared["cumulative"], layout=LOGITS)
         write = self._wide(shared["falls"].at[GATE_BLOCKS - 1])
         write = jnp.maximum(write, LEAST_WRITE)
+        for name in ("row_sums", "token_sums"):
+            shared[name][...] = plgpu.layout_cast(jnp.zeros(G.shape, G.dtype), LOGITS)
         for block in range(GATE_BLOCKS):
             reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
             exponent = self._to_rows(reference) - G
@@ -275,14 +276,14 @@ class _Block:
             shared["falls"].at[block][...] = fall.astype(jnp.bfloat16)
         plgpu.commit_smem()
 
-    def _side(self, side: int, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """The sums over rows R and over tokens sY, with this side's heads; the side's dx, stored."""
+    def _side(self, side: int) -> None:
+        """Adds to R and sY what this side's heads do; stores the side's dx."""
         shared = self.shared
         plgpu.barrier_wait(shared["side_loaded"])
         self._decays_to_end(side)
         grad = self.matmul(lambda: [(shared["to_end"], shared["slot_grads"].T)], (CHUNK, self.D))
         head = functools.partial(self._head, side)
-        grad, *rest = lax.fori_loop(0, self.spec.group, head, (grad, *sums))
+        grad = lax.fori_loop(0, self.spec.group, head, grad)
         plgpu.commit_smem()  # all have read the tokens, whose place their gradient takes
         shared["tokens"][...] = grad.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -291,14 +292,14 @@ class _Block:
         if side + 1 < len(SIDES):
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             self._load_side(side + 1)
-        return rest[0], rest[1]
 
     def _decays_to_end(self, side: int) -> None:
         """What the decays' gradients owe to the slots at the chunk's end, by one side."""
         shared = self.shared
         ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
-        before = self._sum_rows(ending * self._wide(shared["to_end"]), lambda j, i: i < j, parts=2)
-        grad = before - ending * self._wide(shared["kept"])
+        ending *= self._wide(shared["to_end"])
+        grad = self._sum_rows(ending, lambda j, i: i < j, parts=2)
+        grad -= ending * self._wide(shared["odds"])
         total = plgpu.load(shared["total"], layout=COLUMN)
         for first in range(0, self.D, CHUNK):
             features = pl.ds(first, CHUNK)
@@ -325,23 +326,28 @@ class _Block:
         assert total is not None
         return total
 
-    def _head(self, side: int, i, carry):
-        """One more head; carry: dx, R and sY."""
+    def _head(self, side: int, i, grad: jax.Array) -> jax.Array:
+        """dx with one more head."""
         item, shared = i + side * self.spec.group, self.shared
         stage = lax.rem(item, jnp.int32(self.stages))
-        grad, from_rows, from_tokens = carry
         plgpu.barrier_wait(shared["head_loaded"].at[stage])
-        from_rows += self._into_rows(stage)
+        self._add("row_sums", self._into_rows(stage))
         turned = self.matmul(
             lambda: [(shared["tokens"], shared["rows"].at[stage].T)], (CHUNK, CHUNK)
         )
         turned = jnp.where(self._entered(turned=True), turned, 0.0).astype(jnp.bfloat16)
+        sums = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
         for block in range(GATE_BLOCKS):
-            grad, from_tokens = self._block_rows(block, stage, turned, grad, from_tokens)
+            grad, sums = self._block_rows(block, stage, turned, grad, sums)
+        self._add("token_sums", sums)
         plgpu.commit_smem()  # all have read the head's rows
         more = item + self.stages < len(SIDES) * self.spec.group
         pl.when(more)(lambda: self._load_head(item + self.stages, stage))
-        return grad, from_rows, from_tokens
+        return grad
+
+    def _add(self, name: str, x: jax.Array) -> None:
+        """In shared memory, for registers are short."""
+        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
 
     def _into_rows(self, stage) -> jax.Array:
         """A head's part of R."""
@@ -365,13 +371,13 @@ class _Block:
         )
         return within + carried * self._wide(shared["start"].at[stage])
 
-    def _block_rows(self, block: int, stage, turned, grad, from_tokens):
+    def _block_rows(self, block: int, stage, turned, grad, sums):
         """What the rows of a gate block add to dx and sY."""
         shared, first = self.shared, block * GATE_ROWS
         rows, end = pl.ds(first, GATE_ROWS), first + GATE_ROWS
         scores = lax.slice(turned, (0, first), (CHUNK, end))
-        sums = self.matmul(lambda: [(scores, shared["rise"].at[stage, rows])], self.gates_shape)
-        from_tokens += sums * self._wide(shared["falls"].at[block])
+        product = self.matmul(lambda: [(scores, shared["rise"].at[stage, rows])], self.gates_shape)
+        sums += product * self._wide(shared["falls"].at[block])
         gathered = self.matmul(
             lambda: [(shared["falls"].at[block], shared["rise"].at[stage, rows].T)],
             (CHUNK, GATE_ROWS),
@@ -381,7 +387,7 @@ class _Block:
         grad = self.matmul(
             lambda: [(gathered, shared["rows"].at[stage, rows])], (CHUNK, self.D), grad
         )
-        return grad, from_tokens
+        return grad, sums
 
     def _entered(self, turned: bool = False, block: int | None = None) -> jax.Array:
         """[C, C], of a row and a token that is in its slots; turned: of a token and a row.
@@ -402,13 +408,15 @@ class _Block:
             )
         return entered
 
-    def _store_decays(self, from_rows: jax.Array, from_tokens: jax.Array) -> None:
+    def _store_decays(self) -> None:
         shared = self.shared
+        from_rows, from_tokens = (
+            plgpu.load(shared[name], layout=LOGITS) for name in ("row_sums", "token_sums")
+        )
         later = self._sum_rows(from_rows - from_tokens, lambda j, r: r >= j, parts=3)
         odds = self._wide(shared["odds"])
-        within = later - odds * from_tokens
-        floored = 1 / math.expm1(-FLOOR)
-        within = jnp.where(odds > floored, within, 0.0)
+        within = later - odds * plgpu.load(shared["token_sums"], layout=LOGITS)
+        within = jnp.where(odds > FLOOR_ODDS, within, 0.0)
         shared["cumulative"][...] = within + plgpu.load(shared["cumulative"], layout=LOGITS)
         plgpu.commit_smem()
         target = self.refs["decay_grad"].at[self.b, self.own, self.h, self.columns]

@@ -13,7 +13,7 @@ from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas.gpu import default_block_sizes
 from pallas.gpu.slot_tokens import SlotTokens, slot_tokens
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS
+from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
 from pallas.gpu.state_grads import StateGrads, state_grads
 from tests.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
 from tests.ops.cases import GPU_INTERPRETER, relative_error
