@@ -80,25 +80,48 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
     return {
         "kernels": read_dumps(dumps),
         "forward": {"bytes": sum(moved["forward"].values()), "minimum_bytes": least[0]},
-        "backward": {"bytes": sum(moved["backward"].values()), "minimum_bytes": least[1] - least[0]},
+        "backward": {
+            "bytes": sum(moved["backward"].values()),
+            "minimum_bytes": least[1] - least[0],
+        },
     }
 
 
-def bytes_moved(shape: Shape) -> dict[str, int]:
-    """Of a forward with rotation, W and T multiples of 64 and no segments, by what moves them.
+def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
+    """Of the "forward" and the "backward", by what moves them, with rotation, W and T multiples of
+    64, W not 0, and no segments.
 
     Counted by hand: each array once for each operation that reads or writes it. What several blocks
-    of a kernel read is taken to come from the L2 cache after the first.
+    of a kernel read is taken to come from the L2 cache after the first. Arrays of a number a row
+    are left out.
     """
     rows = shape.B * shape.T * shape.H
     query, key, gate = 2 * rows * shape.G * shape.K, 2 * rows * shape.K, 2 * rows * shape.M
     starts = 2 * 2 * rows * shape.K * shape.M // 64  # of keys and values, every 64 rows
-    # The gates: cumulative is float32, s and what is left of it at the chunk's end are bfloat16.
+    weights = 2 * shape.G * gate  # of the slots, and the gradients of their logits
+    shares = -(-shape.M // 64)  # of the slots' gradients of keys and values
+    # The gates: log_decay, its gradient and cumulative are float32, the others bfloat16.
     return {
-        "rotation": 2 * query + 2 * key,
-        "gates": 2 * gate + 4 * gate,
-        "state pass": 2 * key + gate + starts,
-        "output pass": 3 * query + 3 * key + 3 * gate + starts,
+        "forward": {
+            "rotation": 2 * query + 2 * key,
+            "gates": 2 * gate + 4 * gate,
+            "state pass": 2 * key + gate + starts,
+            "output pass": 3 * query + 3 * key + 3 * gate + starts,
+        },
+        "backward": {
+            "delta": 2 * query,
+            "window, queries": 3 * query + 2 * key,
+            "window, tokens": 2 * query + 4 * key,
+            "gates": 2 * gate + 6 * gate,
+            "slots, queries": 3 * query + 2 * key + 3 * gate + starts + 2 * weights,
+            "states": 2 * query + weights + starts,
+            "slots, tokens": 2 * query
+            + (2 + 2 * shares) * key
+            + 8 * gate
+            + 2 * weights
+            + 2 * starts,
+            "rotation and sums": 3 * query + 2 * (2 + shares) * key + 4 * gate,
+        },
     }
 
 

@@ -55,7 +55,7 @@ def window_queries(
     inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
     if facts is not None:
         inputs |= {"query_run": facts.query, "visible": facts.visible}
-    scratch = _scratch(spec, block_sizes.grad_stages, D, interpret=bool(interpret))
+    scratch = _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret))
 
     def entry(*refs):
         named = dict(zip([*inputs, "query_grad"], refs, strict=True))

@@ -82,6 +82,7 @@ class Inputs(NamedTuple):
     log_mass: jax.Array  # [B, H * G, N] float32
     delta: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32
+    written: jax.Array | None  # [B, N], as for `chunk_gates`
     gates: Gates
     starts: tuple[jax.Array, jax.Array]  # [B, H, N / C, D, M] bfloat16
     facts: Facts | None
@@ -138,6 +139,7 @@ def make_inputs(case: Case) -> Inputs:
         log_mass=jnp.zeros((B, heads, N), jnp.float32),
         delta=jnp.asarray(delta, jnp.float32),
         log_decay=decays,
+        written=written,
         gates=jax.jit(chunk_gates)(decays, written, kept),
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
         facts=facts,
