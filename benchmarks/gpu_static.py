@@ -2,9 +2,9 @@
 
 uv run --extra cuda python benchmarks/gpu_static.py    # about half a minute a shape
 
-HBM / minimum: what the whole forward, or backward, reads and writes, rotation and gates included,
-each array once for each operation (counted by hand: `static.ptxas.bytes_moved`), to once what must
-be: query, key, value, log_decay and output; backward the output's gradient and the inputs' too.
+HBM / minimum: what the whole forward, and the whole backward, read and write, rotation and gates
+included, each array once for each operation (counted by hand: `static.ptxas.bytes_moved`), to what
+they must: once query, key, value, log_decay and output, backward the gradients too.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import itertools
 from static.programs import Shape
 from static.ptxas import compile_in_subprocess
 
-HEADINGS = "shape | kernel | registers | spills, bytes | shared memory, KB | HBM / minimum, forward, backward"
+HEADINGS = "shape | kernel | registers | spills, bytes | shared memory, KB | HBM / minimum"
 
 
 def main() -> None:

@@ -100,6 +100,7 @@ def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
     starts = 2 * 2 * rows * shape.K * shape.M // 64  # of keys and values, every 64 rows
     weights = 2 * shape.G * gate  # of the slots, and the gradients of their logits
     shares = -(-shape.M // 64)  # of the slots' gradients of keys and values
+    slots = 7 * gate + 2 * weights + 2 * starts  # of the last kernel
     # The gates: log_decay, its gradient and cumulative are float32, the others bfloat16.
     return {
         "forward": {
@@ -115,11 +116,7 @@ def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
             "gates": 2 * gate + 6 * gate,
             "slots, queries": 3 * query + 2 * key + 3 * gate + starts + 2 * weights,
             "states": 2 * query + weights + starts,
-            "slots, tokens": 2 * query
-            + (2 + 2 * shares) * key
-            + 8 * gate
-            + 2 * weights
-            + 2 * starts,
+            "slots, tokens": 2 * query + (2 + 2 * shares) * key + slots,
             "rotation and sums": 3 * query + 2 * (2 + shares) * key + 4 * gate,
         },
     }

@@ -1,9 +1,15 @@
 """The operator on the Mosaic GPU kernels; JAX differentiates what prepares their arrays."""
 
+import warnings
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.cudnn import cudnn_attention
+from nha_jax.ops.gpu_support import gpu_unsupported, served_by_cudnn
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import (
     Carried,
@@ -18,51 +24,7 @@ from nha_jax.ops.state import (
 from nha_jax.ops.types import NHAOutput, Options
 from pallas.gpu import CHUNK, Spec, default_block_sizes, fused_attention
 
-LARGEST_HEAD, MOST_SLOTS = 128, 128
-HOPPER = "9.0"
-
 Arrays = dict[str, jax.Array]
-
-
-def gpu_unsupported(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array,
-    *,
-    options: Options,
-) -> str | None:
-    """Why the kernels can't serve this call, in a line; None if they can."""
-    if query.dtype != jnp.bfloat16:
-        return f"its kernels multiply in bfloat16, got query of {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > LARGEST_HEAD:
-            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
-    if log_decay.shape[3] > MOST_SLOTS:
-        return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
-    if options.block_sizes is not None:
-        return "block_sizes are those of the TPU kernels"
-    if jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-        capability = str(getattr(device, "compute_capability", "none"))
-        if capability != HOPPER:
-            return (
-                f"its kernels are for Hopper (compute capability {HOPPER}), "
-                f"got {device.device_kind} ({capability})"
-            )
-    return None
-
-
-def compiling_for_gpus() -> bool:
-    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device.
-
-    Not by the platform of the lowering, as for TPUs: the GPU interpreter's effects cannot stand
-    beside the kernel in one program.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform in ("gpu", "cuda")
-    return jax.default_backend() == "gpu"
 
 
 def gpu_attention(
@@ -77,10 +39,36 @@ def gpu_attention(
     options: Options,
     interpret: bool = False,
 ) -> NHAOutput:
-    """`nha_attention` by the kernels; shapes as there.
+    """`nha_attention` by the kernels, or by cuDNN where it serves; shapes as there.
+
+    What neither serves runs as plain XLA, with a warning that says why.
 
     interpret: run the kernels on the CPU.
     """
+    arrays = query, key, value, log_decay
+    past = carried is not None
+    if served_by_cudnn(*arrays[:3], segment_ids=segment_ids, has_past=past, options=options):
+        return cudnn_attention(*arrays, rope=rope, options=options)
+    rest: dict[str, Any] = {"rope": rope, "segment_ids": segment_ids}
+    rest |= {"carried": carried, "options": options}
+    if reason := gpu_unsupported(*arrays, options=options):
+        warnings.warn(f"implementation='pallas_gpu': {reason}: running 'xla'", stacklevel=2)
+        return chunked_attention(*arrays, **rest)
+    return _by_kernels(*arrays, **rest, interpret=interpret)
+
+
+def _by_kernels(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    carried: Carried | None,
+    options: Options,
+    interpret: bool,
+) -> NHAOutput:
     T, M, W = query.shape[1], log_decay.shape[3], options.window_size
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(jnp.float32))
     nothing_leaves = W is None or (W >= T and carried is None)
@@ -92,7 +80,7 @@ def gpu_attention(
         empty_slots=M if nothing_leaves and options.empty_slots == "attend" else 0,
         window=None if nothing_leaves else W,
         offset=timeline.run.shape[1] - T,
-        ahead=0 if nothing_leaves or carried is not None else _rows_ahead(W, T),
+        ahead=0 if W is None or nothing_leaves or carried is not None else _rows_ahead(W, T),
         scale=float(options.scale),
         masked=segment_ids is not None or carried is not None or options.empty_slots == "mask",
         state=has_slots and (carried is not None or options.return_state),

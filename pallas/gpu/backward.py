@@ -52,48 +52,84 @@ def backward(
       and of the slots at the end, with spec.state; shapes as in `Fused`.
     """
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
-    facts = facts_of(constants)
     of_slots, of_window = _deltas(saved, out_grad, weight_grad, spec)
-    if spec.window == 0:
-        names = "rotated_query", "rotated_key", "value"
-        grads = {name: jnp.zeros_like(inputs[name]) for name in names}
-    else:
-        arrays = inputs["rotated_query"], inputs["rotated_key"], inputs["value"], out_grad
-        rows = saved.log_mass, of_window, facts
-        tokens = window_tokens(*arrays, *rows, **launch)
-        grads = {
-            "rotated_query": window_queries(*arrays, *rows, **launch),
-            "rotated_key": tokens.rotated_key,
-            "value": tokens.value,
-        }
-    if saved.starts is None:
-        return grads
+    facts = facts_of(constants)
+    grads = _window(inputs, saved.log_mass, of_window, facts, out_grad, launch)
+    if saved.starts is not None:
+        slots = _slots(inputs, constants, saved, of_slots, facts, out_grad, end_grad, launch)
+        grads |= slots | {"value": grads["value"] + slots["value"]}
+    return grads
 
+
+def _window(
+    inputs: Arrays,
+    log_mass: jax.Array,
+    delta: jax.Array,
+    facts: Facts | None,
+    out_grad: jax.Array,
+    launch: dict[str, Any],
+) -> Arrays:
+    arrays = inputs["rotated_query"], inputs["rotated_key"], inputs["value"]
+    if launch["spec"].window == 0:
+        query, key, value = map(jnp.zeros_like, arrays)
+    else:
+        rows = out_grad, log_mass, delta, facts
+        query = window_queries(*arrays, *rows, **launch)
+        key, value = window_tokens(*arrays, *rows, **launch)
+    return {"rotated_query": query, "rotated_key": key, "value": value}
+
+
+def _slots(
+    inputs: Arrays,
+    constants: Arrays,
+    saved: Saved,
+    delta: jax.Array,
+    facts: Facts | None,
+    out_grad: jax.Array,
+    end_grad: Pair | None,
+    launch: dict[str, Any],
+) -> Arrays:
+    spec, interpret, starts = launch["spec"], launch["interpret"], saved.starts
+    assert starts is not None
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
     gates = gates_of(inputs, constants)
-    arrays = inputs["query"], out_grad, inputs["key"], inputs["value"]
-    rows = saved.log_mass, of_slots
     queries = slot_queries(
-        *arrays, *rows, gates, saved.starts, facts, spec=spec, interpret=interpret
+        query,
+        out_grad,
+        key,
+        value,
+        saved.log_mass,
+        delta,
+        gates,
+        starts,
+        facts,
+        spec=spec,
+        interpret=interpret,
     )
     started = queries.logits_start, queries.weights_start
-    states = state_grads(inputs["query"], out_grad, *started, gates, end_grad, **launch)
+    states = state_grads(query, out_grad, *started, gates, end_grad, **launch)
     tokens = slot_tokens(
-        *arrays,
+        query,
+        out_grad,
+        key,
+        value,
         (queries.logits_rise, queries.logits_start),
         (queries.weights_rise, queries.weights_start),
         inputs["log_decay"],
         constants.get("written"),
         gates,
-        saved.starts,
+        starts,
         (states.key, states.value),
         facts,
         **launch,
     )
-    grads |= {"query": queries.query, "log_decay": tokens.log_decay}
-    grads["key"] = _in_place(tokens.key, inputs["key"].shape[1], spec)
-    value = _in_place(tokens.value, inputs["value"].shape[1], spec)
-    grads["value"] = grads["value"] + value
-    if spec.state:
+    grads = {
+        "query": queries.query,
+        "key": _in_place(tokens.key, key.shape[1], spec),
+        "value": _in_place(tokens.value, value.shape[1], spec),
+        "log_decay": tokens.log_decay,
+    }
+    if states.start_key is not None and states.start_value is not None:
         grads |= {"start_key": states.start_key, "start_value": states.start_value}
     return grads
 

@@ -62,7 +62,8 @@ def slot_queries(
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
     key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
     delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp, or with window 0 the sum of p dp over the slots in its place. starts: [B, H, N / C, D, M] bfloat16 each. facts: with spec.masked.
+    from dp; with window 0 that is the sum of p dp, whatever delta is. starts: [B, H, N / C, D, M]
+    bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape

@@ -62,7 +62,8 @@ def lower_for_cuda(case: Case, inputs: dict) -> None:
     cotangents = jax.tree.map(jnp.asarray, inputs["cotangents"])
     with jax.sharding.use_abstract_mesh(HOPPER):
         traced = cases._run.trace(arrays, rest, cotangents, case=case, implementation="pallas_gpu")
-        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in program or "__cudnn$fmha" in program
     jax.clear_caches()
 
 
