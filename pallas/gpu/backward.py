@@ -73,9 +73,8 @@ def _window(
     if launch["spec"].window == 0:
         query, key, value = map(jnp.zeros_like, arrays)
     else:
-        rows = out_grad, log_mass, delta, facts
-        query = window_queries(*arrays, *rows, **launch)
-        key, value = window_tokens(*arrays, *rows, **launch)
+        query = window_queries(*arrays, out_grad, log_mass, delta, facts, **launch)
+        key, value = window_tokens(*arrays, out_grad, log_mass, delta, facts, **launch)
     return {"rotated_query": query, "rotated_key": key, "value": value}
 
 
