@@ -13,7 +13,6 @@ A warpgroup works on the rows of one query head, a panel of slots at a time. ds 
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +23,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E, Gates
 from pallas.gpu.in_chunk import InChunk, by_row
-from pallas.gpu.matmul import Matmul
+from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs, fetch_gates, fetch_slots
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, PANEL, ROW, Spec, tile
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec, tile
 
-BUFFERS = 2  # panels whose falls are in shared memory
+PANEL = 64  # slots at a time
 
 
 class SlotQueries(NamedTuple):
@@ -105,7 +104,6 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
     slots = plgpu.SMEM((panels, D, panel), narrow, transforms=tile(panel))
     row = plgpu.SMEM((CHUNK,), wide)
-    buffers = min(panels, BUFFERS)
     scratch = {
         **dict.fromkeys(("query", "out_grad", "key", "value"), tokens),
         **dict.fromkeys(("start_key", "start_value"), slots),
@@ -113,7 +111,7 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         "cumulative": plgpu.SMEM((panels, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
-        "falls": plgpu.SMEM((buffers, GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
+        "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
         "tokens_loaded": plgpu.Barrier(num_arrivals=7 if spec.masked else 4),
         "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
         "slots_loaded": plgpu.Barrier(num_arrivals=2 * panels + 2),
@@ -137,14 +135,11 @@ class QuerySide(InChunk):
         shared = self.shared
         self._fetch()
         plgpu.barrier_wait(shared["tokens_loaded"])
-        scores = self._entered_products("query", "key")
-        products = self._entered_products("out_grad", "value")
         plgpu.barrier_wait(shared["gates_loaded"])
         plgpu.barrier_wait(shared["slots_loaded"])
         into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         panels = shared["cumulative"].shape[0]
-        step = functools.partial(self._panel, scores, products)
-        into_tokens = lax.fori_loop(0, panels, step, into_tokens)
+        into_tokens = lax.fori_loop(0, panels, self._panel, into_tokens)
         self._store_query(into_tokens)
 
     def _fetch(self) -> None:
@@ -174,8 +169,7 @@ class QuerySide(InChunk):
         return jnp.where(self._entered(), x, 0.0).astype(jnp.bfloat16)
 
     def _falls(self, block: int, panel):
-        falls = self.shared["falls"]
-        return falls.at[lax.rem(panel, jnp.int32(falls.shape[0])), block]
+        return self.shared["falls"].at[block]
 
     def _build_falls(self, panel) -> None:
         shared = self.shared
@@ -183,20 +177,40 @@ class QuerySide(InChunk):
         write = plgpu.load(shared["write"].at[panel], layout=LOGITS).astype(jnp.float32)
         for block in range(GATE_BLOCKS):
             self._falls(block, panel)[...] = self._fall(block, panel, G, write)
+        shared["cumulative"].at[panel][...] = G - self._own_reference(panel, G.shape)
         plgpu.commit_smem()
 
-    def _panel(self, scores, products, panel, into_tokens: jax.Array) -> jax.Array:
-        """One more panel of slots; returns what it adds to L."""
+    def _rise(self, panel) -> jax.Array:
+        return jnp.exp2(plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS))
+
+    def _reference_decay(self, panel) -> jax.Array:
+        """exp(R), in the rows that read the slots at the chunk's start."""
+        shape = self.shared["cumulative"].shape[1:]
+        decay = jnp.exp2(self._own_reference(panel, shape))
+        if self.spec.masked:
+            decay = jnp.where(self._reads(shape) > 1, decay, 0.0)
+        return decay
+
+    def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
+        shape = self.shared["cumulative"].shape[1:]
+        start = self.matmul(carried, shape) * self._reference_decay(panel)
+        return self._spread(panel, scores, shape[1], start) * self._rise(panel)
+
+    def _panel(self, panel, into_tokens: jax.Array) -> jax.Array:
+        """One more panel of slots; returns L with what it adds.
+
+        S and D are computed again: held, they would be registers that the rest needs.
+        """
         shared, spec = self.shared, self.spec
-        copies = len(SlotQueries._fields) - 1
-        # The stores of the panel that had the same buffer are done.
-        plgpu.wait_smem_to_gmem(copies * (shared["falls"].shape[0] - 1), wait_read_only=True)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         self._build_falls(panel)
+        scores = self._entered_products("query", "key")
         a = self._to_slots(
             panel, scores, lambda: [(shared["query"], shared["start_key"].at[panel])]
         )
         a = self._hide(panel, a * (spec.scale * LOG2E))
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
+        products = self._entered_products("out_grad", "value")
         dp = self._to_slots(
             panel, products, lambda: [(shared["out_grad"], shared["start_value"].at[panel])]
         )
@@ -204,12 +218,12 @@ class QuerySide(InChunk):
         rise = self._rise(panel)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
         into_tokens = self._gather(panel, ds_rise, into_tokens)
-        start = self._from_start(panel)
+        start = self._rise(panel) * self._reference_decay(panel)
         self._store_panel(
             panel,
             {
                 "logits_rise": ds_rise,
-                "weights_rise": p * rise,
+                "weights_rise": p * self._rise(panel),
                 "logits_start": ds * start,
                 "weights_start": p * start,
             },
