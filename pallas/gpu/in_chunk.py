@@ -57,11 +57,15 @@ class InChunk:
     def _rise(self, panel) -> jax.Array:
         """exp(G_r - R), R of the row's block."""
         G = plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS)
-        reference = self._reference(GATE_BLOCKS - 1, panel, G.shape)
+        return jnp.exp2(G - self._own_reference(panel, G.shape))
+
+    def _own_reference(self, panel, shape: tuple[int, ...]) -> jax.Array:
+        """R of the row's block."""
+        reference = self._reference(GATE_BLOCKS - 1, panel, shape)
         for block in reversed(range(GATE_BLOCKS - 1)):
-            mine = gate_block(G.shape[1]) == block
-            reference = jnp.where(mine, self._reference(block, panel, G.shape), reference)
-        return jnp.exp2(G - reference)
+            mine = gate_block(shape[1]) == block
+            reference = jnp.where(mine, self._reference(block, panel, shape), reference)
+        return reference
 
     def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
         """[C, slots]: rise * spread(scores) + exp(G_r) * carried, rows times the first slots."""
@@ -69,7 +73,9 @@ class InChunk:
         entered = self._spread(panel, scores, shape[1]) * self._rise(panel)
         return entered + self.matmul(carried, shape) * self._from_start(panel)
 
-    def _spread(self, panel, scores: jax.Array, width: int) -> jax.Array:
+    def _spread(
+        self, panel, scores: jax.Array, width: int, start: jax.Array | None = None
+    ) -> jax.Array:
         """[C, C] -> [C, slots]: sum_j scores_rj s_j exp(R - G_j), R of the row's block."""
 
         def operands():
@@ -77,7 +83,7 @@ class InChunk:
                 rows = jnp.where(gate_block(CHUNK) == block, scores, 0.0).astype(jnp.bfloat16)
                 yield rows, self._falls(block, panel)
 
-        return self.matmul(lambda: list(operands()), (CHUNK, width))
+        return self.matmul(lambda: list(operands()), (CHUNK, width), start)
 
     def _gather(self, panel, p: jax.Array, start: jax.Array | None) -> jax.Array:
         """[C, slots] -> [C, C]: sum_m p_rm s_jm exp(R - G_j), finite or inf for j > r."""

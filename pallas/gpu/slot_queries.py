@@ -13,7 +13,6 @@ A warpgroup works on the rows of one query head, a panel of slots at a time. ds 
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +23,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E, Gates
 from pallas.gpu.in_chunk import InChunk, by_row
-from pallas.gpu.matmul import Matmul
+from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs, fetch_gates, fetch_slots
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, PANEL, ROW, Spec, tile
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec, tile
 
-BUFFERS = 2  # panels whose falls are in shared memory
+PANEL = 64  # slots at a time
 
 
 class SlotQueries(NamedTuple):
@@ -106,7 +105,6 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
     slots = plgpu.SMEM((panels, D, panel), narrow, transforms=tile(panel))
     row = plgpu.SMEM((CHUNK,), wide)
-    buffers = min(panels, BUFFERS)
     scratch = {
         **dict.fromkeys(("query", "out_grad", "key", "value"), tokens),
         **dict.fromkeys(("start_key", "start_value"), slots),
@@ -114,7 +112,7 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         "cumulative": plgpu.SMEM((panels, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
-        "falls": plgpu.SMEM((buffers, GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
+        "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
         "tokens_loaded": plgpu.Barrier(num_arrivals=7 if spec.masked else 4),
         "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
         "slots_loaded": plgpu.Barrier(num_arrivals=2 * panels + 2),
@@ -138,16 +136,13 @@ class QuerySide(InChunk):
         shared = self.shared
         self._fetch()
         plgpu.barrier_wait(shared["tokens_loaded"])
-        scores = self._entered_products("query", "key")
-        products = self._entered_products("out_grad", "value")
         plgpu.barrier_wait(shared["gates_loaded"])
         plgpu.barrier_wait(shared["slots_loaded"])
+        into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         panels = shared["cumulative"].shape[0]
         if self.spec.window == 0:
-            self._sum_delta(scores, products, panels)
-        into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
-        step = functools.partial(self._panel, scores, products)
-        into_tokens = lax.fori_loop(0, panels, step, into_tokens)
+            self._sum_delta(panels)
+        into_tokens = lax.fori_loop(0, panels, self._panel, into_tokens)
         self._store_query(into_tokens)
 
     def _fetch(self) -> None:
@@ -177,8 +172,7 @@ class QuerySide(InChunk):
         return jnp.where(self._entered(), x, 0.0).astype(jnp.bfloat16)
 
     def _falls(self, block: int, panel):
-        falls = self.shared["falls"]
-        return falls.at[lax.rem(panel, jnp.int32(falls.shape[0])), block]
+        return self.shared["falls"].at[block]
 
     def _build_falls(self, panel) -> None:
         shared = self.shared
@@ -186,53 +180,76 @@ class QuerySide(InChunk):
         write = plgpu.load(shared["write"].at[panel], layout=LOGITS).astype(jnp.float32)
         for block in range(GATE_BLOCKS):
             self._falls(block, panel)[...] = self._fall(block, panel, G, write)
+        shared["cumulative"].at[panel][...] = G - self._own_reference(panel, G.shape)
         plgpu.commit_smem()
 
-    def _sum_delta(self, scores: jax.Array, products: jax.Array, panels: int) -> None:
+    def _rise(self, panel) -> jax.Array:
+        return jnp.exp2(plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS))
+
+    def _reference_decay(self, panel) -> jax.Array:
+        """exp(R), in the rows that read the slots at the chunk's start."""
+        shape = self.shared["cumulative"].shape[1:]
+        decay = jnp.exp2(self._own_reference(panel, shape))
+        if self.spec.masked:
+            decay = jnp.where(self._reads(shape) > 1, decay, 0.0)
+        return decay
+
+    def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
+        shape = self.shared["cumulative"].shape[1:]
+        start = self.matmul(carried, shape) * self._reference_decay(panel)
+        return self._spread(panel, scores, shape[1], start) * self._rise(panel)
+
+    def _sum_delta(self, panels: int) -> None:
         """Takes the given delta's place with the sum of p dp, where a row reads slots only.
 
         They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp.
         """
+        cumulative = self.shared["cumulative"]
 
         def add(panel, total):
-            p, dp = self._weights(panel, scores, products)
+            p, dp = self._weights(panel)
+            G = plgpu.load(cumulative.at[panel], layout=LOGITS)
+            cumulative.at[panel][...] = G + self._own_reference(panel, G.shape)
+            plgpu.commit_smem()  # all have read the falls, whose place the next panel's take
             return total + (p * dp).sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
         self.shared["delta"][...] = lax.fori_loop(0, panels, add, zeros)
         plgpu.commit_smem()
 
-    def _weights(self, panel, scores, products) -> tuple[jax.Array, jax.Array]:
-        """p and dp of a panel, [C, its slots]."""
+    def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
+        """p and dp of a panel, [C, its slots].
+
+        S and D are computed for each: held, they would be registers that the rest needs.
+        """
         shared = self.shared
         self._build_falls(panel)
+        scores = self._entered_products("query", "key")
         a = self._to_slots(
             panel, scores, lambda: [(shared["query"], shared["start_key"].at[panel])]
         )
         a = self._hide(panel, a * (self.spec.scale * LOG2E))
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
+        products = self._entered_products("out_grad", "value")
         dp = self._to_slots(
             panel, products, lambda: [(shared["out_grad"], shared["start_value"].at[panel])]
         )
         return p, dp
 
-    def _panel(self, scores, products, panel, into_tokens: jax.Array) -> jax.Array:
-        """One more panel of slots; returns what it adds to L."""
-        shared = self.shared
-        copies = len(SlotQueries._fields) - 1
-        # The stores of the panel that had the same buffer are done.
-        plgpu.wait_smem_to_gmem(copies * (shared["falls"].shape[0] - 1), wait_read_only=True)
-        p, dp = self._weights(panel, scores, products)
+    def _panel(self, panel, into_tokens: jax.Array) -> jax.Array:
+        """One more panel of slots; returns L with what it adds."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
+        p, dp = self._weights(panel)
         ds = p * (dp - by_row(self._row("delta"), p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
         into_tokens = self._gather(panel, ds_rise, into_tokens)
-        start = self._from_start(panel)
+        start = self._rise(panel) * self._reference_decay(panel)
         self._store_panel(
             panel,
             {
                 "logits_rise": ds_rise,
-                "weights_rise": p * rise,
+                "weights_rise": p * self._rise(panel),
                 "logits_start": ds * start,
                 "weights_start": p * start,
             },
