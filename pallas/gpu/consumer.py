@@ -9,21 +9,22 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E
+from pallas.gpu.in_chunk import InChunk
+from pallas.gpu.masks import by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
-from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec
 
-MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes
 LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no NaN
 
 
-class Consumer:
-    """Reads what `producer.produce` fetches; the slots lie in panels of up to 32."""
+class Consumer(InChunk):
+    """Reads what `producer.produce` fetches."""
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
-        self.refs, self.shared, self.place, self.matmul = refs, shared, place, matmul
-        self.spec, self.me = spec, me
+        super().__init__(shared, place, matmul, spec)
+        self.refs, self.me = refs, me
         self.warpgroups, _, self.D = shared["rotated_query"].shape
 
     def run(self) -> None:
@@ -67,35 +68,12 @@ class Consumer:
 
     def _build_some(self, blocks: range, panel: int, G: jax.Array, write: jax.Array) -> None:
         for block in blocks:
-            exponent = jnp.minimum(self._reference(block, panel, G.shape) - G, MAX_EXPONENT)
-            falls = (write * jnp.exp2(exponent)).astype(jnp.bfloat16)
-            self._falls(block, panel)[...] = falls
+            self._falls(block, panel)[...] = self._fall(block, panel, G, write)
 
     def _falls(self, block: int, panel: int):
         if block == GATE_BLOCKS - 1:
             return self.shared["last_fall"].at[panel]
         return self.shared["falls"].at[block, panel]
-
-    def _reference(self, block: int, panel: int, shape: tuple[int, ...]) -> jax.Array:
-        slots = pl.ds(panel * shape[1], shape[1])
-        reference = plgpu.load(self.shared["references"].at[block, slots], layout=COLUMN)
-        return lax.broadcast_in_dim(reference, shape, [1])
-
-    def _from_start(self, panel: int) -> jax.Array:
-        """exp(G_r), in the rows that read the slots at the chunk's start."""
-        decay = jnp.exp2(plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS))
-        if self.spec.masked:
-            decay = jnp.where(self._reads(decay.shape) > 1, decay, 0.0)
-        return decay
-
-    def _rise(self, panel: int) -> jax.Array:
-        """exp(G_r - R), R of the row's block."""
-        G = plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS)
-        reference = self._reference(GATE_BLOCKS - 1, panel, G.shape)
-        for block in reversed(range(GATE_BLOCKS - 1)):
-            mine = _gate_block(G.shape[1]) == block
-            reference = jnp.where(mine, self._reference(block, panel, G.shape), reference)
-        return jnp.exp2(G - reference)
 
     def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The slots at the chunk's start, and the first block's tokens that entered them.
@@ -112,7 +90,7 @@ class Consumer:
         top = jnp.maximum(logits[0].max(axis=1), LOWEST)
         for x in logits[1:]:
             top = jnp.maximum(top, x.max(axis=1))
-        p_slots = [jnp.exp2(x - _by_row(top, x.shape[1])) for x in logits]
+        p_slots = [jnp.exp2(x - by_row(top, x.shape[1])) for x in logits]
         mass = p_slots[0].sum(axis=1)
         for p in p_slots[1:]:
             mass += p.sum(axis=1)
@@ -144,57 +122,19 @@ class Consumer:
 
     def _panel_logits(self, panel: int, scores: jax.Array) -> jax.Array:
         shared, spec = self.shared, self.spec
-        width = shared["slots"].shape[2]
-        a = self._spread(panel, scores, width) * self._rise(panel)
-        carried = self.matmul(
-            lambda: [(shared["query"].at[self.me], shared["slots"].at[panel])], (CHUNK, width)
+        a = self._to_slots(
+            panel, scores, lambda: [(shared["query"].at[self.me], shared["slots"].at[panel])]
         )
-        a = (a + carried * self._from_start(panel)) * (spec.scale * LOG2E)
-        if spec.slots < (panel + 1) * width:
-            a = jnp.where(_iota(width, 1) < spec.slots - panel * width, a, -jnp.inf)
-        if spec.masked:
-            a = jnp.where(self._reads(a.shape) > 0, a, -jnp.inf)
-        return a
-
-    def _spread(self, panel: int, scores: jax.Array, width: int) -> jax.Array:
-        """[C, C] -> [C, slots]: sum_j scores_rj s_j exp(R - G_j), R of the row's block."""
-
-        def operands():
-            for block in range(GATE_BLOCKS):
-                rows = jnp.where(_gate_block(CHUNK) == block, scores, 0.0).astype(jnp.bfloat16)
-                yield rows, self._falls(block, panel)
-
-        return self.matmul(lambda: list(operands()), (CHUNK, width))
-
-    def _gather(self, panel: int, p: jax.Array, start: jax.Array | None) -> jax.Array:
-        """[C, slots] -> [C, C]: sum_m p_rm s_jm exp(R - G_j), finite or inf for j > r."""
-
-        def operands():
-            for block in range(GATE_BLOCKS):
-                rows = jnp.where(_gate_block(p.shape[1]) == block, p, 0.0).astype(jnp.bfloat16)
-                yield rows, self._falls(block, panel).T
-
-        return self.matmul(lambda: list(operands()), (CHUNK, CHUNK), start)
+        return self._hide(panel, a * (spec.scale * LOG2E))
 
     # The window
 
-    def _entered(self) -> jax.Array:
-        """[C, C], the first block's tokens that are in the row's slots."""
-        place = self.place
-        entered = _iota(CHUNK, 1) + place.first_token <= _iota(CHUNK, 0) + place.first_row
-        return entered & self._same_segment(0) if self.spec.masked else entered
-
     def _in_window(self, block) -> jax.Array:
         """[C, C], whatever their segments."""
-        spec, place = self.spec, self.place
-        token = _iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
-        now = _iota(CHUNK, 0) + (place.first_row + spec.offset)
-        inside = token <= now
-        if spec.window is not None:
-            inside &= token > now - spec.window
-        if not spec.masked:
-            inside &= token >= spec.offset
-        return inside
+        place = self.place
+        row = iota(CHUNK, 0) + place.first_row
+        token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
+        return in_window(self.spec, row, token)
 
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
         shared = self.shared
@@ -219,35 +159,22 @@ class Consumer:
         logits = self._window_logits(stage, mask)
         new_top = jnp.maximum(top, logits.max(axis=1))
         shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(logits - _by_row(new_top, CHUNK))
+        p = jnp.exp2(logits - by_row(new_top, CHUNK))
         mass = mass * shrink + p.sum(axis=1)
         out = self.matmul(
             lambda: [(p.astype(jnp.bfloat16), shared["value"].at[stage])],
             (CHUNK, self.D),
-            out * _by_row(shrink, self.D),
+            out * by_row(shrink, self.D),
         )
         plgpu.barrier_arrive(shared["block_read"].at[stage])
         return out, new_top, mass
-
-    # Facts
-
-    def _same_segment(self, stage) -> jax.Array:
-        """[C, C], of a row and a token; a padding row is of none, nor is a token that is none."""
-        run = plgpu.load(self.shared["query_run"], layout=ROW)
-        visible = plgpu.load(self.shared["visible"].at[stage], layout=COLUMN)
-        shape = CHUNK, CHUNK
-        return lax.broadcast_in_dim(run, shape, [0]) == lax.broadcast_in_dim(visible, shape, [1])
-
-    def _reads(self, shape: tuple[int, ...]) -> jax.Array:
-        reads = plgpu.load(self.shared["reads"], layout=ROW)
-        return lax.broadcast_in_dim(reads, shape, [0])
 
     def _store(self, out, top, mass, slot_mass) -> None:
         """The query's place in shared memory takes the output."""
         shared, refs, place, me = self.shared, self.refs, self.place, self.me
         safe = jnp.where(mass > 0.0, mass, 1.0)  # padding has none
         buffer = shared["rotated_query"].at[me]
-        buffer[...] = (out / _by_row(safe, self.D)).astype(jnp.bfloat16)
+        buffer[...] = (out / by_row(safe, self.D)).astype(jnp.bfloat16)
         shared["log_mass"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
         shared["slot_weight"].at[me][...] = slot_mass / safe
         plgpu.commit_smem()
@@ -257,19 +184,6 @@ class Consumer:
             target = refs[name].at[place.batch, head, place.rows]
             plgpu.copy_smem_to_gmem(shared[name].at[me], target)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _iota(columns: int, axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=LOGITS)
-
-
-def _by_row(x: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
-
-
-def _gate_block(columns: int) -> jax.Array:
-    """[C, columns], which block of gates a row is in."""
-    return lax.shift_right_logical(_iota(columns, 0), jnp.int32(GATE_ROWS.bit_length() - 1))
 
 
 def _meet(barrier) -> None:

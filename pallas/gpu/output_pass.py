@@ -7,10 +7,7 @@ cumulative decay, a and b the logits of slots and window:
     o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
     P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r, and the window's p beyond
 
-Four blocks of 16 rows have a reference each, G in their middle, R. A row's factor exp(G_r - R)
-spans 8 tokens, and so does the part of exp(R - G_j) that grows: with the floor of `gates.py`
-neither exceeds 2^93, however strong the decays are. Every block multiplies the whole chunk, with
-zeros for the rows of the others: this layout has no products of fewer columns.
+`in_chunk.py` says how the decays within the chunk are multiplied.
 
 A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
 """

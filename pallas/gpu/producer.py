@@ -18,13 +18,13 @@ Refs = dict[str, Any]
 def produce(refs: Refs, shared: Refs, place: Place) -> None:
     """Copies a chunk's operands to shared memory, in the order in which they are needed."""
     if "gates_loaded" in shared:
-        _fetch_gates(refs, shared, place)
+        fetch_gates(refs, shared, place, "last_fall")
     _fetch_queries(refs, shared, place)
     if "keys_loaded" in shared:
         loaded = shared["keys_loaded"]
         keys = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
         plgpu.copy_gmem_to_smem(keys, shared["key"], loaded)
-        _fetch_slots(refs["start_key"], shared, place, loaded)
+        fetch_slots(refs["start_key"], shared["slots"], place, loaded)
     if "facts_loaded" in shared:
         for name in ("query_run", "reads"):
             if name not in shared:
@@ -38,7 +38,7 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         pl.when(stage < place.blocks)(fetch)
     if "slot_keys_read" in shared:  # the slots' values take the place of their keys
         plgpu.barrier_wait(shared["slot_keys_read"])
-        _fetch_slots(refs["start_value"], shared, place, shared["slot_values_loaded"])
+        fetch_slots(refs["start_value"], shared["slots"], place, shared["slot_values_loaded"])
 
     @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
     def _(block):
@@ -51,9 +51,10 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
 
 
-def _fetch_gates(refs: Refs, shared: Refs, place: Place) -> None:
+def fetch_gates(refs: Refs, shared: Refs, place: Place, write: str) -> None:
+    """The chunk's cumulative decays, the blocks' references, and s to the place named `write`."""
     b, h, loaded = place.batch, place.kv_head, shared["gates_loaded"]
-    for name, target in (("cumulative", "cumulative"), ("write", "last_fall")):
+    for name, target in (("cumulative", "cumulative"), ("write", write)):
         panels, _, width = shared[target].shape
         for panel in range(panels):
             slots = pl.ds(panel * width, width)
@@ -75,12 +76,13 @@ def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
             plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared["queries_loaded"].at[i])
 
 
-def _fetch_slots(starts: Any, shared: Refs, place: Place, loaded: Any) -> None:
-    panels, features, width = shared["slots"].shape
+def fetch_slots(starts: Any, slots: Any, place: Place, loaded: Any) -> None:
+    """The slots at the chunk's start, of keys or of values, in panels."""
+    panels, features, width = slots.shape
     for panel in range(panels):
-        slots = (pl.ds(0, features), pl.ds(panel * width, width))
-        source = starts.at[place.batch, place.kv_head, place.chunk, *slots]
-        plgpu.copy_gmem_to_smem(source, shared["slots"].at[panel], loaded)
+        of_panel = (pl.ds(0, features), pl.ds(panel * width, width))
+        source = starts.at[place.batch, place.kv_head, place.chunk, *of_panel]
+        plgpu.copy_gmem_to_smem(source, slots.at[panel], loaded)
 
 
 def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
