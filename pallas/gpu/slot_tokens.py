@@ -160,6 +160,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
         "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
         "part": tiled(CHUNK, width),  # s, then parts of what is summed over rows

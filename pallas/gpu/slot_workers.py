@@ -120,7 +120,7 @@ class Worker:
 
 
 class TokenGrads(Worker):
-    """Fetches what both read; finds dx, and what of dg goes by way of the slots at the chunk's end."""
+    """Fetches what both read; finds dx, and what of dg goes by way of the chunk's end."""
 
     FALLS = (0, 1)
 
@@ -153,14 +153,16 @@ class TokenGrads(Worker):
     def _to_end(self, side: int) -> None:
         """What goes by way of the slots at the chunk's end, by one side; in the place of G."""
         shared = self.shared
-        ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
-        ending *= self.wide(shared["to_end"])
-        grad = self.sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
-        total = plgpu.load(shared["total"], layout=COLUMN)
+        through = jnp.zeros(self.width, jnp.float32)
         for first in range(0, self.D, CHUNK):
             features = pl.ds(first, CHUNK)
             slots, grads = (self.wide(shared[x].at[features]) for x in ("slots", "slot_grads"))
-            grad += self.in_rows(total * (slots * grads).sum(axis=0))
+            through += (slots * grads).sum(axis=0)
+        through *= plgpu.load(shared["total"], layout=COLUMN)
+        ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
+        ending *= self.wide(shared["to_end"])
+        grad = self.sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
+        grad += self.in_rows(through)
         if side:
             grad += plgpu.load(shared["cumulative"], layout=LOGITS)
         shared["cumulative"][...] = grad
@@ -247,21 +249,22 @@ class DecayGrads(Worker):
         shared, group = self.shared, self.spec.group
         self.build_falls()
         zeros = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
-        sums = zeros, zeros
+        shared["row_sums"][...] = zeros
+        sums = zeros
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
             sums = lax.fori_loop(side * group, (side + 1) * group, self._head, sums)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
-        self._store(*sums)
+        self._store(sums)
 
-    def _head(self, item, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """R and sY with one more head."""
-        stage = self.wait_for_head(item)
-        of_rows = sums[0] + self._of_rows(stage)
-        of_tokens = self._of_tokens(stage, sums[1])
+    def _head(self, item, sums: jax.Array) -> jax.Array:
+        """sY with one more head; R, in shared memory, too."""
+        stage, row_sums = self.wait_for_head(item), self.shared["row_sums"]
+        row_sums[...] = plgpu.load(row_sums, layout=LOGITS) + self._of_rows(stage)
+        sums = self._of_tokens(stage, sums)
         self.leave_head(stage)
-        return of_rows, of_tokens
+        return sums
 
     def _of_rows(self, stage) -> jax.Array:
         shared = self.shared
@@ -299,10 +302,10 @@ class DecayGrads(Worker):
             sums += product * self.wide(shared["falls"].at[block])
         return sums
 
-    def _store(self, of_rows: jax.Array, of_tokens: jax.Array) -> None:
+    def _store(self, of_tokens: jax.Array) -> None:
         shared = self.shared
         plgpu.barrier_wait(shared["ends_ready"])  # and the other is done with `sum_rows`
-        inside = of_rows - of_tokens
+        inside = plgpu.load(shared["row_sums"], layout=LOGITS) - of_tokens
         inside += self.sum_rows(inside, parts=3, earlier=False)
         odds = self.wide(shared["odds"])
         inside = jnp.where(odds > FLOOR_ODDS, inside - odds * of_tokens, 0.0)
