@@ -19,8 +19,8 @@ The first sum nearly cancels where decays are strong, so both its terms are made
 operands, rounded, that enter the products. No term of the second does. Where nothing decays s is 0,
 and Y is needed all the same: 2^-60 stands for s, in f and wS too, which no result can tell from 0.
 
-A block works on 64 slots of a chunk and returns its share of dx and dy. One of its warpgroups finds
-these and fetches what both read, the other finds dg: each alone has registers enough.
+A block works on 64 slots of a chunk and returns its share of dx and dy. One of its two warpgroups
+finds these, and dg's second line, and fetches what both read; the other finds dg's first line.
 """
 
 import functools
@@ -160,6 +160,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
         "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
         "part": tiled(CHUNK, width),  # s, then parts of what is summed over rows
@@ -169,6 +170,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "falls": tiled(GATE_BLOCKS, CHUNK, width),
         "falls_ready": plgpu.Barrier(num_arrivals=2),
         "triangle": tiled(CHUNK, CHUNK),
+        "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:
         scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)

@@ -93,6 +93,25 @@ class Worker:
             blocks.append(columns.astype(jnp.bfloat16))
         return blocks
 
+    def sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
+        """[C, slots]: for each row the sum over the earlier rows, or over the later.
+
+        parts: bfloat16 numbers that make up one of x.
+        """
+        shared, total = self.shared, None
+        for _ in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32)
+            plgpu.commit_smem()  # all have multiplied the part before
+            shared["part"][...] = part
+            plgpu.commit_smem()
+            total = self.matmul(
+                lambda: [(shared["triangle"] if earlier else shared["triangle"].T, shared["part"])],
+                self.gates_shape,
+                total,
+            )
+        return total
+
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
 
@@ -101,7 +120,7 @@ class Worker:
 
 
 class TokenGrads(Worker):
-    """Fetches what both read, and finds dx of a side and of the other."""
+    """Fetches what both read; finds dx, and what of dg goes by way of the chunk's end."""
 
     FALLS = (0, 1)
 
@@ -111,9 +130,12 @@ class TokenGrads(Worker):
         self._load_side(0)
         for item in range(self.stages):
             self._load_head(jnp.int32(item), item)
+        earlier = jnp.where(iota(CHUNK, 1) < iota(CHUNK, 0), 1.0, 0.0)
+        shared["triangle"][...] = earlier.astype(jnp.bfloat16)
         self.build_falls()
         for side, name in enumerate(SIDES):
             plgpu.barrier_wait(shared["side_loaded"])
+            self._to_end(side)
             grad = self.matmul(
                 lambda: [(shared["to_end"], shared["slot_grads"].T)], (CHUNK, self.D)
             )
@@ -127,6 +149,26 @@ class TokenGrads(Worker):
             if side + 1 < len(SIDES):
                 self._load_side(side + 1)
         plgpu.wait_smem_to_gmem(0)
+
+    def _to_end(self, side: int) -> None:
+        """What goes by way of the slots at the chunk's end, by one side; in the place of G."""
+        shared = self.shared
+        through = jnp.zeros(self.width, jnp.float32)
+        for first in range(0, self.D, CHUNK):
+            features = pl.ds(first, CHUNK)
+            slots, grads = (self.wide(shared[x].at[features]) for x in ("slots", "slot_grads"))
+            through += (slots * grads).sum(axis=0)
+        through *= plgpu.load(shared["total"], layout=COLUMN)
+        ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
+        ending *= self.wide(shared["to_end"])
+        grad = self.sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
+        grad += self.in_rows(through)
+        if side:
+            grad += plgpu.load(shared["cumulative"], layout=LOGITS)
+        shared["cumulative"][...] = grad
+        if side:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared["ends_ready"])
 
     def _head(self, item, grad: jax.Array) -> jax.Array:
         """dx with one more head."""
@@ -199,66 +241,30 @@ class TokenGrads(Worker):
 
 
 class DecayGrads(Worker):
-    """Finds dg: R and sY are summed in registers, the slots' share in the place of G."""
+    """Finds the rest of dg, inside the chunk."""
 
     FALLS = (2, 3)
 
     def run(self) -> None:
         shared, group = self.shared, self.spec.group
-        later = jnp.where(iota(CHUNK, 0) > iota(CHUNK, 1), 1.0, 0.0)
-        shared["triangle"][...] = later.astype(jnp.bfloat16)
         self.build_falls()
         zeros = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
-        sums = zeros, zeros
+        shared["row_sums"][...] = zeros
+        sums = zeros
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
-            self._to_end(side)
             sums = lax.fori_loop(side * group, (side + 1) * group, self._head, sums)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
-        self._store(*sums)
+        self._store(sums)
 
-    def _to_end(self, side: int) -> None:
-        """What goes by way of the slots at the chunk's end, by one side."""
-        shared = self.shared
-        ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
-        ending *= self.wide(shared["to_end"])
-        grad = self._sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
-        total = plgpu.load(shared["total"], layout=COLUMN)
-        for first in range(0, self.D, CHUNK):
-            features = pl.ds(first, CHUNK)
-            slots, grads = (self.wide(shared[x].at[features]) for x in ("slots", "slot_grads"))
-            grad += self.in_rows(total * (slots * grads).sum(axis=0))
-        if side:
-            grad += plgpu.load(shared["cumulative"], layout=LOGITS)
-        shared["cumulative"][...] = grad
-
-    def _sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
-        """[C, slots]: for each row the sum over the earlier rows, or over the later.
-
-        parts: bfloat16 numbers that make up one of x.
-        """
-        shared, total = self.shared, None
-        for _ in range(parts):
-            part = x.astype(jnp.bfloat16)
-            x = x - part.astype(jnp.float32)
-            plgpu.commit_smem()  # all have multiplied the part before
-            shared["part"][...] = part
-            plgpu.commit_smem()
-            total = self.matmul(
-                lambda: [(shared["triangle"] if earlier else shared["triangle"].T, shared["part"])],
-                self.gates_shape,
-                total,
-            )
-        return total
-
-    def _head(self, item, sums: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        """R and sY with one more head."""
-        stage = self.wait_for_head(item)
-        of_rows = sums[0] + self._of_rows(stage)
-        of_tokens = self._of_tokens(stage, sums[1])
+    def _head(self, item, sums: jax.Array) -> jax.Array:
+        """sY with one more head; R, in shared memory, too."""
+        stage, row_sums = self.wait_for_head(item), self.shared["row_sums"]
+        row_sums[...] = plgpu.load(row_sums, layout=LOGITS) + self._of_rows(stage)
+        sums = self._of_tokens(stage, sums)
         self.leave_head(stage)
-        return of_rows, of_tokens
+        return sums
 
     def _of_rows(self, stage) -> jax.Array:
         shared = self.shared
@@ -296,10 +302,11 @@ class DecayGrads(Worker):
             sums += product * self.wide(shared["falls"].at[block])
         return sums
 
-    def _store(self, of_rows: jax.Array, of_tokens: jax.Array) -> None:
+    def _store(self, of_tokens: jax.Array) -> None:
         shared = self.shared
-        inside = of_rows - of_tokens
-        inside += self._sum_rows(inside, parts=3, earlier=False)
+        plgpu.barrier_wait(shared["ends_ready"])  # and the other is done with `sum_rows`
+        inside = plgpu.load(shared["row_sums"], layout=LOGITS) - of_tokens
+        inside += self.sum_rows(inside, parts=3, earlier=False)
         odds = self.wide(shared["odds"])
         inside = jnp.where(odds > FLOOR_ODDS, inside - odds * of_tokens, 0.0)
         shared["cumulative"][...] = inside + plgpu.load(shared["cumulative"], layout=LOGITS)
