@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import FLOOR, LOG2E
-from pallas.gpu.in_chunk import InChunk, by_row, iota
+from pallas.gpu.in_chunk import InChunk
+from pallas.gpu.masks import by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
@@ -103,13 +104,14 @@ class Consumer(InChunk):
         out = _zeros(self.D)
         for panel in range(self._panels()[0]):
             shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
-            out = self.matmul(
-                lambda i=panel: [(shared["p_start"].at[me, i], shared["slot_value"].at[i].T)],
-                (CHUNK, self.D),
-                out * by_row(shrink, self.D),
-            )
+            values = functools.partial(self._slot_values, panel)
+            out = self.matmul(values, (CHUNK, self.D), out * by_row(shrink, self.D))
         p_tokens = lambda: [(shared["between"].at[me], shared["value"].at[0])]  # noqa: E731
         return self.matmul(p_tokens, (CHUNK, self.D), out), top, mass
+
+    def _slot_values(self, panel: int):
+        p_start = self.shared["p_start"].at[self.me, panel]
+        return [(p_start, self.shared["slot_value"].at[panel].T)]
 
     def _panel(self, panel, carry):
         """The weights of one more panel; `within` is P of the first block, before its mask."""
@@ -146,15 +148,10 @@ class Consumer(InChunk):
 
     def _in_window(self, block) -> jax.Array:
         """[C, C], whatever their segments."""
-        spec, place = self.spec, self.place
+        place = self.place
+        row = iota(CHUNK, 0) + place.first_row
         token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
-        now = iota(CHUNK, 0) + (place.first_row + spec.offset)
-        inside = token <= now
-        if spec.window is not None:
-            inside &= token > now - spec.window
-        if not spec.masked:
-            inside &= token >= spec.offset
-        return inside
+        return in_window(self.spec, row, token)
 
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
         shared = self.shared

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.masks import by_column, by_row, iota
 from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
@@ -49,7 +50,7 @@ class InChunk:
     def _reference(self, block: int, panel, shape: tuple[int, ...]) -> jax.Array:
         slots = pl.ds(panel * shape[1], shape[1])
         reference = plgpu.load(self.shared["references"].at[block, slots], layout=COLUMN)
-        return lax.broadcast_in_dim(reference, shape, [1])
+        return by_column(reference)
 
     def _from_start(self, panel) -> jax.Array:
         """exp(G_r), in the rows that read the slots at the chunk's start."""
@@ -61,11 +62,15 @@ class InChunk:
     def _rise(self, panel) -> jax.Array:
         """exp(G_r - R), R of the row's block."""
         G = plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS)
-        reference = self._reference(GATE_BLOCKS - 1, panel, G.shape)
+        return jnp.exp2(G - self._own_reference(panel, G.shape))
+
+    def _own_reference(self, panel, shape: tuple[int, ...]) -> jax.Array:
+        """R of the row's block."""
+        reference = self._reference(GATE_BLOCKS - 1, panel, shape)
         for block in reversed(range(GATE_BLOCKS - 1)):
-            mine = gate_block(G.shape[1]) == block
-            reference = jnp.where(mine, self._reference(block, panel, G.shape), reference)
-        return jnp.exp2(G - reference)
+            mine = gate_block(shape[1]) == block
+            reference = jnp.where(mine, self._reference(block, panel, shape), reference)
+        return reference
 
     def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
         """[C, slots]: rise * spread(scores) + exp(G_r) * carried, rows times the first slots."""
@@ -73,18 +78,17 @@ class InChunk:
         entered = self._spread(panel, scores, shape[1]) * self._rise(panel)
         return entered + self.matmul(carried, shape) * self._from_start(panel)
 
-    def _spread(self, panel, scores: jax.Array, width: int) -> jax.Array:
+    def _spread(
+        self, panel, scores: jax.Array, width: int, start: jax.Array | None = None
+    ) -> jax.Array:
         """[C, C] -> [C, slots]: sum_j scores_rj s_j exp(R - G_j), R of the row's block."""
 
-        def operands(blocks):
-            for block in blocks:
+        def operands():
+            for block in range(GATE_BLOCKS):
                 rows = jnp.where(gate_block(CHUNK) == block, scores, 0.0).astype(jnp.bfloat16)
                 yield rows, self._falls(block, panel)
 
-        # In two halves: until they are multiplied, the rows of a half are held in registers.
-        half, shape = GATE_BLOCKS // 2, (CHUNK, width)
-        total = self.matmul(lambda: list(operands(range(half))), shape)
-        return self.matmul(lambda: list(operands(range(half, GATE_BLOCKS))), shape, total)
+        return self.matmul(lambda: list(operands()), (CHUNK, width), start)
 
     def _gather(self, panel, p: jax.Array, start: jax.Array | None) -> jax.Array:
         """[C, slots] -> [C, C]: sum_m p_rm s_jm exp(R - G_j), finite or inf for j > r."""
@@ -115,20 +119,11 @@ class InChunk:
         """[C, C], of a row and a token; a padding row is of none, nor is a token that is none."""
         run = plgpu.load(self.shared["query_run"], layout=ROW)
         visible = plgpu.load(self.shared["visible"].at[stage], layout=COLUMN)
-        shape = CHUNK, CHUNK
-        return lax.broadcast_in_dim(run, shape, [0]) == lax.broadcast_in_dim(visible, shape, [1])
+        return by_row(run, CHUNK) == by_column(visible)
 
     def _reads(self, shape: tuple[int, ...]) -> jax.Array:
         reads = plgpu.load(self.shared["reads"], layout=ROW)
-        return lax.broadcast_in_dim(reads, shape, [0])
-
-
-def iota(columns: int, axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=LOGITS)
-
-
-def by_row(x: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
+        return by_row(reads, shape[1])
 
 
 def gate_block(columns: int) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.place import Place
+from pallas.gpu.spec import CHUNK
 
 Refs = dict[str, Any]
 
@@ -36,12 +37,12 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     for stage in range(stages):
         fetch = functools.partial(_fetch_block, refs, shared, place, stage)
         pl.when(stage < place.blocks)(fetch)
+    if "slot_value" in shared:
+        loaded = shared["slot_values_loaded"]
+        fetch_slots(refs["start_value"], shared["slot_value"], place, loaded)
     for panel in range(panel_stages, panels):
         plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
         _fetch_panel(refs, shared, place, panel)
-    for panel in range(panels):
-        value, loaded = shared["slot_value"].at[panel], shared["slot_values_loaded"]
-        _fetch_slots(refs["start_value"], value, place, panel, loaded)
 
     @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
     def _(block):
@@ -55,6 +56,23 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     @pl.loop(jnp.maximum(place.blocks - stages, 0), jnp.int32(place.blocks))
     def _(block):
         plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
+
+
+def fetch_gates(refs: Refs, shared: Refs, place: Place, write: str) -> None:
+    """The chunk's cumulative decays, the blocks' references, and s to the place named `write`."""
+    b, h, loaded = place.batch, place.kv_head, shared["gates_loaded"]
+    for name, target in (("cumulative", "cumulative"), ("write", write)):
+        panels, _, width = shared[target].shape
+        for panel in range(panels):
+            slots = pl.ds(panel * width, width)
+            gate = refs[name].at[b, place.rows, h, slots]
+            plgpu.copy_gmem_to_smem(gate, shared[target].at[panel], loaded)
+    blocks = shared["references"].shape[0]
+    rows = CHUNK // blocks
+    for block in range(blocks):
+        middle = place.first_row + block * rows + rows // 2 - 1
+        reference = refs["cumulative"].at[b, middle, h]
+        plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
 
 
 def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
@@ -72,14 +90,20 @@ def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
     loaded, slots = shared["panel_loaded"].at[stage], pl.ds(panel * width, width)
     decay = refs["log_decay"].at[place.batch, place.rows, place.kv_head, slots]
     plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
-    _fetch_slots(refs["start_key"], shared["slot_key"].at[stage], place, panel, loaded)
+    _fetch_slots_of(panel, refs["start_key"], shared["slot_key"].at[stage], place, loaded)
 
 
-def _fetch_slots(starts: Any, target: Any, place: Place, panel: int, loaded: Any) -> None:
-    features, width = target.shape
-    slots = pl.ds(0, features), pl.ds(panel * width, width)
-    source = starts.at[place.batch, place.kv_head, place.chunk, *slots]
-    plgpu.copy_gmem_to_smem(source, target, loaded)
+def fetch_slots(starts: Any, slots: Any, place: Place, loaded: Any) -> None:
+    """The slots at the chunk's start, of keys or of values, in panels."""
+    for panel in range(slots.shape[0]):
+        _fetch_slots_of(panel, starts, slots.at[panel], place, loaded)
+
+
+def _fetch_slots_of(panel: int, starts: Any, slots: Any, place: Place, loaded: Any) -> None:
+    features, width = slots.shape
+    of_panel = (pl.ds(0, features), pl.ds(panel * width, width))
+    source = starts.at[place.batch, place.kv_head, place.chunk, *of_panel]
+    plgpu.copy_gmem_to_smem(source, slots, loaded)
 
 
 def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:

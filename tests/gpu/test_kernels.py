@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from tests.gpu.interpreted import CASES, ORDINARY, THREADS, run_cases
+from tests.ops import test_attention
+from tests.ops.cases import Case, make_inputs
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +20,12 @@ def ordinary_results() -> dict[int, str]:
 @pytest.mark.parametrize("index", range(len(ORDINARY)), ids=map(str, ORDINARY))
 def test_matches_float64_reference(index, ordinary_results):
     assert ordinary_results[index] == "ok"
+
+
+def test_float32_runs_xla_and_says_so():
+    case = Case(T=12, window="4", segments=True)
+    with pytest.warns(UserWarning, match="multiply in bfloat16, got query of float32"):
+        test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
 
 
 @pytest.mark.gpu_full
