@@ -5,12 +5,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import CHUNK, LOGITS, Spec
+from pallas.gpu.spec import CHUNK, COLUMN, ROW, Spec
 
 
 def iota(columns: int, axis: int) -> jax.Array:
-    """[C, columns]."""
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=LOGITS)
+    """[C, columns]; of one axis, then spread: a thread has few different numbers to hold."""
+    if axis == 0:
+        return by_row(plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW), columns)
+    return by_column(plgpu.broadcasted_iota(jnp.int32, (columns,), 0, layout=COLUMN))
 
 
 def by_row(x: jax.Array, columns: int) -> jax.Array:
