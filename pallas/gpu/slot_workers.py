@@ -129,6 +129,10 @@ class Worker:
             )
         return total
 
+    def add(self, name: str, x: jax.Array) -> None:
+        """In shared memory, for registers are short."""
+        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
+
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
 
@@ -189,11 +193,11 @@ class TokenGrads(Worker):
             self.gates_shape,
         )
         ending *= self.wide(shared["to_end"].at[self.zero])
-        grad = self.sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
-        grad += self.in_rows(through)
+        grad = self.in_rows(through) - ending * self.wide(shared["odds"])
         if side:
             grad += plgpu.load(shared["cumulative"], layout=LOGITS)
         shared["cumulative"][...] = grad
+        self.add("cumulative", self.sum_rows(ending, parts=2, earlier=True))
         if side:
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["ends_ready"])
@@ -293,14 +297,14 @@ class DecayGrads(Worker):
         self._store(sums)
 
     def _head(self, item, sums: jax.Array) -> jax.Array:
-        """sY with one more head; R, in shared memory, too."""
-        stage, row_sums = self.wait_for_head(item), self.shared["row_sums"]
-        row_sums[...] = plgpu.load(row_sums, layout=LOGITS) + self._of_rows(stage)
+        """sY with one more head, and R, in its place."""
+        stage = self.wait_for_head(item)
+        self._add_rows(stage)
         sums = self._of_tokens(stage, sums)
         self.leave_head(stage)
         return sums
 
-    def _of_rows(self, stage) -> jax.Array:
+    def _add_rows(self, stage) -> None:
         shared = self.shared
         scores = self.matmul(
             lambda: [(shared["rows"].at[stage], shared["tokens"].at[self.zero].T)], (CHUNK, CHUNK)
@@ -316,11 +320,11 @@ class DecayGrads(Worker):
                     yield rows, shared["falls"].at[self.zero + block, of_tokens]
 
         spread = self.matmul(lambda: list(operands()), self.gates_shape)
-        within = spread * self.wide(shared["rise"].at[stage])
+        self.add("row_sums", spread * self.wide(shared["rise"].at[stage]))
         carried = self.matmul(
             lambda: [(shared["rows"].at[stage], shared["slots"].at[self.zero])], self.gates_shape
         )
-        return within + carried * self.wide(shared["start"].at[stage])
+        self.add("row_sums", carried * self.wide(shared["start"].at[stage]))
 
     def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
         shared = self.shared
