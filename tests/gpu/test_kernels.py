@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from nha_jax.ops import nha_attention
-from pallas.gpu import RESIDUAL_NAMES
+from nha_jax.remat import remat_policy
 from tests.gpu import slot_kernels, slot_tokens
 from tests.gpu.interpreted import CASES, HOPPER, ORDINARY, THREADS, run_cases
 from tests.ops import test_attention
@@ -57,9 +57,7 @@ def test_kernels_of_the_slots_backward_match_float64(module, index):
 
 
 def test_saved_names_spare_a_rematerialised_layer_the_forward():
-    policy = jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES)
-
-    @functools.partial(jax.checkpoint, policy=policy)
+    @functools.partial(jax.checkpoint, policy=remat_policy("operator"))
     def layer(query, key, log_decay):
         arrays = query, key, key, log_decay
         return query + nha_attention(*arrays, window_size=16, implementation="pallas_gpu")
