@@ -120,11 +120,11 @@ def nha_attention(
       slot_weight_gradient: what the slot weight's gradient reaches. It is sigmoid(A - B), A and B
         the logs of the sums of exp(a_t) and exp(b_t): "all" is its gradient as it stands, "slots"
         that of sigmoid(A - stop_gradient(B)), so that the window's logits are not pulled.
-      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (a forward only: its gradient
-        is that of "xla", computed anew); None picks the fastest that serves this call on the
-        platform it is compiled for. Kernels run interpreted, and slowly, on other platforms than
-        their own, and need `jax.set_mesh` where a mesh divides the arrays: see
-        `nha_jax.ops.sharding`.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
+        serves this call on the platform it is compiled for (on GPUs "xla", until someone has
+        measured). Kernels run interpreted, and slowly, on other platforms than their own, and need
+        `jax.set_mesh` where a mesh divides the arrays: see `nha_jax.ops.sharding`. "pallas_gpu" is
+        for Hopper and bfloat16; what it does not serve runs as "xla", with a warning that says why.
       block_sizes: how the TPU kernels cut their work; None: as suits the chip.
 
     Returns:

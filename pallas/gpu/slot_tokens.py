@@ -154,22 +154,23 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "start": tiled(stages, CHUNK, width),
         "head_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
         "head_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "tokens": tiled(CHUNK, D),
-        "slots": tiled(D, width),
-        "slot_grads": tiled(D, width),
+        "tokens": tiled(1, CHUNK, D),
+        "slots": tiled(1, D, width),
+        "slot_grads": tiled(1, D, width),
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
         "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
         "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
-        "part": tiled(CHUNK, width),  # s, then parts of what is summed over rows
-        "to_end": tiled(CHUNK, width),
+        "part": tiled(1, CHUNK, width),  # s, then parts of what is summed over rows
+        "to_end": tiled(1, CHUNK, width),
         "odds": tiled(CHUNK, width),
         "gates_loaded": plgpu.Barrier(num_arrivals=5 + GATE_BLOCKS + 2 * masked),
         "falls": tiled(GATE_BLOCKS, CHUNK, width),
         "falls_ready": plgpu.Barrier(num_arrivals=2),
-        "triangle": tiled(CHUNK, CHUNK),
+        "triangle": tiled(1, CHUNK, CHUNK),
+        "zero": plgpu.SMEM((128,), jnp.int32),
         "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:

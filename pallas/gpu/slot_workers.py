@@ -40,17 +40,26 @@ class Worker:
         self.own = pl.ds(self.first, CHUNK)
         self.columns = pl.ds(self.panel * self.width, self.width)
         self.gates_shape = CHUNK, self.width
+        self.zero: int | jax.Array = 0
+
+    def forget_addresses(self) -> None:
+        """Reads a 0 that is not known when compiling.
+
+        Else the compiler keeps the many addresses of the products' operands from one use to the
+        next, in registers that others need.
+        """
+        self.zero = self.shared["zero"][0]
 
     def build_falls(self) -> None:
         shared = self.shared
         plgpu.barrier_wait(shared["gates_loaded"])
         G = plgpu.load(shared["cumulative"], layout=LOGITS)
-        write = jnp.maximum(self.wide(shared["part"]), LEAST_WRITE)
+        write = jnp.maximum(self.wide(shared["part"].at[self.zero]), LEAST_WRITE)
         for block in self.FALLS:
             reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
             exponent = self.in_rows(reference) - G
             fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
-            shared["falls"].at[block][...] = fall.astype(jnp.bfloat16)
+            shared["falls"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared["falls_ready"])
         plgpu.barrier_wait(shared["falls_ready"])
@@ -59,7 +68,8 @@ class Worker:
         """The stage of a head's rows; items are the heads of the first side, then of the second."""
         stage = lax.rem(item, jnp.int32(self.stages))
         plgpu.barrier_wait(self.shared["head_loaded"].at[stage])
-        return stage
+        self.forget_addresses()
+        return stage + self.zero
 
     def leave_head(self, stage) -> None:
         plgpu.commit_smem()
@@ -103,14 +113,25 @@ class Worker:
             part = x.astype(jnp.bfloat16)
             x = x - part.astype(jnp.float32)
             plgpu.commit_smem()  # all have multiplied the part before
-            shared["part"][...] = part
+            shared["part"].at[self.zero][...] = part
             plgpu.commit_smem()
             total = self.matmul(
-                lambda: [(shared["triangle"] if earlier else shared["triangle"].T, shared["part"])],
+                lambda: [
+                    (
+                        shared["triangle"].at[self.zero]
+                        if earlier
+                        else shared["triangle"].at[self.zero].T,
+                        shared["part"].at[self.zero],
+                    )
+                ],
                 self.gates_shape,
                 total,
             )
         return total
+
+    def add(self, name: str, x: jax.Array) -> None:
+        """In shared memory, for registers are short."""
+        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
 
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
@@ -131,20 +152,26 @@ class TokenGrads(Worker):
         for item in range(self.stages):
             self._load_head(jnp.int32(item), item)
         earlier = jnp.where(iota(CHUNK, 1) < iota(CHUNK, 0), 1.0, 0.0)
-        shared["triangle"][...] = earlier.astype(jnp.bfloat16)
+        shared["triangle"].at[self.zero][...] = earlier.astype(jnp.bfloat16)
+        shared["zero"][...] = plgpu.layout_cast(
+            jnp.zeros(shared["zero"].shape, jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
+        )
         self.build_falls()
         for side, name in enumerate(SIDES):
             plgpu.barrier_wait(shared["side_loaded"])
+            self.forget_addresses()
             self._to_end(side)
             grad = self.matmul(
-                lambda: [(shared["to_end"], shared["slot_grads"].T)], (CHUNK, self.D)
+                lambda: [(shared["to_end"].at[self.zero], shared["slot_grads"].at[self.zero].T)],
+                (CHUNK, self.D),
             )
             grad = lax.fori_loop(side * group, (side + 1) * group, self._head, grad)
             plgpu.barrier_wait(shared["side_read"])
-            shared["tokens"][...] = grad.astype(jnp.bfloat16)  # in their place
+            self.forget_addresses()
+            shared["tokens"].at[self.zero][...] = grad.astype(jnp.bfloat16)  # in their place
             plgpu.commit_smem()
             target = self.refs[name + "_grad"].at[self.panel, self.b, self.own, self.h]
-            plgpu.copy_smem_to_gmem(shared["tokens"], target)
+            plgpu.copy_smem_to_gmem(shared["tokens"].at[self.zero], target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if side + 1 < len(SIDES):
                 self._load_side(side + 1)
@@ -156,16 +183,21 @@ class TokenGrads(Worker):
         through = jnp.zeros(self.width, jnp.float32)
         for first in range(0, self.D, CHUNK):
             features = pl.ds(first, CHUNK)
-            slots, grads = (self.wide(shared[x].at[features]) for x in ("slots", "slot_grads"))
+            slots, grads = (
+                self.wide(shared[x].at[self.zero, features]) for x in ("slots", "slot_grads")
+            )
             through += (slots * grads).sum(axis=0)
         through *= plgpu.load(shared["total"], layout=COLUMN)
-        ending = self.matmul(lambda: [(shared["tokens"], shared["slot_grads"])], self.gates_shape)
-        ending *= self.wide(shared["to_end"])
-        grad = self.sum_rows(ending, parts=2, earlier=True) - ending * self.wide(shared["odds"])
-        grad += self.in_rows(through)
+        ending = self.matmul(
+            lambda: [(shared["tokens"].at[self.zero], shared["slot_grads"].at[self.zero])],
+            self.gates_shape,
+        )
+        ending *= self.wide(shared["to_end"].at[self.zero])
+        grad = self.in_rows(through) - ending * self.wide(shared["odds"])
         if side:
             grad += plgpu.load(shared["cumulative"], layout=LOGITS)
         shared["cumulative"][...] = grad
+        self.add("cumulative", self.sum_rows(ending, parts=2, earlier=True))
         if side:
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["ends_ready"])
@@ -177,7 +209,7 @@ class TokenGrads(Worker):
             rows = pl.ds(block * GATE_ROWS, GATE_ROWS)
             gathered = self.matmul(
                 lambda block=block, rows=rows: [
-                    (shared["falls"].at[block], shared["rise"].at[stage, rows].T)
+                    (shared["falls"].at[self.zero + block], shared["rise"].at[stage, rows].T)
                 ],
                 (CHUNK, GATE_ROWS),
             )
@@ -197,10 +229,15 @@ class TokenGrads(Worker):
     def _load_gates(self) -> None:
         refs, shared, b, h = self.refs, self.shared, self.b, self.h
         loaded = shared["gates_loaded"]
-        targets = {"cumulative": "cumulative", "write": "part", "to_end": "to_end", "odds": "odds"}
+        targets = {
+            "cumulative": shared["cumulative"],
+            "write": shared["part"].at[0],
+            "to_end": shared["to_end"].at[0],
+            "odds": shared["odds"],
+        }
         for name, target in targets.items():
             gate = refs[name].at[b, self.own, h, self.columns]
-            plgpu.copy_gmem_to_smem(gate, shared[target], loaded)
+            plgpu.copy_gmem_to_smem(gate, target, loaded)
         total = refs["total"].at[b, h, self.chunk, self.columns]
         plgpu.copy_gmem_to_smem(total, shared["total"], loaded)
         for block in range(GATE_BLOCKS):
@@ -215,11 +252,11 @@ class TokenGrads(Worker):
     def _load_side(self, side: int) -> None:
         refs, shared, name, loaded = self.refs, self.shared, SIDES[side], self.shared["side_loaded"]
         tokens = refs[name].at[self.b, self._token_rows(), self.h]
-        plgpu.copy_gmem_to_smem(tokens, shared["tokens"], loaded)
+        plgpu.copy_gmem_to_smem(tokens, shared["tokens"].at[self.zero], loaded)
         for source, target in (("start_", "slots"), ("end_", "slot_grads")):
             features = pl.ds(0, self.D)
             states = refs[source + name].at[self.b, self.h, self.chunk, features, self.columns]
-            plgpu.copy_gmem_to_smem(states, shared[target], loaded)
+            plgpu.copy_gmem_to_smem(states, shared[target].at[0], loaded)
 
     def _token_rows(self):
         return pl.ds(jnp.maximum(self.first - self.spec.ahead, 0), CHUNK)
@@ -253,23 +290,24 @@ class DecayGrads(Worker):
         sums = zeros
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
+            self.forget_addresses()
             sums = lax.fori_loop(side * group, (side + 1) * group, self._head, sums)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
         self._store(sums)
 
     def _head(self, item, sums: jax.Array) -> jax.Array:
-        """sY with one more head; R, in shared memory, too."""
-        stage, row_sums = self.wait_for_head(item), self.shared["row_sums"]
-        row_sums[...] = plgpu.load(row_sums, layout=LOGITS) + self._of_rows(stage)
+        """sY with one more head, and R, in its place."""
+        stage = self.wait_for_head(item)
+        self._add_rows(stage)
         sums = self._of_tokens(stage, sums)
         self.leave_head(stage)
         return sums
 
-    def _of_rows(self, stage) -> jax.Array:
+    def _add_rows(self, stage) -> None:
         shared = self.shared
         scores = self.matmul(
-            lambda: [(shared["rows"].at[stage], shared["tokens"].T)], (CHUNK, CHUNK)
+            lambda: [(shared["rows"].at[stage], shared["tokens"].at[self.zero].T)], (CHUNK, CHUNK)
         )
         blocks = self.masked_blocks(scores, turned=False)
 
@@ -279,19 +317,19 @@ class DecayGrads(Worker):
                 for tokens in range(block + 1):
                     rows = jnp.where(mine, blocks[tokens], jnp.bfloat16(0))
                     of_tokens = pl.ds(tokens * GATE_ROWS, GATE_ROWS)
-                    yield rows, shared["falls"].at[block, of_tokens]
+                    yield rows, shared["falls"].at[self.zero + block, of_tokens]
 
         spread = self.matmul(lambda: list(operands()), self.gates_shape)
-        within = spread * self.wide(shared["rise"].at[stage])
+        self.add("row_sums", spread * self.wide(shared["rise"].at[stage]))
         carried = self.matmul(
-            lambda: [(shared["rows"].at[stage], shared["slots"])], self.gates_shape
+            lambda: [(shared["rows"].at[stage], shared["slots"].at[self.zero])], self.gates_shape
         )
-        return within + carried * self.wide(shared["start"].at[stage])
+        self.add("row_sums", carried * self.wide(shared["start"].at[stage]))
 
     def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
         shared = self.shared
         scores = self.matmul(
-            lambda: [(shared["tokens"], shared["rows"].at[stage].T)], (CHUNK, CHUNK)
+            lambda: [(shared["tokens"].at[self.zero], shared["rows"].at[stage].T)], (CHUNK, CHUNK)
         )
         for block, columns in enumerate(self.masked_blocks(scores, turned=True)):
             rows = pl.ds(block * GATE_ROWS, GATE_ROWS)
@@ -299,11 +337,12 @@ class DecayGrads(Worker):
                 lambda x=columns, rows=rows: [(x, shared["rise"].at[stage, rows])],
                 self.gates_shape,
             )
-            sums += product * self.wide(shared["falls"].at[block])
+            sums += product * self.wide(shared["falls"].at[self.zero + block])
         return sums
 
     def _store(self, of_tokens: jax.Array) -> None:
         shared = self.shared
+        self.forget_addresses()
         plgpu.barrier_wait(shared["ends_ready"])  # and the other is done with `sum_rows`
         inside = plgpu.load(shared["row_sums"], layout=LOGITS) - of_tokens
         inside += self.sum_rows(inside, parts=3, earlier=False)

@@ -159,6 +159,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
 
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
     total = lax.fori_loop(0, place.blocks, step, zeros)
+    plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
     shared["rotated_query"][...] = (total * spec.scale).astype(jnp.bfloat16)
     plgpu.commit_smem()
     target = refs["query_grad"].at[place.batch, place.rows, place.heads]

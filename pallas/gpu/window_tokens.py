@@ -194,6 +194,7 @@ def _compute(refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul
 
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
     key_total, value_total = lax.fori_loop(0, place.items, step, (zeros, zeros))
+    plgpu.commit_smem()  # all have read the tokens, whose place their gradients take
     shared["rotated_key"][...] = (key_total * spec.scale).astype(narrow)
     shared["value"][...] = value_total.astype(narrow)
     plgpu.commit_smem()

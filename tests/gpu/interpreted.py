@@ -42,10 +42,10 @@ MORE = [
 CASES = ORDINARY + MORE + test_attention.SUITE
 
 
-def run_cases(indices: list[int]) -> dict[int, str]:
-    """What became of each: "ok", or what went wrong."""
+def run_cases(indices: list[int], module: str = "tests.gpu.interpreted") -> dict[int, str]:
+    """What became of each of the module's cases: "ok", or what went wrong."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.interpreted", *map(str, indices)],
+        [sys.executable, "-m", module, *map(str, indices)],
         env=os.environ | THREADS,
         capture_output=True,
         text=True,

@@ -10,6 +10,7 @@ import pytest
 
 from nha_jax.ops import cudnn, nha_attention
 from nha_jax.ops.rope import rope_tables
+from nha_jax.remat import remat_policy
 from tests.gpu.interpreted import HOPPER
 from tests.ops.cases import relative_error
 
@@ -88,3 +89,23 @@ def test_closed_form_matches_xla(monkeypatch, gradient, empty_slots, K, V, windo
         tolerance = 5e-3 if name in ("out", "weight") else 2e-2
         error = relative_error(np.float64(x), np.float64(expected[name]))
         assert error <= tolerance, (name, error)
+
+
+@pytest.mark.parametrize(("remat", "forwards"), [("operator", 1), ("full", 2)])
+def test_a_rematerialised_layer_need_not_run_it_again(remat, forwards):
+    x = jax.ShapeDtypeStruct((B, T, 2, 64), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((B, T, 2, SLOTS), jnp.float32)
+
+    def layer(*arrays):
+        doubled = (2 * x for x in arrays)
+        return nha_attention(*doubled, window_size=None, implementation="pallas_gpu")
+
+    def loss(*arrays):
+        attend = jax.checkpoint(layer, policy=remat_policy(remat))
+        return jnp.sum(jnp.sin(attend(*arrays).astype(jnp.float32)))
+
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(x, x, x, log_decay)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmhaSoftmax(") == forwards
+    assert program.count("@__cudnn$fmhaSoftmaxBackward(") == 1
