@@ -219,7 +219,7 @@ class _Block:
     def _rest_of_ring(self, softmax: list[Softmax]) -> list[Softmax]:
         """The panels behind the first, this worker's, as far as there are tokens."""
         rows, R = self.sizes.rows, self.spec.entries
-        if rows * self.workers >= R:
+        if R <= rows * self.workers:
             return softmax
         panels = lax.div(jnp.minimum(self.length, R) + (rows - 1), jnp.int32(rows))
         turns = lax.div(panels - self.worker + (self.workers - 1), jnp.int32(self.workers))
