@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.masks import by_column, by_row, iota
 from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
@@ -32,6 +33,11 @@ class InChunk:
     def __init__(self, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
         self.shared, self.place, self.matmul, self.spec = shared, place, matmul, spec
 
+    def _panels(self) -> tuple[int, int]:
+        """How many there are, and the slots of each."""
+        panels, _, width = self.shared["cumulative"].shape
+        return panels, width
+
     def _falls(self, block: int, panel):
         """Where s_j exp(R - G_j) lies, [C, slots of the panel] bfloat16."""
         raise NotImplementedError
@@ -44,7 +50,7 @@ class InChunk:
     def _reference(self, block: int, panel, shape: tuple[int, ...]) -> jax.Array:
         slots = pl.ds(panel * shape[1], shape[1])
         reference = plgpu.load(self.shared["references"].at[block, slots], layout=COLUMN)
-        return lax.broadcast_in_dim(reference, shape, [1])
+        return by_column(reference)
 
     def _from_start(self, panel) -> jax.Array:
         """exp(G_r), in the rows that read the slots at the chunk's start."""
@@ -96,7 +102,7 @@ class InChunk:
 
     def _hide(self, panel, logits: jax.Array) -> jax.Array:
         """-inf where there is no slot, or the row reads none."""
-        spec, (panels, _, width) = self.spec, self.shared["cumulative"].shape
+        spec, (panels, width) = self.spec, self._panels()
         if spec.slots < panels * width:
             logits = jnp.where(iota(width, 1) < spec.slots - panel * width, logits, -jnp.inf)
         if spec.masked:
@@ -113,20 +119,11 @@ class InChunk:
         """[C, C], of a row and a token; a padding row is of none, nor is a token that is none."""
         run = plgpu.load(self.shared["query_run"], layout=ROW)
         visible = plgpu.load(self.shared["visible"].at[stage], layout=COLUMN)
-        shape = CHUNK, CHUNK
-        return lax.broadcast_in_dim(run, shape, [0]) == lax.broadcast_in_dim(visible, shape, [1])
+        return by_row(run, CHUNK) == by_column(visible)
 
     def _reads(self, shape: tuple[int, ...]) -> jax.Array:
         reads = plgpu.load(self.shared["reads"], layout=ROW)
-        return lax.broadcast_in_dim(reads, shape, [0])
-
-
-def iota(columns: int, axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=LOGITS)
-
-
-def by_row(x: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
+        return by_row(reads, shape[1])
 
 
 def gate_block(columns: int) -> jax.Array:

@@ -13,11 +13,11 @@ A warpgroup works on the rows of one query head, a panel of slots at a time. ds 
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -61,7 +61,8 @@ def slot_queries(
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
     key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
     delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp. starts: [B, H, N / C, D, M] bfloat16 each. facts: with spec.masked.
+    from dp; with window 0 that is the sum of p dp, whatever delta is. starts: [B, H, N / C, D, M]
+    bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
@@ -136,22 +137,25 @@ class QuerySide(InChunk):
     def run(self) -> None:
         shared = self.shared
         self._fetch()
-        panels = shared["cumulative"].shape[0]
+        for loaded in ("gates_loaded", "tokens_loaded", "slots_loaded"):
+            plgpu.barrier_wait(shared[loaded])
+        panels, _ = self._panels()
         if panels == 1:
-            self._store_query(self._panel(0))
+            self._store_query(self._panel(0, None))
             return
+        if self.spec.window == 0:
+            self._sum_delta(panels)
         none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        shared["into_tokens"][...] = plgpu.layout_cast(none, LOGITS)
+        into_tokens = shared["into_tokens"]  # in registers there is no room for it
+        into_tokens[...] = plgpu.layout_cast(none, LOGITS)
 
         @pl.loop(jnp.int32(0), jnp.int32(panels))
         def _(panel):
-            so_far = lambda: plgpu.load(shared["into_tokens"], layout=LOGITS)  # noqa: E731
-            shared["into_tokens"][...] = self._panel(panel, so_far)
+            into_tokens[...] = self._panel(panel, into_tokens)
 
-        self._store_query(plgpu.load(shared["into_tokens"], layout=LOGITS))
+        self._store_query(plgpu.load(into_tokens, layout=LOGITS))
 
     def _fetch(self) -> None:
-        """In the order in which the first panel needs them."""
         refs, shared, place = self.refs, self.shared, self.place
         b, head, loaded = place.batch, place.heads, shared["tokens_loaded"]
         tokens = place.token_rows(0)
@@ -210,47 +214,63 @@ class QuerySide(InChunk):
         start = self.matmul(carried, shape) * self._reference_decay(panel)
         return self._spread(panel, scores, shape[1], start) * self._rise(panel)
 
-    def _panel(self, panel, so_far: Callable[[], jax.Array | None] = lambda: None) -> jax.Array:
-        """L of the panels so far and of this one, before its mask; the rest of it goes out.
+    def _sum_delta(self, panels: int) -> None:
+        """Takes the given delta's place with the sum of p dp, where a row reads slots only.
 
-        S and D are computed for every panel: held, they would be registers that the rest needs.
+        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp.
+        """
+        cumulative = self.shared["cumulative"]
+
+        def add(panel, total):
+            p, dp = self._weights(panel)
+            G = plgpu.load(cumulative.at[panel], layout=LOGITS)
+            cumulative.at[panel][...] = G + self._own_reference(panel, G.shape)
+            plgpu.commit_smem()  # all have read the falls, whose place the next panel's take
+            return total + (p * dp).sum(axis=1)
+
+        zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
+        self.shared["delta"][...] = lax.fori_loop(0, panels, add, zeros)
+        plgpu.commit_smem()
+
+    def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
+        """p and dp of a panel, [C, its slots].
+
+        S and D are computed for each: held, they would be registers that the rest needs.
         """
         shared = self.shared
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
-        self._wait_for("gates_loaded", panel)
         self._build_falls(panel)
-        p, ds = self._gradients(panel)
-        rise = self._rise(panel)
-        start = rise * self._reference_decay(panel)
-        shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
-        ds_rise = (ds * rise).astype(jnp.bfloat16)
-        into_tokens = self._gather(panel, ds_rise, so_far())
-        rise = self._rise(panel)  # again, not held
-        start = rise * self._reference_decay(panel)
-        results = {"logits_rise": ds_rise, "weights_rise": p * rise, "weights_start": p * start}
-        self._store_panel(panel, results)
-        return into_tokens
-
-    def _gradients(self, panel) -> tuple[jax.Array, jax.Array]:
-        """p and ds, [C, slots]."""
-        shared, spec = self.shared, self.spec
-        self._wait_for("tokens_loaded", panel)
         scores = self._entered_products("query", "key")
-        self._wait_for("slots_loaded", panel)
         a = self._to_slots(
             panel, scores, lambda: [(shared["query"], shared["start_key"].at[panel])]
         )
-        a = self._hide(panel, a * (spec.scale * LOG2E))
+        a = self._hide(panel, a * (self.spec.scale * LOG2E))
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
         products = self._entered_products("out_grad", "value")
         dp = self._to_slots(
             panel, products, lambda: [(shared["out_grad"], shared["start_value"].at[panel])]
         )
-        return p, p * (dp - by_row(self._row("delta"), a.shape[1])) * spec.scale
+        return p, dp
 
-    def _wait_for(self, barrier: str, panel) -> None:
-        """Once, for everything is there from the first panel on."""
-        pl.when(panel == 0)(lambda: plgpu.barrier_wait(self.shared[barrier]))
+    def _panel(self, panel, into_tokens: Any) -> jax.Array:
+        """L of this panel, before its mask, added to `into_tokens` if it is a reference."""
+        shared = self.shared
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
+        p, dp = self._weights(panel)
+        alone = into_tokens is None and self.spec.window == 0
+        delta = (p * dp).sum(axis=1) if alone else self._row("delta")  # as in `_sum_delta`
+        ds = p * (dp - by_row(delta, p.shape[1])) * self.spec.scale
+        rise = self._rise(panel)
+        start = rise * self._reference_decay(panel)
+        shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
+        ds_rise = (ds * rise).astype(jnp.bfloat16)
+        so_far = None if into_tokens is None else plgpu.load(into_tokens, layout=LOGITS)
+        result = self._gather(panel, ds_rise, so_far)
+        rise = self._rise(panel)  # again, not held
+        start = rise * self._reference_decay(panel)
+        self._store_panel(
+            panel, {"logits_rise": ds_rise, "weights_rise": p * rise, "weights_start": p * start}
+        )
+        return result
 
     def _row(self, name: str) -> jax.Array:
         return plgpu.load(self.shared[name], layout=ROW)
@@ -262,6 +282,7 @@ class QuerySide(InChunk):
         return self._falls(SlotQueries._fields.index(name) - 1, panel)
 
     def _store_panel(self, panel, results: dict[str, jax.Array]) -> None:
+        """Beside ds exp(G), which is in its place."""
         place, width = self.place, self.shared["cumulative"].shape[2]
         for name, x in results.items():
             self._place_of(name, panel)[...] = x.astype(jnp.bfloat16)

@@ -47,6 +47,7 @@ class Case:
     H: int = 1
     N: int = 128
     B: int = 1
+    window: int = 64
     ahead: int = 64
     masked: bool = False
     state: bool = False
@@ -58,8 +59,8 @@ class Case:
             group=self.G,
             slots=self.slots,
             empty_slots=0,
-            window=64,
-            offset=64,
+            window=self.window,
+            offset=self.window,
             ahead=self.ahead,
             scale=self.D**-0.5,
             masked=self.masked,
@@ -68,7 +69,8 @@ class Case:
 
     def __str__(self) -> str:
         flags = [name for name in ("masked", "state") if getattr(self, name)]
-        shape = f"D{self.D}-M{self.M}({self.slots})-G{self.G}-H{self.H}-ahead{self.ahead}"
+        shape = f"D{self.D}-M{self.M}({self.slots})-G{self.G}-H{self.H}-W{self.window}"
+        shape += f"-ahead{self.ahead}"
         return "-".join([shape, f"gate({self.gate})", *flags])
 
 
@@ -82,6 +84,7 @@ class Inputs(NamedTuple):
     log_mass: jax.Array  # [B, H * G, N] float32
     delta: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32
+    written: jax.Array | None  # [B, N], as for `chunk_gates`
     gates: Gates
     starts: tuple[jax.Array, jax.Array]  # [B, H, N / C, D, M] bfloat16
     facts: Facts | None
@@ -138,6 +141,7 @@ def make_inputs(case: Case) -> Inputs:
         log_mass=jnp.zeros((B, heads, N), jnp.float32),
         delta=jnp.asarray(delta, jnp.float32),
         log_decay=decays,
+        written=written,
         gates=jax.jit(chunk_gates)(decays, written, kept),
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
         facts=facts,
@@ -243,7 +247,9 @@ class Chunks:
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
         p = np.exp(self.logits() - by_row(log_mass))
-        ds = p * (self._to_slots(1) - by_row(delta)) * self.spec.scale
+        dp = self._to_slots(1)
+        pulled = by_row(delta) if self.spec.window else np.sum(p * dp, -1, keepdims=True)
+        ds = p * (dp - pulled) * self.spec.scale
         into_tokens = np.where(self.entered, self.gather(ds * self.rise), 0)  # L
         dq = (ds * self.from_start) @ self.starts[0].swapaxes(-1, -2)
         dq += into_tokens @ self.right[0][:, :, :, None]
