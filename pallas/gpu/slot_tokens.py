@@ -33,11 +33,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.decay_grads import DecayGrads
 from pallas.gpu.gates import Gates
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.slot_workers import LEAST_WRITE, DecayGrads, TokenGrads
+from pallas.gpu.slot_worker import LEAST_WRITE
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
+from pallas.gpu.token_grads import TokenGrads
 
 MOST_SLOTS = 64  # of a block
 
