@@ -29,7 +29,7 @@ from pallas.gpu.producer import produce
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
-# ptxas ignores them as jax 0.12 calls it (C7504), and all warpgroups have 168.
+# ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
 
 
 class Facts(NamedTuple):
