@@ -105,8 +105,7 @@ def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
     return {
         "forward": {
             "rotation": 2 * query + 2 * key,
-            "gates": 2 * gate
-            + gate,  # for the state pass; the output pass has its own from log_decay
+            "gates": 2 * gate + gate,  # the state pass's; the output pass makes its own
             "state pass": 2 * key + gate + starts,
             "output pass": 3 * query + 3 * key + 2 * gate + starts,
         },

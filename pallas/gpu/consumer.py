@@ -84,7 +84,7 @@ class Consumer(InChunk):
         plgpu.barrier_wait(shared["key_loaded"])
         plgpu.barrier_wait(shared["block_loaded"].at[0])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
-        # In shared memory: else the compiler makes the loop's masked scores before it, and holds them.
+        # In shared memory: else the compiler masks them before the loop, and holds four copies.
         between = shared["between"].at[me]
         between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
 

@@ -133,7 +133,7 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
             scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if M:
         panel = min(M, PANEL)
-        panel_stages = min(M // panel, 2)
+        panel_stages = min(M // panel, 2 // warpgroups)  # as many as fit
         scratch |= {
             "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
             "key": tiled(CHUNK, D, columns=min(D, panel)),
