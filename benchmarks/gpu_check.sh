@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 toy=
 if [ "${1:-}" = --toy ]; then
-    toy=--toy
+    toy="--toy --rounds 1"
     shift
 fi
 folder=${1:-gpu_check}

@@ -2,10 +2,12 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.ops.rope import Rope, apply_rope
@@ -14,14 +16,9 @@ from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.tpu import can_compile_for_tpus
 from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
 from nha_jax.ops.validation import check_state, validate_arrays, validate_rest
-from pallas.tpu.decode import (
-    DecodeState,
-    DecodeToken,
-    SlotState,
-    SlotToken,
-    decode_attention,
-    decode_unsupported,
-)
+from pallas.decode_types import DecodeState, DecodeToken, SlotState, SlotToken
+from pallas.gpu import decode as gpu_decode
+from pallas.tpu import decode as tpu_decode
 
 
 def decode_step(
@@ -92,7 +89,7 @@ def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
     division = divide_over_mesh(query.shape[0], state.slot_key.shape[1])
-    return decode_unsupported(_kernel_state(division.local_shapes(state, division.state)))
+    return tpu_decode.decode_unsupported(_kernel_state(division.local_shapes(state, division.state)))
 
 
 def decode_over_mesh(
@@ -123,22 +120,56 @@ def decode_tpu(
     options: Options,
     interpret: bool = False,
 ) -> tuple[jax.Array, NHAState]:
-    """`decode_xla` in one kernel, in place if the state is donated. interpret: on the CPU."""
+    """`decode_xla` in one TPU kernel, in place if the state is donated. interpret: on the CPU."""
+    attend = functools.partial(
+        tpu_decode.decode_attention, interpret=pltpu.InterpretParams() if interpret else False
+    )
+    return _in_kernel(attend, query, rotated_query, new, state, active, options)
+
+
+def decode_gpu(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    new: Tokens,
+    state: NHAState,
+    active: jax.Array,
+    *,
+    options: Options,
+    interpret: bool = False,
+) -> tuple[jax.Array, NHAState]:
+    """`decode_xla` in one GPU kernel, in place if the state is donated. interpret: on the CPU.
+
+    A long ring of window_size=None takes a second, small step: see `pallas.gpu.decode`.
+    """
+    attend = functools.partial(
+        gpu_decode.decode_attention, interpret=plgpu.InterpretGPUParams() if interpret else False
+    )
+    return _in_kernel(attend, query, rotated_query, new, state, active, options)
+
+
+def _in_kernel(
+    attend: Callable[..., Any],
+    query: jax.Array,
+    rotated_query: jax.Array,
+    new: Tokens,
+    state: NHAState,
+    active: jax.Array,
+    options: Options,
+) -> tuple[jax.Array, NHAState]:
     key, rotated_key, value, log_decay = new.map(lambda x: x[:, 0])
     entering = None
     if options.window_size is not None:
         entering = SlotToken(options.feature_map(query[:, 0]), key, log_decay)
-    out, after = decode_attention(
+    out, after = attend(
         DecodeToken(rotated_query[:, 0], rotated_key, value, entering),
         _kernel_state(state),
-        state.length % state.capacity,
+        state.length % max(state.capacity, 1),
         state.length,
         active.astype(jnp.int32),
         scale=options.scale,
         num_slots=log_decay.shape[2],
         mask_empty=options.empty_slots == "mask",
         feature_map=options.slot_feature_map,
-        interpret=pltpu.InterpretParams() if interpret else False,
     )
     length = state.length + active.astype(jnp.int32)
     state = state._replace(
@@ -156,7 +187,7 @@ def decode_tpu(
 
 def _kernel_state(state: NHAState) -> DecodeState:
     slots = None
-    if state.window_key.shape[1]:
+    if state.window_key.shape[1] or not state.capacity:
         slots = SlotState(
             state.slot_key, state.slot_value, state.window_key, state.window_log_decay
         )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from nha_jax.ops.types import Options
 
 LARGEST_HEAD, MOST_SLOTS = 128, 128
+SHORTEST_OF_CUDNN = 64  # tokens: below, what its backward takes goes by its version
 Capability = tuple[int, ...]  # of NVIDIA GPUs; empty: another maker's, or unknown
 AMPERE, HOPPER = (8, 0), (9, 0)
 # Of devices to compile for that are not there, which tell their kind only.
@@ -56,15 +57,16 @@ def served_by_cudnn(
     """Whether cuDNN's full attention computes this call: nothing leaves its window.
 
     For packed documents and tokens before the call's it would need a [T, T] bias: those go to our
-    kernels.
+    kernels, as short sequences do.
     """
-    W, device = options.window_size, _gpu_compiled_for()
+    T, W, device = query.shape[1], options.window_size, _gpu_compiled_for()
     if device is None or segment_ids is not None or has_past or query.dtype != jnp.bfloat16:
         return False
     capability = _capability(device)
     largest = 256 if capability == HOPPER else 128
-    nothing_leaves = W is None or query.shape[1] <= W
-    return nothing_leaves and capability >= AMPERE and max(key.shape[3], value.shape[3]) <= largest
+    if capability < AMPERE or max(key.shape[3], value.shape[3]) > largest:
+        return False
+    return T >= SHORTEST_OF_CUDNN and (W is None or T <= W)
 
 
 def compiling_for_gpus() -> bool:

@@ -17,48 +17,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.decode_types import DecodeState, DecodeToken
 from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
 
 LANES = 128
 HIDDEN = -1e30
 BLOCK_BYTES = 2**20  # of a ring's block
-
-
-class SlotToken(NamedTuple):
-    """What the slots need of the new token of each batch row."""
-
-    query: jax.Array  # [B, Hq, K], the feature map applied
-    key: jax.Array  # [B, H, K]
-    log_decay: jax.Array  # [B, H, M] float32
-
-
-class DecodeToken(NamedTuple):
-    """The new token of each batch row; `slots` is None if the state's is."""
-
-    rotated_query: jax.Array  # [B, Hq, K]
-    rotated_key: jax.Array  # [B, H, K]
-    value: jax.Array  # [B, H, V]
-    slots: SlotToken | None
-
-
-class SlotState(NamedTuple):
-    """The slots, and the rings that only they read."""
-
-    slot_key: jax.Array  # [B, H, M, K] float32
-    slot_value: jax.Array  # [B, H, M, V] float32
-    key: jax.Array  # [B, R, H, K]
-    log_decay: jax.Array  # [B, R, H, M] float32
-
-
-class DecodeState(NamedTuple):
-    """The arrays that are updated in place; R ring entries.
-
-    Without `slots` no token ever leaves the ring: the slots stay empty, M zeros to the softmax.
-    """
-
-    rotated_key: jax.Array  # [B, R, H, K]
-    value: jax.Array  # [B, R, H, V]
-    slots: SlotState | None
 
 
 def decode_unsupported(state: DecodeState) -> str | None:

@@ -14,7 +14,7 @@ from nha_jax.remat import remat_policy
 from tests.gpu.interpreted import HOPPER
 from tests.ops.cases import relative_error
 
-B, T, SLOTS = 2, 40, 5
+B, T, SLOTS = 2, 72, 5
 
 
 def probabilities(scale, query, key, log_mass=None):

@@ -7,7 +7,6 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from nha_jax.ops import api, nha_attention
 from nha_jax.ops.rope import rope_tables
-from pallas.tpu import BlockSizes
 
 T, K, M = 64, 128, 16
 KERNEL = "tpu_custom_call"
@@ -126,11 +125,3 @@ def test_gpu_kernels_fall_back_on_the_gpus_that_are_here(capability, monkeypatch
     x = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
     with pytest.warns(UserWarning, match="for Hopper .* got another GPU"):
         nha_attention(x, x, x, -x, window_size=2, implementation="pallas_gpu")
-
-
-def test_gpu_kernels_refuse_the_sizes_of_tpu_blocks():
-    x = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match="block_sizes are those of the TPU kernels"):
-        nha_attention(
-            x, x, x, -x, window_size=2, implementation="pallas_gpu", block_sizes=BlockSizes()
-        )

@@ -135,7 +135,7 @@ def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
         (config.num_kv_heads, config.num_slots),
     )
     dtype = jnp.dtype(config.dtype)
-    arrays: list[Any] = [jax.ShapeDtypeStruct((1, 1, *size), dtype) for size in sizes]
+    arrays: list[Any] = [jax.ShapeDtypeStruct((1, 128, *size), dtype) for size in sizes]
     kinds: Counter[str] = Counter()
     for window in config.windows:
         options = Options(
