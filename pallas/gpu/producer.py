@@ -10,7 +10,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.place import Place
-from pallas.gpu.spec import CHUNK
 
 Refs = dict[str, Any]
 
@@ -55,23 +54,6 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     @pl.loop(jnp.maximum(place.blocks - stages, 0), jnp.int32(place.blocks))
     def _(block):
         plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
-
-
-def fetch_gates(refs: Refs, shared: Refs, place: Place, write: str) -> None:
-    """The chunk's cumulative decays, the blocks' references, and s to the place named `write`."""
-    b, h, loaded = place.batch, place.kv_head, shared["gates_loaded"]
-    for name, target in (("cumulative", "cumulative"), ("write", write)):
-        panels, _, width = shared[target].shape
-        for panel in range(panels):
-            slots = pl.ds(panel * width, width)
-            gate = refs[name].at[b, place.rows, h, slots]
-            plgpu.copy_gmem_to_smem(gate, shared[target].at[panel], loaded)
-    blocks = shared["references"].shape[0]
-    rows = CHUNK // blocks
-    for block in range(blocks):
-        middle = place.first_row + block * rows + rows // 2 - 1
-        reference = refs["cumulative"].at[b, middle, h]
-        plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
 
 
 def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:

@@ -26,8 +26,8 @@ from pallas.gpu.in_chunk import InChunk, by_row
 from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
-from pallas.gpu.producer import Refs, fetch_gates, fetch_slots
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, PANEL, ROW, Spec, tile
+from pallas.gpu.producer import Refs, fetch_slots
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, PANEL, ROW, Spec, tile
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 
@@ -98,7 +98,7 @@ def slot_queries(
 
 
 def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
-    """Shared memory and barriers; a barrier's arrivals are the copies into its arrays."""
+    """Shared memory, and a barrier whose arrivals are the copies into it."""
     narrow, wide = jnp.bfloat16, jnp.float32
     panel = M if M <= WHOLE else PANEL
     panels = M // panel
@@ -113,9 +113,7 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
         "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
-        "tokens_loaded": plgpu.Barrier(num_arrivals=7 if spec.masked else 4),
-        "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
-        "slots_loaded": plgpu.Barrier(num_arrivals=2 * panels + 2),
+        "loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + 4 * panels + 3 * spec.masked),
     }
     if panels > 1:
         scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
@@ -137,9 +135,8 @@ class QuerySide(InChunk):
     def run(self) -> None:
         shared = self.shared
         self._fetch()
-        for loaded in ("gates_loaded", "tokens_loaded", "slots_loaded"):
-            plgpu.barrier_wait(shared[loaded])
-        panels, _ = self._panels()
+        plgpu.barrier_wait(shared["loaded"])
+        panels = shared["cumulative"].shape[0]
         if panels == 1:
             self._store_query(self._panel(0, None))
             return
@@ -157,9 +154,9 @@ class QuerySide(InChunk):
 
     def _fetch(self) -> None:
         refs, shared, place = self.refs, self.shared, self.place
-        b, head, loaded = place.batch, place.heads, shared["tokens_loaded"]
+        b, head, loaded = place.batch, place.heads, shared["loaded"]
         tokens = place.token_rows(0)
-        fetch_gates(refs, shared, place, "write")
+        self._fetch_gates(loaded)
         for name in ("query", "out_grad"):
             plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], shared[name], loaded)
         for name in ("key", "value"):
@@ -170,10 +167,23 @@ class QuerySide(InChunk):
             visible = refs["visible"].at[b, tokens]
             plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
         for name in ("start_key", "start_value"):
-            fetch_slots(refs[name], shared[name], place, shared["slots_loaded"])
+            fetch_slots(refs[name], shared[name], place, loaded)
         for name in ("log_mass", "delta"):
             rows = refs[name].at[b, head, place.rows]
-            plgpu.copy_gmem_to_smem(rows, shared[name], shared["slots_loaded"])
+            plgpu.copy_gmem_to_smem(rows, shared[name], loaded)
+
+    def _fetch_gates(self, loaded: Any) -> None:
+        refs, shared, place = self.refs, self.shared, self.place
+        for name in ("cumulative", "write"):
+            panels, _, width = shared[name].shape
+            for panel in range(panels):
+                slots = pl.ds(panel * width, width)
+                gate = refs[name].at[place.batch, place.rows, place.kv_head, slots]
+                plgpu.copy_gmem_to_smem(gate, shared[name].at[panel], loaded)
+        for block in range(GATE_BLOCKS):
+            middle = place.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
+            reference = refs["cumulative"].at[place.batch, middle, place.kv_head]
+            plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
 
     def _entered_products(self, rows: str, tokens: str) -> jax.Array:
         """S or D, [C, C] bfloat16."""
