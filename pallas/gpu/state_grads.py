@@ -123,8 +123,7 @@ class _Walk:
                 lambda start: plgpu.copy_smem_to_gmem(
                     self.shared["wide"], start.at[self.b, self.h, self.features]
                 ),
-                "start_key",
-                "start_value",
+                ("start_key", "start_value"),
             )
         plgpu.wait_smem_to_gmem(0)
 
@@ -137,8 +136,7 @@ class _Walk:
             lambda end: plgpu.copy_gmem_to_smem(
                 end.at[self.b, self.h, self.features], wide, loaded
             ),
-            "end_key",
-            "end_value",
+            ("end_key", "end_value"),
         )
         plgpu.barrier_wait(loaded)
         return plgpu.load(wide, layout=LOGITS)
@@ -157,8 +155,7 @@ class _Walk:
                 shared["slots"].at[buffer],
                 grads.at[self.b, self.h, self.chunks - 1 - step, self.features],
             ),
-            "key",
-            "value",
+            ("key", "value"),
         )
         slots = self._add_head(first, decayed)
 
@@ -173,6 +170,7 @@ class _Walk:
         slots = self.matmul(
             lambda: [(shared["rows"].at[stage].T, shared["weights"].at[stage])], self.shape, slots
         )
+        plgpu.commit_smem()  # all warps have multiplied, before copies touch the operands
         more = item + self.stages < self.chunks * self.spec.group
         pl.when(more)(lambda: self._load(item + self.stages, stage))
         return slots
@@ -189,18 +187,15 @@ class _Walk:
             source = weights.at[self.b, own, head]
             plgpu.copy_gmem_to_smem(source, shared["weights"].at[stage], loaded.at[stage])
 
-        self._of_either(load, ("query", "logits"), ("out_grad", "weights"))
+        self._of_either(load, ("query", "out_grad"), ("logits", "weights"))
         total = self.refs["total"].at[self.b, self.h, chunk]
         plgpu.copy_gmem_to_smem(total, shared["total"].at[stage], loaded.at[stage])
 
     def _stage(self, item):
         return lax.rem(item, jnp.int32(self.stages))
 
-    def _of_either(self, do, keys: str | tuple[str, ...], values: str | tuple[str, ...]) -> None:
-        """`do` with what is of the keys or of the values, by the block's features."""
-        of_keys, of_values = (
-            [self.refs[name] for name in ((names,) if isinstance(names, str) else names)]
-            for names in (keys, values)
-        )
+    def _of_either(self, do, *names: tuple[str, str]) -> None:
+        """`do` with what is of the keys, or of the values, by the block's features."""
+        of_keys, of_values = ([self.refs[pair[i]] for pair in names] for i in (0, 1))
         pl.when(self.block < self.blocks)(lambda: do(*of_keys))
         pl.when(self.block >= self.blocks)(lambda: do(*of_values))
