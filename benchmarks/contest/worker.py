@@ -7,7 +7,6 @@ answers; what else a worker prints goes to stderr.
 
 import dataclasses
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -86,7 +85,7 @@ def serve(framework: Framework) -> None:
                 try:
                     answer = {"kernels": framework.kernels(request["contender"])}
                 except Exception as error:  # the times are worth having without
-                    answer = {"kernels": [(f"{type(error).__name__}: {error}", math.nan)]}
+                    answer = {"kernels": [(f"{type(error).__name__}: {error}", None)]}
             case unknown:
                 raise ValueError(f"no request {unknown!r}")
         print(json.dumps(answer), file=answers, flush=True)
