@@ -105,9 +105,9 @@ def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
     return {
         "forward": {
             "rotation": 2 * query + 2 * key,
-            "gates": 2 * gate + 4 * gate,
+            "gates": 2 * gate + gate,  # the state pass's; the output pass makes its own
             "state pass": 2 * key + gate + starts,
-            "output pass": 3 * query + 3 * key + 3 * gate + starts,
+            "output pass": 3 * query + 3 * key + 2 * gate + starts,
         },
         "backward": {
             "delta": 2 * query,

@@ -37,8 +37,9 @@ def default_block_sizes(head_dim: int, slots: int) -> BlockSizes:
     """What fits a Hopper block's 227 KB of shared memory without spilling registers.
 
     By static figures, nothing was measured. Two consuming warpgroups would share what they read,
-    but have 168 registers a thread, because ptxas, as jax 0.12 calls it, does not let them take the
-    producer's; they spill.
+    but have 168 registers a thread and spill: `setmaxnreg`, by which they would take the
+    producer's, is ignored (ptxas: C7504) in code to be linked, and jax has nvJitLink compile that
+    wherever it finds the library, which CUDA's others need.
 
     Args:
       head_dim: D.

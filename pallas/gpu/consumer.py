@@ -21,7 +21,7 @@ LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no 
 
 
 class Consumer(InChunk):
-    """Reads what `producer.produce` fetches."""
+    """Reads what `producer.produce` fetches; `shared` has the decays of one panel at a time."""
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
         super().__init__(shared, place, matmul, spec)
@@ -58,15 +58,16 @@ class Consumer(InChunk):
         falls = shared["falls"]
         log_decay = plgpu.load(shared["log_decay"].at[stage], layout=LOGITS)
         decay = jnp.maximum(log_decay, FLOOR) * LOG2E
-        parts = lambda i: falls.at[i]  # noqa: E731, there are no falls yet
-        store_parts(decay, parts)
+        parts = lambda i: falls.at[i]  # noqa: E731
+        store_parts(decay, parts)  # where the falls will be
         plgpu.commit_smem()
         G = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
         shared["cumulative"].at[0][...] = G
         row = iota(G.shape[1], 0)
         for block in range(GATE_BLOCKS):
             middle = block * GATE_ROWS + GATE_ROWS // 2 - 1
-            shared["references"].at[block][...] = jnp.where(row == middle, G, 0.0).sum(axis=0)
+            reference = jnp.where(row == middle, G, 0.0).sum(axis=0)  # a row can't be loaded alone
+            shared["references"].at[block][...] = reference
         write = write_of(plgpu.load(shared["log_decay"].at[stage], layout=LOGITS))
         for block in range(GATE_BLOCKS):
             falls.at[block][...] = self._fall(block, 0, G, write)
@@ -83,7 +84,7 @@ class Consumer(InChunk):
         plgpu.barrier_wait(shared["key_loaded"])
         plgpu.barrier_wait(shared["block_loaded"].at[0])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
-        # In shared memory: what is made of it in the loop is not made before it, and held.
+        # In shared memory: else the compiler masks them before the loop, and holds four copies.
         between = shared["between"].at[me]
         between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
 
@@ -138,9 +139,8 @@ class Consumer(InChunk):
         p = jnp.exp2(a - by_row(new_top, width))
         mass = mass * shrink + p.sum(axis=1)
         shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
-        within = self._gather(
-            0, (p * self._rise(0)).astype(jnp.bfloat16), within * by_row(shrink, CHUNK)
-        )
+        p_rise = (p * self._rise(0)).astype(jnp.bfloat16)
+        within = self._gather(0, p_rise, within * by_row(shrink, CHUNK))
         plgpu.barrier_arrive(shared["panel_read"].at[stage])
         return within, new_top, mass
 

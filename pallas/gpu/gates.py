@@ -1,4 +1,7 @@
-"""The decays of the chunks, computed by XLA ahead of the kernels."""
+"""The decays of the chunks, computed by XLA ahead of the state pass and of the backward.
+
+The output pass makes its own of log_decay: XLA computes no more here than its callers read.
+"""
 
 from typing import NamedTuple
 

@@ -29,7 +29,7 @@ from pallas.gpu.producer import produce
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
-# ptxas ignores them as jax 0.12 calls it (C7504), and all warpgroups have 168.
+# ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
 
 
 class Facts(NamedTuple):
@@ -133,7 +133,7 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
             scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if M:
         panel = min(M, PANEL)
-        panel_stages = min(M // panel, 2)
+        panel_stages = min(M // panel, 2 // warpgroups)  # as many as fit
         scratch |= {
             "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
             "key": tiled(CHUNK, D, columns=min(D, panel)),

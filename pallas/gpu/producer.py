@@ -22,8 +22,7 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     if "key_loaded" in shared:
         key = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
         plgpu.copy_gmem_to_smem(key, shared["key"], shared["key_loaded"])
-        panel_stages, _, width = shared["slot_key"].shape
-        panels = refs["log_decay"].shape[3] // width
+        panel_stages, panels = shared["slot_key"].shape[0], shared["slot_value"].shape[0]
         for panel in range(panel_stages):
             _fetch_panel(refs, shared, place, panel)
     if "facts_loaded" in shared:

@@ -27,9 +27,9 @@ from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs, fetch_gates, fetch_slots
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec, tile
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, PANEL, ROW, Spec, tile
 
-PANEL = 64  # slots at a time
+WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 
 
 class SlotQueries(NamedTuple):
@@ -100,7 +100,7 @@ def slot_queries(
 def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     """Shared memory and barriers; a barrier's arrivals are the copies into its arrays."""
     narrow, wide = jnp.bfloat16, jnp.float32
-    panel = min(M, PANEL)
+    panel = M if M <= WHOLE else PANEL
     panels = M // panel
     tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
     slots = plgpu.SMEM((panels, D, panel), narrow, transforms=tile(panel))
@@ -117,6 +117,8 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
         "slots_loaded": plgpu.Barrier(num_arrivals=2 * panels + 2),
     }
+    if panels > 1:
+        scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
@@ -135,20 +137,29 @@ class QuerySide(InChunk):
     def run(self) -> None:
         shared = self.shared
         self._fetch()
-        plgpu.barrier_wait(shared["tokens_loaded"])
-        plgpu.barrier_wait(shared["gates_loaded"])
-        plgpu.barrier_wait(shared["slots_loaded"])
-        into_tokens = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
-        panels = shared["cumulative"].shape[0]
+        for loaded in ("gates_loaded", "tokens_loaded", "slots_loaded"):
+            plgpu.barrier_wait(shared[loaded])
+        panels, _ = self._panels()
+        if panels == 1:
+            self._store_query(self._panel(0, None))
+            return
         if self.spec.window == 0:
             self._sum_delta(panels)
-        into_tokens = lax.fori_loop(0, panels, self._panel, into_tokens)
-        self._store_query(into_tokens)
+        none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
+        into_tokens = shared["into_tokens"]  # in registers there is no room for it
+        into_tokens[...] = plgpu.layout_cast(none, LOGITS)
+
+        @pl.loop(jnp.int32(0), jnp.int32(panels))
+        def _(panel):
+            into_tokens[...] = self._panel(panel, into_tokens)
+
+        self._store_query(plgpu.load(into_tokens, layout=LOGITS))
 
     def _fetch(self) -> None:
         refs, shared, place = self.refs, self.shared, self.place
         b, head, loaded = place.batch, place.heads, shared["tokens_loaded"]
         tokens = place.token_rows(0)
+        fetch_gates(refs, shared, place, "write")
         for name in ("query", "out_grad"):
             plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], shared[name], loaded)
         for name in ("key", "value"):
@@ -158,7 +169,6 @@ class QuerySide(InChunk):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
             visible = refs["visible"].at[b, tokens]
             plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
-        fetch_gates(refs, shared, place, "write")
         for name in ("start_key", "start_value"):
             fetch_slots(refs[name], shared[name], place, shared["slots_loaded"])
         for name in ("log_mass", "delta"):
@@ -175,6 +185,7 @@ class QuerySide(InChunk):
         return self.shared["falls"].at[block]
 
     def _build_falls(self, panel) -> None:
+        """And G - R in the place of G, with R of the row's block."""
         shared = self.shared
         G = plgpu.load(shared["cumulative"].at[panel], layout=LOGITS)
         write = plgpu.load(shared["write"].at[panel], layout=LOGITS).astype(jnp.float32)
@@ -195,6 +206,10 @@ class QuerySide(InChunk):
         return decay
 
     def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
+        """rise * (exp(R) * carried + spread(scores)): less to hold than with exp(G).
+
+        Where exp(R) underflows exp(G) is below 2^-33.
+        """
         shape = self.shared["cumulative"].shape[1:]
         start = self.matmul(carried, shape) * self._reference_decay(panel)
         return self._spread(panel, scores, shape[1], start) * self._rise(panel)
@@ -236,25 +251,26 @@ class QuerySide(InChunk):
         )
         return p, dp
 
-    def _panel(self, panel, into_tokens: jax.Array) -> jax.Array:
-        """One more panel of slots; returns L with what it adds."""
+    def _panel(self, panel, into_tokens: Any) -> jax.Array:
+        """L of this panel, before its mask, added to `into_tokens` if it is a reference."""
+        shared = self.shared
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
-        ds = p * (dp - by_row(self._row("delta"), p.shape[1])) * self.spec.scale
+        alone = into_tokens is None and self.spec.window == 0
+        delta = (p * dp).sum(axis=1) if alone else self._row("delta")  # as in `_sum_delta`
+        ds = p * (dp - by_row(delta, p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
+        start = rise * self._reference_decay(panel)
+        shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
-        into_tokens = self._gather(panel, ds_rise, into_tokens)
-        start = self._rise(panel) * self._reference_decay(panel)
+        so_far = None if into_tokens is None else plgpu.load(into_tokens, layout=LOGITS)
+        result = self._gather(panel, ds_rise, so_far)
+        rise = self._rise(panel)  # again, not held
+        start = rise * self._reference_decay(panel)
         self._store_panel(
-            panel,
-            {
-                "logits_rise": ds_rise,
-                "weights_rise": p * self._rise(panel),
-                "logits_start": ds * start,
-                "weights_start": p * start,
-            },
+            panel, {"logits_rise": ds_rise, "weights_rise": p * rise, "weights_start": p * start}
         )
-        return into_tokens
+        return result
 
     def _row(self, name: str) -> jax.Array:
         return plgpu.load(self.shared[name], layout=ROW)
@@ -266,11 +282,12 @@ class QuerySide(InChunk):
         return self._falls(SlotQueries._fields.index(name) - 1, panel)
 
     def _store_panel(self, panel, results: dict[str, jax.Array]) -> None:
+        """Beside ds exp(G), which is in its place."""
         place, width = self.place, self.shared["cumulative"].shape[2]
         for name, x in results.items():
             self._place_of(name, panel)[...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        for name in results:
+        for name in (*results, "logits_start"):
             slots = pl.ds(panel * width, width)
             target = self.refs[name].at[place.batch, place.rows, place.heads, slots]
             plgpu.copy_smem_to_gmem(self._place_of(name, panel), target)

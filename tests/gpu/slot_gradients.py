@@ -47,6 +47,7 @@ class Case:
     H: int = 1
     N: int = 128
     B: int = 1
+    window: int = 64
     ahead: int = 64
     masked: bool = False
     state: bool = False
@@ -58,8 +59,8 @@ class Case:
             group=self.G,
             slots=self.slots,
             empty_slots=0,
-            window=64,
-            offset=64,
+            window=self.window,
+            offset=self.window,
             ahead=self.ahead,
             scale=self.D**-0.5,
             masked=self.masked,
@@ -68,7 +69,8 @@ class Case:
 
     def __str__(self) -> str:
         flags = [name for name in ("masked", "state") if getattr(self, name)]
-        shape = f"D{self.D}-M{self.M}({self.slots})-G{self.G}-H{self.H}-ahead{self.ahead}"
+        shape = f"D{self.D}-M{self.M}({self.slots})-G{self.G}-H{self.H}-W{self.window}"
+        shape += f"-ahead{self.ahead}"
         return "-".join([shape, f"gate({self.gate})", *flags])
 
 
@@ -245,7 +247,9 @@ class Chunks:
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
         p = np.exp(self.logits() - by_row(log_mass))
-        ds = p * (self._to_slots(1) - by_row(delta)) * self.spec.scale
+        dp = self._to_slots(1)
+        pulled = by_row(delta) if self.spec.window else np.sum(p * dp, -1, keepdims=True)
+        ds = p * (dp - pulled) * self.spec.scale
         into_tokens = np.where(self.entered, self.gather(ds * self.rise), 0)  # L
         dq = (ds * self.from_start) @ self.starts[0].swapaxes(-1, -2)
         dq += into_tokens @ self.right[0][:, :, :, None]

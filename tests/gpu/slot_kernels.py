@@ -11,14 +11,13 @@ import sys
 import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.slot_queries import slot_queries
 from tests.gpu import slot_gradients
 from tests.gpu.interpreted import HOPPER
 from tests.gpu.slot_gradients import Case, Chunks, Inputs
+from tests.ops.cases import GPU_INTERPRETER, relative_error
 
-INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 TOLERANCE = 1e-2  # relative Frobenius; the operands are rounded to 2^-9
 
 ORDINARY = [
@@ -31,6 +30,8 @@ REST = [
     Case(M=128, slots=100, ahead=0, gate="mixed", masked=True),
     Case(D=128, M=16, slots=16, G=2, gate="normaliser-0.1"),
     Case(M=32, slots=32, gate="-1000", masked=True),
+    Case(M=128, slots=128, gate="mixed", window=0, ahead=0),
+    Case(M=16, slots=16, window=0, ahead=0, masked=True),
 ]
 CASES = ORDINARY + REST
 
@@ -59,15 +60,14 @@ def lower_for_cuda(run, inputs: Inputs) -> None:
 
 
 def assert_near(name: str, actual: jax.Array, expected: np.ndarray) -> None:
-    actual = np.asarray(actual, np.float64)
-    error = np.linalg.norm(actual - expected) / np.linalg.norm(expected)
+    error = relative_error(np.asarray(actual, np.float64), expected)
     assert error < TOLERANCE, f"{name}: error {error:.2e}"
 
 
 def check(case: Case) -> None:
     inputs = slot_gradients.make_inputs(case)
     lower_for_cuda(functools.partial(query_side, case=case, interpret=False), inputs)
-    run = jax.jit(functools.partial(query_side, case=case, interpret=INTERPRETER))
+    run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
     actual = run(inputs)
     chunks = Chunks(inputs, case.spec)
     expected = chunks.queries(inputs.log_mass, inputs.delta)

@@ -5,6 +5,7 @@ python -m tests.gpu.slot_tokens INDEX...    of `CASES`, in an environment with
 """
 
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,7 @@ from pallas.gpu.state_grads import StateGrads, state_grads
 from tests.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
 from tests.ops.cases import GPU_INTERPRETER, relative_error
 
-TOLERANCE = 5e-3  # of relative Frobenius errors
-DECAY_TOLERANCE = 1e-2
+TOLERANCE = 5e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
 
 ORDINARY = [
     Case(M=16, slots=12, G=2, ahead=0, masked=True, state=True, gate="mixed"),
@@ -42,8 +42,8 @@ def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> n
     to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
     after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
     written = 1.0 if inputs.written is None else chunks.tokens(inputs.written[..., None, None])
-    rows, tokens, at_end = 0.0, 0.0, 0.0
-    state = np.zeros(decay.shape)
+    rows, tokens, at_end, state = (np.zeros(decay.shape) for _ in range(4))
+    tokens = tokens[:, :, :, None]  # by the rows' blocks
     for side, (rise, start) in enumerate(
         (
             (queries.logits_rise, queries.logits_start),
@@ -71,10 +71,10 @@ def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> n
     return grad.swapaxes(2, 3).reshape(B, n * C, H, -1)
 
 
-def run(case: Case, interpret, inputs: Inputs, queries: Queries, ends: Side):
-    """Both kernels, each on the reference's rounded inputs."""
+def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
+    """Both kernels, each on the reference's inputs: rounded `Queries`, gradients of the states."""
     sizes = default_block_sizes(case.D, case.M)
-    options = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
+    options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
     states = state_grads(
         inputs.query, inputs.out_grad, queries.logits_start, queries.weights_start,
         inputs.gates, inputs.end_grad, **options,
@@ -92,10 +92,11 @@ def run(case: Case, interpret, inputs: Inputs, queries: Queries, ends: Side):
 def check(case: Case) -> dict[str, float]:
     """The relative errors by array; raises AssertionError where one is above its tolerance."""
     inputs = make_inputs(case)
+    end_grad: Any = inputs.end_grad
     chunks = Chunks(inputs, case.spec)
-    narrow = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    narrow: Any = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
     queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.delta)))
-    expected = chunks.states(queries, inputs.end_grad)
+    expected = chunks.states(queries, end_grad)
     ends = narrow(expected.ends[0]), narrow(expected.ends[1])
     arguments = inputs, queries, ends
 
@@ -109,7 +110,7 @@ def check(case: Case) -> dict[str, float]:
     key, value = chunks.tokens_of(queries, ends)
     decays = decays_of(chunks, inputs, queries, ends)
     entering = slice(case.ahead, None)  # rows before hold nothing
-    pairs = {
+    pairs: dict[str, Any] = {
         "end_key": (states.key, expected.ends[0]),
         "end_value": (states.value, expected.ends[1]),
         "key": (tokens.key[:, entering], key[:, entering]),
@@ -121,7 +122,7 @@ def check(case: Case) -> dict[str, float]:
         pairs["start_value"] = states.start_value, expected.start[1]
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
     for name, error in errors.items():
-        assert error <= (DECAY_TOLERANCE if name == "log_decay" else TOLERANCE), errors
+        assert error <= TOLERANCE, (name, errors)
     return errors
 
 

@@ -1,0 +1,135 @@
+"""What the two warpgroups of `slot_tokens`, whose docstring has the formulas, have in common.
+
+X^T and L^T are computed, with tokens for rows: the 16 rows of a gate block are then columns, and
+its products have 16 columns or contract 16, not the whole chunk with zeros. A contraction may be
+as short as a tile of shared memory is wide, so all operands lie 16 columns to a tile.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.in_chunk import MAX_EXPONENT, iota
+from pallas.gpu.matmul import Matmul
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+
+SIDES = ("key", "value")
+LEAST_WRITE = 2.0**-60  # stands for s = 0
+
+
+class Worker:
+    """A warpgroup at some slots of a chunk and KV head."""
+
+    FALLS: tuple[int, ...]  # the gate blocks whose falls it builds
+
+    def __init__(self, refs: dict, shared: dict, spec: Spec, matmul: Matmul):
+        self.refs, self.shared, self.spec, self.matmul = refs, shared, spec, matmul
+        self.stages, _, self.D = shared["rows"].shape
+        self.width = shared["rise"].shape[2]
+        self.b, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
+        panels = jnp.int32(refs["cumulative"].shape[3] // self.width)
+        self.panel = lax.rem(lax.axis_index("panel"), panels)
+        self.h = lax.div(lax.axis_index("panel"), panels)
+        self.first = self.chunk * CHUNK
+        self.own = pl.ds(self.first, CHUNK)
+        self.columns = pl.ds(self.panel * self.width, self.width)
+        self.gates_shape = CHUNK, self.width
+        self.zero: int | jax.Array = 0
+
+    def forget_addresses(self) -> None:
+        """Reads a 0 that is not known when compiling.
+
+        Else the compiler keeps the many addresses of the products' operands from one use to the
+        next, in registers that others need.
+        """
+        self.zero = self.shared["zero"][0]
+
+    def operand(self, name: str):
+        """An array of products' operands, of which there is one."""
+        return self.shared[name].at[self.zero]
+
+    def build_falls(self) -> None:
+        shared = self.shared
+        plgpu.barrier_wait(shared["gates_loaded"])
+        G = plgpu.load(shared["cumulative"], layout=LOGITS)
+        write = jnp.maximum(self.wide(self.operand("part")), LEAST_WRITE)
+        for block in self.FALLS:
+            reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
+            exponent = self.in_rows(reference) - G
+            fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
+            shared["falls"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared["falls_ready"])
+        plgpu.barrier_wait(shared["falls_ready"])
+
+    def wait_for_head(self, item):
+        """The stage of a head's rows; items are the heads of the first side, then of the second."""
+        stage = lax.rem(item, jnp.int32(self.stages))
+        plgpu.barrier_wait(self.shared["head_loaded"].at[stage])
+        self.forget_addresses()
+        return stage + self.zero
+
+    def leave_head(self, stage) -> None:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.shared["head_read"].at[stage])
+
+    def entered(self, block: int, *, turned: bool) -> jax.Array:
+        """[C, 16], which of a gate block's tokens are in a row's slots.
+
+        turned: of tokens and a gate block's rows.
+        """
+        ahead = iota(GATE_ROWS, 0) - iota(GATE_ROWS, 1)
+        first = block * GATE_ROWS
+        entered = ahead <= first if turned else ahead >= first
+        if self.spec.masked:
+            names = ("visible", "query_run") if turned else ("query_run", "visible")
+            of_rows = plgpu.load(self.shared[names[0]], layout=ROW)
+            of_columns = self.shared[names[1]].at[pl.ds(first, GATE_ROWS)]
+            of_columns = plgpu.load(of_columns, layout=COLUMN)
+            shape = CHUNK, GATE_ROWS
+            of_rows = lax.broadcast_in_dim(of_rows, shape, [0])
+            entered &= of_rows == lax.broadcast_in_dim(of_columns, shape, [1])
+        return entered
+
+    def masked_blocks(self, scores: jax.Array, *, turned: bool) -> list[jax.Array]:
+        """[C, C] in four of [C, 16] bfloat16, zeros where nothing entered."""
+        blocks = []
+        for block in range(GATE_BLOCKS):
+            first = block * GATE_ROWS
+            columns = lax.slice(scores, (0, first), (CHUNK, first + GATE_ROWS))
+            columns = jnp.where(self.entered(block, turned=turned), columns, 0.0)
+            blocks.append(columns.astype(jnp.bfloat16))
+        return blocks
+
+    def sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
+        """[C, slots]: for each row the sum over the earlier rows, or over the later.
+
+        parts: bfloat16 numbers that make up one of x.
+        """
+        total: jax.Array | None = None
+        turn = (lambda x: x) if earlier else (lambda x: x.T)
+        for _ in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32)
+            plgpu.commit_smem()  # all have multiplied the part before
+            self.operand("part")[...] = part
+            plgpu.commit_smem()
+            total = self.matmul(
+                lambda: [(turn(self.operand("triangle")), self.operand("part"))],
+                self.gates_shape,
+                total,
+            )
+        assert total is not None
+        return total
+
+    def add(self, name: str, x: jax.Array) -> None:
+        """In shared memory, for registers are short."""
+        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
+
+    def wide(self, ref) -> jax.Array:
+        return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
+
+    def in_rows(self, x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(x, self.gates_shape, [1])
