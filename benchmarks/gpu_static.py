@@ -2,9 +2,9 @@
 
 uv run --extra cuda python benchmarks/gpu_static.py    # about half a minute a shape
 
-HBM / minimum: what the whole forward reads and writes, rotation and gates included, each array once
-for each operation (counted by hand: `static.ptxas.bytes_moved`), to query, key, value, log_decay
-and output once each.
+HBM / minimum: what the whole forward, and the whole backward, read and write, rotation and gates
+included, each array once for each operation (counted by hand: `static.ptxas.bytes_moved`), to what
+they must: once query, key, value, log_decay and output, backward the gradients too.
 """
 
 import argparse
@@ -30,10 +30,14 @@ def main() -> None:
     for K, M, G in itertools.product(arguments.heads, arguments.slots, arguments.groups):
         shape = Shape(B=8, T=4096, K=K, M=M, G=G, segments=arguments.segments)
         figures = compile_in_subprocess(shape)
+        moved = [
+            f"{figures[x]['bytes'] / figures[x]['minimum_bytes']:.2f}"
+            for x in ("forward", "backward")
+        ]
         for name, kernel in figures["kernels"].items():
-            cells = [f"K={K} M={M} G={G}", f"`{name.rsplit('_', 1)[0]}`", kernel["registers"]]
+            cells = [f"K={K} M={M} G={G}", f"`{name}`", kernel["registers"]]
             cells += [kernel["spills"], f"{kernel['shared_memory'] / 1024:.0f}"]
-            cells.append(f"{figures['bytes'] / figures['minimum_bytes']:.2f}")
+            cells.append(", ".join(moved))
             print("| " + " | ".join(map(str, cells)) + " |", flush=True)
 
 

@@ -29,11 +29,12 @@ def compile_in_subprocess(shape: Shape) -> dict[str, Any]:
 
 
 def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
-    """The forward by the kernels, of [B, T, heads, size] arrays as a layer has them.
+    """Forward and backward by the kernels, of [B, T, heads, size] arrays as a layer has them.
 
     Returns:
         "kernels", by name: "registers" a thread, "spills" (bytes stored and loaded), and
-        "shared_memory" (bytes a block); "bytes" by `bytes_moved`, and "minimum_bytes".
+        "shared_memory" (bytes a block); of the "forward" and of the "backward", "bytes" by
+        `bytes_moved`, and "minimum_bytes".
     """
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1"}
     import jax
@@ -52,7 +53,7 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
     mesh = jax.sharding.Mesh(topology.devices[:1], ("data",))
 
-    def forward(query, key, value, log_decay, segment_ids):
+    def attend(query, key, value, log_decay, segment_ids):
         return nha_attention(
             query, key, value, log_decay,
             window_size=shape.W,
@@ -61,49 +62,88 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
             implementation="pallas_gpu",
         )  # fmt: skip
 
+    def forward_backward(query, key, value, log_decay, segment_ids, out_grad):
+        inputs = query, key, value, log_decay
+        out, pullback = jax.vjp(lambda *inputs: attend(*inputs, segment_ids), *inputs)
+        return out, pullback(out_grad)
+
     rows, heads = (shape.B, shape.T), shape.H * shape.G
     query = jax.ShapeDtypeStruct((*rows, heads, shape.K), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((*rows, shape.H, shape.K), jnp.bfloat16)
     log_decay = jax.ShapeDtypeStruct((*rows, shape.H, shape.M), jnp.float32)
     segment_ids = jax.ShapeDtypeStruct(rows, jnp.int32) if shape.segments else None
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jitted = jax.jit(forward, in_shardings=device, out_shardings=device)
-        jitted.lower(query, key, key, log_decay, segment_ids).compile()
+        jitted = jax.jit(forward_backward, in_shardings=device, out_shardings=device)
+        jitted.lower(query, key, key, log_decay, segment_ids, query).compile()
+    moved = bytes_moved(shape)
+    least = [minimum_bytes("pallas", shape, backward=backward) for backward in (False, True)]
     return {
-        "kernels": {file.stem: read(file) for file in sorted(dumps.glob("*.ptxas"))},
-        "bytes": sum(bytes_moved(shape).values()),
-        "minimum_bytes": minimum_bytes("pallas", shape, backward=False),
+        "kernels": read_dumps(dumps),
+        "forward": {"bytes": sum(moved["forward"].values()), "minimum_bytes": least[0]},
+        "backward": {
+            "bytes": sum(moved["backward"].values()),
+            "minimum_bytes": least[1] - least[0],
+        },
     }
 
 
-def bytes_moved(shape: Shape) -> dict[str, int]:
-    """Of a forward with rotation, W and T multiples of 64 and no segments, by what moves them.
+def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
+    """Of the "forward" and the "backward", by what moves them, with rotation, W and T multiples of
+    64, W not 0, and no segments.
 
     Counted by hand: each array once for each operation that reads or writes it. What several blocks
-    of a kernel read is taken to come from the L2 cache after the first.
+    of a kernel read is taken to come from the L2 cache after the first. Arrays of a number a row
+    are left out.
     """
     rows = shape.B * shape.T * shape.H
     query, key, gate = 2 * rows * shape.G * shape.K, 2 * rows * shape.K, 2 * rows * shape.M
     starts = 2 * 2 * rows * shape.K * shape.M // 64  # of keys and values, every 64 rows
-    # The gates: cumulative is float32, s and what is left of it at the chunk's end are bfloat16.
+    weights = 2 * shape.G * gate  # of the slots, and the gradients of their logits
+    shares = -(-shape.M // 64)  # of the slots' gradients of keys and values
+    slots = 7 * gate + 2 * weights + 2 * starts  # of the last kernel
+    # The gates: log_decay, its gradient and cumulative are float32, the others bfloat16.
     return {
-        "rotation": 2 * query + 2 * key,
-        "gates": 2 * gate + 4 * gate,
-        "state pass": 2 * key + gate + starts,
-        "output pass": 3 * query + 3 * key + 3 * gate + starts,
+        "forward": {
+            "rotation": 2 * query + 2 * key,
+            "gates": 2 * gate + 4 * gate,
+            "state pass": 2 * key + gate + starts,
+            "output pass": 3 * query + 3 * key + 3 * gate + starts,
+        },
+        "backward": {
+            "delta": 2 * query,
+            "window, queries": 3 * query + 2 * key,
+            "window, tokens": 2 * query + 4 * key,
+            "gates": 2 * gate + 6 * gate,
+            "slots, queries": 3 * query + 2 * key + 3 * gate + starts + 2 * weights,
+            "states": 2 * query + weights + starts,
+            "slots, tokens": 2 * query + (2 + 2 * shares) * key + slots,
+            "rotation and sums": 3 * query + 2 * (2 + shares) * key + 4 * gate,
+        },
     }
 
 
-def read(ptxas: Path) -> dict[str, int]:
-    """A kernel's figures, from the file beside which Mosaic leaves its own."""
-    text = ptxas.read_text()
-    resources = ptxas.with_suffix(".resources.txt").read_text()
-    stored, loaded = _find(r"(\d+) bytes spill stores, (\d+) bytes spill loads", text)
-    return {
-        "registers": int(_find(r"[Uu]sed (\d+) registers", text)[0]),
-        "spills": int(stored) + int(loaded),
-        "shared_memory": int(_find(r"smem_scratch_bytes=(\d+)", resources)[0]),
-    }
+def read_dumps(dumps: Path) -> dict[str, dict[str, int]]:
+    """Each kernel's figures, by its name; of kernels of one name, the largest.
+
+    Mosaic and XLA each number the files that they leave of a kernel in their own order.
+    """
+    kernels: dict[str, dict[str, int]] = {}
+    for pattern, figures_of in (("*.ptxas", _registers), ("*.resources.txt", _shared_memory)):
+        for file in dumps.glob(pattern):
+            kernel = kernels.setdefault(file.name.split(".")[0].rsplit("_", 1)[0], {})
+            for name, figure in figures_of(file.read_text()).items():
+                kernel[name] = max(figure, kernel.get(name, 0))
+    return dict(sorted(kernels.items()))
+
+
+def _registers(ptxas: str) -> dict[str, int]:
+    stored, loaded = _find(r"(\d+) bytes spill stores, (\d+) bytes spill loads", ptxas)
+    registers = int(_find(r"[Uu]sed (\d+) registers", ptxas)[0])
+    return {"registers": registers, "spills": int(stored) + int(loaded)}
+
+
+def _shared_memory(resources: str) -> dict[str, int]:
+    return {"shared_memory": int(_find(r"smem_scratch_bytes=(\d+)", resources)[0])}
 
 
 def _find(pattern: str, text: str) -> tuple[str, ...]:

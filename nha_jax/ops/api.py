@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.chunked import chunked_attention
-from nha_jax.ops.gpu import compiling_for_gpus, gpu_attention, gpu_unsupported
+from nha_jax.ops.gpu import gpu_attention
+from nha_jax.ops.gpu_support import compiling_for_gpus
 from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.sharding import over_mesh
@@ -119,11 +120,11 @@ def nha_attention(
       slot_weight_gradient: what the slot weight's gradient reaches. It is sigmoid(A - B), A and B
         the logs of the sums of exp(a_t) and exp(b_t): "all" is its gradient as it stands, "slots"
         that of sigmoid(A - stop_gradient(B)), so that the window's logits are not pulled.
-      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu" (a forward only: its gradient
-        is that of "xla", computed anew); None picks the fastest that serves this call on the
-        platform it is compiled for. Kernels run interpreted, and slowly, on other platforms than
-        their own, and need `jax.set_mesh` where a mesh divides the arrays: see
-        `nha_jax.ops.sharding`.
+      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
+        serves this call on the platform it is compiled for (on GPUs "xla", until someone has
+        measured). Kernels run interpreted, and slowly, on other platforms than their own, and need
+        `jax.set_mesh` where a mesh divides the arrays: see `nha_jax.ops.sharding`. "pallas_gpu" is
+        for Hopper and bfloat16; what it does not serve runs as "xla", with a warning that says why.
       block_sizes: how the TPU kernels cut their work; None: as suits the chip.
 
     Returns:
@@ -153,9 +154,8 @@ def nha_attention(
         "options": options,
     }
     validate_rest(query, key, value, log_decay, **rest)
-    refuse = gpu_unsupported if implementation == "pallas_gpu" else tpu_unsupported
-    unsupported = functools.partial(refuse, query, key, value, log_decay, options=options)
-    attend = _implementation(implementation, unsupported)
+    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, options=options)
+    attend = _implementation(implementation, unsupported, block_sizes)
     result = attend(query, key, value, log_decay, **rest)
     return result if return_state or return_slot_weight else result.out
 
@@ -165,9 +165,9 @@ def _is_integer(x) -> bool:
 
 
 def _implementation(
-    name: str | None, unsupported: Callable[[], str | None]
+    name: str | None, unsupported: Callable[[], str | None], block_sizes: BlockSizes | None
 ) -> Callable[..., NHAOutput]:
-    """Raises as `nha_attention` does; `unsupported` says why kernels can't serve."""
+    """Raises as `nha_attention` does; `unsupported` says why the TPU kernels can't serve."""
     match name:
         case "reference":
             return over_mesh(reference_attention)
@@ -183,8 +183,10 @@ def _implementation(
                 return over_mesh(chunked_attention)
             return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(chunked_attention))
         case "pallas_gpu":
-            if reason := unsupported():
-                raise NotImplementedError(f"implementation={name!r}: {reason}")
+            if block_sizes is not None:
+                raise NotImplementedError(
+                    f"implementation={name!r}: block_sizes are those of the TPU kernels: pass None"
+                )
             return over_mesh(functools.partial(gpu_attention, interpret=not compiling_for_gpus()))
     raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
 

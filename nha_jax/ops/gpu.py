@@ -1,12 +1,15 @@
-"""The operator on the Mosaic GPU kernels: their forward, and for now the gradient of plain XLA."""
+"""The operator on the Mosaic GPU kernels; JAX differentiates what prepares their arrays."""
 
-import functools
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nha_jax.ops.chunked import chunked_attention
+from nha_jax.ops.cudnn import cudnn_attention
+from nha_jax.ops.gpu_support import gpu_unsupported, served_by_cudnn
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import (
     Carried,
@@ -21,51 +24,7 @@ from nha_jax.ops.state import (
 from nha_jax.ops.types import NHAOutput, Options
 from pallas.gpu import CHUNK, Spec, default_block_sizes, fused_attention
 
-LARGEST_HEAD, MOST_SLOTS = 128, 128
-HOPPER = "9.0"
-
 Arrays = dict[str, jax.Array]
-
-
-def gpu_unsupported(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array,
-    *,
-    options: Options,
-) -> str | None:
-    """Why the kernels can't serve this call, in a line; None if they can."""
-    if query.dtype != jnp.bfloat16:
-        return f"its kernels multiply in bfloat16, got query of {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > LARGEST_HEAD:
-            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
-    if log_decay.shape[3] > MOST_SLOTS:
-        return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
-    if options.block_sizes is not None:
-        return "block_sizes are those of the TPU kernels"
-    if jax.default_backend() == "gpu":
-        device = jax.devices()[0]
-        capability = str(getattr(device, "compute_capability", "none"))
-        if capability != HOPPER:
-            return (
-                f"its kernels are for Hopper (compute capability {HOPPER}), "
-                f"got {device.device_kind} ({capability})"
-            )
-    return None
-
-
-def compiling_for_gpus() -> bool:
-    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device.
-
-    Not by the platform of the lowering, as for TPUs: the GPU interpreter's effects cannot stand
-    beside the kernel in one program.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is not None:
-        return device.platform in ("gpu", "cuda")
-    return jax.default_backend() == "gpu"
 
 
 def gpu_attention(
@@ -80,39 +39,36 @@ def gpu_attention(
     options: Options,
     interpret: bool = False,
 ) -> NHAOutput:
-    """`nha_attention` by the kernels; shapes as there.
+    """`nha_attention` by the kernels, or by cuDNN where it serves; shapes as there.
 
-    The kernels have no backward yet: the gradient is that of `chunked_attention`, which computes
-    its own forward again. It differs from the kernels' by their rounding.
+    What neither serves runs as plain XLA, with a warning that says why.
 
     interpret: run the kernels on the CPU.
     """
     arrays = query, key, value, log_decay
-    return _attend(options, interpret, arrays, rope, segment_ids, carried)
+    past = carried is not None
+    if served_by_cudnn(*arrays[:3], segment_ids=segment_ids, has_past=past, options=options):
+        return cudnn_attention(*arrays, rope=rope, options=options)
+    rest: dict[str, Any] = {"rope": rope, "segment_ids": segment_ids}
+    rest |= {"carried": carried, "options": options}
+    if reason := gpu_unsupported(*arrays, options=options):
+        warnings.warn(f"implementation='pallas_gpu': {reason}: running 'xla'", stacklevel=2)
+        return chunked_attention(*arrays, **rest)
+    return _by_kernels(*arrays, **rest, interpret=interpret)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(options, interpret, arrays, rope, segment_ids, carried) -> NHAOutput:
-    return _forward(options, interpret, arrays, rope, segment_ids, carried)
-
-
-def _attend_fwd(options, interpret, *inputs):
-    return _attend(options, interpret, *inputs), inputs
-
-
-def _attend_bwd(options, interpret, inputs, cotangents):
-    def attend(arrays, rope, segment_ids, carried):
-        rest = {"rope": rope, "segment_ids": segment_ids, "carried": carried}
-        return chunked_attention(*arrays, **rest, options=options)
-
-    return jax.vjp(attend, *inputs)[1](cotangents)
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)
-
-
-def _forward(options, interpret, arrays, rope, segment_ids, carried) -> NHAOutput:
-    query, key, value, log_decay = arrays
+def _by_kernels(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    *,
+    rope: Rope | None,
+    segment_ids: jax.Array | None,
+    carried: Carried | None,
+    options: Options,
+    interpret: bool,
+) -> NHAOutput:
     T, M, W = query.shape[1], log_decay.shape[3], options.window_size
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(jnp.float32))
     nothing_leaves = W is None or (W >= T and carried is None)
@@ -124,16 +80,21 @@ def _forward(options, interpret, arrays, rope, segment_ids, carried) -> NHAOutpu
         empty_slots=M if nothing_leaves and options.empty_slots == "attend" else 0,
         window=None if nothing_leaves else W,
         offset=timeline.run.shape[1] - T,
-        ahead=0 if nothing_leaves or carried is not None else _rows_ahead(W, T),
+        ahead=0 if W is None or nothing_leaves or carried is not None else _rows_ahead(W, T),
         scale=float(options.scale),
         masked=segment_ids is not None or carried is not None or options.empty_slots == "mask",
         state=has_slots and (carried is not None or options.return_state),
+        weight=options.slot_weight_gradient if options.return_slot_weight else None,
     )
     inputs = _window_inputs(apply_rope(query, rope), tokens, timeline, spec)
+    constants = _window_facts(timeline, T, spec) if spec.masked else {}
     if has_slots:
         inputs |= _slot_inputs(query, tokens, timeline, carried, spec, options)
+        if spec.masked:
+            constants |= _slot_facts(timeline, T, spec, options)
     fused = fused_attention(
         inputs,
+        constants,
         spec=spec,
         block_sizes=default_block_sizes(inputs["value"].shape[3], _padded_slots(M)),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
@@ -168,17 +129,22 @@ def _window_inputs(
     N, P = _padded_rows(T, spec)
     D = _head_dim(tokens)
     source = tokens if spec.ahead else timeline.tokens
-    inputs = {
+    return {
         "rotated_query": _pad(rotated_query, rows=N, last=D),
         "rotated_key": _pad(source.rotated_key, rows=P, last=D),
         "value": _pad(source.value, rows=P, last=D),
     }
-    if spec.masked:
-        query_run = jnp.where(timeline.real, timeline.run, -2)[:, -T:]
-        visible = jnp.where(timeline.real, timeline.run, -1)[:, spec.ahead :]
-        inputs["query_run"] = _pad(query_run, rows=N, value=-2)
-        inputs["visible"] = _pad(visible, rows=P, value=-1)
-    return inputs
+
+
+def _window_facts(timeline: Timeline, T: int, spec: Spec) -> Arrays:
+    """Who sees whom."""
+    N, P = _padded_rows(T, spec)
+    query_run = jnp.where(timeline.real, timeline.run, -2)[:, -T:]
+    visible = jnp.where(timeline.real, timeline.run, -1)[:, spec.ahead :]
+    return {
+        "query_run": _pad(query_run, rows=N, value=-2),
+        "visible": _pad(visible, rows=P, value=-1),
+    }
 
 
 def _slot_inputs(
@@ -206,29 +172,36 @@ def _slot_inputs(
         "key": _pad(options.feature_map(source.key), rows=P, last=D),
         "log_decay": _pad(log_decay, rows=N, last=M),
     }
-    if spec.masked:
-        # Of the slots: whose they are once a row's token has entered, and at the chunks' ends.
-        run = jnp.take_along_axis(timeline.run[:, :T], jnp.minimum(row, last), axis=1, mode="clip")
-        run = jnp.where(last >= 0, run, 0)
-        run = jnp.pad(run, ((0, 0), (0, N - T)), mode="edge").reshape(-1, N // CHUNK, CHUNK)
-        end = run[..., -1]
-        start = jnp.pad(end, ((0, 0), (1, 0)))[:, :-1]
-        own = timeline.run[:, -T:]
-        enters = real & (timeline.run[:, :T] == own)
-        visible = timeline.real[:, -T:] if options.empty_slots == "attend" else enters
-        carries = own == jnp.repeat(start, CHUNK, axis=1)[:, :T]
-        reads = jnp.where(visible, 1 + carries.astype(jnp.int32), 0)
-        inputs |= {
-            "reads": _pad(reads, rows=N),
-            "written": (run == end[..., None]).reshape(-1, N),
-            "kept": start == end,
-        }
     if spec.state:
         slots = _empty(tokens, spec.slots) if carried is None else carried.slots
         for name, x in zip(("start_key", "start_value"), slots, strict=True):
             x = _pad(x, last=D).swapaxes(2, 3)  # [B, H, M, .] -> [B, H, D, M']
             inputs[name] = _pad(x, last=M)
     return inputs
+
+
+def _slot_facts(timeline: Timeline, T: int, spec: Spec, options: Options) -> Arrays:
+    """Who reads the slots, and what they hold.
+
+    `run`: whose they are once a row's token has entered; `start` and `end`: at the chunks'.
+    """
+    N, _ = _padded_rows(T, spec)
+    row, last = jnp.arange(T), last_real(timeline, T)[:, None]
+    run = jnp.take_along_axis(timeline.run[:, :T], jnp.minimum(row, last), axis=1, mode="clip")
+    run = jnp.where(last >= 0, run, 0)
+    run = jnp.pad(run, ((0, 0), (0, N - T)), mode="edge").reshape(-1, N // CHUNK, CHUNK)
+    end = run[..., -1]
+    start = jnp.pad(end, ((0, 0), (1, 0)))[:, :-1]
+    own = timeline.run[:, -T:]
+    enters = timeline.real[:, :T] & (timeline.run[:, :T] == own)
+    visible = timeline.real[:, -T:] if options.empty_slots == "attend" else enters
+    carries = own == jnp.repeat(start, CHUNK, axis=1)[:, :T]
+    reads = jnp.where(visible, 1 + carries.astype(jnp.int32), 0)
+    return {
+        "reads": _pad(reads, rows=N),
+        "written": (run == end[..., None]).reshape(-1, N),
+        "kept": start == end,
+    }
 
 
 def _empty(tokens: Tokens, M: int) -> Slots:

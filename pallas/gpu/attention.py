@@ -1,16 +1,21 @@
-"""The forward of the operator on the kernels' own arrays."""
+"""The operator on the kernels' own arrays: forward and backward joined by one custom_vjp."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+from pallas.gpu.backward import Saved, backward, facts_of, gates_of
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.gates import chunk_gates
-from pallas.gpu.output_pass import Facts, output_pass
+from pallas.gpu.output_pass import output_pass
 from pallas.gpu.spec import Spec
 from pallas.gpu.state_pass import state_pass
 
 Arrays = dict[str, jax.Array]
+
+RESIDUAL_NAMES = ("nha_out", "nha_lse", "nha_starts", "nha_slot_weight")
+"""`jax.ad_checkpoint.checkpoint_name`s of what the backward needs of the forward."""
 
 
 class Fused(NamedTuple):
@@ -18,43 +23,51 @@ class Fused(NamedTuple):
 
     out: jax.Array  # [B, N, H * G, D] bfloat16
     log_mass: jax.Array  # [B, H * G, N] float32, natural log of the softmax's denominator
-    slot_weight: jax.Array  # [B, H * G, N] float32
+    slot_weight: jax.Array  # [B, H * G, N] float32; differentiable with spec.weight
     end: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32 each; with spec.state
 
 
 def fused_attention(
-    inputs: Arrays, *, spec: Spec, block_sizes: BlockSizes, interpret: Any = False
+    inputs: Arrays,
+    constants: Arrays,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
 ) -> Fused:
     """The operator: a state pass, which finds the slots at the chunks' starts, and an output pass.
 
     B rows, N query rows, a multiple of C = 64, P token rows, H KV heads, D 64 or 128, M 16, 32, 64
-    or 128; symbols as in `spec.py`.
+    or 128; symbols as in `spec.py`. The inputs are differentiated, the constants are not, and
+    log_mass has no gradient.
 
     inputs: rotated_query [B, N, H * G, D], rotated_key and value [B, P, H, D] bfloat16; with
       spec.slots query and key, not rotated, and log_decay [B, N, H, M] float32, of the token that
-      enters at each row (0 where none does); with spec.masked query_run and visible, int32
-      arrays of `Facts`, and, with slots, reads and the written [B, N] and kept [B, N / C] of
-      `chunk_gates`; with spec.state start_key and start_value, the slots at the start,
-      [B, H, D, M] float32.
+      enters at each row (0 where none does); with spec.state start_key and start_value, the slots
+      at the start, [B, H, D, M] float32.
+    constants: with spec.masked query_run and visible, int32 arrays of `Facts`, and, with slots,
+      reads and the written [B, N] and kept [B, N / C] of `chunk_gates`.
     interpret: `InterpretGPUParams` run the kernels on the CPU.
 
-    There is no gradient yet.
+    Saved for the backward, beside the inputs: the output, log_mass, the slots at the chunks'
+    starts and, if it has a gradient, the slot weight. A `jax.checkpoint` policy that saves
+    `RESIDUAL_NAMES` spares itself the forward.
     """
-    facts = gates = starts = end = None
-    if spec.masked:
-        facts = Facts(inputs["query_run"], inputs["visible"], inputs.get("reads"))
+    return _fused(spec, block_sizes, interpret, inputs, constants)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _fused(spec, block_sizes, interpret, inputs, constants) -> Fused:
+    return _forward(spec, block_sizes, interpret, inputs, constants)[0]
+
+
+def _forward(spec, block_sizes, interpret, inputs, constants):
+    launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
+    gates = starts = end = None
     if spec.slots:
-        gates = chunk_gates(inputs["log_decay"], inputs.get("written"), inputs.get("kept"))
+        gates = gates_of(inputs, constants)
         start = (inputs["start_key"], inputs["start_value"]) if spec.state else None
-        states = state_pass(
-            inputs["key"],
-            inputs["value"],
-            gates,
-            start,
-            spec=spec,
-            block_sizes=block_sizes,
-            interpret=interpret,
-        )
+        states = state_pass(inputs["key"], inputs["value"], gates, start, **launch)
         starts = states.key, states.value
         if states.end_key is not None and states.end_value is not None:
             end = states.end_key, states.end_value
@@ -64,11 +77,44 @@ def fused_attention(
         inputs.get("key"),
         inputs["rotated_key"],
         inputs["value"],
-        gates,
+        inputs.get("log_decay"),
         starts,
-        facts,
+        facts_of(constants),
+        **launch,
+    )
+    return Fused(result.out, result.log_mass, result.slot_weight, end), starts
+
+
+def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
+    fused, starts = _forward(spec, block_sizes, interpret, inputs, constants)
+    fused = fused._replace(
+        out=checkpoint_name(fused.out, "nha_out"),
+        log_mass=checkpoint_name(fused.log_mass, "nha_lse"),
+        slot_weight=checkpoint_name(fused.slot_weight, "nha_slot_weight"),
+    )
+    saved = Saved(
+        out=fused.out,
+        log_mass=fused.log_mass,
+        slot_weight=fused.slot_weight if spec.weight else None,
+        starts=jax.tree.map(lambda x: checkpoint_name(x, "nha_starts"), starts),
+    )
+    return fused, (inputs, constants, saved)
+
+
+def _fused_bwd(spec, block_sizes, interpret, residuals, cotangents: Fused):
+    inputs, constants, saved = residuals
+    grads = backward(
+        inputs,
+        constants,
+        saved,
+        cotangents.out,
+        cotangents.slot_weight if spec.weight else None,
+        cotangents.end,
         spec=spec,
         block_sizes=block_sizes,
         interpret=interpret,
     )
-    return Fused(result.out, result.log_mass, result.slot_weight, end)
+    return grads, None
+
+
+_fused.defvjp(_fused_fwd, _fused_bwd)

@@ -11,7 +11,9 @@ class BlockSizes:
       warpgroups: query heads of a KV head that a block of the output pass serves, one warpgroup
         each, 1 or 2 (of an even number); they share the keys, the values, the slots and the gates.
       stages: blocks of keys and values in flight in the output pass, 1 to 4.
-      state_stages: chunks in flight in the state pass, 1 to 4.
+      state_stages: chunks in flight in the state pass, and heads' chunks in its reverse, 1 to 4.
+      window_stages: blocks of rows or tokens in flight in the window's backward, 1 to 4.
+      token_stages: heads in flight in the backward of the slots' tokens, 1 to 4.
 
     Raises:
       ValueError: a field is out of its range; the message names it and its value.
@@ -20,9 +22,12 @@ class BlockSizes:
     warpgroups: int = 1
     stages: int = 2
     state_stages: int = 3
+    window_stages: int = 2
+    token_stages: int = 2
 
     def __post_init__(self) -> None:
-        for name, most in (("warpgroups", 2), ("stages", 4), ("state_stages", 4)):
+        for field in dataclasses.fields(self):
+            name, most = field.name, 2 if field.name == "warpgroups" else 4
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 raise ValueError(f"BlockSizes: {name} must be an int of 1 to {most}, got {value!r}")

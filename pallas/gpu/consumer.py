@@ -8,30 +8,30 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.gates import LOG2E
+from pallas.gpu.gates import FLOOR, LOG2E
+from pallas.gpu.in_chunk import InChunk
+from pallas.gpu.masks import by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import Refs
-from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+from pallas.gpu.row_sums import store_chosen, store_parts, sum_rows, write_of
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 
-MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes
 LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no NaN
 
 
-class Consumer:
-    """Reads what `producer.produce` fetches; the slots lie in panels of up to 32."""
+class Consumer(InChunk):
+    """Reads what `producer.produce` fetches."""
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
-        self.refs, self.shared, self.place, self.matmul = refs, shared, place, matmul
-        self.spec, self.me = spec, me
+        super().__init__(shared, place, matmul, spec)
+        self.refs, self.me = refs, me
         self.warpgroups, _, self.D = shared["rotated_query"].shape
 
     def run(self) -> None:
         shared, spec = self.shared, self.spec
         if spec.masked:
             plgpu.barrier_wait(shared["facts_loaded"])
-        if spec.slots:
-            self._build_falls()
         plgpu.barrier_wait(shared["queries_loaded"].at[self.me])
         carry = self._slots() if spec.slots else self._empty_slots()
         _, slot_top, slot_mass = carry
@@ -41,160 +41,117 @@ class Consumer:
     def _empty_slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Without slots to read: the empty ones have logit 0 and value 0."""
         empty = self.spec.empty_slots
-        full = lambda x: plgpu.layout_cast(jnp.full(CHUNK, x, jnp.float32), ROW)  # noqa: E731
-        out = plgpu.layout_cast(jnp.zeros((CHUNK, self.D), jnp.float32), LOGITS)
-        return out, full(0.0 if empty else LOWEST), full(float(empty))
+        return _zeros(self.D), _full(0.0 if empty else LOWEST), _full(float(empty))
 
     # The slots
 
-    def _build_falls(self) -> None:
-        """s_j exp(R - G_j) for each block's reference R, by all warpgroups together."""
+    def _panels(self) -> tuple[int, int]:
+        width = self.shared["cumulative"].shape[2]
+        return self.refs["log_decay"].shape[3] // width, width
+
+    def _falls(self, block: int, panel):
+        return self.shared["falls"].at[block]
+
+    def _build_falls(self, stage) -> None:
+        """G, its references and the falls of the panel in a stage."""
         shared = self.shared
-        plgpu.barrier_wait(shared["gates_loaded"])
-        panels = shared["cumulative"].shape[0]
-        for panel in range(panels):
-            G = plgpu.load(shared["cumulative"].at[panel], layout=LOGITS)
-            write = plgpu.load(shared["last_fall"].at[panel], layout=LOGITS).astype(jnp.float32)
-            if self.warpgroups > 1:  # the last falls take the place of s
-                _meet(shared["writes_read"])
-            for warpgroup in range(self.warpgroups):
-                blocks = range(warpgroup, GATE_BLOCKS, self.warpgroups)
-                build = functools.partial(self._build_some, blocks, panel, G, write)
-                pl.when(self.me == warpgroup)(build)
+        falls = shared["falls"]
+        log_decay = plgpu.load(shared["log_decay"].at[stage], layout=LOGITS)
+        decay = jnp.maximum(log_decay, FLOOR) * LOG2E
+        parts = lambda i: falls.at[i]  # noqa: E731, there are no falls yet
+        store_parts(decay, parts)
         plgpu.commit_smem()
-        if self.warpgroups > 1:
-            _meet(shared["falls_ready"])
-
-    def _build_some(self, blocks: range, panel: int, G: jax.Array, write: jax.Array) -> None:
-        for block in blocks:
-            exponent = jnp.minimum(self._reference(block, panel, G.shape) - G, MAX_EXPONENT)
-            falls = (write * jnp.exp2(exponent)).astype(jnp.bfloat16)
-            self._falls(block, panel)[...] = falls
-
-    def _falls(self, block: int, panel: int):
-        if block == GATE_BLOCKS - 1:
-            return self.shared["last_fall"].at[panel]
-        return self.shared["falls"].at[block, panel]
-
-    def _reference(self, block: int, panel: int, shape: tuple[int, ...]) -> jax.Array:
-        slots = pl.ds(panel * shape[1], shape[1])
-        reference = plgpu.load(self.shared["references"].at[block, slots], layout=COLUMN)
-        return lax.broadcast_in_dim(reference, shape, [1])
-
-    def _from_start(self, panel: int) -> jax.Array:
-        """exp(G_r), in the rows that read the slots at the chunk's start."""
-        decay = jnp.exp2(plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS))
-        if self.spec.masked:
-            decay = jnp.where(self._reads(decay.shape) > 1, decay, 0.0)
-        return decay
-
-    def _rise(self, panel: int) -> jax.Array:
-        """exp(G_r - R), R of the row's block."""
-        G = plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS)
-        reference = self._reference(GATE_BLOCKS - 1, panel, G.shape)
-        for block in reversed(range(GATE_BLOCKS - 1)):
-            mine = _gate_block(G.shape[1]) == block
-            reference = jnp.where(mine, self._reference(block, panel, G.shape), reference)
-        return jnp.exp2(G - reference)
+        G = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
+        shared["cumulative"].at[0][...] = G
+        row = iota(G.shape[1], 0)
+        for block in range(GATE_BLOCKS):
+            middle = block * GATE_ROWS + GATE_ROWS // 2 - 1
+            shared["references"].at[block][...] = jnp.where(row == middle, G, 0.0).sum(axis=0)
+        write = write_of(plgpu.load(shared["log_decay"].at[stage], layout=LOGITS))
+        for block in range(GATE_BLOCKS):
+            falls.at[block][...] = self._fall(block, 0, G, write)
+        plgpu.commit_smem()
 
     def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The slots at the chunk's start, and the first block's tokens that entered them.
 
-        Returns what the online softmax goes on from: sum of p times values [C, D], the logits'
-        maximum [C] and the sum of p [C].
+        An online softmax, a panel of slots after the other: first the weights, then the values.
+        Returns what it goes on from: sum of p times values [C, D], the logits' maximum [C] and the
+        sum of p [C].
         """
-        shared = self.shared
-        panels = range(shared["cumulative"].shape[0])
-        plgpu.barrier_wait(shared["keys_loaded"])
-        plgpu.barrier_wait(shared["block_loaded"].at[0])
-        logits = self._slot_logits(panels)
-        plgpu.barrier_arrive(shared["slot_keys_read"])
-        top = jnp.maximum(logits[0].max(axis=1), LOWEST)
-        for x in logits[1:]:
-            top = jnp.maximum(top, x.max(axis=1))
-        p_slots = [jnp.exp2(x - _by_row(top, x.shape[1])) for x in logits]
-        mass = p_slots[0].sum(axis=1)
-        for p in p_slots[1:]:
-            mass += p.sum(axis=1)
-
-        within: jax.Array | None = None
-        carried = []
-        for panel, p in zip(panels, p_slots, strict=True):
-            carried.append((p * self._from_start(panel)).astype(jnp.bfloat16))
-            within = self._gather(panel, p * self._rise(panel), within)
-        assert within is not None
-        entered = self._entered()
-        p_tokens = jnp.where(entered, within, 0.0).astype(jnp.bfloat16)
-        plgpu.barrier_wait(shared["slot_values_loaded"])
-        out = self.matmul(
-            lambda: [
-                *((carried[i], shared["slots"].at[i].T) for i in panels),
-                (p_tokens, shared["value"].at[0]),
-            ],
-            (CHUNK, self.D),
-        )
-        return out, top, mass
-
-    def _slot_logits(self, panels: range) -> list[jax.Array]:
-        """a, for each panel [C, its slots]."""
         shared, me = self.shared, self.me
+        plgpu.barrier_wait(shared["key_loaded"])
+        plgpu.barrier_wait(shared["block_loaded"].at[0])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
-        scores = jnp.where(self._entered(), scores, 0.0)
-        return [self._panel_logits(panel, scores) for panel in panels]
+        # In shared memory: what is made of it in the loop is not made before it, and held.
+        between = shared["between"].at[me]
+        between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
 
-    def _panel_logits(self, panel: int, scores: jax.Array) -> jax.Array:
-        shared, spec = self.shared, self.spec
-        width = shared["slots"].shape[2]
-        a = self._spread(panel, scores, width) * self._rise(panel)
-        carried = self.matmul(
-            lambda: [(shared["query"].at[self.me], shared["slots"].at[panel])], (CHUNK, width)
+        @pl.when(me == 0)
+        def _():
+            store_chosen(iota(CHUNK, 1) <= iota(CHUNK, 0), shared["up_to_row"])
+
+        carry = _zeros(CHUNK), _full(LOWEST), _full(0.0)
+        within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
+        # Read, not made again: the compiler would keep the mask until here.
+        entered = plgpu.load(shared["up_to_row"], layout=LOGITS) > 0
+        if self.spec.masked:
+            entered &= self._same_segment(0)
+        between[...] = jnp.where(entered, within, 0.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+
+        plgpu.barrier_wait(shared["slot_values_loaded"])
+        out = _zeros(self.D)
+        for panel in range(self._panels()[0]):
+            shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
+            values = functools.partial(self._slot_values, panel)
+            out = self.matmul(values, (CHUNK, self.D), out * by_row(shrink, self.D))
+        p_tokens = lambda: [(shared["between"].at[me], shared["value"].at[0])]  # noqa: E731
+        return self.matmul(p_tokens, (CHUNK, self.D), out), top, mass
+
+    def _slot_values(self, panel: int):
+        p_start = self.shared["p_start"].at[self.me, panel]
+        return [(p_start, self.shared["slot_value"].at[panel].T)]
+
+    def _panel(self, panel, carry):
+        """The weights of one more panel; `within` is P of the first block, before its mask."""
+        within, top, mass = carry
+        shared, me, width = self.shared, self.me, self._panels()[1]
+        stage = lax.rem(panel, jnp.int32(shared["slot_key"].shape[0]))
+        plgpu.barrier_wait(shared["panel_loaded"].at[stage])
+        build = functools.partial(self._build_falls, stage)
+        if self.warpgroups == 1:
+            build()
+        else:
+            _meet(shared["falls_read"])
+            pl.when(me == 0)(build)
+            _meet(shared["falls_ready"])
+        a = self._to_slots(
+            0,
+            plgpu.load(shared["between"].at[me], layout=LOGITS),
+            lambda: [(shared["query"].at[me], shared["slot_key"].at[stage])],
         )
-        a = (a + carried * self._from_start(panel)) * (spec.scale * LOG2E)
-        if spec.slots < (panel + 1) * width:
-            a = jnp.where(_iota(width, 1) < spec.slots - panel * width, a, -jnp.inf)
-        if spec.masked:
-            a = jnp.where(self._reads(a.shape) > 0, a, -jnp.inf)
-        return a
-
-    def _spread(self, panel: int, scores: jax.Array, width: int) -> jax.Array:
-        """[C, C] -> [C, slots]: sum_j scores_rj s_j exp(R - G_j), R of the row's block."""
-
-        def operands():
-            for block in range(GATE_BLOCKS):
-                rows = jnp.where(_gate_block(CHUNK) == block, scores, 0.0).astype(jnp.bfloat16)
-                yield rows, self._falls(block, panel)
-
-        return self.matmul(lambda: list(operands()), (CHUNK, width))
-
-    def _gather(self, panel: int, p: jax.Array, start: jax.Array | None) -> jax.Array:
-        """[C, slots] -> [C, C]: sum_m p_rm s_jm exp(R - G_j), finite or inf for j > r."""
-
-        def operands():
-            for block in range(GATE_BLOCKS):
-                rows = jnp.where(_gate_block(p.shape[1]) == block, p, 0.0).astype(jnp.bfloat16)
-                yield rows, self._falls(block, panel).T
-
-        return self.matmul(lambda: list(operands()), (CHUNK, CHUNK), start)
+        a = self._hide(panel, a * (self.spec.scale * LOG2E))
+        new_top = jnp.maximum(top, a.max(axis=1))
+        shrink = jnp.exp2(top - new_top)
+        shared["shrink"].at[me, panel][...] = shrink
+        p = jnp.exp2(a - by_row(new_top, width))
+        mass = mass * shrink + p.sum(axis=1)
+        shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
+        within = self._gather(
+            0, (p * self._rise(0)).astype(jnp.bfloat16), within * by_row(shrink, CHUNK)
+        )
+        plgpu.barrier_arrive(shared["panel_read"].at[stage])
+        return within, new_top, mass
 
     # The window
 
-    def _entered(self) -> jax.Array:
-        """[C, C], the first block's tokens that are in the row's slots."""
-        place = self.place
-        entered = _iota(CHUNK, 1) + place.first_token <= _iota(CHUNK, 0) + place.first_row
-        return entered & self._same_segment(0) if self.spec.masked else entered
-
     def _in_window(self, block) -> jax.Array:
         """[C, C], whatever their segments."""
-        spec, place = self.spec, self.place
-        token = _iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
-        now = _iota(CHUNK, 0) + (place.first_row + spec.offset)
-        inside = token <= now
-        if spec.window is not None:
-            inside &= token > now - spec.window
-        if not spec.masked:
-            inside &= token >= spec.offset
-        return inside
+        place = self.place
+        row = iota(CHUNK, 0) + place.first_row
+        token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
+        return in_window(self.spec, row, token)
 
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
         shared = self.shared
@@ -219,35 +176,22 @@ class Consumer:
         logits = self._window_logits(stage, mask)
         new_top = jnp.maximum(top, logits.max(axis=1))
         shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(logits - _by_row(new_top, CHUNK))
+        p = jnp.exp2(logits - by_row(new_top, CHUNK))
         mass = mass * shrink + p.sum(axis=1)
         out = self.matmul(
             lambda: [(p.astype(jnp.bfloat16), shared["value"].at[stage])],
             (CHUNK, self.D),
-            out * _by_row(shrink, self.D),
+            out * by_row(shrink, self.D),
         )
         plgpu.barrier_arrive(shared["block_read"].at[stage])
         return out, new_top, mass
-
-    # Facts
-
-    def _same_segment(self, stage) -> jax.Array:
-        """[C, C], of a row and a token; a padding row is of none, nor is a token that is none."""
-        run = plgpu.load(self.shared["query_run"], layout=ROW)
-        visible = plgpu.load(self.shared["visible"].at[stage], layout=COLUMN)
-        shape = CHUNK, CHUNK
-        return lax.broadcast_in_dim(run, shape, [0]) == lax.broadcast_in_dim(visible, shape, [1])
-
-    def _reads(self, shape: tuple[int, ...]) -> jax.Array:
-        reads = plgpu.load(self.shared["reads"], layout=ROW)
-        return lax.broadcast_in_dim(reads, shape, [0])
 
     def _store(self, out, top, mass, slot_mass) -> None:
         """The query's place in shared memory takes the output."""
         shared, refs, place, me = self.shared, self.refs, self.place, self.me
         safe = jnp.where(mass > 0.0, mass, 1.0)  # padding has none
         buffer = shared["rotated_query"].at[me]
-        buffer[...] = (out / _by_row(safe, self.D)).astype(jnp.bfloat16)
+        buffer[...] = (out / by_row(safe, self.D)).astype(jnp.bfloat16)
         shared["log_mass"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
         shared["slot_weight"].at[me][...] = slot_mass / safe
         plgpu.commit_smem()
@@ -259,17 +203,12 @@ class Consumer:
         plgpu.wait_smem_to_gmem(0)
 
 
-def _iota(columns: int, axis: int) -> jax.Array:
-    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, columns), axis, layout=LOGITS)
+def _zeros(columns: int) -> jax.Array:
+    return plgpu.layout_cast(jnp.zeros((CHUNK, columns), jnp.float32), LOGITS)
 
 
-def _by_row(x: jax.Array, columns: int) -> jax.Array:
-    return lax.broadcast_in_dim(x, (CHUNK, columns), [0])
-
-
-def _gate_block(columns: int) -> jax.Array:
-    """[C, columns], which block of gates a row is in."""
-    return lax.shift_right_logical(_iota(columns, 0), jnp.int32(GATE_ROWS.bit_length() - 1))
+def _full(x: float) -> jax.Array:
+    return plgpu.layout_cast(jnp.full(CHUNK, x, jnp.float32), ROW)
 
 
 def _meet(barrier) -> None:

@@ -7,10 +7,7 @@ cumulative decay, a and b the logits of slots and window:
     o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
     P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r, and the window's p beyond
 
-Four blocks of 16 rows have a reference each, G in their middle, R. A row's factor exp(G_r - R)
-spans 8 tokens, and so does the part of exp(R - G_j) that grows: with the floor of `gates.py`
-neither exceeds 2^93, however strong the decays are. Every block multiplies the whole chunk, with
-zeros for the rows of the others: this layout has no products of fewer columns.
+`in_chunk.py` says how the decays within the chunk are multiplied.
 
 A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
 """
@@ -26,7 +23,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.consumer import Consumer
-from pallas.gpu.gates import Gates
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import produce
@@ -56,7 +52,7 @@ def output_pass(
     key: jax.Array | None,
     rotated_key: jax.Array,
     value: jax.Array,
-    gates: Gates | None,
+    log_decay: jax.Array | None,
     starts: tuple[jax.Array, jax.Array] | None,
     facts: Facts | None,
     *,
@@ -68,17 +64,17 @@ def output_pass(
 
     query, rotated_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
     a multiple of C. key, rotated_key, value: [B, P, H, D], the timeline without its first
-    spec.ahead rows; P reaches as far as whole blocks of C do. starts: [B, H, N / C, D, M], the
-    slots' keys and values at the chunks' starts. Without spec.slots query, key, gates and starts
-    are None, without spec.masked facts are.
+    spec.ahead rows; P reaches as far as whole blocks of C do. log_decay: [B, N, H, M] float32.
+    starts: [B, H, N / C, D, M], the slots' keys and values at the chunks' starts. Without
+    spec.slots query, key, log_decay and starts are None, without spec.masked facts are.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = rotated_query.shape
     warpgroups = block_sizes.warpgroups
     inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
-    if query is not None and key is not None and gates is not None and starts is not None:
-        inputs |= {"query": query, "key": key, "cumulative": gates.cumulative}
-        inputs |= {"write": gates.write, "start_key": starts[0], "start_value": starts[1]}
+    if query is not None and key is not None and log_decay is not None and starts is not None:
+        inputs |= {"query": query, "key": key, "log_decay": log_decay}
+        inputs |= {"start_key": starts[0], "start_value": starts[1]}
     if facts is not None:
         inputs |= {"query_run": facts.query, "visible": facts.visible}
         if facts.reads is not None:
@@ -88,7 +84,7 @@ def output_pass(
         "log_mass": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
         "slot_weight": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
     }
-    M = gates.cumulative.shape[3] if gates is not None else 0
+    M = log_decay.shape[3] if log_decay is not None else 0
     scratch = _scratch(spec, block_sizes, D, M, interpret=bool(interpret))
 
     def entry(*refs):
@@ -137,20 +133,25 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
             scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if M:
         panel = min(M, PANEL)
-        panels = M // panel
+        panel_stages = min(M // panel, 2)
         scratch |= {
             "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
             "key": tiled(CHUNK, D, columns=min(D, panel)),
-            "slots": tiled(panels, D, panel),  # of keys, then of values
-            "cumulative": tiled(panels, CHUNK, panel, dtype=wide),
-            "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
-            "falls": tiled(GATE_BLOCKS - 1, panels, CHUNK, panel),
-            "last_fall": tiled(panels, CHUNK, panel),  # s before
-            "gates_loaded": plgpu.Barrier(num_arrivals=2 * panels + GATE_BLOCKS),
-            "keys_loaded": plgpu.Barrier(num_arrivals=1 + panels),
-            "slot_keys_read": plgpu.Barrier(num_arrivals=warpgroups),
-            "slot_values_loaded": plgpu.Barrier(num_arrivals=panels),
-            "writes_read": plgpu.Barrier(num_arrivals=warpgroups),
+            "slot_key": tiled(panel_stages, D, panel),
+            "slot_value": tiled(M // panel, D, panel),
+            "log_decay": tiled(panel_stages, CHUNK, panel, dtype=wide),
+            "p_start": tiled(warpgroups, M // panel, CHUNK, panel),
+            "shrink": plgpu.SMEM((warpgroups, M // panel, CHUNK), wide),
+            "between": tiled(warpgroups, CHUNK, CHUNK),  # scores, then P, of rows and tokens
+            "up_to_row": tiled(CHUNK, CHUNK, columns=panel),
+            "falls": tiled(GATE_BLOCKS, CHUNK, panel),
+            "cumulative": tiled(1, CHUNK, panel, dtype=wide),
+            "references": plgpu.SMEM((GATE_BLOCKS, panel), wide),
+            "key_loaded": plgpu.Barrier(),
+            "slot_values_loaded": plgpu.Barrier(num_arrivals=M // panel),
+            "panel_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=panel_stages),
+            "panel_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=panel_stages),
+            "falls_read": plgpu.Barrier(num_arrivals=warpgroups),
             "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
         }
     if interpret:

@@ -17,14 +17,15 @@ Refs = dict[str, Any]
 
 def produce(refs: Refs, shared: Refs, place: Place) -> None:
     """Copies a chunk's operands to shared memory, in the order in which they are needed."""
-    if "gates_loaded" in shared:
-        _fetch_gates(refs, shared, place)
     _fetch_queries(refs, shared, place)
-    if "keys_loaded" in shared:
-        loaded = shared["keys_loaded"]
-        keys = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
-        plgpu.copy_gmem_to_smem(keys, shared["key"], loaded)
-        _fetch_slots(refs["start_key"], shared, place, loaded)
+    panels = panel_stages = 0
+    if "key_loaded" in shared:
+        key = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
+        plgpu.copy_gmem_to_smem(key, shared["key"], shared["key_loaded"])
+        panel_stages, _, width = shared["slot_key"].shape
+        panels = refs["log_decay"].shape[3] // width
+        for panel in range(panel_stages):
+            _fetch_panel(refs, shared, place, panel)
     if "facts_loaded" in shared:
         for name in ("query_run", "reads"):
             if name not in shared:
@@ -36,9 +37,12 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     for stage in range(stages):
         fetch = functools.partial(_fetch_block, refs, shared, place, stage)
         pl.when(stage < place.blocks)(fetch)
-    if "slot_keys_read" in shared:  # the slots' values take the place of their keys
-        plgpu.barrier_wait(shared["slot_keys_read"])
-        _fetch_slots(refs["start_value"], shared, place, shared["slot_values_loaded"])
+    if "slot_value" in shared:
+        loaded = shared["slot_values_loaded"]
+        fetch_slots(refs["start_value"], shared["slot_value"], place, loaded)
+    for panel in range(panel_stages, panels):
+        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
+        _fetch_panel(refs, shared, place, panel)
 
     @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
     def _(block):
@@ -46,14 +50,18 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         _fetch_block(refs, shared, place, block + stages)
 
     # Every completion of a barrier must be waited for.
+    for panel in range(panels - panel_stages, panels):
+        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
+
     @pl.loop(jnp.maximum(place.blocks - stages, 0), jnp.int32(place.blocks))
     def _(block):
         plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
 
 
-def _fetch_gates(refs: Refs, shared: Refs, place: Place) -> None:
+def fetch_gates(refs: Refs, shared: Refs, place: Place, write: str) -> None:
+    """The chunk's cumulative decays, the blocks' references, and s to the place named `write`."""
     b, h, loaded = place.batch, place.kv_head, shared["gates_loaded"]
-    for name, target in (("cumulative", "cumulative"), ("write", "last_fall")):
+    for name, target in (("cumulative", "cumulative"), ("write", write)):
         panels, _, width = shared[target].shape
         for panel in range(panels):
             slots = pl.ds(panel * width, width)
@@ -75,12 +83,27 @@ def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
             plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared["queries_loaded"].at[i])
 
 
-def _fetch_slots(starts: Any, shared: Refs, place: Place, loaded: Any) -> None:
-    panels, features, width = shared["slots"].shape
-    for panel in range(panels):
-        slots = (pl.ds(0, features), pl.ds(panel * width, width))
-        source = starts.at[place.batch, place.kv_head, place.chunk, *slots]
-        plgpu.copy_gmem_to_smem(source, shared["slots"].at[panel], loaded)
+def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
+    """Some slots' keys at the chunk's start, and their decays in the chunk."""
+    stages, _, width = shared["slot_key"].shape
+    stage = panel % stages
+    loaded, slots = shared["panel_loaded"].at[stage], pl.ds(panel * width, width)
+    decay = refs["log_decay"].at[place.batch, place.rows, place.kv_head, slots]
+    plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
+    _fetch_slots_of(panel, refs["start_key"], shared["slot_key"].at[stage], place, loaded)
+
+
+def fetch_slots(starts: Any, slots: Any, place: Place, loaded: Any) -> None:
+    """The slots at the chunk's start, of keys or of values, in panels."""
+    for panel in range(slots.shape[0]):
+        _fetch_slots_of(panel, starts, slots.at[panel], place, loaded)
+
+
+def _fetch_slots_of(panel: int, starts: Any, slots: Any, place: Place, loaded: Any) -> None:
+    features, width = slots.shape
+    of_panel = (pl.ds(0, features), pl.ds(panel * width, width))
+    source = starts.at[place.batch, place.kv_head, place.chunk, *of_panel]
+    plgpu.copy_gmem_to_smem(source, slots, loaded)
 
 
 def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:

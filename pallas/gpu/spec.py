@@ -10,7 +10,7 @@ Logits and decays are in units of log 2, the hardware's exponential.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -40,6 +40,8 @@ class Spec:
       masked: `Facts` say who sees whom; without, every token after the first `offset` sees all
         those before it.
       state: the slots at the start are given, and the slots at the end are asked for.
+      weight: what the slot weight's gradient reaches, "all" logits or the "slots" only; None: it
+        has none.
     """
 
     group: int
@@ -51,6 +53,7 @@ class Spec:
     scale: float
     masked: bool
     state: bool
+    weight: Literal["all", "slots"] | None = None
 
     @property
     def blocks(self) -> int | None:

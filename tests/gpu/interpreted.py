@@ -26,21 +26,26 @@ HOPPER = AbstractMesh(
 
 ORDINARY = [
     Case(T=70, window="16", G=2, M=20, K=60, V=40, B=1, gate="-inf", segments=True, state=True),
-    Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn"),
+    Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn", segments=True),
     Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
     Case(T=66, window="0", B=1, slot_feature_map="silu", gate="normaliser-0.1"),
 ]
-SIZES = [
+MORE = [
+    Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn"),
     Case(T=130, window="64", G=4, K=128, V=128, B=1, M=128, gate="-1000", rope="yarn"),
     Case(T=90, window="16", M=0, state=True),
+    Case(T=90, window="16", M=0, slot_weight_gradient="slots"),
+    Case(T=90, window="16", G=2, M=32, state=True, slot_weight_gradient="slots"),
+    Case(T=90, window="None", G=2, slot_weight_gradient="slots"),
+    Case(T=66, window="0", M=64, K=128, V=64, segments=True, slot_weight_gradient="slots"),
 ]
-CASES = ORDINARY + SIZES + test_attention.SUITE
+CASES = ORDINARY + MORE + test_attention.SUITE
 
 
-def run_cases(indices: list[int]) -> dict[int, str]:
-    """What became of each: "ok", or what went wrong."""
+def run_cases(indices: list[int], module: str = "tests.gpu.interpreted") -> dict[int, str]:
+    """What became of each of the module's cases: "ok", or what went wrong."""
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.gpu.interpreted", *map(str, indices)],
+        [sys.executable, "-m", module, *map(str, indices)],
         env=os.environ | THREADS,
         capture_output=True,
         text=True,
@@ -62,7 +67,8 @@ def lower_for_cuda(case: Case, inputs: dict) -> None:
     cotangents = jax.tree.map(jnp.asarray, inputs["cotangents"])
     with jax.sharding.use_abstract_mesh(HOPPER):
         traced = cases._run.trace(arrays, rest, cotangents, case=case, implementation="pallas_gpu")
-        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in program or "__cudnn$fmha" in program
     jax.clear_caches()
 
 

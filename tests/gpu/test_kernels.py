@@ -1,12 +1,21 @@
 """The operator on the GPU kernels against the float64 reference, in their interpreter."""
 
+import functools
 import os
+import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from tests.gpu.interpreted import CASES, ORDINARY, THREADS, run_cases
+from nha_jax.ops import nha_attention
+from nha_jax.remat import remat_policy
+from tests.gpu import slot_kernels, slot_tokens
+from tests.gpu.interpreted import CASES, HOPPER, ORDINARY, THREADS, run_cases
+from tests.ops import test_attention
+from tests.ops.cases import Case, make_inputs
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +29,51 @@ def test_matches_float64_reference(index, ordinary_results):
     assert ordinary_results[index] == "ok"
 
 
+def test_float32_runs_xla_and_says_so():
+    case = Case(T=12, window="4", segments=True)
+    with pytest.warns(UserWarning, match="multiply in bfloat16, got query of float32"):
+        test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
+
+
 @pytest.mark.gpu_full
 @pytest.mark.parametrize(
     "index", range(len(ORDINARY), len(CASES)), ids=map(str, CASES[len(ORDINARY) :])
 )
 def test_whole_suite_matches_float64_reference(index):
     assert run_cases([index]) == {index: "ok"}
+
+
+@pytest.mark.gpu_full
+@pytest.mark.parametrize(
+    ("module", "index"),
+    [
+        pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
+        for module in (slot_kernels, slot_tokens)
+        for index in range(len(module.CASES))
+    ],
+)
+def test_kernels_of_the_slots_backward_match_float64(module, index):
+    assert run_cases([index], module) == {index: "ok"}
+
+
+def test_saved_names_spare_a_rematerialised_layer_the_forward():
+    @functools.partial(jax.checkpoint, policy=remat_policy("operator"))
+    def layer(query, key, log_decay):
+        arrays = query, key, key, log_decay
+        return query + nha_attention(*arrays, window_size=16, implementation="pallas_gpu")
+
+    def loss(*inputs):
+        return jnp.sum(layer(*inputs).astype(jnp.float32))
+
+    wide = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(wide, wide, log_decay)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"nha_(\w+)_mosaic_gpu", program)
+    forward = ["states", "output"]  # once each
+    backward = ["window_queries", "window_tokens", "slot_queries", "state_grads", "slot_tokens"]
+    assert sorted(calls) == sorted(forward + backward)
 
 
 @pytest.mark.gpu_full

@@ -16,7 +16,7 @@ INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="
 
 def attend(spec: Spec, inputs: dict[str, jax.Array], warpgroups: int) -> Fused:
     sizes = BlockSizes(warpgroups=warpgroups, stages=1)
-    run = lambda x: fused_attention(x, spec=spec, block_sizes=sizes, interpret=INTERPRETER)  # noqa: E731
+    run = lambda x: fused_attention(x, {}, spec=spec, block_sizes=sizes, interpret=INTERPRETER)  # noqa: E731
     return jax.tree.map(np.asarray, jax.jit(run)(inputs))
 
 

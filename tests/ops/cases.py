@@ -49,8 +49,13 @@ class Case:
         return names[self.window] if self.window in names else int(self.window)
 
     def interpreter(self, implementation: str) -> contextlib.AbstractContextManager:
-        """Our kernels' is strict; the library's of full attention is not made for it."""
+        """Our kernels' is strict; the library's of full attention is not made for it.
+
+        On a GPU the GPU's kernels run as they are.
+        """
         if implementation == "pallas_gpu":
+            if jax.default_backend() == "gpu":
+                return contextlib.nullcontext()
             return plgpu.force_gpu_interpret_mode(GPU_INTERPRETER)
         nothing_leaves = self.window_size is None or (self.window_size >= self.T and not self.state)
         if nothing_leaves:
@@ -180,7 +185,9 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
 def run(case: Case, implementation: str, dtype: str, inputs: dict | None = None) -> dict:
     """Outputs and gradients as a flat {name: float64 numpy}; the gates and slots stay wide."""
     inputs = make_inputs(case) if inputs is None else inputs
-    with jax.enable_x64(dtype == "float64"):
+    # The definition is computed on the host, whatever device is to be held against it.
+    host = jax.default_device(jax.devices("cpu")[0] if implementation == "reference" else None)
+    with host, jax.enable_x64(dtype == "float64"):
         wide = jnp.promote_types(dtype, jnp.float32)
         is_wide = {"log_decay", "window_log_decay", "slot_key", "slot_value"}
         arrays = {

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from nha_jax.ops import api, nha_attention
 from nha_jax.ops.rope import rope_tables
@@ -57,12 +58,70 @@ def test_on_gpus_plain_xla_until_someone_has_measured():
     assert "mosaic_gpu" not in program("cuda", window_size=16)
 
 
-def test_gpu_kernels_refuse_other_gpus(monkeypatch):
-    class Ampere:
-        device_kind, compute_capability = "NVIDIA A100-SXM4-80GB", "8.0"
+KERNELS, LIBRARY = "mosaic_gpu", "__cudnn$fmha"
+
+
+def gpu_program(kind: str = "NVIDIA H200", dtype=jnp.bfloat16, K: int = 64, **options) -> str:
+    """The program of value and gradient for GPUs of this kind, which need not be here."""
+    shape = jax.ShapeDtypeStruct((1, T, 2, K), dtype)
+    log_decay = jax.ShapeDtypeStruct((1, T, 2, M), jnp.float32)
+
+    def loss(*arrays):
+        out = nha_attention(*arrays, implementation="pallas_gpu", **options)
+        return jnp.sum(out.astype(jnp.float32))
+
+    device = AbstractDevice(kind, platform="gpu", num_cores=132)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).trace(
+            shape, shape, shape, log_decay
+        )
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"window_size": 16}, KERNELS),
+        ({"window_size": None}, LIBRARY),
+        ({"window_size": T}, LIBRARY),
+        ({"window_size": None, "K": 256}, LIBRARY),
+        ({"window_size": None, "kind": "NVIDIA A100-SXM4-80GB"}, LIBRARY),
+        # cuDNN would need a [T, T] bias.
+        ({"window_size": None, "segment_ids": jnp.ones((1, T), jnp.int32)}, KERNELS),
+    ],
+    ids=["window", "full", "window-of-all", "full-head-256", "full-on-A100", "full-packed"],
+)
+def test_on_gpus_the_kernels_or_cudnn(options, name):
+    text = gpu_program(**options)
+    assert [x for x in (KERNELS, LIBRARY) if x in text] == [name]
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"kind": "NVIDIA A100-SXM4-80GB"}, "for Hopper .* got NVIDIA A100-SXM4-80GB"),
+        ({"kind": "NVIDIA B200"}, "for Hopper .* got NVIDIA B200"),
+        ({"kind": "AMD Instinct MI300X", "window_size": None}, "for Hopper .* got AMD Instinct"),
+        ({"dtype": jnp.float32}, "multiply in bfloat16, got query of float32"),
+        ({"dtype": jnp.float32, "window_size": None}, "multiply in bfloat16"),
+        ({"K": 192}, "heads of up to 128, got key of 192"),
+    ],
+    ids=["A100", "B200", "AMD", "float32", "float32-full", "head-192"],
+)
+def test_gpu_kernels_fall_back_and_say_why(options, why):
+    with pytest.warns(UserWarning, match=f"pallas_gpu.*{why}.*running 'xla'"):
+        text = gpu_program(**({"window_size": 16} | options))
+    assert KERNELS not in text
+    assert LIBRARY not in text
+
+
+@pytest.mark.parametrize("capability", ["7.5", "10.0", "gfx942"])
+def test_gpu_kernels_fall_back_on_the_gpus_that_are_here(capability, monkeypatch):
+    class Other:
+        device_kind, compute_capability = "another GPU", capability
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "devices", lambda: [Ampere()])
+    monkeypatch.setattr(jax, "devices", lambda: [Other()])
     x = jnp.ones((1, 4, 1, 2), jnp.bfloat16)
-    with pytest.raises(NotImplementedError, match=r"Hopper.*A100.*8\.0"):
+    with pytest.warns(UserWarning, match="for Hopper .* got another GPU"):
         nha_attention(x, x, x, -x, window_size=2, implementation="pallas_gpu")

@@ -222,10 +222,16 @@ def test_what_computes_each_kind_of_layer() -> None:
     published = load_config(
         str(CONFIGS / "nha-1.3b.yaml"), [("model.window_size", "[32, 32, 32, null]")]
     ).model
-    kinds = layer_kinds(published, "tpu")
+    kinds = layer_kinds(published, "TPU v5e")
     assert sorted(kinds.values()) == [6, 18]
     assert all("heads of up to 256, got key of 512" in kind for kind in kinds)
     fused = load_config(str(CONFIGS / "nha-1.3b-long.yaml")).model
-    assert layer_kinds(fused, "tpu") == {"window 64: fused TPU kernels": 24}
-    (kind,) = layer_kinds(fused, "cuda")
-    assert "no kernels for GPUs" in kind
+    assert layer_kinds(fused, "TPU v5e") == {"window 64: fused TPU kernels": 24}
+    (kind,) = layer_kinds(fused, "NVIDIA H200")
+    assert kind.startswith("window 64: xla; --model.implementation=pallas_gpu")
+    keys = [("model.window_size", "[64, null]"), ("model.implementation", "pallas_gpu")]
+    named = load_config(str(CONFIGS / "nha-1.3b-long.yaml"), keys).model
+    full = "full attention: cuDNN, or fused GPU kernels where documents are packed"
+    assert layer_kinds(named, "NVIDIA H200") == {"window 64: fused GPU kernels": 12, full: 12}
+    of_ampere = layer_kinds(named, "NVIDIA A100 80GB")
+    assert any("window 64: xla: its kernels are for Hopper" in kind for kind in of_ampere)

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from nha_jax.ops import nha_attention
 from tests.eight_devices import run_on_eight_devices
+from tests.gpu.interpreted import HOPPER
 from tests.train.known_program import ROUNDS
 from train.plan.costs import Collective, Costs, KernelCost, count_costs
 from train.plan.hlo import Program
@@ -179,3 +181,43 @@ def test_kernels_count_their_products_and_blocks() -> None:
     assert (found.name, found.steps, found.exact) == ("known", 4, True)
     assert found.flops == 4 * 2 * 8 * 16 * 32
     assert found.bytes == 4 * (32 * 16 + 16 * 32 + 32 * 32)
+
+
+# A Mosaic kernel, and cuDNN's causal attention forward and backward: [B, T, H, K] = [2, 64, 4, 16].
+GPU_PROGRAM = """\
+HloModule step, is_scheduled=true
+
+ENTRY %main (q: bf16[2,64,4,16]) -> bf16[2,4,64,16] {
+  %q = bf16[2,64,4,16]{3,2,1,0} parameter(0)
+  %mpmd_map.16 = f32[2,4]{1,0} custom-call(%q), custom_call_target="mosaic_gpu_v2", \
+metadata={op_name="jit(f)/shard_map/nha_states/mpmd_map"}, backend_config={module = "\\DF{"}
+  %f = (bf16[2,4,64,16]{3,2,1,0}, f32[2,4,64]{2,1,0}) custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmax"
+  ROOT %b = bf16[2,4,64,16]{3,2,1,0} custom-call(%q, %q, %q), \
+custom_call_target="__cudnn$fmhaSoftmaxBackward"
+}
+"""
+
+
+def test_kernels_and_library_calls_of_gpus() -> None:
+    costs = count_costs(Program(GPU_PROGRAM), {"nha_states": KernelCost(flops=3, bytes=5)})
+    assert costs.kernels == {"nha_states": 1}
+    product = 2 * 2 * 4 * 64 * 64 * 16 // 2  # a row sees half of the others
+    assert costs.flops == 3 + (2 + 5) * product
+
+
+def test_gpu_kernels_count_their_products() -> None:
+    T, H, D, M = 128, 2, 64, 32
+    wide = jax.ShapeDtypeStruct((1, T, H, D), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((1, T, H, M), jnp.float32)
+
+    def forward(*arrays):
+        return nha_attention(*arrays, window_size=64, implementation="pallas_gpu")
+
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        states, output = pallas_calls(forward, wide, wide, wide, log_decay)
+    assert states.name == "nha_states"
+    assert states.flops == 2 * (2 * H * T * D * M)  # of keys and of values
+    assert output.name == "nha_output"
+    logits_and_values = 2 * T * D * (2 * 64 + 64 + M)  # of a window's blocks, a chunk and slots
+    assert output.flops > H * 2 * logits_and_values  # and what spreads the decays

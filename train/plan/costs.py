@@ -108,6 +108,8 @@ def kernel_name(instruction: Instruction) -> str:
     target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
     if instruction.opcode != "custom-call" or not target or target[1] not in PALLAS_TARGETS:
         return ""
+    if found := re.search(r'op_name="[^"]*?(\w+)/mpmd_map"', instruction.attributes):
+        return found[1]  # on GPUs
     return re.sub(r"(\.(clone|\d+))*$", "", instruction.name)
 
 
@@ -124,6 +126,15 @@ def _flops(computation: Computation, instruction: Instruction) -> Iterator[int]:
         yield _ragged_dot_flops(computation, instruction)
     elif instruction.opcode == "custom-call" and "__cublas" in instruction.attributes:
         yield _dot_flops(computation, instruction, r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+    elif instruction.opcode == "custom-call" and "__cudnn$fmha" in instruction.attributes:
+        yield _attention_flops(computation, instruction)
+
+
+def _attention_flops(computation: Computation, call: Instruction) -> int:
+    """Of cuDNN's causal attention: half of T x T pairs, two products forward and five backward."""
+    query, key = computation.arrays(call.operands[:2])  # [B, T, heads, K]
+    pairs = query.size * key.shape[1] // 2
+    return 2 * pairs * (5 if "Backward" in call.attributes else 2)
 
 
 def _dot_flops(computation: Computation, dot: Instruction, contracted: str) -> int:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+GPU_CALL = "mpmd_map"  # what `mosaic_gpu.kernel` is to jax
+
 
 @dataclasses.dataclass(frozen=True)
 class Call:
@@ -17,7 +19,8 @@ class Call:
 
     Attributes:
         steps: of the whole grid.
-        flops: of the matrix products over the whole grid; of branches the costlier, at every step.
+        flops: of the matrix products over the whole grid; of branches the costlier, at every step;
+            a loop of a length that is not known before the run counts once.
         bytes: blocks fetched and written over the whole grid: one whenever its index changes.
         exact: whether that holds for all blocks; else those whose index is not known before the
             run (scalar prefetch), or that the kernel copies itself, count as the array, once.
@@ -46,6 +49,9 @@ def _walk(jaxpr, times: int) -> Iterator[Call]:
         if equation.primitive.name == "pallas_call":
             yield _call(equation.params, times)
             continue
+        if equation.primitive.name == GPU_CALL:
+            yield _gpu_call(equation, times)
+            continue
         inside = times * (equation.params["length"] if equation.primitive.name == "scan" else 1)
         for inner in _inner(equation):
             yield from _walk(inner, inside)
@@ -71,6 +77,11 @@ def _flops(jaxpr: Any) -> int:
                 (contracted, _), _ = equation.params["dimension_numbers"]
                 left, out = equation.invars[0].aval, equation.outvars[0].aval
                 flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
+            case "wgmma_ref":
+                out, left = (x.aval for x in equation.invars[:2])
+                # In shared memory it is cut in tiles, behind axes of stages: [rows / 8, ., 8, .].
+                shape = left.shape[-4:] if len(left.shape) > 2 else left.shape
+                flops += 2 * out.shape[1] * math.prod(shape)
             case "cond":
                 flops += max(inner)
             case "scan":
@@ -92,6 +103,15 @@ def _call(parameters, times: int) -> Call:
             moved += fetches * _bytes(block.transformed_block_aval)
     name, steps = parameters["name"] or "pallas_call", math.prod(mapping.grid)
     return Call(name, steps, steps * _flops(parameters["jaxpr"]), moved, exact, times)
+
+
+def _gpu_call(equation, times: int) -> Call:
+    """A Mosaic GPU kernel copies its blocks itself."""
+    meshes, jaxprs = equation.params["meshes"], equation.params["jaxprs"]
+    steps = math.prod(meshes[0].grid)
+    moved = sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
+    name, flops = equation.params["name"], sum(_flops(jaxpr) for jaxpr in jaxprs)
+    return Call(name, steps, steps * flops, moved, False, times)
 
 
 def _fetches(block, mapping) -> int | None:

@@ -65,7 +65,7 @@ def as_json(compiled: CompiledStep, mfu: float) -> dict[str, Any]:
         "chip": compiled.topology.chip.name,
         "devices": len(compiled.topology.devices),
         "mesh": dict(compiled.mesh),
-        "layers": layer_kinds(compiled.config.model, compiled.topology.platform),
+        "layers": layer_kinds(compiled.config.model, compiled.topology.chip.name),
         "fits": compiled.fits,
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "headroom": memory.headroom},
         "costs": None if costs is None else dataclasses.asdict(costs),
@@ -85,7 +85,7 @@ def table(compiled: CompiledStep, mfu: float) -> str:
         ("mesh", mesh),
         ("model", f"{model.num_parameters / 1e6:,.0f}M parameters, {model.num_layers} layers"),
     ]
-    kinds = layer_kinds(model, topology.platform)
+    kinds = layer_kinds(model, topology.chip.name)
     rows += [(f"  {count} layers", kind) for kind, count in kinds.items()]
     rows += [("  remat", model.remat)]
     tokens = config.batch_size * length

@@ -1,0 +1,163 @@
+"""The backward of the operator: window and slots by kernels of their own, given the denominator.
+
+With p the softmax's weights and dp the gradients of what they multiply, the logits' gradients are
+p (dp - delta), delta_r = sum p dp = out_r . out_grad_r. The slot weight omega = sum of p over the
+slots adds its cotangent w to the slots' dp, and so omega w to delta. If it pulls the slots' logits
+only, it adds (1 - omega) w to their dp, and nothing to delta.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.gates import Gates, chunk_gates
+from pallas.gpu.output_pass import Facts
+from pallas.gpu.slot_queries import slot_queries
+from pallas.gpu.slot_tokens import slot_tokens
+from pallas.gpu.spec import Spec
+from pallas.gpu.state_grads import state_grads
+from pallas.gpu.window_queries import window_queries
+from pallas.gpu.window_tokens import window_tokens
+
+Arrays = dict[str, jax.Array]
+Pair = tuple[jax.Array, jax.Array]  # of keys and values
+
+
+class Saved(NamedTuple):
+    """What the forward leaves; shapes as in `Fused`."""
+
+    out: jax.Array
+    log_mass: jax.Array
+    slot_weight: jax.Array | None
+    starts: Pair | None  # [B, H, N / C, D, M] bfloat16 each
+
+
+def backward(
+    inputs: Arrays,
+    constants: Arrays,
+    saved: Saved,
+    out_grad: jax.Array,
+    weight_grad: jax.Array | None,
+    end_grad: Pair | None,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
+) -> Arrays:
+    """The gradients of `fused_attention`'s inputs, by their names and in their dtypes.
+
+    out_grad, weight_grad, end_grad: the cotangents of out, of the slot weight, with spec.weight,
+      and of the slots at the end, with spec.state; shapes as in `Fused`.
+    """
+    launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
+    of_slots, of_window = _deltas(saved, out_grad, weight_grad, spec)
+    facts = facts_of(constants)
+    grads = _window(inputs, saved.log_mass, of_window, facts, out_grad, launch)
+    if saved.starts is not None:
+        slots = _slots(inputs, constants, saved, of_slots, facts, out_grad, end_grad, launch)
+        grads |= slots | {"value": grads["value"] + slots["value"]}
+    return grads
+
+
+def _window(
+    inputs: Arrays,
+    log_mass: jax.Array,
+    delta: jax.Array,
+    facts: Facts | None,
+    out_grad: jax.Array,
+    launch: dict[str, Any],
+) -> Arrays:
+    arrays = inputs["rotated_query"], inputs["rotated_key"], inputs["value"]
+    if launch["spec"].window == 0:
+        query, key, value = map(jnp.zeros_like, arrays)
+    else:
+        query = window_queries(*arrays, out_grad, log_mass, delta, facts, **launch)
+        key, value = window_tokens(*arrays, out_grad, log_mass, delta, facts, **launch)
+    return {"rotated_query": query, "rotated_key": key, "value": value}
+
+
+def _slots(
+    inputs: Arrays,
+    constants: Arrays,
+    saved: Saved,
+    delta: jax.Array,
+    facts: Facts | None,
+    out_grad: jax.Array,
+    end_grad: Pair | None,
+    launch: dict[str, Any],
+) -> Arrays:
+    spec, interpret, starts = launch["spec"], launch["interpret"], saved.starts
+    assert starts is not None
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    gates = gates_of(inputs, constants)
+    queries = slot_queries(
+        query,
+        out_grad,
+        key,
+        value,
+        saved.log_mass,
+        delta,
+        gates,
+        starts,
+        facts,
+        spec=spec,
+        interpret=interpret,
+    )
+    started = queries.logits_start, queries.weights_start
+    states = state_grads(query, out_grad, *started, gates, end_grad, **launch)
+    tokens = slot_tokens(
+        query,
+        out_grad,
+        key,
+        value,
+        (queries.logits_rise, queries.logits_start),
+        (queries.weights_rise, queries.weights_start),
+        inputs["log_decay"],
+        constants.get("written"),
+        gates,
+        starts,
+        (states.key, states.value),
+        facts,
+        **launch,
+    )
+    grads = {
+        "query": queries.query,
+        "key": _in_place(tokens.key, key.shape[1], spec),
+        "value": _in_place(tokens.value, value.shape[1], spec),
+        "log_decay": tokens.log_decay,
+    }
+    if states.start_key is not None and states.start_value is not None:
+        grads |= {"start_key": states.start_key, "start_value": states.start_value}
+    return grads
+
+
+def facts_of(constants: Arrays) -> Facts | None:
+    if "query_run" not in constants:
+        return None
+    return Facts(constants["query_run"], constants["visible"], constants.get("reads"))
+
+
+def gates_of(inputs: Arrays, constants: Arrays) -> Gates:
+    return chunk_gates(inputs["log_decay"], constants.get("written"), constants.get("kept"))
+
+
+def _deltas(
+    saved: Saved, out_grad: jax.Array, weight_grad: jax.Array | None, spec: Spec
+) -> tuple[jax.Array, jax.Array]:
+    """What is subtracted from dp, of the slots and of the window: [B, H * G, N] float32."""
+    product = saved.out.astype(jnp.float32) * out_grad.astype(jnp.float32)
+    delta = jnp.sum(product, -1).swapaxes(1, 2)
+    if weight_grad is None or saved.slot_weight is None:
+        return delta, delta
+    if spec.weight == "slots":
+        return delta - (1 - saved.slot_weight) * weight_grad, delta
+    delta += saved.slot_weight * weight_grad
+    return delta - weight_grad, delta
+
+
+def _in_place(x: jax.Array, rows: int, spec: Spec) -> jax.Array:
+    """The timeline's first rows [B, N, H, D] -> [B, P, H, D], as the arrays have them."""
+    x = x[:, spec.ahead :]
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))

@@ -1,0 +1,29 @@
+"""A warpgroup that fetches what another computes with, some items ahead of it."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def fetch_ahead(
+    count: int | jax.Array, read: Any, fetch: Callable[[jax.Array, int | jax.Array], None]
+) -> None:
+    """Calls fetch(item, stage) for items 0 to count - 1, each when its stage's buffers are free.
+
+    read: barriers, one for each stage, at which the reader arrives after each item.
+    """
+    stages = read.shape[0]
+    for stage in range(stages):
+        pl.when(stage < count)(functools.partial(fetch, jnp.int32(stage), stage))
+
+    @pl.loop(jnp.int32(0), jnp.int32(count))
+    def _(item):
+        stage = lax.rem(item, jnp.int32(stages))
+        plgpu.barrier_wait(read.at[stage])  # of the last items too: every completion must be
+        pl.when(item + stages < count)(lambda: fetch(item + stages, stage))

@@ -1,0 +1,190 @@
+"""The gradients of the tokens that enter the slots, and of their decays.
+
+With symbols as in `spec.py` and `in_chunk.py`, f_j the token's fall, x and y its key and value, S0
+the slots at the chunk's start, dS the gradient of those at its end, wS = s_j exp(G_C - G_j), and of
+a query head the rows' ds' = ds rise and p' = p rise (`slot_queries`):
+
+    L_rj = sum_m ds'_rm f_jm,  A_rj = sum_m p'_rm f_jm       j <= r, f by the row's block
+    dx = sum_g L^T q + wS dSK,  dy = sum_g A^T do + wS dSV
+
+The keys and the values are two sides of one arithmetic. With X = q k^T, or do v^T, the gradient of
+the decay of token j, in parts that are summed over the sides and the heads of the group:
+
+    R_r = ds'_r sum_j X_rj f_j + (ds_r exp(G_r)) (q_r . S0)
+    sY_j = f_j sum_r X_rj ds'_r,  Y_j = sY_j / s_j,  E_j = k_j . dSK + v_j . dSV
+    dg_j = sum_{r >= j} (R_r - sY_r) - e_j Y_j                          inside the chunk
+           + total (S0 . dS) + sum_{i < j} wS_i E_i - e_j (wS_j / s_j) E_j          to its end
+
+The first sum nearly cancels where decays are strong, so both its terms are made of the very
+operands, rounded, that enter the products. No term of the second does. Where nothing decays s is 0,
+and Y is needed all the same: 2^-60 stands for s, in f and wS too, which no result can tell from 0.
+
+A block works on 64 slots of a chunk and returns its share of dx and dy. One of its two warpgroups
+finds these, and dg's second line, and fetches what both read; the other finds dg's first line.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.gates import Gates
+from pallas.gpu.matmul import Matmul
+from pallas.gpu.output_pass import Facts
+from pallas.gpu.slot_workers import LEAST_WRITE, DecayGrads, TokenGrads
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
+
+MOST_SLOTS = 64  # of a block
+
+
+class SlotTokens(NamedTuple):
+    """Gradients, by the timeline's rows 0 to N."""
+
+    key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
+    value: jax.Array
+    log_decay: jax.Array  # [B, N, H, M] float32
+
+
+def slot_tokens(
+    query: jax.Array,
+    out_grad: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    logits: tuple[jax.Array, jax.Array],
+    weights: tuple[jax.Array, jax.Array],
+    log_decay: jax.Array,
+    written: jax.Array | None,
+    gates: Gates,
+    starts: tuple[jax.Array, jax.Array],
+    end_grads: tuple[jax.Array, jax.Array],
+    facts: Facts | None,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
+) -> SlotTokens:
+    """The kernel's call.
+
+    query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
+    pass. logits, weights: ds and p, each times rise and times exp(G), [B, N, H * G, M] bfloat16.
+    log_decay, written: as for `chunk_gates`. starts, end_grads: of keys and values, [B, H, N / C,
+    D, M] bfloat16, the slots at the chunks' starts and the gradients of those at their ends.
+    interpret: as for `fused_attention`.
+    """
+    B, N, _, D = query.shape
+    H, M = gates.cumulative.shape[2:]
+    width = min(M, MOST_SLOTS)
+    panels, stages = M // width, min(block_sizes.token_stages, 2 * spec.group)
+    to_end, odds = _decays(log_decay, written, gates)
+    inputs = {
+        "query": query, "out_grad": out_grad, "key": key, "value": value,
+        "logits_rise": logits[0], "weights_rise": weights[0],
+        "logits_start": logits[1], "weights_start": weights[1],
+        "cumulative": gates.cumulative, "write": gates.write, "to_end": to_end,
+        "total": gates.total, "odds": odds,
+        "start_key": starts[0], "start_value": starts[1],
+        "end_key": end_grads[0], "end_value": end_grads[1],
+    }  # fmt: skip
+    if facts is not None:
+        inputs |= {"query_run": facts.query, "visible": facts.visible}
+    share = jax.ShapeDtypeStruct((panels, B, N, H, D), jnp.bfloat16)
+    outputs = {
+        "key_grad": share,
+        "value_grad": share,
+        "decay_grad": jax.ShapeDtypeStruct((B, N, H, M), jnp.float32),
+    }
+
+    scratch = _scratch(stages, D, width, facts is not None, interpret=bool(interpret))
+
+    def entry(*refs):
+        named = dict(zip([*inputs, *outputs], refs, strict=True))
+        kernel = functools.partial(_kernel, named, spec, bool(interpret))
+        pl.run_scoped(kernel, scratch, collective_axes="wg")
+
+    call = plgpu.kernel(
+        entry,
+        out_type=list(outputs.values()),
+        grid=(N // CHUNK, H * panels, B),
+        grid_names=("chunk", "panel", "batch"),
+        num_threads=2,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="nha_slot_tokens",
+        interpret=interpret,
+    )
+    key_grad, value_grad, decay_grad = call(*inputs.values())
+    return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
+
+
+def _decays(
+    log_decay: jax.Array, written: jax.Array | None, gates: Gates
+) -> tuple[jax.Array, jax.Array]:
+    """wS, which `Gates` has too but for the least s, and e / s; [B, N, H, M] bfloat16."""
+    B, N, H, M = log_decay.shape
+    write = jnp.maximum(gates.write.astype(jnp.float32), LEAST_WRITE)
+    chunks = log_decay.reshape(B, N // CHUNK, CHUNK, H, M)
+    from_row = jnp.cumsum(chunks[:, :, ::-1], axis=2)[:, :, ::-1]
+    after = jnp.pad(from_row[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
+    to_end = write * jnp.exp(after).reshape(log_decay.shape)
+    if written is not None:
+        to_end = jnp.where(written[..., None, None], to_end, 0)
+    return to_end.astype(jnp.bfloat16), (jnp.exp(log_decay) / write).astype(jnp.bfloat16)
+
+
+def _sum_panels(shares: jax.Array) -> jax.Array:
+    if shares.shape[0] == 1:
+        return shares[0]
+    return shares.sum(0, dtype=jnp.float32).astype(shares.dtype)
+
+
+def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) -> dict:
+    narrow, wide = jnp.bfloat16, jnp.float32
+
+    def tiled(*shape):
+        return plgpu.SMEM(shape, narrow, transforms=tile(GATE_ROWS))
+
+    scratch = {
+        "rows": tiled(stages, CHUNK, D),  # q or do
+        "rise": tiled(stages, CHUNK, width),
+        "start": tiled(stages, CHUNK, width),
+        "head_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "head_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "tokens": tiled(1, CHUNK, D),
+        "slots": tiled(1, D, width),
+        "slot_grads": tiled(1, D, width),
+        "side_loaded": plgpu.Barrier(num_arrivals=3),
+        "side_read": plgpu.Barrier(num_arrivals=1),
+        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
+        "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
+        "total": plgpu.SMEM((width,), wide),
+        "part": tiled(1, CHUNK, width),  # s, then parts of what is summed over rows
+        "to_end": tiled(1, CHUNK, width),
+        "odds": tiled(CHUNK, width),
+        "gates_loaded": plgpu.Barrier(num_arrivals=5 + GATE_BLOCKS + 2 * masked),
+        "falls": tiled(GATE_BLOCKS, CHUNK, width),
+        "falls_ready": plgpu.Barrier(num_arrivals=2),
+        "triangle": tiled(1, CHUNK, CHUNK),
+        "zero": plgpu.SMEM((128,), jnp.int32),
+        "ends_ready": plgpu.Barrier(num_arrivals=1),
+    }
+    if masked:
+        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    if interpret:
+        scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
+    return scratch
+
+
+def _kernel(refs: dict, spec: Spec, interpret: bool, shared: dict) -> None:
+    for me, worker in enumerate((TokenGrads, DecayGrads)):
+
+        @pl.when(lax.axis_index("wg") == me)
+        def _(me=me, worker=worker):
+            matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
+            worker(refs, shared, spec, matmul).run()

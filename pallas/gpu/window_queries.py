@@ -1,0 +1,167 @@
+"""The gradient of the window's queries.
+
+With symbols as in `spec.py`, q and k rotated, b the window's logits, do the output's gradient:
+
+    p_rj = exp(b_rj - log_mass_r)
+    ds_rj = p_rj (do_r . v_j - delta_r)
+    dq_r = scale * sum_j ds_rj k_j
+
+A thread block has the rows of a chunk of one query head: a warpgroup walks the blocks of tokens
+that they see, and another fetches them.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.gates import LOG2E
+from pallas.gpu.masks import by_column, by_row, in_window, iota
+from pallas.gpu.matmul import Matmul
+from pallas.gpu.output_pass import Facts
+from pallas.gpu.pipeline import fetch_ahead
+from pallas.gpu.place import Place
+from pallas.gpu.producer import Refs
+from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
+
+
+def window_queries(
+    rotated_query: jax.Array,
+    rotated_key: jax.Array,
+    value: jax.Array,
+    out_grad: jax.Array,
+    log_mass: jax.Array,
+    delta: jax.Array,
+    facts: Facts | None,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
+) -> jax.Array:
+    """The kernel's call: the gradient of rotated_query, [B, N, H * G, D] bfloat16.
+
+    rotated_query, out_grad: [B, N, H * G, D] bfloat16. rotated_key, value: [B, P, H, D] bfloat16.
+    log_mass, of base e, and delta, the sum over what a row sees of p times its gradient:
+    [B, H * G, N] float32. facts: with spec.masked.
+    interpret: as for `fused_attention`.
+    """
+    B, N, heads, D = rotated_query.shape
+    inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
+    inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
+    if facts is not None:
+        inputs |= {"query_run": facts.query, "visible": facts.visible}
+    scratch = _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret))
+
+    def entry(*refs):
+        named = dict(zip([*inputs, "query_grad"], refs, strict=True))
+        kernel = functools.partial(_kernel, named, spec, bool(interpret))
+        pl.run_scoped(kernel, scratch, collective_axes="wg")
+
+    call = plgpu.kernel(
+        entry,
+        out_type=jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
+        grid=(N // CHUNK, heads, B),
+        grid_names=("chunk", "heads", "batch"),
+        num_threads=2,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="nha_window_queries",
+        interpret=interpret,
+    )
+    return call(*inputs.values())
+
+
+def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, Any]:
+    narrow, wide = jnp.bfloat16, jnp.float32
+    tiles = tile(D)
+    scratch = {
+        "rotated_query": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then its gradient
+        "out_grad": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),
+        "log_mass": plgpu.SMEM((CHUNK,), wide),
+        "delta": plgpu.SMEM((CHUNK,), wide),
+        "rotated_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked),
+        "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
+        "block_read": plgpu.Barrier(num_barriers=stages),
+    }
+    if spec.masked:
+        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+    if interpret:
+        scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
+    return scratch
+
+
+def _kernel(refs: Refs, spec: Spec, interpret: bool, shared: Refs):
+    me = lax.axis_index("wg")
+    place = Place(spec, 1)
+    pl.when(me == 1)(lambda: _fetch(refs, shared, place))
+
+    @pl.when(me == 0)
+    def _():
+        _compute(refs, shared, place, spec, Matmul(interpret, shared.get("buffer")))
+
+
+def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
+    b, h = place.batch, place.heads
+    own = {name: refs[name].at[b, place.rows, h] for name in ("rotated_query", "out_grad")}
+    own |= {name: refs[name].at[b, h, place.rows] for name in ("log_mass", "delta")}
+    if "query_run" in shared:
+        own["query_run"] = refs["query_run"].at[b, place.rows]
+    for name, source in own.items():
+        plgpu.copy_gmem_to_smem(source, shared[name], shared["rows_loaded"])
+
+    def fetch(block, stage):
+        rows, loaded = place.token_rows(block), shared["block_loaded"].at[stage]
+        tokens = {name: refs[name].at[b, rows, place.kv_head] for name in ("rotated_key", "value")}
+        if "visible" in shared:
+            tokens["visible"] = refs["visible"].at[b, rows]
+        for name, source in tokens.items():
+            plgpu.copy_gmem_to_smem(source, shared[name].at[stage], loaded)
+
+    fetch_ahead(place.blocks, shared["block_read"], fetch)
+
+
+def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul) -> None:
+    D = shared["rotated_query"].shape[1]
+    square = CHUNK, CHUNK
+    plgpu.barrier_wait(shared["rows_loaded"])
+
+    def step(block, total):
+        stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
+        plgpu.barrier_wait(shared["block_loaded"].at[stage])
+        b = matmul(lambda: [(shared["rotated_query"], shared["rotated_key"].at[stage].T)], square)
+        row = iota(CHUNK, 0) + place.first_row
+        token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)
+        seen = in_window(spec, row, token)
+        if spec.masked:
+            run = plgpu.load(shared["query_run"], layout=ROW)
+            visible = plgpu.load(shared["visible"].at[stage], layout=COLUMN)
+            seen &= by_row(run, CHUNK) == by_column(visible)
+        log_mass = plgpu.load(shared["log_mass"], layout=ROW) * LOG2E
+        exponent = b * (spec.scale * LOG2E) - by_row(log_mass, CHUNK)
+        p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
+        dp = matmul(lambda: [(shared["out_grad"], shared["value"].at[stage].T)], square)
+        ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))
+        total = matmul(
+            lambda: [(ds.astype(jnp.bfloat16), shared["rotated_key"].at[stage])],
+            (CHUNK, D),
+            total,
+        )
+        plgpu.barrier_arrive(shared["block_read"].at[stage])
+        return total
+
+    zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
+    total = lax.fori_loop(0, place.blocks, step, zeros)
+    plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
+    shared["rotated_query"][...] = (total * spec.scale).astype(jnp.bfloat16)
+    plgpu.commit_smem()
+    target = refs["query_grad"].at[place.batch, place.rows, place.heads]
+    plgpu.copy_smem_to_gmem(shared["rotated_query"], target)
+    plgpu.wait_smem_to_gmem(0)

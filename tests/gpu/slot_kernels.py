@@ -1,0 +1,97 @@
+"""The kernels of the slots' backward against their formulas in float64, in a process of its own.
+
+python -m tests.gpu.slot_kernels INDEX...    of `CASES`; prints "INDEX: ok" or "INDEX: error"
+
+In an environment with `interpreted.THREADS`.
+"""
+
+import functools
+import sys
+
+import jax
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas.gpu.slot_queries import slot_queries
+from tests.gpu import slot_gradients
+from tests.gpu.interpreted import HOPPER
+from tests.gpu.slot_gradients import Case, Chunks, Inputs
+from tests.ops.cases import GPU_INTERPRETER, relative_error
+
+TOLERANCE = 1e-2  # relative Frobenius; the operands are rounded to 2^-9
+
+ORDINARY = [
+    Case(M=16, slots=12, G=2, masked=True, ahead=0, gate="mixed"),
+    Case(gate="-inf"),
+]
+REST = [
+    Case(D=128, M=128, slots=128, masked=True, gate="-1000"),
+    Case(D=128, M=64, H=2, G=2, B=2),
+    Case(M=128, slots=100, ahead=0, gate="mixed", masked=True),
+    Case(D=128, M=16, slots=16, G=2, gate="normaliser-0.1"),
+    Case(M=32, slots=32, gate="-1000", masked=True),
+    Case(M=128, slots=128, gate="mixed", window=0, ahead=0),
+    Case(M=16, slots=16, window=0, ahead=0, masked=True),
+]
+CASES = ORDINARY + REST
+
+
+def query_side(inputs: Inputs, *, case: Case, interpret):
+    return slot_queries(
+        inputs.query,
+        inputs.out_grad,
+        inputs.key,
+        inputs.value,
+        inputs.log_mass,
+        inputs.delta,
+        inputs.gates,
+        inputs.starts,
+        inputs.facts,
+        spec=case.spec,
+        interpret=interpret,
+    )
+
+
+def lower_for_cuda(run, inputs: Inputs) -> None:
+    """The interpreter knows no layouts: what it runs may still not compile."""
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        traced = jax.jit(run).trace(inputs)
+        assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def assert_near(name: str, actual: jax.Array, expected: np.ndarray) -> None:
+    error = relative_error(np.asarray(actual, np.float64), expected)
+    assert error < TOLERANCE, f"{name}: error {error:.2e}"
+
+
+def check(case: Case) -> None:
+    inputs = slot_gradients.make_inputs(case)
+    lower_for_cuda(functools.partial(query_side, case=case, interpret=False), inputs)
+    run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
+    actual = run(inputs)
+    chunks = Chunks(inputs, case.spec)
+    expected = chunks.queries(inputs.log_mass, inputs.delta)
+    for name, x in actual._asdict().items():
+        y = getattr(expected, name)
+        if name.endswith("_rise"):  # up to 2^93 in some rows: those alone would be compared
+            rise = chunks.back(np.broadcast_to(chunks.rise, chunks.rows(y).shape))
+            x, y = np.asarray(x, np.float64) / rise, y / rise
+        assert_near(name, x, y)
+
+
+def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
+    for index in map(int, sys.argv[1:]):
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        try:
+            check(CASES[index])
+        except Exception as error:
+            message = str(error).replace("\n", " ")
+            print(f"{index}: {type(error).__name__}: {message[-2000:]}", flush=True)
+        else:
+            print(f"{index}: ok", flush=True)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The token side of the slots' backward against float64, in the interpreter and in the lowering.
+
+python -m tests.gpu.slot_tokens INDEX...    of `CASES`, in an environment with
+`interpreted.THREADS`; prints "INDEX: ok" or "INDEX: error"
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+from pallas.gpu import default_block_sizes
+from pallas.gpu.slot_tokens import SlotTokens, slot_tokens
+from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
+from pallas.gpu.state_grads import StateGrads, state_grads
+from tests.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
+from tests.ops.cases import GPU_INTERPRETER, relative_error
+
+TOLERANCE = 5e-3  # of relative Frobenius errors
+DECAY_TOLERANCE = 1e-2
+
+ORDINARY = [
+    Case(M=16, slots=12, G=2, ahead=0, masked=True, state=True, gate="mixed"),
+    Case(D=128, gate="normaliser-0.1"),
+]
+SIZES = [
+    Case(M=128, slots=128, G=4, gate="-1000"),
+    Case(D=128, M=128, slots=100, G=2, masked=True, gate="-inf"),
+    Case(D=128, M=32, slots=32, state=True, gate="0", ahead=0),
+    Case(H=2, G=2, B=2, gate="holes", ahead=0),
+    Case(G=2, N=192, masked=True, state=True, gate="normaliser-1"),
+    Case(M=16, slots=16, gate="normaliser-0.1", state=True),
+]
+CASES = ORDINARY + SIZES
+
+
+def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
+    """The gradient of the decays [B, N, H, M], as the docstring of `slot_tokens` has it."""
+    decay = chunks.tokens(inputs.log_decay)
+    to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
+    after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
+    written = 1.0 if inputs.written is None else chunks.tokens(inputs.written[..., None, None])
+    rows, tokens, at_end = 0.0, 0.0, 0.0
+    state = np.zeros(decay.shape)
+    for side, (rise, start) in enumerate(
+        (
+            (queries.logits_rise, queries.logits_start),
+            (queries.weights_rise, queries.weights_start),
+        )
+    ):
+        rise, start = chunks.rows(rise), chunks.rows(start)
+        x, scores, slots = chunks.left[side], chunks.scores[side], chunks.starts[side]
+        rows = rows + np.sum(rise * chunks.spread(scores) + start * (x @ slots), axis=3)
+        split = (*rise.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
+        by_block = np.einsum("bnhgkrj,bnhgkrm->bnhkjm", scores.reshape(split), rise.reshape(split))
+        tokens = tokens + by_block
+        end = np.asarray(ends[side], np.float64).swapaxes(1, 2)
+        at_end = at_end + chunks.right[side] @ end
+        total = chunks.total.swapaxes(1, 2)[..., None, :]
+        state += total * np.sum(slots[:, :, :, 0] * end, axis=-2, keepdims=True)
+    entered = np.sum(chunks.fall * tokens, axis=3)
+    state += np.cumsum(chunks.to_end * at_end, -2) - chunks.to_end * at_end
+    state -= np.exp(decay + after) * written * at_end
+    inside = np.flip(np.cumsum(np.flip(rows - entered, -2), -2), -2)
+    reached = np.where(tokens == 0, 0, chunks.bare_fall)  # a later token's fall is infinite
+    inside = inside - np.exp(decay) * np.sum(reached * tokens, axis=3)
+    grad = np.where(decay > -8, inside, 0) + state
+    B, n, H, _, C = chunks.shape
+    return grad.swapaxes(2, 3).reshape(B, n * C, H, -1)
+
+
+def run(case: Case, interpret, inputs: Inputs, queries: Queries, ends: Side):
+    """Both kernels, each on the reference's rounded inputs."""
+    sizes = default_block_sizes(case.D, case.M)
+    options = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
+    states = state_grads(
+        inputs.query, inputs.out_grad, queries.logits_start, queries.weights_start,
+        inputs.gates, inputs.end_grad, **options,
+    )  # fmt: skip
+    tokens = slot_tokens(
+        inputs.query, inputs.out_grad, inputs.key, inputs.value,
+        (queries.logits_rise, queries.logits_start),
+        (queries.weights_rise, queries.weights_start),
+        inputs.log_decay, inputs.written, inputs.gates, inputs.starts, ends, inputs.facts,
+        **options,
+    )  # fmt: skip
+    return states, tokens
+
+
+def check(case: Case) -> dict[str, float]:
+    """The relative errors by array; raises AssertionError where one is above its tolerance."""
+    inputs = make_inputs(case)
+    chunks = Chunks(inputs, case.spec)
+    narrow = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.delta)))
+    expected = chunks.states(queries, inputs.end_grad)
+    ends = narrow(expected.ends[0]), narrow(expected.ends[1])
+    arguments = inputs, queries, ends
+
+    def kernels(interpret):
+        return jax.jit(lambda *x: run(case, interpret, *x))
+
+    text = kernels(False).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 2
+    results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
+    states, tokens = StateGrads(*results[0]), SlotTokens(*results[1])
+    key, value = chunks.tokens_of(queries, ends)
+    decays = decays_of(chunks, inputs, queries, ends)
+    entering = slice(case.ahead, None)  # rows before hold nothing
+    pairs = {
+        "end_key": (states.key, expected.ends[0]),
+        "end_value": (states.value, expected.ends[1]),
+        "key": (tokens.key[:, entering], key[:, entering]),
+        "value": (tokens.value[:, entering], value[:, entering]),
+        "log_decay": (tokens.log_decay[:, entering], decays[:, entering]),
+    }
+    if case.state:
+        pairs["start_key"] = states.start_key, expected.start[0]
+        pairs["start_value"] = states.start_value, expected.start[1]
+    errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
+    for name, error in errors.items():
+        assert error <= (DECAY_TOLERANCE if name == "log_decay" else TOLERANCE), errors
+    return errors
+
+
+def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
+    for index in map(int, sys.argv[1:]):
+        gpu_callbacks.reset_gpu_interpret_mode_state()
+        try:
+            errors = check(CASES[index])
+        except Exception as error:
+            message = str(error).replace("\n", " ")
+            print(f"{index}: {type(error).__name__}: {message[-2000:]}", flush=True)
+        else:
+            print(f"{index}: ok", flush=True)
+            print({name: f"{x:.1e}" for name, x in errors.items()}, file=sys.stderr)
+        jax.clear_caches()
+
+
+if __name__ == "__main__":
+    main()
