@@ -6,7 +6,6 @@ the new token replaces is written, and of the keys that are not rotated, and of 
 that entry is read. Of a row that is not active nothing is read or written but its output.
 """
 
-import functools
 from typing import Any
 
 import jax

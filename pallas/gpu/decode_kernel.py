@@ -211,7 +211,7 @@ class _Block:
     def _attend_to_rest_of_ring(self) -> None:
         """The panels behind the first, this worker's, as far as there are tokens."""
         rows, R = self.sizes.rows, self.spec.entries
-        if R <= rows * self.workers:
+        if rows * self.workers >= R:
             return
         panels = lax.div(jnp.minimum(self.length, R) + (rows - 1), jnp.int32(rows))
         turns = lax.div(panels - self.worker + (self.workers - 1), jnp.int32(self.workers))
