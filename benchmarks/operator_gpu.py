@@ -50,6 +50,7 @@ class Row:
     direction: Pass
     seconds: dict[str, float | str]
     bound: float | None  # of a forward, seconds
+    kernels: list[tuple[str, float]]  # ours, in turn, and their seconds; only if asked for
 
     def targets(self) -> dict[str, str]:
         """By target, how far it is met, in words."""
@@ -112,7 +113,7 @@ def main() -> None:
             left_out.append(str(shape))
             continue
         for direction in get_args(Pass):
-            rows.append(_row(workers, shape, direction, arguments.rounds, facts))
+            rows.append(_row(workers, shape, direction, arguments, facts))
             print(f"| {' | '.join(rows[-1].cells())} |", flush=True)
             if arguments.json:
                 arguments.json.write_text(_as_json(facts, rows))
@@ -130,12 +131,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9, help="after which no shape begins")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contender")
     parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--kernels", action="store_true", help="profile ours, for the JSON file")
     parser.add_argument("--toy", action="store_true", help="a small shape, on a CPU")
     return parser.parse_args()
 
 
 def _row(
-    workers: dict[str, Worker], shape: Shape, direction: Pass, rounds: int, facts: dict[str, Any]
+    workers: dict[str, Worker],
+    shape: Shape,
+    direction: Pass,
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
 ) -> Row:
     seconds: dict[str, float | str] = dict.fromkeys(CONTENDERS, "its framework is missing")
     for worker in workers.values():
@@ -147,10 +153,13 @@ def _row(
                 name: str(error) for name, of in CONTENDERS.items() if workers.get(of) is worker
             }
     ready = {name: of for name, of in CONTENDERS.items() if seconds[name] == ""}
-    seconds |= medians(workers, ready, rounds)
+    seconds |= medians(workers, ready, arguments.rounds)
+    kernels = []
+    if arguments.kernels and isinstance(seconds[OURS], float):
+        kernels = workers[JAX].ask(do="kernels", contender=OURS)["kernels"]
     bandwidth = facts.get("memory_bandwidth")
     bound = shape.minimum_bytes / bandwidth if bandwidth and direction == "forward" else None
-    return Row(shape, direction, seconds, bound)
+    return Row(shape, direction, seconds, bound, kernels)
 
 
 def _met(met: bool) -> str:

@@ -50,7 +50,8 @@ class ModelConfig:
             mapping of its fields; None: not at all.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head is the embedding table.
-        slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`.
+        slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`. With
+            implementation "pallas_gpu" decode steps, too, take their kernel for GPUs.
         block_sizes: likewise: how the TPU kernels cut their work; a mapping of `BlockSizes`' fields
             will do; None: as suits the chip.
         initializer_range: standard deviation of the embedding and the projections at the start.

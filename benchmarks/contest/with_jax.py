@@ -26,6 +26,7 @@ class Jax:
 
     def __init__(self, toy: bool):
         self._full = "xla" if toy else "cudnn"
+        self._prepared: dict[str, tuple[Any, Any]] = {}
 
     def facts(self) -> dict[str, Any]:
         device = jax.devices()[0]
@@ -39,6 +40,7 @@ class Jax:
         }
 
     def prepare(self, shape: Shape, direction: Pass) -> dict[str, Callable[[int], float] | str]:
+        self._prepared.clear()
         contenders = {
             "ours": functools.partial(_nha, shape.W, "pallas_gpu"),
             "xla": functools.partial(_nha, shape.W, "xla"),
@@ -53,9 +55,17 @@ class Jax:
             try:
                 compiled = jax.jit(run).lower(*arguments[0]).compile()
                 prepared[name] = functools.partial(_time, compiled, itertools.cycle(arguments))
+                self._prepared[name] = compiled, arguments[0]
             except Exception as error:  # the others still count
                 prepared[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         return prepared
+
+    def kernels(self, contender: str) -> list[tuple[str, float]]:
+        from jax.experimental.mosaic.gpu import profiler  # there is one for GPUs only
+
+        compiled, arguments = self._prepared[contender]
+        _, milliseconds = profiler.measure(compiled, aggregate=False)(*arguments)
+        return [(name, each / 1e3) for name, each in milliseconds or ()]
 
 
 def _inputs(shape: Shape, seed: int) -> tuple[jax.Array, ...]:

@@ -49,6 +49,9 @@ class Torch:
                 prepared[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
         return prepared
 
+    def kernels(self, contender: str) -> list[tuple[str, float]]:
+        raise NotImplementedError("only of ours")
+
 
 def _inputs(shape: Shape, seed: int) -> tuple[torch.Tensor, ...]:
     """query, key, value, s, log decay, the output's cotangent, all in bfloat16.

@@ -57,6 +57,9 @@ class Framework(Protocol):
         their seconds; or why there is none, in a line.
         """
 
+    def kernels(self, contender: str) -> list[tuple[str, float]]:
+        """Of one call of what was prepared, in turn: each kernel's name and its seconds."""
+
 
 def serve(framework: Framework) -> None:
     """Answers until stdin ends."""
@@ -78,6 +81,11 @@ def serve(framework: Framework) -> None:
             case "time":
                 name = request["contender"]
                 answer = {"seconds": ready[name](calls[name]) / calls[name]}
+            case "kernels":
+                try:
+                    answer = {"kernels": framework.kernels(request["contender"])}
+                except Exception as error:  # the times are worth having without
+                    answer = {"kernels": [(f"{type(error).__name__}: {error}", None)]}
             case unknown:
                 raise ValueError(f"no request {unknown!r}")
         print(json.dumps(answer), file=answers, flush=True)

@@ -250,6 +250,7 @@ class NativeHybridAttention(nnx.Module):
             slot_feature_map=self.config.slot_feature_map,
             empty_slots=self.config.empty_slots,
             active=active,
+            implementation="pallas_gpu" if self.config.implementation == "pallas_gpu" else None,
         )
         return self._output(attended), LayerCache(state, convolution)
 

@@ -169,9 +169,8 @@ def _parameters(scale: float) -> dict[str, Any]:
         "layout": jax_cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": None,
     }
-    if (
-        "score_mod" in inspect.signature(jax_cudnn.dot_product_attention).parameters
-    ):  # from jax 0.12
+    known = inspect.signature(jax_cudnn.dot_product_attention).parameters
+    if "score_mod" in known:  # from jax 0.12 on
         parameters["score_mod"] = None
     return parameters
 

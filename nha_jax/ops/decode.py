@@ -1,8 +1,9 @@
 """One token of generation: constant time and memory for a finite window."""
 
 import functools
+import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
+from nha_jax.ops.gpu_support import compiling_for_gpus, not_hopper
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.sharding import divide_over_mesh
 from nha_jax.ops.state import NHAState, Tokens
@@ -19,6 +21,8 @@ from nha_jax.ops.validation import check_state, validate_arrays, validate_rest
 from pallas.decode_types import DecodeState, DecodeToken, SlotState, SlotToken
 from pallas.gpu import decode as gpu_decode
 from pallas.tpu import decode as tpu_decode
+
+DecodeImplementation = Literal["xla", "pallas_gpu"]
 
 
 def decode_step(
@@ -34,6 +38,7 @@ def decode_step(
     slot_feature_map: SlotFeatureMap = "identity",
     empty_slots: EmptySlots = "attend",
     active: jax.Array | None = None,
+    implementation: DecodeImplementation | None = None,
 ) -> tuple[jax.Array, NHAState]:
     """One more token of every row's segment, in place of one entry of the state's ring.
 
@@ -43,6 +48,9 @@ def decode_step(
       state: of the tokens before. With window_size=None a row's `length` must be below the state's
         capacity (make room with `resize_state`); at capacity the oldest token is overwritten.
       active: [B] bool; a row that is False gives 0 and keeps its state.
+      implementation: "xla"; "pallas_gpu", one kernel for Hopper, interpreted off GPUs, which nobody
+        has measured: what it does not serve runs as "xla", with a warning that says why; None: on
+        TPUs one kernel, for the shapes that `tpu_decode_unsupported` lets pass, elsewhere "xla".
 
     Returns:
       out [B, 1, Hq, V] in the query's dtype, and the state after the token.
@@ -50,9 +58,14 @@ def decode_step(
     Raises:
       ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
 
-    On TPUs it is one kernel, for the shapes that `tpu_decode_unsupported` lets pass; the kernel has
-    no gradient, and needs `jax.set_mesh` where a mesh divides the arrays.
+    The kernels have no gradient, update a donated state in place, and need `jax.set_mesh` where a
+    mesh divides the arrays.
     """
+    if implementation not in (None, *get_args(DecodeImplementation)):
+        raise ValueError(
+            "implementation of decode_step must be one of "
+            f"{(None, *get_args(DecodeImplementation))}, got {implementation!r}"
+        )
     validate_arrays(query, key, value, log_decay)
     B, T, _, K = query.shape
     if T != 1:
@@ -76,7 +89,21 @@ def decode_step(
     new = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     arguments = (query, apply_rope(query, rope), new, state, active)
     step = functools.partial(decode_xla, options=options)
-    if not can_compile_for_tpus() or tpu_decode_unsupported(query, state):
+    if implementation == "pallas_gpu":
+        if reason := gpu_decode_unsupported(query, state):
+            warnings.warn(
+                f"decode_step: implementation={implementation!r}: {reason}: running 'xla'",
+                stacklevel=2,
+            )
+            return step(*arguments)
+        interpret = not compiling_for_gpus()
+        on_gpu = functools.partial(decode_gpu, options=options, interpret=interpret)
+        return decode_over_mesh(on_gpu)(*arguments)
+    if (
+        implementation == "xla"
+        or not can_compile_for_tpus()
+        or tpu_decode_unsupported(query, state)
+    ):
         return step(*arguments)
     kernel = decode_over_mesh(functools.partial(decode_tpu, options=options))
     return lax.platform_dependent(*arguments, tpu=kernel, default=step)
@@ -84,12 +111,24 @@ def decode_step(
 
 def tpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
     """Why the TPU kernel can't serve a device's part of this state, in a line; None if it can."""
+    return _unsupported(tpu_decode.decode_unsupported, query, state)
+
+
+def gpu_decode_unsupported(query: jax.Array, state: NHAState) -> str | None:
+    """Why the GPU kernel can't serve a device's part of this state, in a line; None if it can."""
+    reason = _unsupported(gpu_decode.decode_unsupported, query, state)
+    return reason or not_hopper()
+
+
+def _unsupported(
+    refuse: Callable[[DecodeState], str | None], query: jax.Array, state: NHAState
+) -> str | None:
     if state.slot_key.shape[2] == 0:
         return "its kernel takes at least one slot, got none"
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernel takes bfloat16 and float32, got query of {query.dtype}"
     division = divide_over_mesh(query.shape[0], state.slot_key.shape[1])
-    return tpu_decode.decode_unsupported(_kernel_state(division.local_shapes(state, division.state)))
+    return refuse(_kernel_state(division.local_shapes(state, division.state)))
 
 
 def decode_over_mesh(
@@ -135,15 +174,15 @@ def decode_gpu(
     active: jax.Array,
     *,
     options: Options,
-    interpret: bool = False,
+    interpret: bool | plgpu.InterpretGPUParams = False,
 ) -> tuple[jax.Array, NHAState]:
     """`decode_xla` in one GPU kernel, in place if the state is donated. interpret: on the CPU.
 
     A long ring of window_size=None takes a second, small step: see `pallas.gpu.decode`.
     """
-    attend = functools.partial(
-        gpu_decode.decode_attention, interpret=plgpu.InterpretGPUParams() if interpret else False
-    )
+    if interpret is True:
+        interpret = plgpu.InterpretGPUParams()
+    attend = functools.partial(gpu_decode.decode_attention, interpret=interpret)
     return _in_kernel(attend, query, rotated_query, new, state, active, options)
 
 

@@ -39,6 +39,11 @@ def gpu_unsupported(
             return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
     if log_decay.shape[3] > MOST_SLOTS:
         return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
+    return not_hopper()
+
+
+def not_hopper() -> str | None:
+    """Why our kernels can't run on the GPU that is compiled for, in a line; None if they can."""
     device = _gpu_compiled_for()
     if device is not None and _capability(device) != HOPPER:
         return f"its kernels are for Hopper (H100, H200), got {device.device_kind}"

@@ -6,7 +6,6 @@ the new token replaces is written, and of the keys that are not rotated, and of 
 that entry is read. Of a row that is not active nothing is read or written but its output.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -19,23 +18,15 @@ from pallas.gpu.decode_sizes import TILE, DecodeSizes, default_decode_sizes
 
 HEAD_DIMS = (64, 128, 256)
 MOST_SLOTS = 128
-LARGEST_GROUP = 8  # beyond it registers spill
 
 Arrays = dict[str, jax.Array]
 
 
-def decode_unsupported(state: DecodeState, group: int) -> str | None:
-    """Why the kernel can't serve this state, in a line; None if it can.
-
-    group: query heads to a key/value head.
-    """
+def decode_unsupported(state: DecodeState) -> str | None:
+    """Why the kernel can't serve this state, in a line; None if it can."""
     (R, _, K), V = state.rotated_key.shape[1:], state.value.shape[3]
     if K not in HEAD_DIMS or V not in HEAD_DIMS:
         return f"its kernel takes heads of 64, 128 or 256, got keys of {K} and values of {V}"
-    if group > LARGEST_GROUP:
-        return (
-            f"its kernel takes up to {LARGEST_GROUP} query heads to a key/value head, got {group}"
-        )
     if R % TILE or 0 < R < 2 * TILE or (R == 0 and state.slots is None):
         return f"its kernel takes rings of a multiple of {TILE} entries from 8 on, or 0, got {R}"
     if state.slots is not None:
@@ -73,6 +64,9 @@ def decode_attention(
       feature_map: of keys that enter the slots.
       sizes: None: by `default_decode_sizes`.
       interpret: `InterpretGPUParams` run the kernel on the CPU.
+
+    Raises:
+      ValueError: sizes do not fit the state; the message names the field.
     """
     B, H, V = token.value.shape
     Hq = token.rotated_query.shape[1]
@@ -88,9 +82,8 @@ def decode_attention(
     )
     if sizes is None:
         slots = num_slots if spec.reads_slots else None
-        sizes = default_decode_sizes(B * H, R, slots, spec.group, max(K, V))
-    if sizes.splits > 1 and (spec.reads_slots or R % sizes.rows):
-        raise ValueError(f"{sizes}: of this state nothing can be split; make splits 1")
+        sizes = default_decode_sizes(B * H, R, slots, max(K, V))
+    _check_sizes(sizes, spec)
     inputs, kept = _by_name(token, state)
     inputs |= {"entry": entry, "length": length, "active": active}
     dtype, splits = token.rotated_query.dtype, sizes.splits
@@ -119,6 +112,24 @@ def decode_attention(
     after = {name: jax.freeze(reference) for name, reference in references.items()}
     out = result[0] if splits == 1 else _join(*result).astype(dtype)
     return out, _with_arrays(state, after)
+
+
+def _check_sizes(sizes: DecodeSizes, spec: DecodeSpec) -> None:
+    tiles = spec.slots // TILE
+    if spec.reads_slots and (tiles % sizes.warpgroups or tiles < 2 * sizes.warpgroups):
+        raise ValueError(
+            f"DecodeSizes: warpgroups={sizes.warpgroups} cannot share {spec.slots} slots in fours, "
+            "two or more each; make it 2"
+        )
+    if 0 < spec.entries < sizes.rows:
+        raise ValueError(
+            f"DecodeSizes: rows={sizes.rows} is more than the ring's {spec.entries} entries"
+        )
+    if sizes.splits > 1 and (spec.reads_slots or spec.entries % sizes.rows):
+        raise ValueError(
+            f"DecodeSizes: splits={sizes.splits} needs a state without slots and a ring of a "
+            f"multiple of rows={sizes.rows} entries; make it 1"
+        )
 
 
 def _scratch(inputs: Arrays, kept: Arrays, group: int, V: int, warpgroups: int) -> dict[str, Any]:

@@ -3,13 +3,12 @@
 All arithmetic is float32 outside the matrix units: a few queries leave those nothing to win, and
 memory is the bound. Rows of slots and of the ring come in tiles of four, a row to each warp, a
 head's features over its lanes; rows are read whole, and each warp has a softmax of its own, of the
-rows that it saw. They meet once, at the end, in shared memory.
+rows that it saw, in shared memory, where they meet at the end.
 
 G query heads, K and V features, M slots, R entries of the ring. Logits are in units of log 2.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from pallas.gpu.decode_sizes import TILE, DecodeSizes
 from pallas.gpu.gates import LOG2E
 
 LANES = 32
+MOST_FEATURES = 128  # of a row that a warp takes at once: 16 bytes a lane in float32
 LOWEST = -1e30  # below every logit, and finite
 
 Refs = dict[str, Any]
@@ -52,7 +52,8 @@ class Layouts:
     """How arrays lie in registers; features is that of the heads they belong to."""
 
     def __init__(self, features: int):
-        tiling = plgpu.Tiling(((1, TILE, features), (features // LANES,)))
+        width = min(features, MOST_FEATURES)
+        tiling = plgpu.Tiling(((1, TILE, width), (width // LANES,)))
         tiles: Any = plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
         self.tiles = tiles  # [n, 4, features]
         self.tile = tiles.reduce(0)  # [4, features]
@@ -106,47 +107,52 @@ class _Block:
             pl.when(self._writes_entries)(self._load_entries)
         # What all of it waits for is asked for first.
         ring = self._load_ring(self.worker) if spec.entries else None
-        softmax = [self._start() for _ in range(spec.group)]
+        pl.loop(0, spec.group)(self._start)
         if spec.reads_slots:
-            softmax = self._attend("query", self._update_slots(), softmax)
+            mine = spec.slots // (TILE * self.sizes.warpgroups)
+            chunks = -(-mine // self.sizes.slot_tiles)
+            first = 0
+            for chunk in range(chunks):
+                tiles = (mine + chunk) // chunks
+                rows = self._update_slots(pl.ds(self.me * mine + first, tiles), tiles)
+                self._attend("query", rows)
+                first += tiles
         if ring is not None:
-            softmax = self._attend("rotated_query", self._new_token(), softmax)
-            softmax = self._attend("rotated_query", ring, softmax)
-            softmax = self._rest_of_ring(softmax)
-        for g, part in enumerate(softmax):
-            for name, x in part._asdict().items():
-                self.shared[name].at[g, self.me][...] = x
+            self._attend("rotated_query", self._new_token())
+            self._attend("rotated_query", ring)
+            self._attend_to_rest_of_ring()
         plgpu.barrier_arrive(self.shared["parts_stored"])
         plgpu.barrier_wait(self.shared["parts_stored"])
-        for g in range(spec.group):
-            pl.when(self.me == g % self.sizes.warpgroups)(lambda g=g: self._store_out(g))
+
+        @pl.loop(0, spec.group)
+        def _(g):
+            mine = lax.rem(g, jnp.int32(self.sizes.warpgroups)) == self.me
+            pl.when(mine)(lambda: self._store_out(g))
+
         if spec.entries:
             pl.when(self._writes_entries)(self._store_entries)
 
     def clear(self) -> None:
         """Of a row that is not active."""
         zeros = plgpu.layout_cast(jnp.zeros(self.V, jnp.float32), self.values.features)
-        for g in range(self.spec.group):
-            self._write(g, zeros, zeros)
+        pl.loop(0, self.spec.group)(lambda g: self._write(g, zeros, zeros))
 
     # The slots
 
-    def _update_slots(self) -> Rows:
-        """Lets the entry's token, or without a ring the new one, into this warpgroup's slots."""
+    def _update_slots(self, some: Any, tiles: int) -> Rows:
+        """Lets the entry's token, or without a ring the new one, into some tiles of slots."""
         refs, spec, b, h = self.refs, self.spec, self.batch, self.head
-        tiles = spec.slots // (TILE * self.sizes.warpgroups)
-        mine = pl.ds(self.me * tiles, tiles)
         slots = {
-            "slot_key": _load(refs["slot_key"].at[b, h, mine], self.keys.tiles),
-            "slot_value": _load(refs["slot_value"].at[b, h, mine], self.values.tiles),
+            "slot_key": _load(refs["slot_key"].at[b, h, some], self.keys.tiles),
+            "slot_value": _load(refs["slot_value"].at[b, h, some], self.values.tiles),
         }
         if spec.entries:
             key = refs["key"].at[b, *self._place, h]
             value = refs["value"].at[b, *self._place, h]
-            log_decay = refs["log_decay"].at[b, self.entry, h, mine]
+            log_decay = refs["log_decay"].at[b, self.entry, h, some]
         else:
             key, value = refs["new_key"].at[b, h], refs["new_value"].at[b, h]
-            log_decay = refs["new_log_decay"].at[b, h, mine]
+            log_decay = refs["new_log_decay"].at[b, h, some]
         log_decay = _load(log_decay, self.keys.rows)
         leaves = self.length >= spec.entries
         decay = jnp.exp(log_decay)
@@ -163,7 +169,7 @@ class _Block:
         for name, old in slots.items():
             row = lax.broadcast_in_dim(entering[name], old.shape, [2])
             new = _over_features(decay, old) * old + _over_features(write, old) * row
-            refs[name].at[b, h, mine][...] = new
+            refs[name].at[b, h, some][...] = new
             slots[name] = new
         visible = None
         if spec.mask_empty:
@@ -177,20 +183,6 @@ class _Block:
     def _place(self) -> tuple[jax.Array, jax.Array]:
         """Of the entry: its tile, and the row of it."""
         return lax.div(self.entry, jnp.int32(TILE)), lax.rem(self.entry, jnp.int32(TILE))
-
-    def _start(self) -> Softmax:
-        """Of no rows, or of the zeros that stand for slots, in the first worker's first warp."""
-        full = lambda x: plgpu.layout_cast(jnp.full(TILE, x, jnp.float32), self.values.row)  # noqa: E731
-        zeros = jnp.zeros((TILE, self.V), jnp.float32)
-        softmax = Softmax(full(LOWEST), full(0.0), plgpu.layout_cast(zeros, self.values.tile))
-        if self.spec.reads_slots or self.spec.mask_empty or not self.spec.slots:
-            return softmax
-        row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self.values.row)
-        first = row < jnp.where(self.worker == 0, 1, 0)
-        return softmax._replace(
-            top=jnp.where(first, full(0.0), softmax.top),
-            mass=jnp.where(first, full(float(self.spec.slots)), softmax.mass),
-        )
 
     def _new_token(self) -> Rows:
         """The first worker's first row."""
@@ -216,19 +208,18 @@ class _Block:
             visible & (position >= panel * self.sizes.rows),
         )
 
-    def _rest_of_ring(self, softmax: list[Softmax]) -> list[Softmax]:
+    def _attend_to_rest_of_ring(self) -> None:
         """The panels behind the first, this worker's, as far as there are tokens."""
         rows, R = self.sizes.rows, self.spec.entries
-        if R <= rows * self.workers:
-            return softmax
+        if rows * self.workers >= R:
+            return
         panels = lax.div(jnp.minimum(self.length, R) + (rows - 1), jnp.int32(rows))
         turns = lax.div(panels - self.worker + (self.workers - 1), jnp.int32(self.workers))
 
-        def step(turn, softmax):
+        @pl.loop(jnp.int32(1), turns)
+        def _(turn):
             panel = self._load_ring(self.worker + turn * self.workers)
-            return self._attend("rotated_query", panel, softmax)
-
-        return lax.fori_loop(jnp.int32(1), turns, step, softmax)
+            self._attend("rotated_query", panel)
 
     def _load_entries(self) -> None:
         """Of the new token, on their way to the ring."""
@@ -254,18 +245,40 @@ class _Block:
 
     # The softmax
 
-    def _attend(self, query: str, rows: Rows, softmax: Sequence[Softmax]) -> list[Softmax]:
+    def _start(self, g: jax.Array) -> None:
+        """Of no rows, or of the zeros that stand for slots, in the first worker's first warp."""
+        full = lambda x: plgpu.layout_cast(jnp.full(TILE, x, jnp.float32), self.values.row)  # noqa: E731
+        zeros = jnp.zeros((TILE, self.V), jnp.float32)
+        top, mass = full(LOWEST), full(0.0)
+        if not self.spec.reads_slots and not self.spec.mask_empty and self.spec.slots:
+            row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self.values.row)
+            first = row < jnp.where(self.worker == 0, 1, 0)
+            top = jnp.where(first, full(0.0), top)
+            mass = jnp.where(first, full(float(self.spec.slots)), mass)
+        self._keep(g, Softmax(top, mass, plgpu.layout_cast(zeros, self.values.tile)))
+
+    def _keep(self, g: jax.Array, softmax: Softmax) -> None:
+        for name, x in softmax._asdict().items():
+            self.shared[name].at[g, self.me][...] = x
+
+    def _kept(self, g: jax.Array) -> Softmax:
+        top, mass, total = (self.shared[name].at[g, self.me] for name in Softmax._fields)
+        row, tile = self.values.row, self.values.tile
+        return Softmax(_load(top, row), _load(mass, row), _load(total, tile))
+
+    def _attend(self, query: str, rows: Rows) -> None:
+        """All queries to these rows, one by one: a product of theirs alone would fill no units."""
         key, value = rows.key.astype(jnp.float32), rows.value.astype(jnp.float32)
-        result = []
-        for g, before in enumerate(softmax):
+
+        @pl.loop(0, self.spec.group)
+        def _(g):
             q = self.refs[query].at[self.batch, self.head * self.spec.group + g]
             q = _load(q, self.keys.features).astype(jnp.float32) * (self.spec.scale * LOG2E)
             logits = (key * lax.broadcast_in_dim(q, key.shape, [2])).sum(axis=2)
             logits = plgpu.layout_cast(logits, self.values.rows)
-            result.append(_add(before, logits, value, rows.visible))
-        return result
+            self._keep(g, _add(self._kept(g), logits, value, rows.visible))
 
-    def _store_out(self, g: int) -> None:
+    def _store_out(self, g: jax.Array) -> None:
         """Joins all warps' parts, [warpgroups, 4] of them."""
         total = _load(self.shared["total"].at[g], self.values.tiles)
         top = _load(self.shared["top"].at[g], self.values.rows)
@@ -278,7 +291,7 @@ class _Block:
         out /= jnp.maximum(mass, 1e-30)  # a split may see nothing
         self._write(g, out, highest + jnp.log2(mass))
 
-    def _write(self, g: int, out: jax.Array, log_mass: jax.Array) -> None:
+    def _write(self, g: jax.Array, out: jax.Array, log_mass: jax.Array) -> None:
         """[V] each."""
         head = self.head * self.spec.group + g
         if "log_mass" in self.refs:

@@ -28,7 +28,7 @@ def options(window_size: int | None, empty_slots, feature_map) -> Options:
 def a_token(seed: int, group: int, dtype, state: NHAState):
     """query, rotated query, Tokens [B, 1, heads, .]; decays mild, strong and -inf."""
     keys = jax.random.split(jax.random.key(seed), 4)
-    H = state.slot_key.shape[1]
+    (B, H, M, K), V = state.slot_key.shape, state.slot_value.shape[3]
     query = jax.random.normal(keys[0], (B, 1, H * group, K), dtype)
     key = jax.random.normal(keys[1], (B, 1, H, K), dtype)
     value = jax.random.normal(keys[2], (B, 1, H, V), dtype)
@@ -39,22 +39,27 @@ def a_token(seed: int, group: int, dtype, state: NHAState):
     return query, apply_rope(query, rope), new
 
 
-def a_state(window_size: int | None, dtype, lengths: list[int], heads: int = 8) -> NHAState:
-    """Full of numbers, also where the rows' lengths say that there is no token."""
+def a_state(
+    window_size: int | None, dtype, lengths: list[int], heads: int = 8, **sizes: int
+) -> NHAState:
+    """Full of numbers, also where the rows' lengths say that there is no token.
+
+    sizes: num_slots, key_dim, value_dim and max_length, of `init_state`.
+    """
+    sizes = {"num_slots": M, "key_dim": K, "value_dim": V, "max_length": 48} | sizes
     state = init_state(
-        B, num_kv_heads=heads, num_slots=M, key_dim=K, value_dim=V,
-        window_size=window_size, dtype=dtype, max_length=48,
-    )  # fmt: skip
+        len(lengths), num_kv_heads=heads, window_size=window_size, dtype=dtype, **sizes
+    )
     random = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype)  # noqa: E731
     state = NHAState(*map(fill, state[:5]), -jnp.abs(fill(state[5])), *state[6:])
     return state._replace(length=jnp.array(lengths, jnp.int32))
 
 
-def check(arguments, chosen: Options, tolerance: float) -> NHAState:
+def check(arguments, chosen: Options, tolerance: float, kernel=decode_tpu) -> NHAState:
     """Compares one step; returns the state after it."""
     expected, after = decode_xla(*arguments, options=chosen)
-    got, after_kernel = decode_tpu(*arguments, options=chosen, interpret=True)
+    got, after_kernel = kernel(*arguments, options=chosen, interpret=True)
     assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
     close = {"rtol": tolerance, "atol": tolerance}
     np.testing.assert_allclose(*map(np.float32, (got, expected)), **close)
