@@ -61,8 +61,8 @@ def slot_queries(
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
     key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
     delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp; with window 0 that is the sum of p dp, whatever delta is. starts: [B, H, N / C, D, M]
-    bfloat16 each. facts: with spec.masked.
+    from dp; with window 0 that is the mean of dp by p, whatever delta is. starts: [B, H, N / C, D,
+    M] bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
@@ -225,21 +225,22 @@ class QuerySide(InChunk):
         return self._spread(panel, scores, shape[1], start) * self._rise(panel)
 
     def _sum_delta(self, panels: int) -> None:
-        """Takes the given delta's place with the sum of p dp, where a row reads slots only.
+        """Takes the given delta's place with the mean of dp, where a row reads slots only.
 
-        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp.
+        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp,
+        and so is it with a p that does not quite sum to 1, for the forward rounds its gates apart.
         """
         cumulative = self.shared["cumulative"]
 
-        def add(panel, total):
+        def add(panel, sums):
             p, dp = self._weights(panel)
             G = plgpu.load(cumulative.at[panel], layout=LOGITS)
             cumulative.at[panel][...] = G + self._own_reference(panel, G.shape)
             plgpu.commit_smem()  # all have read the falls, whose place the next panel's take
-            return total + (p * dp).sum(axis=1)
+            return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self.shared["delta"][...] = lax.fori_loop(0, panels, add, zeros)
+        self.shared["delta"][...] = _mean(*lax.fori_loop(0, panels, add, (zeros, zeros)))
         plgpu.commit_smem()
 
     def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
@@ -267,7 +268,8 @@ class QuerySide(InChunk):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
         alone = into_tokens is None and self.spec.window == 0
-        delta = (p * dp).sum(axis=1) if alone else self._row("delta")  # as in `_sum_delta`
+        # As in `_sum_delta`.
+        delta = _mean((p * dp).sum(axis=1), p.sum(axis=1)) if alone else self._row("delta")
         ds = p * (dp - by_row(delta, p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
         start = rise * self._reference_decay(panel)
@@ -319,3 +321,8 @@ class QuerySide(InChunk):
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
         plgpu.copy_smem_to_gmem(shared["value"], target)
         plgpu.wait_smem_to_gmem(0)
+
+
+def _mean(total: jax.Array, mass: jax.Array) -> jax.Array:
+    """Of a row that reads nothing, 0."""
+    return total / jnp.where(mass > 0.0, mass, 1.0)
