@@ -21,7 +21,7 @@ SLOTS = {"nha_states", "nha_slot_queries", "nha_state_grads", "nha_slot_tokens"}
 
 # A thread has 255 registers at most, and these want more. By kernel, K and M, bytes stored and
 # loaded: what they are, not what they should be.
-SPILLS: dict[tuple[str, int, int], int] = {}
+SPILLS = {("nha_slot_queries", 128, 128): 24}  # addresses, read again once a panel of slots
 
 CASES = [
     *({"K": K, "M": M, "G": G} for K, M, G in itertools.product((64, 128), (16, 64, 128), (1, 4))),
