@@ -104,7 +104,7 @@ def check(case: Case) -> dict[str, float]:
         return jax.jit(lambda *x: run(case, interpret, *x))
 
     text = kernels(False).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("mosaic_gpu") >= 2
+    assert all(f"nha_{name}_mosaic_gpu" in text for name in ("state_grads", "slot_tokens"))
     results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
     states, tokens = StateGrads(*results[0]), SlotTokens(*results[1])
     key, value = chunks.tokens_of(queries, ends)
