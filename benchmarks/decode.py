@@ -9,7 +9,8 @@ medians. Contexts are not read: a cache of their size is made, whose contents ch
     uv run python benchmarks/decode.py --seconds 5           # the README's tables
     uv run python benchmarks/decode.py --contexts 1024 4096  # short
 
-It runs on whatever device JAX finds; on an accelerator try --dtype bfloat16 --batch-sizes 1 64 256.
+It runs on whatever device JAX finds; on an accelerator try --dtype bfloat16 --batch-sizes 1 64 256,
+and on Hopper, for the kernels of prefill and decode steps, --implementation pallas_gpu with it.
 """
 
 import argparse
@@ -29,10 +30,11 @@ LAYOUTS = {"nha": 64, "1 in 4 full": (64, 64, 64, None), "full": None}
 PREFILL_CHUNK, TRAINING_LENGTH = 512, 2048
 
 
-def make_model(dtype: str) -> Model:
+def make_model(dtype: str, implementation: str | None) -> Model:
     config = ModelConfig(
         vocab_size=257, num_layers=4, hidden_size=256, num_query_heads=4, num_kv_heads=2,
         num_slots=64, window_size=64, dtype=dtype, tie_embeddings=True, remat="none",
+        implementation=implementation,
     )  # fmt: skip
     return Model(config, rngs=nnx.Rngs(0))
 
@@ -183,16 +185,17 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="+", default=contexts, metavar="T")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 4, 16, 64], metavar="B")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--implementation", choices=("xla", "pallas_gpu"), help="of the model")
     parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, per row")
     arguments = parser.parse_args()
-    model = make_model(arguments.dtype)
+    model = make_model(arguments.dtype, arguments.implementation)
     print(f"{jax.devices()[0].device_kind}, {arguments.dtype}, jax {jax.__version__}\n")
     context_table(model, arguments.contexts, arguments.seconds)
     flatness_table(model, arguments.contexts, arguments.seconds)
     batch_table(model, arguments.batch_sizes, 4096, arguments.seconds)
     prefill_table(model, arguments.seconds)
     for dtype in ("float32", "bfloat16"):
-        agreement_table(make_model(dtype))
+        agreement_table(make_model(dtype, arguments.implementation))
 
 
 if __name__ == "__main__":

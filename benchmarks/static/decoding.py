@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
 
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[job.chip].topology)
     device = jax.sharding.SingleDeviceSharding(topology.devices[0])
-    function, arguments = _program(job)
+    function, arguments = program(job, None if job.kernel else "xla")
     jitted = jax.jit(function, in_shardings=device, out_shardings=device, donate_argnums=4)
     compiled = jitted.lower(*arguments).compile()
     chip, steps = CHIPS[job.chip], STEPS if job.loop else 1
@@ -82,7 +83,8 @@ def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
     return figures
 
 
-def _program(job: DecodeJob):
+def program(job: DecodeJob, implementation: str | None) -> tuple[Callable[..., Any], list[Any]]:
+    """A step, or a loop of them, and its arguments' shapes; the state is the last."""
     import functools
 
     import jax
@@ -101,6 +103,7 @@ def _program(job: DecodeJob):
             state,
             window_size=job.W,
             rope=rope_tables(state.length[:, None], K),
+            implementation=implementation,
         )
         return out.reshape(query.shape), state
 
@@ -124,17 +127,8 @@ def _program(job: DecodeJob):
         window_size=job.W,
         dtype=jnp.bfloat16,
     )
-    if not job.kernel:
-        _without_kernel()
     arguments = [wide, narrow, narrow, log_decay, jax.eval_shape(create)]
     return (steps if job.loop else step), arguments
-
-
-def _without_kernel() -> None:
-    """In this process `decode_step` is the one in XLA on every platform."""
-    from nha_jax.ops import decode
-
-    decode.tpu_decode_unsupported = lambda *_: "compared with"
 
 
 if __name__ == "__main__":

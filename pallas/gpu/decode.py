@@ -151,7 +151,7 @@ def _scratch(inputs: Arrays, kept: Arrays, group: int, V: int, warpgroups: int) 
 def _by_name(token: DecodeToken, state: DecodeState) -> tuple[Arrays, Arrays]:
     """Inputs, and what is updated, rows in tiles of four; rings of no entries are left out."""
     inputs = {"rotated_query": token.rotated_query, "new_value": token.value}
-    kept = {}
+    kept: Arrays = {}
     if state.value.shape[1]:
         inputs["new_rotated_key"] = token.rotated_key
         kept |= {"rotated_key": _tiled(state.rotated_key, 1), "value": _tiled(state.value, 1)}
@@ -172,15 +172,16 @@ def _tiled(x: jax.Array, axis: int) -> jax.Array:
 
 def _with_arrays(state: DecodeState, after: Arrays) -> DecodeState:
     """The state with the arrays of `_by_name`."""
-    replaced = {}
-    for part in (state, state.slots):
-        for name, x in part._asdict().items() if part is not None else ():
-            if name in after:
-                replaced[name] = after[name].reshape(x.shape)
-    if state.slots is not None:
-        own = {name: x for name, x in replaced.items() if name in state.slots._fields}
-        state = state._replace(slots=state.slots._replace(**own))
-    return state._replace(**{name: x for name, x in replaced.items() if name in state._fields})
+
+    def updated(part: Any) -> dict[str, jax.Array]:
+        arrays = {name: x for name, x in part._asdict().items() if name in after}
+        return {name: after[name].reshape(x.shape) for name, x in arrays.items()}
+
+    slots = state.slots
+    return DecodeState(
+        **({"rotated_key": state.rotated_key, "value": state.value} | updated(state)),
+        slots=None if slots is None else slots._replace(**updated(slots)),
+    )
 
 
 def _join(out: jax.Array, log_mass: jax.Array) -> jax.Array:

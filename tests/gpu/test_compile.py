@@ -32,9 +32,11 @@ CASES = [
 ]
 
 
-def figures_of(fields: dict[str, Any], folder: Path) -> dict[str, Any]:
+def figures_of(
+    fields: dict[str, Any], folder: Path, module: str = "static.ptxas"
+) -> dict[str, Any]:
     finished = subprocess.run(
-        [sys.executable, "-m", "static.ptxas", json.dumps(fields), str(folder)],
+        [sys.executable, "-m", module, json.dumps(fields), str(folder)],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         cwd=ROOT / "benchmarks",
         capture_output=True,

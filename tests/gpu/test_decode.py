@@ -1,11 +1,9 @@
-"""The decode kernel for GPUs: its steps in the interpreter, what it compiles to, and who gets it."""
+"""The decode kernel for GPUs: its steps interpreted, what it compiles to, and who gets it."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from nha_jax import Model
@@ -13,7 +11,9 @@ from nha_jax.ops import decode_step, init_state
 from pallas.gpu.decode_sizes import DecodeSizes, default_decode_sizes
 from tests.gpu.decode_steps import CASES
 from tests.gpu.interpreted import HOPPER, run_cases
-from tests.test_model import tiny_config
+from tests.gpu.test_compile import SHARED_MEMORY, figures_of
+from tests.gpu.test_sharding import MESH, calls_in
+from tests.test_model import tiny_model
 
 run_steps = functools.partial(run_cases, module="tests.gpu.decode_steps")
 
@@ -61,7 +61,7 @@ def test_what_the_kernel_does_not_serve_runs_as_xla_and_says_why(sizes, reason):
 
 
 def test_implementation_of_another_name():
-    with pytest.raises(ValueError, match="implementation of decode_step .* got 'pallas'"):
+    with pytest.raises(ValueError, match=r"implementation of decode_step .* got 'pallas'"):
         jax.eval_shape(
             functools.partial(decode_step, window_size=16, implementation="pallas"), *arguments()
         )
@@ -69,16 +69,46 @@ def test_implementation_of_another_name():
 
 @pytest.mark.parametrize("implementation", [None, "xla", "pallas_gpu"], ids=str)
 def test_only_the_model_that_names_it_decodes_by_the_kernel(implementation):
-    config = dataclasses.replace(
-        tiny_config(num_layers=1, window_size=16, num_slots=16, implementation=implementation),
-        key_dim=64, value_dim=64,
-    )  # fmt: skip
+    sizes = {"num_layers": 1, "window_size": 16, "num_slots": 16, "key_dim": 64, "value_dim": 64}
+    model = tiny_model(implementation=implementation, **sizes)
     with jax.sharding.use_abstract_mesh(HOPPER):
-        model = jax.eval_shape(lambda: None) or Model(config, rngs=_rngs())
         cache = model.init_cache(2)
         traced = jax.jit(Model.decode_step).trace(model, jnp.zeros(2, jnp.int32), cache)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert ("mosaic_gpu" in program) == (implementation == "pallas_gpu")
+
+
+@pytest.mark.parametrize("window_size", [16, None], ids=str)
+def test_every_device_of_a_mesh_calls_the_kernel_on_its_part(window_size):
+    step = functools.partial(decode_step, window_size=window_size, implementation="pallas_gpu")
+    with jax.sharding.use_abstract_mesh(MESH):
+        traced = jax.jit(step).trace(*arguments(window_size=window_size))
+    ((divided, call),) = calls_in(traced.jaxpr.jaxpr)
+    assert divided
+    assert call.outvars[0].aval.shape == (1, 1, 64)
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"H": 4, "K": 256, "W": 32},
+        {"M": 128, "G": 8, "loop": True},
+        {"B": 1, "W": 1024, "G": 4},
+        {"K": 64, "M": 16},
+    ],
+    ids=lambda x: "-".join(f"{k}{v}" for k, v in x.items()),
+)
+def test_compiles_without_spills_or_copies_of_the_state(fields, tmp_path):
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs CUDA: uv run --extra cuda")
+    job = {"chip": "H100", "kernel": True, "loop": False} | fields
+    figures = figures_of(job, tmp_path, module="static.gpu_decoding")
+    assert set(figures["kernels"]) == {"nha_decode"}
+    kernel = figures["kernels"]["nha_decode"]
+    assert kernel["spills"] == 0
+    assert kernel["shared_memory"] <= SHARED_MEMORY
+    assert figures["state_copies"] == 0
+    assert figures["aliased_bytes"] >= figures["state_bytes"]
 
 
 def test_default_sizes_fit_every_state():
@@ -104,4 +134,4 @@ def test_sizes_out_of_range(name, value):
 def test_long_rings_are_split_where_there_are_few_heads():
     assert default_decode_sizes(8, 131072, None, 128).splits == 17
     assert default_decode_sizes(512, 131072, None, 128).splits == 1
-    assert np.all([default_decode_sizes(8, 131072, 64, 128).splits == 1])
+    assert default_decode_sizes(8, 131072, 64, 128).splits == 1  # one launch
