@@ -230,7 +230,7 @@ class _Block:
     def _store_entries(self) -> None:
         """After all have read what they replace."""
         plgpu.barrier_wait(self.shared["entries_loaded"])
-        plgpu.commit_smem()  # orders those reads before the copies
+        plgpu.commit_smem()  # the copies, which run by themselves, come after those reads
         for name, source in self.shared["entries"].items():
             place = (self.entry,) if name == "log_decay" else self._place
             plgpu.copy_smem_to_gmem(source, self.refs[name].at[self.batch, *place, self.head])
