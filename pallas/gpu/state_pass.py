@@ -145,6 +145,7 @@ def _kernel(*refs, spec: Spec, chunks: int, interpret: bool, **scratch):
         slots = matmul(
             lambda: [(scratch["tokens"].at[stage].T, scratch["to_end"].at[stage])], shape, decayed
         )
+        plgpu.commit_smem()  # all warps have multiplied what the next copies overwrite
         pl.when(chunk + stages < chunks)(lambda: load(chunk + stages, stage))
         return slots
 
