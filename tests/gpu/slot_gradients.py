@@ -109,7 +109,7 @@ class States(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The log_mass is that of the slots and of one more logit."""
+    """Random arrays. The log_mass is that of the slots and, with a window, one more logit."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     B, N, D, H, M = case.B, case.N, case.D, case.H, case.M
     heads, rows = H * case.G, (B, N)
@@ -149,7 +149,8 @@ def make_inputs(case: Case) -> Inputs:
     )
     with np.errstate(divide="ignore"):
         slots = np.log(np.sum(np.exp(Chunks(inputs, case.spec).logits()), -1))
-    log_mass = np.logaddexp(slots, rng.standard_normal(slots.shape))
+    others = rng.standard_normal(slots.shape) if case.window else NOTHING_SEEN
+    log_mass = np.logaddexp(slots, others)
     log_mass = log_mass.transpose(0, 2, 3, 1, 4).reshape(B, heads, N)
     if case.masked:
         log_mass = np.where(seen[:, None], log_mass, NOTHING_SEEN)
