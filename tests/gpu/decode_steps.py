@@ -1,23 +1,20 @@
-"""The decode kernel in its interpreter against decode_step in XLA, in a process of its own.
+"""The decode kernel in its interpreter against decode_step in XLA. See process.py.
 
-python -m tests.gpu.decode_steps INDEX...    of `CASES`, with `interpreted.THREADS`; prints
-"INDEX: ok" or "INDEX: error"
+python -m tests.gpu.decode_steps INDEX...    of `CASES`
 """
 
 import functools
-import sys
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from nha_jax.ops import decode_step
 from nha_jax.ops.decode import decode_gpu
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.types import Options
-from tests.gpu.interpreted import HOPPER
+from tests.gpu.process import HOPPER, report
 from tests.tpu.test_decode_kernel import a_state, a_token, check, options
 
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
@@ -91,18 +88,5 @@ def lower_for_cuda(case: Case, state: NHAState, chosen: Options) -> None:
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
-def main() -> None:
-    for index in map(int, sys.argv[1:]):
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-        try:
-            run(CASES[index])
-        except Exception as error:
-            message = str(error).replace("\n", " ")
-            print(f"{index}: {type(error).__name__}: {message[-2000:]}", flush=True)
-        else:
-            print(f"{index}: ok", flush=True)
-        jax.clear_caches()
-
-
 if __name__ == "__main__":
-    main()
+    report(CASES, run)

@@ -1,21 +1,19 @@
-"""The token side of the slots' backward against float64, in the interpreter and in the lowering.
+"""The token side of the slots' backward against its formulas in float64. See process.py.
 
-python -m tests.gpu.slot_tokens INDEX...    of `CASES`, in an environment with
-`interpreted.THREADS`; prints "INDEX: ok" or "INDEX: error"
+python -m tests.gpu.slot_tokens INDEX...    of `CASES`
 """
 
-import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas.gpu import default_block_sizes
 from pallas.gpu.slot_tokens import SlotTokens, slot_tokens
 from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
 from pallas.gpu.state_grads import StateGrads, state_grads
+from tests.gpu.process import report
 from tests.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
 from tests.ops.cases import GPU_INTERPRETER, relative_error
 
@@ -89,8 +87,7 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     return states, tokens
 
 
-def check(case: Case) -> dict[str, float]:
-    """The relative errors by array; raises AssertionError where one is above its tolerance."""
+def check(case: Case) -> None:
     inputs = make_inputs(case)
     end_grad: Any = inputs.end_grad
     chunks = Chunks(inputs, case.spec)
@@ -123,23 +120,7 @@ def check(case: Case) -> dict[str, float]:
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
     for name, error in errors.items():
         assert error <= TOLERANCE, (name, errors)
-    return errors
-
-
-def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
-    for index in map(int, sys.argv[1:]):
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-        try:
-            errors = check(CASES[index])
-        except Exception as error:
-            message = str(error).replace("\n", " ")
-            print(f"{index}: {type(error).__name__}: {message[-2000:]}", flush=True)
-        else:
-            print(f"{index}: ok", flush=True)
-            print({name: f"{x:.1e}" for name, x in errors.items()}, file=sys.stderr)
-        jax.clear_caches()
 
 
 if __name__ == "__main__":
-    main()
+    report(CASES, check)

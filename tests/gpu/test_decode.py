@@ -10,7 +10,7 @@ from nha_jax import Model
 from nha_jax.ops import decode_step, init_state
 from pallas.gpu.decode_sizes import DecodeSizes, default_decode_sizes
 from tests.gpu.decode_steps import CASES
-from tests.gpu.interpreted import HOPPER, run_cases
+from tests.gpu.process import HOPPER, run_cases
 from tests.gpu.test_compile import SHARED_MEMORY, figures_of
 from tests.gpu.test_sharding import MESH, calls_in
 from tests.test_model import tiny_model

@@ -12,16 +12,19 @@ import pytest
 
 from nha_jax.ops import nha_attention
 from nha_jax.remat import remat_policy
-from tests.gpu import slot_kernels, slot_tokens
-from tests.gpu.interpreted import CASES, HOPPER, ORDINARY, THREADS, run_cases
+from tests.gpu import slot_queries, slot_tokens
+from tests.gpu.interpreted import CASES, ORDINARY
+from tests.gpu.process import HOPPER, THREADS, run_cases
 from tests.ops import test_attention
 from tests.ops.cases import Case, make_inputs
+
+run_suite = functools.partial(run_cases, module="tests.gpu.interpreted")
 
 
 @pytest.fixture(scope="module")
 def ordinary_results() -> dict[int, str]:
     """One process for all of them: starting it takes as long as a case."""
-    return run_cases(list(range(len(ORDINARY))))
+    return run_suite(list(range(len(ORDINARY))))
 
 
 @pytest.mark.parametrize("index", range(len(ORDINARY)), ids=map(str, ORDINARY))
@@ -40,7 +43,7 @@ def test_float32_runs_xla_and_says_so():
     "index", range(len(ORDINARY), len(CASES)), ids=map(str, CASES[len(ORDINARY) :])
 )
 def test_whole_suite_matches_float64_reference(index):
-    assert run_cases([index]) == {index: "ok"}
+    assert run_suite([index]) == {index: "ok"}
 
 
 @pytest.mark.gpu_full
@@ -48,14 +51,15 @@ def test_whole_suite_matches_float64_reference(index):
     ("module", "index"),
     [
         pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
-        for module in (slot_kernels, slot_tokens)
+        for module in (slot_queries, slot_tokens)
         for index in range(len(module.CASES))
     ],
 )
 def test_kernels_of_the_slots_backward_match_float64(module, index):
-    assert run_cases([index], module) == {index: "ok"}
+    assert run_cases([index], module.__name__) == {index: "ok"}
 
 
+@pytest.mark.gpu_full
 def test_saved_names_spare_a_rematerialised_layer_the_forward():
     @functools.partial(jax.checkpoint, policy=remat_policy("operator"))
     def layer(query, key, log_decay):

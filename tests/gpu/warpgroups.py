@@ -1,6 +1,6 @@
 """What the operator's suite does not reach of the kernels: two consuming warpgroups, and log_mass.
 
-python -m tests.gpu.warpgroups    in an environment with `interpreted.THREADS`; silent if well
+python -m tests.gpu.warpgroups    in an environment with `process.THREADS`; silent if well
 """
 
 import jax

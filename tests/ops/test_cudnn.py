@@ -11,7 +11,7 @@ import pytest
 from nha_jax.ops import cudnn, nha_attention
 from nha_jax.ops.rope import rope_tables
 from nha_jax.remat import remat_policy
-from tests.gpu.interpreted import HOPPER
+from tests.gpu.process import HOPPER
 from tests.ops.cases import relative_error
 
 B, T, SLOTS = 2, 72, 5

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 
 from nha_jax.ops import nha_attention
 from tests.eight_devices import run_on_eight_devices
-from tests.gpu.interpreted import HOPPER
+from tests.gpu.process import HOPPER
 from tests.train.known_program import ROUNDS
 from train.plan.costs import Collective, Costs, KernelCost, count_costs
 from train.plan.hlo import Program

@@ -1,20 +1,16 @@
-"""The kernels of the slots' backward against their formulas in float64, in a process of its own.
+"""The query side of the slots' backward against its formulas in float64. See process.py.
 
-python -m tests.gpu.slot_kernels INDEX...    of `CASES`; prints "INDEX: ok" or "INDEX: error"
-
-In an environment with `interpreted.THREADS`.
+python -m tests.gpu.slot_queries INDEX...    of `CASES`
 """
 
 import functools
-import sys
 
 import jax
 import numpy as np
-from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
 from pallas.gpu.slot_queries import slot_queries
 from tests.gpu import slot_gradients
-from tests.gpu.interpreted import HOPPER
+from tests.gpu.process import HOPPER, report
 from tests.gpu.slot_gradients import Case, Chunks, Inputs
 from tests.ops.cases import GPU_INTERPRETER, relative_error
 
@@ -79,19 +75,5 @@ def check(case: Case) -> None:
         assert_near(name, x, y)
 
 
-def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
-    for index in map(int, sys.argv[1:]):
-        gpu_callbacks.reset_gpu_interpret_mode_state()
-        try:
-            check(CASES[index])
-        except Exception as error:
-            message = str(error).replace("\n", " ")
-            print(f"{index}: {type(error).__name__}: {message[-2000:]}", flush=True)
-        else:
-            print(f"{index}: ok", flush=True)
-        jax.clear_caches()
-
-
 if __name__ == "__main__":
-    main()
+    report(CASES, check)
