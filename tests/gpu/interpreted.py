@@ -11,12 +11,13 @@ from tests.ops import cases, test_attention
 from tests.ops.cases import Case
 
 ORDINARY = [
-    Case(T=70, window="16", G=2, M=20, K=60, V=40, B=1, gate="-inf", segments=True, state=True),
-    Case(T=128, window="64", K=64, V=64, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=128, window="64", G=2, M=20, K=60, V=40, B=1, gate="mixed", rope="yarn", segments=True),
     Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
-    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="normaliser-0.1"),
+    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="-inf", state=True),
 ]
 MORE = [
+    Case(T=70, window="16", G=2, M=20, K=60, V=40, B=1, gate="-inf", segments=True, state=True),
+    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="normaliser-0.1"),
     Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn", segments=True),
     Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn"),
     Case(T=130, window="64", G=4, K=128, V=128, B=1, M=128, gate="-1000", rope="yarn"),
