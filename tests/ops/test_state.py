@@ -63,7 +63,10 @@ def test_prefill_then_decode(window, implementation, empty_slots):
     jax.tree.map(assert_same, state, whole.state)
 
 
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(
+    "window",
+    [pytest.param(x, marks=pytest.mark.slow if x in ("1", "64", "100") else ()) for x in WINDOWS],
+)
 @given(cuts=st.lists(st.integers(1, T - 1), max_size=4, unique=True))
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_chunks_of_any_size(window, cuts):
