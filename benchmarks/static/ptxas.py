@@ -15,9 +15,6 @@ from typing import Any
 from static.compiling import report, run_worker
 from static.programs import Shape, minimum_bytes
 
-SHARED_MEMORY = 227 * 1024
-"""Bytes that a thread block may have on Hopper."""
-
 
 def compile_in_subprocess(shape: Shape) -> dict[str, Any]:
     """`compile_and_read`'s object, from a fresh process; the dumps are removed.

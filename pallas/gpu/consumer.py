@@ -10,10 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import FLOOR, LOG2E
 from pallas.gpu.in_chunk import InChunk
+from pallas.gpu.launch import Refs
 from pallas.gpu.masks import by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
-from pallas.gpu.producer import Refs
 from pallas.gpu.row_sums import store_chosen, store_parts, sum_rows, write_of
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 

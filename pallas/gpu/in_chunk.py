@@ -14,10 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.launch import Refs
 from pallas.gpu.masks import by_column, by_row, iota
 from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.place import Place
-from pallas.gpu.producer import Refs
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 
 MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes

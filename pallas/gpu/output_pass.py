@@ -23,6 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.consumer import Consumer
+from pallas.gpu.launch import Refs, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import produce
@@ -85,25 +86,17 @@ def output_pass(
         "slot_weight": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
     }
     M = log_decay.shape[3] if log_decay is not None else 0
-    scratch = _scratch(spec, block_sizes, D, M, interpret=bool(interpret))
-
-    def entry(*refs):
-        named = dict(zip([*inputs, *outputs], refs, strict=True))
-        kernel = functools.partial(_kernel, named, spec, bool(interpret))
-        pl.run_scoped(kernel, scratch, collective_axes="wg")
-
-    call = plgpu.kernel(
-        entry,
-        out_type=list(outputs.values()),
-        grid=(N // CHUNK, heads // warpgroups, B),
-        grid_names=("chunk", "heads", "batch"),
-        num_threads=warpgroups + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="nha_output",
+    result = launch(
+        functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
+        inputs,
+        outputs,
+        _scratch(spec, block_sizes, D, M, interpret=bool(interpret)),
+        grid={"chunk": N // CHUNK, "heads": heads // warpgroups, "batch": B},
+        warpgroups=warpgroups + 1,
+        name="nha_output",
         interpret=interpret,
     )
-    return Result(*call(*inputs.values()))
+    return Result(*result)
 
 
 def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: bool) -> dict:
@@ -159,7 +152,7 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
     return scratch
 
 
-def _kernel(refs: dict, spec: Spec, interpret: bool, shared: dict):
+def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
     warpgroups = shared["rotated_query"].shape[0]
     me = lax.axis_index("wg")
     place = Place(spec, warpgroups)

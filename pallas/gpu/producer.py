@@ -9,9 +9,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.launch import Refs
 from pallas.gpu.place import Place
-
-Refs = dict[str, Any]
 
 
 def produce(refs: Refs, shared: Refs, place: Place) -> None:

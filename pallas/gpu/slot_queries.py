@@ -23,10 +23,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E, Gates
 from pallas.gpu.in_chunk import InChunk, by_row
+from pallas.gpu.launch import Refs
 from pallas.gpu.matmul import Matmul, Operands
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
-from pallas.gpu.producer import Refs, fetch_slots
+from pallas.gpu.producer import fetch_slots
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, PANEL, ROW, Spec, tile
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time

@@ -38,6 +38,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.decay_grads import DecayGrads
 from pallas.gpu.gates import Gates
+from pallas.gpu.launch import Refs, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.slot_worker import LEAST_WRITE
@@ -104,25 +105,16 @@ def slot_tokens(
         "decay_grad": jax.ShapeDtypeStruct((B, N, H, M), jnp.float32),
     }
 
-    scratch = _scratch(stages, D, width, facts is not None, interpret=bool(interpret))
-
-    def entry(*refs):
-        named = dict(zip([*inputs, *outputs], refs, strict=True))
-        kernel = functools.partial(_kernel, named, spec, bool(interpret))
-        pl.run_scoped(kernel, scratch, collective_axes="wg")
-
-    call = plgpu.kernel(
-        entry,
-        out_type=list(outputs.values()),
-        grid=(N // CHUNK, H * panels, B),
-        grid_names=("chunk", "panel", "batch"),
-        num_threads=2,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="nha_slot_tokens",
+    key_grad, value_grad, decay_grad = launch(
+        functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
+        inputs,
+        outputs,
+        _scratch(stages, D, width, facts is not None, interpret=bool(interpret)),
+        grid={"chunk": N // CHUNK, "panel": H * panels, "batch": B},
+        warpgroups=2,
+        name="nha_slot_tokens",
         interpret=interpret,
     )
-    key_grad, value_grad, decay_grad = call(*inputs.values())
     return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
 
 
@@ -186,7 +178,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
     return scratch
 
 
-def _kernel(refs: dict, spec: Spec, interpret: bool, shared: dict) -> None:
+def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
     for me, worker in enumerate((TokenGrads, DecayGrads)):
 
         @pl.when(lax.axis_index("wg") == me)

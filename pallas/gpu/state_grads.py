@@ -21,8 +21,7 @@ from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import Gates
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, Spec, tile
-
-FEATURES = 64  # of a block: the rows of a warpgroup's product
+from pallas.gpu.state_pass import FEATURES
 
 
 class StateGrads(NamedTuple):

@@ -21,12 +21,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
+from pallas.gpu.launch import Refs, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.pipeline import fetch_ahead
 from pallas.gpu.place import Place
-from pallas.gpu.producer import Refs
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 
 
@@ -51,29 +51,35 @@ def window_queries(
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = rotated_query.shape
+    inputs = window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts)
+    (grad,) = launch(
+        functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
+        inputs,
+        {"query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)},
+        _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
+        grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
+        warpgroups=2,
+        name="nha_window_queries",
+        interpret=interpret,
+    )
+    return grad
+
+
+def window_inputs(
+    rotated_query: jax.Array,
+    rotated_key: jax.Array,
+    value: jax.Array,
+    out_grad: jax.Array,
+    log_mass: jax.Array,
+    delta: jax.Array,
+    facts: Facts | None,
+) -> dict[str, jax.Array]:
+    """By name; what `window_tokens` reads as well."""
     inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
     inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
     if facts is not None:
         inputs |= {"query_run": facts.query, "visible": facts.visible}
-    scratch = _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret))
-
-    def entry(*refs):
-        named = dict(zip([*inputs, "query_grad"], refs, strict=True))
-        kernel = functools.partial(_kernel, named, spec, bool(interpret))
-        pl.run_scoped(kernel, scratch, collective_axes="wg")
-
-    call = plgpu.kernel(
-        entry,
-        out_type=jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
-        grid=(N // CHUNK, heads, B),
-        grid_names=("chunk", "heads", "batch"),
-        num_threads=2,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="nha_window_queries",
-        interpret=interpret,
-    )
-    return call(*inputs.values())
+    return inputs
 
 
 def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, Any]:
@@ -98,7 +104,7 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
     return scratch
 
 
-def _kernel(refs: Refs, spec: Spec, interpret: bool, shared: Refs):
+def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
     me = lax.axis_index("wg")
     place = Place(spec, 1)
     pl.when(me == 1)(lambda: _fetch(refs, shared, place))

@@ -20,12 +20,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
+from pallas.gpu.launch import Refs, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.pipeline import fetch_ahead
-from pallas.gpu.producer import Refs
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
+from pallas.gpu.window_queries import window_inputs
 
 
 class WindowTokens(NamedTuple):
@@ -51,30 +52,18 @@ def window_tokens(
     """The kernel's call; arrays as for `window_queries`."""
     N, D = rotated_query.shape[1], rotated_query.shape[3]
     B, P, H, _ = value.shape
-    inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
-    inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
-    if facts is not None:
-        inputs |= {"query_run": facts.query, "visible": facts.visible}
-    scratch = _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret))
-
-    def entry(*refs):
-        named = dict(zip([*inputs, "key_grad", "value_grad"], refs, strict=True))
-        kernel = functools.partial(_kernel, named, spec, N // CHUNK, bool(interpret))
-        pl.run_scoped(kernel, scratch, collective_axes="wg")
-
     grad = jax.ShapeDtypeStruct((B, P, H, D), jnp.bfloat16)
-    call = plgpu.kernel(
-        entry,
-        out_type=[grad, grad],
-        grid=(P // CHUNK, H, B),
-        grid_names=("block", "head", "batch"),
-        num_threads=2,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="nha_window_tokens",
+    grads = launch(
+        functools.partial(_kernel, spec=spec, chunks=N // CHUNK, interpret=bool(interpret)),
+        window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts),
+        {"key_grad": grad, "value_grad": grad},
+        _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
+        grid={"block": P // CHUNK, "head": H, "batch": B},
+        warpgroups=2,
+        name="nha_window_tokens",
         interpret=interpret,
     )
-    return WindowTokens(*call(*inputs.values()))
+    return WindowTokens(*grads)
 
 
 def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, Any]:
@@ -129,7 +118,7 @@ class _Place:
         return head, self._first + lax.rem(item, self._chunks)
 
 
-def _kernel(refs: Refs, spec: Spec, chunks: int, interpret: bool, shared: Refs):
+def _kernel(refs: Refs, shared: Refs, *, spec: Spec, chunks: int, interpret: bool) -> None:
     me = lax.axis_index("wg")
     place = _Place(spec, chunks)
     pl.when(me == 1)(lambda: _fetch(refs, shared, place))
