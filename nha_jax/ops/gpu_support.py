@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.ops.types import Options
+from nha_jax.ops.validation import beyond_kernels
 
 LARGEST_HEAD, MOST_SLOTS = 128, 128
 SHORTEST_OF_CUDNN = 64  # tokens: below, what its backward takes goes by its version
@@ -34,11 +35,8 @@ def gpu_unsupported(
     """
     if query.dtype != jnp.bfloat16:
         return f"its kernels multiply in bfloat16, got query of {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > LARGEST_HEAD:
-            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
-    if log_decay.shape[3] > MOST_SLOTS:
-        return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
+    if reason := beyond_kernels(key, value, log_decay, LARGEST_HEAD, MOST_SLOTS):
+        return reason
     return not_hopper()
 
 

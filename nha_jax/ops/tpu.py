@@ -26,6 +26,7 @@ from nha_jax.ops.state import (
     of_last_segment,
 )
 from nha_jax.ops.types import NHAOutput, Options
+from nha_jax.ops.validation import beyond_kernels
 from pallas.tpu import (
     BlockSizes,
     Spec,
@@ -59,11 +60,8 @@ def tpu_unsupported(
     """Why the kernels can't serve this call, in a line; None if they can."""
     if query.dtype not in (jnp.bfloat16, jnp.float32):
         return f"its kernels take bfloat16 and float32, got query of {query.dtype}"
-    for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > LARGEST_HEAD:
-            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
-    if log_decay.shape[3] > MOST_SLOTS:
-        return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
+    if reason := beyond_kernels(key, value, log_decay, LARGEST_HEAD, MOST_SLOTS):
+        return reason
     if options.scale < 0:
         return f"its kernels take a scale of at least 0, got {options.scale}"
     return None

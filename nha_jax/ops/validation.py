@@ -158,3 +158,15 @@ def _check_rope(rope: Rope, B: int, T: int, K: int) -> None:
 def _check_shape(name: str, x: jax.Array, shape: tuple[int, ...], why: str) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} must have shape {shape} ({why}), got {x.shape}")
+
+
+def beyond_kernels(
+    key: jax.Array, value: jax.Array, log_decay: jax.Array, largest_head: int, most_slots: int
+) -> str | None:
+    """Which size is beyond those of a platform's kernels, in a line; None if none is."""
+    for name, x in (("key", key), ("value", value)):
+        if x.shape[3] > largest_head:
+            return f"its kernels take heads of up to {largest_head}, got {name} of {x.shape[3]}"
+    if log_decay.shape[3] > most_slots:
+        return f"its kernels take up to {most_slots} slots, got log_decay of {log_decay.shape[3]}"
+    return None

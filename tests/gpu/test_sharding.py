@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import pytest
 from jax.extend import core
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType
 
 from tests.gpu import sharded
+from tests.gpu.process import HOPPER
 
 AUTO = (AxisType.Auto, AxisType.Auto)
-GPU = AbstractDevice("NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
-MESH = AbstractMesh((2, 2), ("data", "tensor"), axis_types=AUTO, abstract_device=GPU)
+MESH = AbstractMesh(
+    (2, 2), ("data", "tensor"), axis_types=AUTO, abstract_device=HOPPER.abstract_device
+)
 
 
 def calls_in(jaxpr: core.Jaxpr, divided: bool = False) -> Iterator[tuple[bool, Any]]:
