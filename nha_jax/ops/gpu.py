@@ -222,8 +222,8 @@ def _padded_rows(T: int, spec: Spec) -> tuple[int, int]:
 
 
 def _head_dim(tokens: Tokens) -> int:
-    """D: keys and values are padded to the same size."""
-    return 64 if max(tokens.key.shape[3], tokens.value.shape[3]) <= 64 else 128
+    """D: keys and values are padded to the same multiple of 64."""
+    return -(-max(tokens.key.shape[3], tokens.value.shape[3]) // 64) * 64
 
 
 def _padded_slots(M: int) -> int:

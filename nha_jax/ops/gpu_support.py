@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from nha_jax.ops.types import Options
 from nha_jax.ops.validation import beyond_kernels
 
-LARGEST_HEAD, MOST_SLOTS = 128, 128
+LARGEST_HEAD, MOST_SLOTS = 256, 128
 SHORTEST_OF_CUDNN = 64  # tokens: below, what its backward takes goes by its version
 Capability = tuple[int, ...]  # of NVIDIA GPUs; empty: another maker's, or unknown
 AMPERE, HOPPER = (8, 0), (9, 0)
