@@ -20,7 +20,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--heads", nargs="+", type=int, default=[64, 128], metavar="K", help="K=V")
+    parser.add_argument("--heads", nargs="+", type=int, default=[64, 128, 256], metavar="K", help="K=V")
     parser.add_argument("--slots", nargs="+", type=int, default=[16, 64, 128], metavar="M")
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], metavar="G")
     parser.add_argument("--segments", action="store_true", help="packed documents")

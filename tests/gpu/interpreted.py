@@ -26,6 +26,10 @@ MORE = [
     Case(T=90, window="16", G=2, M=32, state=True, slot_weight_gradient="slots"),
     Case(T=90, window="None", G=2, slot_weight_gradient="slots"),
     Case(T=66, window="0", M=64, K=128, V=64, segments=True, slot_weight_gradient="slots"),
+    Case(T=100, window="32", M=64, K=256, V=256, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=128, window="64", G=2, M=128, K=256, V=200, B=1, gate="-1000"),
+    Case(T=66, window="0", M=20, K=160, V=192, B=1, gate="normaliser-1", state=True),
+    Case(T=90, window="None", G=2, M=64, K=192, V=250, B=1, segments=True),
 ]
 CASES = ORDINARY + MORE + test_attention.SUITE
 

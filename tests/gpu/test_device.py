@@ -21,6 +21,8 @@ from tests.tpu.test_decode_kernel import a_state, a_token, options
 LARGER = [
     Case(T=1024, window="64", G=4, M=64, K=128, V=128, H=2, B=1),
     Case(T=1000, window="100", M=64, K=64, V=64, H=4, gate="mixed", segments=True),
+    Case(T=1000, window="32", M=64, K=256, V=256, H=2, B=1, gate="mixed", segments=True),
+    Case(T=512, window="64", G=4, M=128, K=192, V=160, H=1, B=1),
     Case(T=640, window="None", G=4, M=64, K=128, V=128, H=2, B=1),
     Case(T=640, window="None", M=64, K=256, V=256, B=1, slot_weight_gradient="slots"),
     Case(T=640, window="None", G=2, M=64, K=96, V=128, B=1, empty_slots="mask"),

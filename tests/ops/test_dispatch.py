@@ -100,9 +100,9 @@ def test_on_gpus_the_kernels_or_cudnn(options, name):
         ({"kind": "AMD Instinct MI300X", "window_size": None}, "for Hopper .* got AMD Instinct"),
         ({"dtype": jnp.float32}, "multiply in bfloat16, got query of float32"),
         ({"dtype": jnp.float32, "window_size": None}, "multiply in bfloat16"),
-        ({"K": 192}, "heads of up to 128, got key of 192"),
+        ({"K": 320}, "heads of up to 256, got key of 320"),
     ],
-    ids=["A100", "B200", "AMD", "float32", "float32-full", "head-192"],
+    ids=["A100", "B200", "AMD", "float32", "float32-full", "head-320"],
 )
 def test_gpu_kernels_fall_back_and_say_why(options, why):
     with pytest.warns(UserWarning, match=f"pallas_gpu.*{why}.*running 'xla'"):
