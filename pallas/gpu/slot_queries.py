@@ -106,14 +106,15 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     panels = M // panel
     stages = min(panels, STAGES)
     tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
+    rows = plgpu.SMEM((1, CHUNK, D), narrow, transforms=tile(min(D, panel)))
     slots = plgpu.SMEM((stages, D, panel), narrow, transforms=tile(panel))
     scores = plgpu.SMEM((CHUNK, CHUNK), narrow, transforms=tile(CHUNK))
-    row = plgpu.SMEM((CHUNK,), wide)
+    number = plgpu.SMEM((CHUNK,), wide)
     copied = plgpu.Barrier(num_arrivals=1, num_barriers=stages)
     scratch = {
-        **dict.fromkeys(("query", "out_grad"), tokens),
+        **dict.fromkeys(("query", "out_grad"), rows),
         **dict.fromkeys(SIDES, plgpu.RefUnion(tokens, [slots, scores])),
-        **dict.fromkeys(("log_mass", "delta"), row),
+        **dict.fromkeys(("log_mass", "delta"), number),
         "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
@@ -123,6 +124,7 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         "loaded_again": plgpu.Barrier(num_arrivals=1 + panels - stages),
     }
     if panels > 1:
+        scratch["zero"] = plgpu.SMEM((128,), jnp.int32)
         scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
@@ -153,6 +155,7 @@ class QuerySide(InChunk):
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
         self.first_turn = self.panels if spec.window == 0 and self.panels > 1 else 0
+        self.zero: int | jax.Array = 0
 
     def run(self) -> None:
         shared = self.shared
@@ -162,6 +165,8 @@ class QuerySide(InChunk):
         if self.panels == 1:
             self._store_query(self._panel(0, None))
             return
+        zeros = jnp.zeros(128, jnp.int32)
+        shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
         if self.first_turn:
             self._sum_delta()
         none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
@@ -172,7 +177,13 @@ class QuerySide(InChunk):
         def _(panel):
             into_tokens[...] = self._panel(panel, into_tokens)
 
+        self._forget_addresses()
         self._store_query(plgpu.load(into_tokens, layout=LOGITS))
+
+    def _forget_addresses(self) -> None:
+        """As in `slot_worker.py`, where there is a loop over panels."""
+        if self.panels > 1:
+            self.zero = self.shared["zero"][0]
 
     def _panels(self) -> tuple[int, int]:
         return self.panels, self.width
@@ -180,13 +191,16 @@ class QuerySide(InChunk):
     def _stage(self, panel):
         return lax.rem(jnp.int32(panel), jnp.int32(self.stages)) if self.stages > 1 else 0
 
+    def _rows(self, name: str):
+        return self.shared[name].at[self.zero]
+
     def _fetch(self) -> None:
         refs, shared, place = self.refs, self.shared, self.place
         b, head, loaded = place.batch, place.heads, shared["loaded"]
         for name in ("query", "out_grad"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], shared[name], loaded)
+            plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], self._rows(name), loaded)
         for name in SIDES:
-            self._fetch_tokens(name, name, loaded)
+            self._fetch_tokens(name, shared[name], loaded)
         for stage in range(self.stages):
             self._fetch_gates(stage)
         for panel in range(self.panels):
@@ -208,10 +222,10 @@ class QuerySide(InChunk):
     def _slots(self, panel):
         return pl.ds(panel * self.width, self.width)
 
-    def _fetch_tokens(self, name: str, where: str, loaded: Any) -> None:
+    def _fetch_tokens(self, name: str, target: Any, loaded: Any) -> None:
         place = self.place
         tokens = self.refs[name].at[place.batch, place.token_rows(0), place.kv_head]
-        plgpu.copy_gmem_to_smem(tokens, self.shared[where], loaded)
+        plgpu.copy_gmem_to_smem(tokens, target, loaded)
 
     def _fetch_gates(self, panel) -> None:
         shared, place, stage = self.shared, self.place, self._stage(panel)
@@ -248,7 +262,7 @@ class QuerySide(InChunk):
         """
         plgpu.commit_smem()
         again = self.shared["loaded_again"]
-        self._fetch_tokens("key", "out_grad", again)
+        self._fetch_tokens("key", self._rows("out_grad"), again)
         for panel in range(self.panels - self.stages):
             self._fetch_slots_to("slot_values", "key", panel, again)
 
@@ -256,7 +270,7 @@ class QuerySide(InChunk):
         """S and D, [C, C] bfloat16; then the first slots take the places of the tokens."""
         shared = self.shared
         for rows, side in zip(("query", "out_grad"), SIDES, strict=True):
-            operands = lambda rows=rows, side=side: [(shared[rows], shared[side].T)]  # noqa: E731
+            operands = lambda rows=rows, side=side: [(self._rows(rows), shared[side].T)]  # noqa: E731
             x = jnp.where(self._entered(), self.matmul(operands, (CHUNK, CHUNK)), 0.0)
             shared[f"{side}_scores"][...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
@@ -265,10 +279,11 @@ class QuerySide(InChunk):
                 self._fetch_slots(side, stage)
 
     def _falls(self, block: int, panel):
-        return self.shared["falls"].at[block]
+        return self.shared["falls"].at[self.zero + block]
 
     def _build_falls(self, panel) -> None:
         """And G - R in the place of G, with R of the row's block."""
+        self._forget_addresses()
         shared, stage = self.shared, self._stage(panel)
         plgpu.barrier_wait(shared["gates_loaded"].at[stage])
         G = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
@@ -298,8 +313,9 @@ class QuerySide(InChunk):
         """
         shared, stage = self.shared, self._stage(panel)
         plgpu.barrier_wait(shared[f"slot_{side}s_loaded"].at[stage])
+        self._forget_addresses()
         start = self.matmul(
-            lambda: [(shared[rows], shared[f"slot_{side}s"].at[stage])], (CHUNK, self.width)
+            lambda: [(self._rows(rows), shared[f"slot_{side}s"].at[stage])], (CHUNK, self.width)
         )
         start *= self._reference_decay(panel)
         scores = plgpu.load(shared[f"{side}_scores"], layout=LOGITS)
@@ -344,6 +360,7 @@ class QuerySide(InChunk):
         start = rise * self._reference_decay(panel)
         shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
+        self._forget_addresses()
         so_far = None if into_tokens is None else plgpu.load(into_tokens, layout=LOGITS)
         result = self._gather(panel, ds_rise, so_far)
         rise = self._rise(panel)  # again, not held
@@ -387,14 +404,14 @@ class QuerySide(InChunk):
         dq = self.matmul(
             lambda: [
                 *((shared["write"].at[i], self._slot_keys(i).T) for i in range(self.panels)),
-                (L, shared["out_grad"]),  # k is there now
+                (L, self._rows("out_grad")),  # k is there now
             ],
-            shared["query"].shape,
+            shared["query"].shape[1:],
         )
-        shared["query"][...] = dq.astype(jnp.bfloat16)
+        self._rows("query")[...] = dq.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
-        plgpu.copy_smem_to_gmem(shared["query"], target)
+        plgpu.copy_smem_to_gmem(self._rows("query"), target)
         plgpu.wait_smem_to_gmem(0)
 
 
