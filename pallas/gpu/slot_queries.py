@@ -125,7 +125,6 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     }
     if panels > 1:
         scratch["zero"] = plgpu.SMEM((128,), jnp.int32)
-        scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
@@ -169,16 +168,10 @@ class QuerySide(InChunk):
         shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
         if self.first_turn:
             self._sum_delta()
-        none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        into_tokens = shared["into_tokens"]  # in registers there is no room for it
-        into_tokens[...] = plgpu.layout_cast(none, LOGITS)
-
-        @pl.loop(jnp.int32(0), jnp.int32(self.panels))
-        def _(panel):
-            into_tokens[...] = self._panel(panel, into_tokens)
-
+        none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
+        into_tokens = lax.fori_loop(0, self.panels, self._panel, none)
         self._forget_addresses()
-        self._store_query(plgpu.load(into_tokens, layout=LOGITS))
+        self._store_query(into_tokens)
 
     def _forget_addresses(self) -> None:
         """As in `slot_worker.py`, where there is a loop over panels."""
@@ -346,8 +339,8 @@ class QuerySide(InChunk):
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
         return p, self._products(panel, "out_grad", "value")
 
-    def _panel(self, panel, into_tokens: Any) -> jax.Array:
-        """L of this panel, before its mask, added to `into_tokens` if it is a reference."""
+    def _panel(self, panel, into_tokens: jax.Array | None) -> jax.Array:
+        """L of this panel, before its mask, added to that of the panels before."""
         shared = self.shared
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
@@ -361,8 +354,7 @@ class QuerySide(InChunk):
         shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
         self._forget_addresses()
-        so_far = None if into_tokens is None else plgpu.load(into_tokens, layout=LOGITS)
-        result = self._gather(panel, ds_rise, so_far)
+        into_tokens = self._gather(panel, ds_rise, into_tokens)
         rise = self._rise(panel)  # again, not held
         start = rise * self._reference_decay(panel)
         self._store_panel(
@@ -370,7 +362,7 @@ class QuerySide(InChunk):
         )
         if self.panels > 1:
             self._fetch_next(self.first_turn + panel)
-        return result
+        return into_tokens
 
     def _row(self, name: str) -> jax.Array:
         return plgpu.load(self.shared[name], layout=ROW)
