@@ -32,6 +32,7 @@ from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, PANEL, ROW, S
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
 SIDES = ("key", "value")
+NUMBERS = ("log_mass", "delta")  # of each row
 
 
 class SlotQueries(NamedTuple):
@@ -109,12 +110,12 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     rows = plgpu.SMEM((1, CHUNK, D), narrow, transforms=tile(min(D, panel)))
     slots = plgpu.SMEM((stages, D, panel), narrow, transforms=tile(panel))
     scores = plgpu.SMEM((CHUNK, CHUNK), narrow, transforms=tile(CHUNK))
-    number = plgpu.SMEM((CHUNK,), wide)
     copied = plgpu.Barrier(num_arrivals=1, num_barriers=stages)
     scratch = {
         **dict.fromkeys(("query", "out_grad"), rows),
         **dict.fromkeys(SIDES, plgpu.RefUnion(tokens, [slots, scores])),
-        **dict.fromkeys(("log_mass", "delta"), number),
+        "numbers": plgpu.SMEM((len(NUMBERS), CHUNK), wide),
+        "zero": plgpu.SMEM((128,), jnp.int32),
         "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
@@ -123,8 +124,6 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
         **dict.fromkeys(("gates_loaded", "slot_keys_loaded", "slot_values_loaded"), copied),
         "loaded_again": plgpu.Barrier(num_arrivals=1 + panels - stages),
     }
-    if panels > 1:
-        scratch["zero"] = plgpu.SMEM((128,), jnp.int32)
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
@@ -159,13 +158,13 @@ class QuerySide(InChunk):
     def run(self) -> None:
         shared = self.shared
         self._fetch()
+        zeros = jnp.zeros(128, jnp.int32)
+        shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
         plgpu.barrier_wait(shared["loaded"])
         self._multiply_tokens()
         if self.panels == 1:
             self._store_query(self._panel(0, None))
             return
-        zeros = jnp.zeros(128, jnp.int32)
-        shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
         if self.first_turn:
             self._sum_delta()
         none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
@@ -174,15 +173,14 @@ class QuerySide(InChunk):
         self._store_query(into_tokens)
 
     def _forget_addresses(self) -> None:
-        """As in `slot_worker.py`, where there is a loop over panels."""
-        if self.panels > 1:
-            self.zero = self.shared["zero"][0]
+        """As in `slot_worker.py`."""
+        self.zero = self.shared["zero"][0]
 
     def _panels(self) -> tuple[int, int]:
         return self.panels, self.width
 
     def _stage(self, panel):
-        return lax.rem(jnp.int32(panel), jnp.int32(self.stages)) if self.stages > 1 else 0
+        return lax.rem(jnp.int32(panel), jnp.int32(self.stages)) if self.stages > 1 else self.zero
 
     def _rows(self, name: str):
         return self.shared[name].at[self.zero]
@@ -208,9 +206,9 @@ class QuerySide(InChunk):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
             visible = refs["visible"].at[b, place.token_rows(0)]
             plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
-        for name in ("log_mass", "delta"):
+        for name in NUMBERS:
             rows = refs[name].at[b, head, place.rows]
-            plgpu.copy_gmem_to_smem(rows, shared[name], loaded)
+            plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
 
     def _slots(self, panel):
         return pl.ds(panel * self.width, self.width)
@@ -328,7 +326,7 @@ class QuerySide(InChunk):
             return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self.shared["delta"][...] = _mean(*lax.fori_loop(0, self.panels, add, (zeros, zeros)))
+        self._numbers("delta")[...] = _mean(*lax.fori_loop(0, self.panels, add, (zeros, zeros)))
         plgpu.commit_smem()
 
     def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
@@ -364,8 +362,11 @@ class QuerySide(InChunk):
             self._fetch_next(self.first_turn + panel)
         return into_tokens
 
+    def _numbers(self, name: str):
+        return self.shared["numbers"].at[NUMBERS.index(name)]
+
     def _row(self, name: str) -> jax.Array:
-        return plgpu.load(self.shared[name], layout=ROW)
+        return plgpu.load(self._numbers(name), layout=ROW)
 
     def _place_of(self, name: str, panel):
         """In shared memory: that of s, which is no longer needed, for dq, else of the falls."""
