@@ -23,6 +23,7 @@ WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
 SIDES = ("key", "value")
 NUMBERS = ("log_mass", "delta")  # of each row
+ALIGNED = 32  # float32 numbers: a tensor copy (TMA) starts at a multiple of 128 bytes
 
 
 def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, A
         "numbers": plgpu.SMEM((len(NUMBERS), CHUNK), wide),
         "zero": plgpu.SMEM((128,), jnp.int32),
         "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
-        "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
+        "references": plgpu.SMEM((GATE_BLOCKS, max(M, ALIGNED)), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
         "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
         "loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + panels + 3 * spec.masked),
@@ -114,7 +115,8 @@ class QueryPlaces(InChunk):
         for block in range(GATE_BLOCKS):
             middle = place.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
             reference = refs["cumulative"].at[b, middle, place.kv_head]
-            plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
+            target = shared["references"].at[block, pl.ds(0, reference.shape[0])]
+            plgpu.copy_gmem_to_smem(reference, target, loaded)
         if self.spec.masked:
             for name in ("query_run", "reads"):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
