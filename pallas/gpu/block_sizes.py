@@ -45,4 +45,4 @@ def default_block_sizes(head_dim: int, slots: int) -> BlockSizes:
       head_dim: D.
       slots: M, padded.
     """
-    return BlockSizes(stages=1 if slots > 64 and head_dim > 64 else 2)
+    return BlockSizes(stages=2 if head_dim <= 128 else 1)

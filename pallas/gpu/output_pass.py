@@ -26,11 +26,13 @@ from pallas.gpu.consumer import Consumer
 from pallas.gpu.launch import Refs, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
-from pallas.gpu.producer import produce
+from pallas.gpu.producer import SHARED, produce
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
 # ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
+NARROW = 128  # of D; beyond, not all that a chunk reads has a place of its own in shared memory
+SLOT_BYTES = 32 * 1024  # of slots in flight
 
 
 class Facts(NamedTuple):
@@ -114,45 +116,62 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
         "value": tiled(stages, CHUNK, D),
         "log_mass": plgpu.SMEM((warpgroups, CHUNK), wide),
         "slot_weight": plgpu.SMEM((warpgroups, CHUNK), wide),
-        "queries_loaded": plgpu.Barrier(num_arrivals=2 if M else 1, num_barriers=warpgroups),
-        "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
-        "block_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "rotated_query_loaded": plgpu.Barrier(num_barriers=warpgroups),
+        "rotated_key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked, num_barriers=stages),
+        "rotated_key_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "value_loaded": plgpu.Barrier(num_barriers=stages),
+        "value_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if spec.masked:
         scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
-        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=2 if M else 1)
+        scratch["visible"] = plgpu.SMEM((1 + stages, CHUNK), jnp.int32)
+        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=3 if M else 1)
         if M:
             scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if M:
         panel = min(M, PANEL)
-        panel_stages = min(M // panel, 2 // warpgroups)  # as many as fit
+        panels = M // panel
+        slot_stages = min(2 * panels, SLOT_BYTES // (2 * D * panel))
+        decay_stages = min(panels, 2)
         scratch |= {
             "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
             "key": tiled(CHUNK, D, columns=min(D, panel)),
-            "slot_key": tiled(panel_stages, D, panel),
-            "slot_value": tiled(M // panel, D, panel),
-            "log_decay": tiled(panel_stages, CHUNK, panel, dtype=wide),
-            "p_start": tiled(warpgroups, M // panel, CHUNK, panel),
-            "shrink": plgpu.SMEM((warpgroups, M // panel, CHUNK), wide),
+            "slots": tiled(slot_stages, D, panel),  # keys' panels, then values'
+            "cumulative": tiled(decay_stages, CHUNK, panel, dtype=wide),  # at first the log decay
+            "p_start": tiled(warpgroups, panels, CHUNK, panel),
+            "shrink": plgpu.SMEM((warpgroups, panels, CHUNK), wide),
             "between": tiled(warpgroups, CHUNK, CHUNK),  # scores, then P, of rows and tokens
             "up_to_row": tiled(CHUNK, CHUNK, columns=panel),
             "falls": tiled(GATE_BLOCKS, CHUNK, panel),
-            "cumulative": tiled(1, CHUNK, panel, dtype=wide),
-            "references": plgpu.SMEM((GATE_BLOCKS, panel), wide),
+            "references": plgpu.SMEM((GATE_BLOCKS, decay_stages * panel), wide),
+            "query_loaded": plgpu.Barrier(num_barriers=warpgroups),
             "key_loaded": plgpu.Barrier(),
-            "slot_values_loaded": plgpu.Barrier(num_arrivals=M // panel),
-            "panel_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=panel_stages),
-            "panel_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=panel_stages),
+            "slots_loaded": plgpu.Barrier(num_barriers=slot_stages),
+            "slots_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slot_stages),
+            "decay_loaded": plgpu.Barrier(num_barriers=decay_stages),
+            "decay_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=decay_stages),
             "falls_read": plgpu.Barrier(num_arrivals=warpgroups),
             "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
         }
+        if D > NARROW:
+            scratch["key_read"] = plgpu.Barrier(num_arrivals=warpgroups)
+            _share(scratch, "key")
+            if M > 2 * PANEL:
+                _share(scratch, "query")
     if interpret:
         scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), narrow)
     return scratch
 
 
+def _share(scratch: dict, name: str) -> None:
+    """The slots' array and, once it is read, the window's, in one place."""
+    scratch[SHARED + name] = plgpu.RefUnion(scratch.pop(name), scratch.pop("rotated_" + name))
+
+
 def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
+    for name in ("query", "key"):
+        if SHARED + name in shared:
+            shared[name], shared["rotated_" + name] = shared[SHARED + name]
     warpgroups = shared["rotated_query"].shape[0]
     me = lax.axis_index("wg")
     place = Place(spec, warpgroups)
