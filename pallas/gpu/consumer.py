@@ -187,6 +187,8 @@ class Consumer(InChunk):
         if self.spec.masked:
             mask &= self._same_segment(1 + stage)
         logits = self._window_logits(stage, mask)
+        if self.spec.masked:
+            plgpu.commit_smem()  # of what was read, before a copy takes its place
         plgpu.barrier_arrive(shared["rotated_key_read"].at[stage])
         new_top = jnp.maximum(top, logits.max(axis=1))
         shrink = jnp.exp2(top - new_top)
