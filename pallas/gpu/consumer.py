@@ -21,11 +21,16 @@ LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no 
 
 
 class Consumer(InChunk):
-    """Reads what `producer.produce` fetches; `shared` has the decays of one panel at a time."""
+    """Reads what `producer.produce` fetches; `shared` has the decays of some panels at a time.
+
+    A panel's stage stands for the panel in `InChunk`. The facts of the first block's tokens are the
+    first of `visible`; the stages' follow.
+    """
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
         super().__init__(shared, place, matmul, spec)
         self.refs, self.me = refs, me
+        self.zero: int | jax.Array = 0
         self.warpgroups, _, self.D = shared["rotated_query"].shape
 
     def run(self) -> None:
@@ -50,7 +55,7 @@ class Consumer(InChunk):
         return self.refs["log_decay"].shape[3] // width, width
 
     def _falls(self, block: int, panel):
-        return self.shared["falls"].at[block]
+        return self.shared["falls"].at[self.zero + block]
 
     def _build_falls(self, stage) -> None:
         """G, its references and the falls of the panel in a stage."""
@@ -82,13 +87,16 @@ class Consumer(InChunk):
         sum of p [C].
         """
         shared, me = self.shared, self.me
+        shared["zero"].at[me][...] = plgpu.layout_cast(
+            jnp.zeros(shared["zero"].shape[1], jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
+        )
         plgpu.barrier_wait(shared["query_loaded"].at[me])
         plgpu.barrier_wait(shared["key_loaded"])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
         # In shared memory: else the compiler masks them before the loop, and holds four copies.
         between = shared["between"].at[me]
         between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
-        if "key_read" in shared:
+        if "keys" in shared:
             plgpu.barrier_arrive(shared["key_read"])
 
         @pl.when(me == 0)
@@ -130,8 +138,10 @@ class Consumer(InChunk):
         """The weights of one more panel; `within` is P of the first block, before its mask."""
         within, top, mass = carry
         shared, me, width = self.shared, self.me, self._panels()[1]
-        stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0]))
-        slot_stage = self._slot_stage(panel)
+        # Not known when compiling: else the addresses of the products' operands stay in registers.
+        self.zero = shared["zero"].at[me][0]
+        stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + self.zero
+        slot_stage = self._slot_stage(panel) + self.zero
         plgpu.barrier_wait(shared["decay_loaded"].at[stage])
         build = functools.partial(self._build_falls, stage)
         if self.warpgroups == 1:
@@ -144,7 +154,7 @@ class Consumer(InChunk):
         a = self._to_slots(
             stage,
             plgpu.load(shared["between"].at[me], layout=LOGITS),
-            lambda: [(shared["query"].at[me], shared["slots"].at[slot_stage])],
+            lambda: [(shared["query"].at[me + self.zero], shared["slots"].at[slot_stage])],
         )
         plgpu.barrier_arrive(shared["slots_read"].at[slot_stage])
         a = self._hide(panel, a * (self.spec.scale * LOG2E))

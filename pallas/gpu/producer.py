@@ -1,6 +1,7 @@
 """The warpgroup of the output pass that fetches what the others read."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,12 +13,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.launch import Refs
 from pallas.gpu.place import Place
 
-SHARED = "shared_"  # before the name of an array whose place a rotated one takes later
+Fetch = Callable[[Refs, Refs, Place, int | jax.Array], None]
 
 
 def produce(refs: Refs, shared: Refs, place: Place) -> None:
     """Copies a chunk's operands to shared memory, in the order in which they are needed."""
-    stages = shared["value"].shape[0]
     has_slots = "key" in shared
     if has_slots:
         _fetch_query(refs, shared, place, "query")
@@ -27,25 +27,28 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         _fetch_facts(refs, shared, place)
     if has_slots:
         _begin_slots(refs, shared, place)
-    if SHARED + "query" not in shared:
+    if "queries" not in shared:
         _fetch_query(refs, shared, place, "rotated_query")
-    for stage in range(stages):
-        fetch_value = functools.partial(_fetch_value, refs, shared, place, stage)
-        fetch_key = functools.partial(_fetch_rotated_key, refs, shared, place, stage)
-        pl.when(stage < place.blocks)(fetch_value)
-        if SHARED + "key" in shared:
-            plgpu.barrier_wait(shared["key_read"])
-        pl.when(stage < place.blocks)(fetch_key)
+    _begin_blocks(refs, shared, place, _fetch_value)
+    if "keys" in shared:
+        plgpu.barrier_wait(shared["key_read"])
+    _begin_blocks(refs, shared, place, _fetch_rotated_key)
     if has_slots:
         _end_slots(refs, shared, place)
+
+    stages = shared["value"].shape[0]
 
     @pl.loop(jnp.int32(0), jnp.int32(place.blocks))
     def _(block):
         stage, ahead = lax.rem(block, jnp.int32(stages)), block + stages
         for name, fetch in (("rotated_key", _fetch_rotated_key), ("value", _fetch_value)):
-            plgpu.barrier_wait(shared[name + "_read"].at[stage])  # of the last ones too
-            fetch = functools.partial(fetch, refs, shared, place, ahead)
-            pl.when(ahead < place.blocks)(fetch)
+            plgpu.barrier_wait(shared[name + "_read"].at[stage])
+            pl.when(ahead < place.blocks)(functools.partial(fetch, refs, shared, place, ahead))
+
+
+def _begin_blocks(refs: Refs, shared: Refs, place: Place, fetch: Fetch) -> None:
+    for block in range(shared["value"].shape[0]):
+        pl.when(block < place.blocks)(functools.partial(fetch, refs, shared, place, block))
 
 
 def _begin_slots(refs: Refs, shared: Refs, place: Place) -> None:
@@ -57,7 +60,7 @@ def _begin_slots(refs: Refs, shared: Refs, place: Place) -> None:
 
 
 def _end_slots(refs: Refs, shared: Refs, place: Place) -> None:
-    """Every completion of a barrier must be waited for, so also of those nobody waits to reuse."""
+    """Waits for the last ones too: every completion of a barrier must be waited for."""
     decay_stages, slot_stages = shared["cumulative"].shape[0], shared["slots"].shape[0]
     panels = shared["p_start"].shape[1]
     for item in range(2 * panels):
@@ -68,7 +71,7 @@ def _end_slots(refs: Refs, shared: Refs, place: Place) -> None:
             plgpu.barrier_wait(shared["decay_read"].at[item % decay_stages])
             if item + decay_stages < panels:
                 _fetch_decay(refs, shared, place, item + decay_stages)
-        if item == panels - 1 and SHARED + "query" in shared:  # all keys were multiplied
+        if item == panels - 1 and "queries" in shared:  # all the slots' keys are multiplied
             _fetch_query(refs, shared, place, "rotated_query")
 
 
@@ -119,10 +122,7 @@ def _fetch_slots_of(panel: int, starts: Any, slots: Any, place: Place, loaded: A
 
 
 def _fetch_rotated_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
-    rows, stage = (
-        place.token_rows(block),
-        lax.rem(jnp.int32(block), jnp.int32(shared["value"].shape[0])),
-    )
+    rows, stage = place.token_rows(block), _stage_of(block, shared)
     loaded = shared["rotated_key_loaded"].at[stage]
     tokens = refs["rotated_key"].at[place.batch, rows, place.kv_head]
     plgpu.copy_gmem_to_smem(tokens, shared["rotated_key"].at[stage], loaded)
@@ -132,9 +132,10 @@ def _fetch_rotated_key(refs: Refs, shared: Refs, place: Place, block: int | jax.
 
 
 def _fetch_value(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
-    rows, stage = (
-        place.token_rows(block),
-        lax.rem(jnp.int32(block), jnp.int32(shared["value"].shape[0])),
-    )
+    rows, stage = place.token_rows(block), _stage_of(block, shared)
     tokens = refs["value"].at[place.batch, rows, place.kv_head]
     plgpu.copy_gmem_to_smem(tokens, shared["value"].at[stage], shared["value_loaded"].at[stage])
+
+
+def _stage_of(block: int | jax.Array, shared: Refs) -> jax.Array:
+    return lax.rem(jnp.int32(block), jnp.int32(shared["value"].shape[0]))
