@@ -68,7 +68,7 @@ class Consumer(InChunk):
         plgpu.commit_smem()
         G = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
         write = write_of(plgpu.load(shared["cumulative"].at[stage], layout=LOGITS))
-        shared["cumulative"].at[stage][...] = G
+        shared["cumulative"].at[stage][...] = G  # where log_decay was
         row, width = iota(G.shape[1], 0), G.shape[1]
         slots = pl.ds(stage * width, width)
         for block in range(GATE_BLOCKS):
