@@ -17,13 +17,12 @@ from pallas.gpu.in_chunk import InChunk
 from pallas.gpu.launch import Refs
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, Spec, tile
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
 SIDES = ("key", "value")
 NUMBERS = ("log_mass", "delta")  # of each row
-ALIGNED = 32  # float32 numbers: a tensor copy (TMA) starts at a multiple of 128 bytes
 
 
 def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:

@@ -18,6 +18,7 @@ CHUNK = 64  # C: the rows of a warpgroup's matrix product
 PANEL = 32  # slots that are held in registers at a time
 GATE_ROWS = 16  # that share a reference of their gates
 GATE_BLOCKS = CHUNK // GATE_ROWS
+ALIGNED = 32  # float32 numbers: a tensor copy (TMA) starts at a multiple of 128 bytes
 
 LOGITS = plgpu.Layout.WGMMA  # of [C, n] in registers
 ROW = LOGITS.reduce(1)  # of [C], a number for each row of it

@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import Gates
 from pallas.gpu.matmul import Matmul
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, Spec, tile
 from pallas.gpu.state_pass import FEATURES
 
 
@@ -62,7 +62,7 @@ def state_grads(
     scratch: dict[str, Any] = {
         "rows": plgpu.SMEM((stages, CHUNK, FEATURES), narrow, transforms=tile(min(FEATURES, M))),
         "weights": plgpu.SMEM((stages, CHUNK, M), narrow, transforms=tile(M)),
-        "total": plgpu.SMEM((stages, M), wide),
+        "total": plgpu.SMEM((stages, max(M, ALIGNED)), wide),
         "slots": plgpu.SMEM((2, FEATURES, M), narrow, transforms=tile(M)),
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
     }
@@ -146,7 +146,7 @@ class _Walk:
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the store two chunks ago left its buffer
         shared["slots"].at[buffer][...] = slots.astype(jnp.bfloat16)
         plgpu.barrier_wait(shared["loaded"].at[self._stage(first)])
-        total = plgpu.load(shared["total"].at[self._stage(first)], layout=COLUMN)
+        total = plgpu.load(self._total(self._stage(first)), layout=COLUMN)
         decayed = slots * lax.broadcast_in_dim(total, self.shape, [1])
         plgpu.commit_smem()  # of the slots, and of the read total, before copies touch them
         self._of_either(
@@ -188,7 +188,10 @@ class _Walk:
 
         self._of_either(load, ("query", "out_grad"), ("logits", "weights"))
         total = self.refs["total"].at[self.b, self.h, chunk]
-        plgpu.copy_gmem_to_smem(total, shared["total"].at[stage], loaded.at[stage])
+        plgpu.copy_gmem_to_smem(total, self._total(stage), loaded.at[stage])
+
+    def _total(self, stage):
+        return self.shared["total"].at[stage, pl.ds(0, self.shape[1])]
 
     def _stage(self, item):
         return lax.rem(item, jnp.int32(self.stages))

@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import Gates
 from pallas.gpu.matmul import Matmul
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, Spec, tile
 
 FEATURES = 64  # of a block: the rows of a warpgroup's product
 
@@ -58,7 +58,7 @@ def state_pass(
     scratch: dict[str, Any] = {
         "tokens": plgpu.SMEM((stages, CHUNK, FEATURES), narrow, transforms=tile(min(FEATURES, M))),
         "to_end": plgpu.SMEM((stages, CHUNK, M), narrow, transforms=tile(M)),
-        "total": plgpu.SMEM((stages, M), wide),
+        "total": plgpu.SMEM((stages, max(M, ALIGNED)), wide),
         "slots": plgpu.SMEM((2, FEATURES, M), narrow, transforms=tile(M)),
         "loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
     }
@@ -108,7 +108,7 @@ def _kernel(*refs, spec: Spec, chunks: int, interpret: bool, **scratch):
         )
         own = pl.ds(chunk * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(to_end.at[b, own, h], scratch["to_end"].at[stage], loaded)
-        plgpu.copy_gmem_to_smem(total.at[b, h, chunk], scratch["total"].at[stage], loaded)
+        plgpu.copy_gmem_to_smem(total.at[b, h, chunk], scratch["total"].at[stage, pl.ds(0, M)], loaded)
 
     def store(chunk, buffer):
         of_keys_or_values(
@@ -138,7 +138,7 @@ def _kernel(*refs, spec: Spec, chunks: int, interpret: bool, **scratch):
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the store two chunks ago left its buffer
         scratch["slots"].at[buffer][...] = slots.astype(jnp.bfloat16)
         plgpu.barrier_wait(scratch["loaded"].at[stage])
-        total = plgpu.load(scratch["total"].at[stage], layout=COLUMN)
+        total = plgpu.load(scratch["total"].at[stage, pl.ds(0, M)], layout=COLUMN)
         decayed = slots * lax.broadcast_in_dim(total, shape, [1])
         plgpu.commit_smem()  # of the slots, and of the read total, before copies touch them
         store(chunk, buffer)
