@@ -7,7 +7,12 @@ slots; the sums run over the row's slots:
     S = entered * q k^T                             D = entered * do v^T
     a = scale (E0 (q SK0) + rise spread(S))         dp = E0 (do SV0) + rise spread(D)
     p = exp(a - log_mass)                           ds = scale p (dp - delta)
+    delta = omega mean(dp) + rest                   mean(dp) = sum(p dp) / sum(p)
     L = entered * gather(ds rise)                   dq = (ds E0) SK0^T + L k
+
+The slots may all hold nearly the same. Then ds and its sum are small differences, in which all that
+dp's have in common must cancel, their rounding included: only a mean of the very dp and p does so.
+omega, the slots' share of the softmax, and rest, what is not of the slots, are given in float32.
 
 A warpgroup works on the rows of one query head, a panel of slots at a time. ds and p go out as they
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
@@ -49,7 +54,8 @@ def slot_queries(
     key: jax.Array,
     value: jax.Array,
     log_mass: jax.Array,
-    delta: jax.Array,
+    slot_weight: jax.Array,
+    rest: jax.Array,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     facts: Facts | None,
@@ -60,16 +66,15 @@ def slot_queries(
     """The kernel's call.
 
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
-    key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
-    delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp; with window 0 that is the mean of dp by p, whatever delta is. starts: [B, H, N / C, D,
-    M] bfloat16 each. facts: with spec.masked.
+    key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass, of
+    base e, slot_weight, omega, and rest: [B, H * G, N] float32. starts: [B, H, N / C, D, M]
+    bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
     M = gates.cumulative.shape[3]
     inputs = {"query": query, "out_grad": out_grad, "key": key, "value": value}
-    inputs |= {"log_mass": log_mass, "delta": delta}
+    inputs |= {"log_mass": log_mass, "slot_weight": slot_weight, "rest": rest}
     inputs |= {"cumulative": gates.cumulative, "write": gates.write}
     inputs |= {"start_key": starts[0], "start_value": starts[1]}
     if facts is not None:
@@ -109,15 +114,16 @@ def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
     scratch = {
         **dict.fromkeys(("query", "out_grad", "key", "value"), tokens),
         **dict.fromkeys(("start_key", "start_value"), slots),
-        **dict.fromkeys(("log_mass", "delta"), row),
+        **dict.fromkeys(("log_mass", "slot_weight", "rest"), row),
         "cumulative": plgpu.SMEM((panels, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
         "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
-        "loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + 4 * panels + 3 * spec.masked),
+        "loaded": plgpu.Barrier(num_arrivals=7 + GATE_BLOCKS + 4 * panels + 3 * spec.masked),
     }
     if panels > 1:
         scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
+        scratch["delta"] = row
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
@@ -141,8 +147,7 @@ class QuerySide(InChunk):
         if panels == 1:
             self._store_query(self._panel(0, None))
             return
-        if self.spec.window == 0:
-            self._sum_delta(panels)
+        self._sum_delta(panels)
         none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
         into_tokens = shared["into_tokens"]  # in registers there is no room for it
         into_tokens[...] = plgpu.layout_cast(none, LOGITS)
@@ -169,7 +174,7 @@ class QuerySide(InChunk):
             plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
         for name in ("start_key", "start_value"):
             fetch_slots(refs[name], shared[name], place, loaded)
-        for name in ("log_mass", "delta"):
+        for name in ("log_mass", "slot_weight", "rest"):
             rows = refs[name].at[b, head, place.rows]
             plgpu.copy_gmem_to_smem(rows, shared[name], loaded)
 
@@ -226,11 +231,7 @@ class QuerySide(InChunk):
         return self._spread(panel, scores, shape[1], start) * self._rise(panel)
 
     def _sum_delta(self, panels: int) -> None:
-        """Takes the given delta's place with the mean of dp, where a row reads slots only.
-
-        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp,
-        and so is it with a p that does not quite sum to 1, for the forward rounds its gates apart.
-        """
+        """delta into its place: a panel's needs all the others', and so all are computed twice."""
         cumulative = self.shared["cumulative"]
 
         def add(panel, sums):
@@ -241,8 +242,13 @@ class QuerySide(InChunk):
             return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self.shared["delta"][...] = _mean(*lax.fori_loop(0, panels, add, (zeros, zeros)))
+        self.shared["delta"][...] = self._delta(*lax.fori_loop(0, panels, add, (zeros, zeros)))
         plgpu.commit_smem()
+
+    def _delta(self, total: jax.Array, mass: jax.Array) -> jax.Array:
+        """Of the sums of p dp and of p; a row that reads nothing has none."""
+        mean = total / jnp.where(mass > 0.0, mass, 1.0)
+        return self._row("slot_weight") * mean + self._row("rest")
 
     def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
         """p and dp of a panel, [C, its slots].
@@ -268,9 +274,10 @@ class QuerySide(InChunk):
         shared = self.shared
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
-        alone = into_tokens is None and self.spec.window == 0
-        # As in `_sum_delta`.
-        delta = _mean((p * dp).sum(axis=1), p.sum(axis=1)) if alone else self._row("delta")
+        if into_tokens is None:
+            delta = self._delta((p * dp).sum(axis=1), p.sum(axis=1))
+        else:
+            delta = self._row("delta")
         ds = p * (dp - by_row(delta, p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
         start = rise * self._reference_decay(panel)
@@ -322,8 +329,3 @@ class QuerySide(InChunk):
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
         plgpu.copy_smem_to_gmem(shared["value"], target)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _mean(total: jax.Array, mass: jax.Array) -> jax.Array:
-    """Of a row that reads nothing, 0."""
-    return total / jnp.where(mass > 0.0, mass, 1.0)
