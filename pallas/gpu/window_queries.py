@@ -149,8 +149,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
     square = CHUNK, CHUNK
     plgpu.barrier_wait(shared["rows_loaded"])
 
-    def step(block, totals):
-        total, pulled = totals
+    def step(block, total):
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
         b = matmul(lambda: [(shared["rotated_query"], shared["rotated_key"].at[stage].T)], square)
@@ -165,23 +164,22 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         exponent = b * (spec.scale * LOG2E) - by_row(log_mass, CHUNK)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
         dp = matmul(lambda: [(shared["out_grad"], shared["value"].at[stage].T)], square)
-        p_dp = p * dp
-        pulled += p_dp.sum(axis=1)
-        ds = p_dp - p * by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK)
+        pulled = (p * dp).sum(axis=1)  # kept in shared memory: registers are scarce
+        shared["pulled"][...] = plgpu.load(shared["pulled"], layout=ROW) + pulled
+        ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))
         total = matmul(
             lambda: [(ds.astype(jnp.bfloat16), shared["rotated_key"].at[stage])],
             (CHUNK, D),
             total,
         )
         plgpu.barrier_arrive(shared["block_read"].at[stage])
-        return total, pulled
+        return total
 
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
-    none = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-    total, pulled = lax.fori_loop(0, place.blocks, step, (zeros, none))
+    shared["pulled"][...] = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
+    total = lax.fori_loop(0, place.blocks, step, zeros)
     plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
     shared["rotated_query"][...] = (total * spec.scale).astype(jnp.bfloat16)
-    shared["pulled"][...] = pulled
     plgpu.commit_smem()
     b, head = place.batch, place.heads
     plgpu.copy_smem_to_gmem(shared["rotated_query"], refs["query_grad"].at[b, place.rows, head])
