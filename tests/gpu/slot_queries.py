@@ -28,6 +28,14 @@ REST = [
     Case(M=32, slots=32, gate="-1000", masked=True),
     Case(M=128, slots=128, gate="mixed", window=0, ahead=0),
     Case(M=16, slots=16, window=0, ahead=0, masked=True),
+    Case(D=256, H=2, G=2, masked=True, gate="mixed"),
+    Case(D=256, M=128, slots=100, ahead=0, masked=True, gate="-1000"),
+    Case(D=256, M=128, slots=128, G=2, window=0, ahead=0),
+    Case(D=256, M=16, slots=16, gate="-inf"),
+    Case(D=256, window=0, ahead=0, masked=True),
+    Case(D=192, G=2, gate="-1000"),
+    Case(D=192, M=128, slots=128, masked=True),
+    Case(D=192, M=32, slots=32, window=0, ahead=0),
 ]
 CASES = ORDINARY + REST
 
@@ -39,7 +47,8 @@ def query_side(inputs: Inputs, *, case: Case, interpret):
         inputs.key,
         inputs.value,
         inputs.log_mass,
-        inputs.delta,
+        inputs.slot_weight,
+        inputs.rest,
         inputs.gates,
         inputs.starts,
         inputs.facts,
@@ -66,7 +75,7 @@ def check(case: Case) -> None:
     run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
     actual = run(inputs)
     chunks = Chunks(inputs, case.spec)
-    expected = chunks.queries(inputs.log_mass, inputs.delta)
+    expected = chunks.queries(inputs.log_mass, inputs.rest)
     for name, x in actual._asdict().items():
         y = getattr(expected, name)
         if name.endswith("_rise"):  # up to 2^93 in some rows: those alone would be compared
