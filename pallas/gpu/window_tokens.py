@@ -162,11 +162,11 @@ class _Worker:
             pl.when(stage < self.place.items)(fetch)
         zeros = plgpu.layout_cast(jnp.zeros(self.sum_shape, jnp.float32), LOGITS)
         total = self._walk(zeros)
-        place, target = self.shared[self.PLACE], self._of_tokens(self.GRAD)
+        result, target = self.shared[self.PLACE], self._of_tokens(self.GRAD)
         plgpu.commit_smem()  # all warps have read the tokens
-        place[...] = total.astype(jnp.bfloat16)
+        result[...] = total.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(place, target)
+        plgpu.copy_smem_to_gmem(result, target)
         plgpu.wait_smem_to_gmem(0)
 
     def _fetch_tokens(self) -> None:
