@@ -16,6 +16,9 @@ omega, the slots' share of the softmax, and rest, what is not of the slots, are 
 
 A warpgroup works on the rows of one query head, a panel of slots at a time. ds and p go out as they
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
+
+A block reads k twice. Of more than 64 slots delta comes first: what is computed for p and dp is
+computed twice, and S0 and G are read twice, half of SK0 three times. That comes from the L2 cache.
 """
 
 from typing import Any, NamedTuple
@@ -27,16 +30,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E, Gates
-from pallas.gpu.in_chunk import InChunk, by_row
 from pallas.gpu.launch import Refs, launch
+from pallas.gpu.masks import by_row
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, PANEL, ROW, Spec, tile
-
-WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
-STAGES = 2  # panels in shared memory at a time, where there are more
-SIDES = ("key", "value")
+from pallas.gpu.slot_query_places import SIDES, QueryPlaces, query_scratch
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec
 
 
 class SlotQueries(NamedTuple):
@@ -86,7 +86,6 @@ def slot_queries(
     outputs |= dict.fromkeys(SlotQueries._fields[1:], weights)
 
     def kernel(refs: Refs, shared: Refs) -> None:
-        shared = shared | _named(shared)
         place = Place(spec, warpgroups=1)
         matmul = Matmul(bool(interpret), shared.get("buffer"))
         QuerySide(refs, shared, place, matmul, spec).run()
@@ -95,7 +94,7 @@ def slot_queries(
         kernel,
         inputs,
         outputs,
-        _scratch(spec, D, M, interpret=bool(interpret)),
+        query_scratch(spec, D, M, interpret=bool(interpret)),
         grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
         warpgroups=1,
         name="nha_slot_queries",
@@ -104,164 +103,22 @@ def slot_queries(
     return SlotQueries(*grads)
 
 
-def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
-    """Shared memory, and barriers whose arrivals are the copies into it."""
-    narrow, wide = jnp.bfloat16, jnp.float32
-    panel = M if M <= WHOLE else PANEL
-    panels = M // panel
-    stages = min(panels, STAGES)
-    tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
-    rows = plgpu.SMEM((1, CHUNK, D), narrow, transforms=tile(min(D, panel)))
-    slots = plgpu.SMEM((stages, D, panel), narrow, transforms=tile(panel))
-    scores = plgpu.SMEM((CHUNK, CHUNK), narrow, transforms=tile(CHUNK))
-    number = plgpu.SMEM((CHUNK,), wide)
-    copied = plgpu.Barrier(num_arrivals=1, num_barriers=stages)
-    scratch = {
-        **dict.fromkeys(("query", "out_grad"), rows),
-        **dict.fromkeys(SIDES, plgpu.RefUnion(tokens, [slots, scores])),
-        **dict.fromkeys(("log_mass", "slot_weight", "rest"), number),
-        "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
-        "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
-        "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
-        "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
-        "loaded": plgpu.Barrier(num_arrivals=7 + GATE_BLOCKS + panels + 3 * spec.masked),
-        **dict.fromkeys(("gates_loaded", "slot_keys_loaded", "slot_values_loaded"), copied),
-        "loaded_again": plgpu.Barrier(num_arrivals=1 + panels - stages),
-    }
-    if panels > 1:
-        scratch["zero"] = plgpu.SMEM((128,), jnp.int32)
-        scratch["delta"] = number
-    if spec.masked:
-        scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
-    if interpret:
-        scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
-    return scratch
-
-
-def _named(shared: Refs) -> Refs:
-    """What shares a place, by name: the tokens, then some slots and the products of the tokens."""
-    named = {}
-    for side in SIDES:
-        named[side], (named[f"slot_{side}s"], named[f"{side}_scores"]) = shared[side]
-    return named
-
-
-class QuerySide(InChunk):
-    """A query head's rows of a chunk.
-
-    A turn is a panel of slots, of which a few are in shared memory at a time; of more than one of
-    them, all have a turn for delta first.
-    """
-
-    def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
-        super().__init__(shared, place, matmul, spec)
-        self.refs = refs
-        self.panels, _, self.width = shared["write"].shape
-        self.stages = shared["cumulative"].shape[0]
-        self.zero: int | jax.Array = 0
+class QuerySide(QueryPlaces):
+    """A query head's rows of a chunk."""
 
     def run(self) -> None:
         shared = self.shared
-        self._fetch()
+        self._fetch_first()
         plgpu.barrier_wait(shared["loaded"])
         self._multiply_tokens()
         if self.panels == 1:
             self._store_query(self._panel(0, None))
             return
-        zeros = jnp.zeros(128, jnp.int32)
-        shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
         self._sum_delta()
         none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         into_tokens = lax.fori_loop(0, self.panels, self._panel, none)
         self._forget_addresses()
         self._store_query(into_tokens)
-
-    def _forget_addresses(self) -> None:
-        """As in `slot_worker.py`, where there is a loop over panels."""
-        if self.panels > 1:
-            self.zero = self.shared["zero"][0]
-
-    def _panels(self) -> tuple[int, int]:
-        return self.panels, self.width
-
-    def _stage(self, panel):
-        return lax.rem(jnp.int32(panel), jnp.int32(self.stages)) if self.stages > 1 else 0
-
-    def _rows(self, name: str):
-        return self.shared[name].at[self.zero]
-
-    def _fetch(self) -> None:
-        refs, shared, place = self.refs, self.shared, self.place
-        b, head, loaded = place.batch, place.heads, shared["loaded"]
-        for name in ("query", "out_grad"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], self._rows(name), loaded)
-        for name in SIDES:
-            self._fetch_tokens(name, shared[name], loaded)
-        for stage in range(self.stages):
-            self._fetch_gates(stage)
-        for panel in range(self.panels):
-            write = refs["write"].at[b, place.rows, place.kv_head, self._slots(panel)]
-            plgpu.copy_gmem_to_smem(write, shared["write"].at[panel], loaded)
-        for block in range(GATE_BLOCKS):
-            middle = place.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = refs["cumulative"].at[b, middle, place.kv_head]
-            plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
-        if self.spec.masked:
-            for name in ("query_run", "reads"):
-                plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
-            visible = refs["visible"].at[b, place.token_rows(0)]
-            plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
-        for name in ("log_mass", "slot_weight", "rest"):
-            rows = refs[name].at[b, head, place.rows]
-            plgpu.copy_gmem_to_smem(rows, shared[name], loaded)
-
-    def _slots(self, panel):
-        return pl.ds(panel * self.width, self.width)
-
-    def _fetch_tokens(self, name: str, target: Any, loaded: Any) -> None:
-        place = self.place
-        tokens = self.refs[name].at[place.batch, place.token_rows(0), place.kv_head]
-        plgpu.copy_gmem_to_smem(tokens, target, loaded)
-
-    def _fetch_gates(self, panel) -> None:
-        shared, place, stage = self.shared, self.place, self._stage(panel)
-        slots = self._slots(panel)
-        gates = self.refs["cumulative"].at[place.batch, place.rows, place.kv_head, slots]
-        target, loaded = shared["cumulative"].at[stage], shared["gates_loaded"].at[stage]
-        plgpu.copy_gmem_to_smem(gates, target, loaded)
-
-    def _fetch_slots(self, side: str, panel) -> None:
-        loaded = self.shared[f"slot_{side}s_loaded"].at[self._stage(panel)]
-        self._fetch_slots_to(f"slot_{side}s", side, panel, loaded)
-
-    def _fetch_slots_to(self, where: str, side: str, panel, loaded: Any) -> None:
-        place = self.place
-        target = self.shared[where].at[self._stage(panel)]
-        of_panel = pl.ds(0, target.shape[0]), self._slots(panel)
-        slots = self.refs[f"start_{side}"].at[place.batch, place.kv_head, place.chunk, *of_panel]
-        plgpu.copy_gmem_to_smem(slots, target, loaded)
-
-    def _fetch_next(self, turn) -> None:
-        """What takes this turn's places, when all have read them."""
-
-        @pl.when(turn + self.stages < 2 * self.panels)
-        def _():
-            panel = lax.rem(turn + self.stages, jnp.int32(self.panels))
-            self._fetch_gates(panel)
-            for side in SIDES:
-                self._fetch_slots(side, panel)
-
-    def _fetch_again(self) -> None:
-        """What dq is made of and is no longer here, after the last panel's dp.
-
-        The keys take the place of do, and the first of the slots' keys that of their values.
-        """
-        plgpu.commit_smem()
-        again = self.shared["loaded_again"]
-        self._fetch_tokens("key", self._rows("out_grad"), again)
-        for panel in range(self.panels - self.stages):
-            self._fetch_slots_to("slot_values", "key", panel, again)
 
     def _multiply_tokens(self) -> None:
         """S and D, [C, C] bfloat16; then the first slots take the places of the tokens."""
@@ -271,12 +128,8 @@ class QuerySide(InChunk):
             x = jnp.where(self._entered(), self.matmul(operands, (CHUNK, CHUNK)), 0.0)
             shared[f"{side}_scores"][...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        for stage in range(self.stages):
-            for side in SIDES:
-                self._fetch_slots(side, stage)
-
-    def _falls(self, block: int, panel):
-        return self.shared["falls"].at[self.zero + block]
+        for panel in range(self.stages):
+            self._fetch_slots(panel)
 
     def _build_falls(self, panel) -> None:
         """And G - R in the place of G, with R of the row's block."""
@@ -328,7 +181,8 @@ class QuerySide(InChunk):
             return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self.shared["delta"][...] = self._delta(*lax.fori_loop(0, self.panels, add, (zeros, zeros)))
+        total, mass = lax.fori_loop(0, self.panels, add, (zeros, zeros))
+        self._numbers("delta")[...] = self._delta(total, mass)
         plgpu.commit_smem()
 
     def _delta(self, total: jax.Array, mass: jax.Array) -> jax.Array:
@@ -371,7 +225,7 @@ class QuerySide(InChunk):
         return into_tokens
 
     def _row(self, name: str) -> jax.Array:
-        return plgpu.load(self.shared[name], layout=ROW)
+        return plgpu.load(self._numbers(name), layout=ROW)
 
     def _place_of(self, name: str, panel):
         """In shared memory: that of s, which is no longer needed, for dq, else of the falls."""
