@@ -49,9 +49,9 @@ def fused_attention(
       reads and the written [B, N] and kept [B, N / C] of `chunk_gates`.
     interpret: `InterpretGPUParams` run the kernels on the CPU.
 
-    Saved for the backward, beside the inputs: the output, log_mass, the slots at the chunks'
-    starts and, if it has a gradient, the slot weight. A `jax.checkpoint` policy that saves
-    `RESIDUAL_NAMES` spares itself the forward.
+    Saved for the backward, beside the inputs: the output, log_mass, the slot weight and the slots
+    at the chunks' starts. A `jax.checkpoint` policy that saves `RESIDUAL_NAMES` spares itself the
+    forward.
     """
     return _fused(spec, block_sizes, interpret, inputs, constants)
 
@@ -95,7 +95,7 @@ def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
     saved = Saved(
         out=fused.out,
         log_mass=fused.log_mass,
-        slot_weight=fused.slot_weight if spec.weight else None,
+        slot_weight=fused.slot_weight,
         starts=jax.tree.map(lambda x: checkpoint_name(x, "nha_starts"), starts),
     )
     return fused, (inputs, constants, saved)

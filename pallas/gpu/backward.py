@@ -3,7 +3,12 @@
 With p the softmax's weights and dp the gradients of what they multiply, the logits' gradients are
 p (dp - delta), delta_r = sum p dp = out_r . out_grad_r. The slot weight omega = sum of p over the
 slots adds its cotangent w to the slots' dp, and so omega w to delta. If it pulls the slots' logits
-only, it adds (1 - omega) w to their dp, and nothing to delta.
+only, it adds (1 - omega) w to their dp, and nothing to delta. Either way the slots' ds is
+p (dp - (delta - (1 - omega) w)).
+
+For the window delta is made of the output, which is rounded to bfloat16. That will not do for the
+slots: strong gates make them nearly equal, and then dp - delta is smaller than delta's rounding.
+Their kernel sums its own part of delta, and `window_queries` the window's.
 """
 
 from typing import Any, NamedTuple
@@ -30,7 +35,7 @@ class Saved(NamedTuple):
 
     out: jax.Array
     log_mass: jax.Array
-    slot_weight: jax.Array | None
+    slot_weight: jax.Array
     starts: Pair | None  # [B, H, N / C, D, M] bfloat16 each
 
 
@@ -52,11 +57,13 @@ def backward(
       and of the slots at the end, with spec.state; shapes as in `Fused`.
     """
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
-    of_slots, of_window = _deltas(saved, out_grad, weight_grad, spec)
+    delta = _window_delta(saved, out_grad, weight_grad, spec)
     facts = facts_of(constants)
-    grads = _window(inputs, saved.log_mass, of_window, facts, out_grad, launch)
+    grads, rest = _window(inputs, saved.log_mass, delta, facts, out_grad, launch)
     if saved.starts is not None:
-        slots = _slots(inputs, constants, saved, of_slots, facts, out_grad, end_grad, launch)
+        if weight_grad is not None:
+            rest -= (1 - saved.slot_weight) * weight_grad
+        slots = _slots(inputs, constants, saved, rest, facts, out_grad, end_grad, launch)
         grads |= slots | {"value": grads["value"] + slots["value"]}
     return grads
 
@@ -68,21 +75,23 @@ def _window(
     facts: Facts | None,
     out_grad: jax.Array,
     launch: dict[str, Any],
-) -> Arrays:
+) -> tuple[Arrays, jax.Array]:
+    """The gradients, and the window's part of the slots' delta."""
     arrays = inputs["rotated_query"], inputs["rotated_key"], inputs["value"]
     if launch["spec"].window == 0:
         query, key, value = map(jnp.zeros_like, arrays)
+        pulled = jnp.zeros_like(log_mass)
     else:
-        query = window_queries(*arrays, out_grad, log_mass, delta, facts, **launch)
+        query, pulled = window_queries(*arrays, out_grad, log_mass, delta, facts, **launch)
         key, value = window_tokens(*arrays, out_grad, log_mass, delta, facts, **launch)
-    return {"rotated_query": query, "rotated_key": key, "value": value}
+    return {"rotated_query": query, "rotated_key": key, "value": value}, pulled
 
 
 def _slots(
     inputs: Arrays,
     constants: Arrays,
     saved: Saved,
-    delta: jax.Array,
+    rest: jax.Array,
     facts: Facts | None,
     out_grad: jax.Array,
     end_grad: Pair | None,
@@ -98,7 +107,8 @@ def _slots(
         key,
         value,
         saved.log_mass,
-        delta,
+        saved.slot_weight,
+        rest,
         gates,
         starts,
         facts,
@@ -143,18 +153,15 @@ def gates_of(inputs: Arrays, constants: Arrays) -> Gates:
     return chunk_gates(inputs["log_decay"], constants.get("written"), constants.get("kept"))
 
 
-def _deltas(
+def _window_delta(
     saved: Saved, out_grad: jax.Array, weight_grad: jax.Array | None, spec: Spec
-) -> tuple[jax.Array, jax.Array]:
-    """What is subtracted from dp, of the slots and of the window: [B, H * G, N] float32."""
+) -> jax.Array:
+    """What is subtracted from the window's dp: [B, H * G, N] float32."""
     product = saved.out.astype(jnp.float32) * out_grad.astype(jnp.float32)
     delta = jnp.sum(product, -1).swapaxes(1, 2)
-    if weight_grad is None or saved.slot_weight is None:
-        return delta, delta
-    if spec.weight == "slots":
-        return delta - (1 - saved.slot_weight) * weight_grad, delta
-    delta += saved.slot_weight * weight_grad
-    return delta - weight_grad, delta
+    if weight_grad is not None and spec.weight == "all":
+        delta += saved.slot_weight * weight_grad
+    return delta
 
 
 def _in_place(x: jax.Array, rows: int, spec: Spec) -> jax.Array:

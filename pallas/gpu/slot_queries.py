@@ -7,13 +7,18 @@ slots; the sums run over the row's slots:
     S = entered * q k^T                             D = entered * do v^T
     a = scale (E0 (q SK0) + rise spread(S))         dp = E0 (do SV0) + rise spread(D)
     p = exp(a - log_mass)                           ds = scale p (dp - delta)
+    delta = omega mean(dp) + rest                   mean(dp) = sum(p dp) / sum(p)
     L = entered * gather(ds rise)                   dq = (ds E0) SK0^T + L k
+
+The slots may all hold nearly the same. Then ds and its sum are small differences, in which all that
+dp's have in common must cancel, their rounding included: only a mean of the very dp and p does so.
+omega, the slots' share of the softmax, and rest, what is not of the slots, are given in float32.
 
 A warpgroup works on the rows of one query head, a panel of slots at a time. ds and p go out as they
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
 
-A block reads k twice; of more than 64 slots it reads half of SK0 twice as well, or with window 0,
-where delta comes first, S0 and G twice and half of SK0 three times. That comes from the L2 cache.
+A block reads k twice. Of more than 64 slots delta comes first: what is computed for p and dp is
+computed twice, and S0 and G are read twice, half of SK0 three times. That comes from the L2 cache.
 """
 
 from typing import Any, NamedTuple
@@ -50,7 +55,8 @@ def slot_queries(
     key: jax.Array,
     value: jax.Array,
     log_mass: jax.Array,
-    delta: jax.Array,
+    slot_weight: jax.Array,
+    rest: jax.Array,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     facts: Facts | None,
@@ -61,16 +67,15 @@ def slot_queries(
     """The kernel's call.
 
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
-    key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass,
-    delta: [B, H * G, N] float32, the log-sum-exp of a row's logits, of base e, and what is taken
-    from dp; with window 0 that is the mean of dp by p, whatever delta is. starts: [B, H, N / C, D,
-    M] bfloat16 each. facts: with spec.masked.
+    key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass, of
+    base e, slot_weight, omega, and rest: [B, H * G, N] float32. starts: [B, H, N / C, D, M]
+    bfloat16 each. facts: with spec.masked.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
     M = gates.cumulative.shape[3]
     inputs = {"query": query, "out_grad": out_grad, "key": key, "value": value}
-    inputs |= {"log_mass": log_mass, "delta": delta}
+    inputs |= {"log_mass": log_mass, "slot_weight": slot_weight, "rest": rest}
     inputs |= {"cumulative": gates.cumulative, "write": gates.write}
     inputs |= {"start_key": starts[0], "start_value": starts[1]}
     if facts is not None:
@@ -109,8 +114,7 @@ class QuerySide(QueryPlaces):
         if self.panels == 1:
             self._store_query(self._panel(0, None))
             return
-        if self.first_turn:
-            self._sum_delta()
+        self._sum_delta()
         none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         into_tokens = lax.fori_loop(0, self.panels, self._panel, none)
         self._forget_addresses()
@@ -168,11 +172,7 @@ class QuerySide(QueryPlaces):
         return self._spread(panel, scores, self.width, start) * self._rise(panel)
 
     def _sum_delta(self) -> None:
-        """Takes the given delta's place with the mean of dp, where a row reads slots only.
-
-        They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp,
-        and so is it with a p that does not quite sum to 1, for the forward rounds its gates apart.
-        """
+        """delta into its place: a panel's needs all the others', and so all are computed twice."""
 
         def add(panel, sums):
             p, dp = self._weights(panel)
@@ -181,8 +181,14 @@ class QuerySide(QueryPlaces):
             return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self._numbers("delta")[...] = _mean(*lax.fori_loop(0, self.panels, add, (zeros, zeros)))
+        total, mass = lax.fori_loop(0, self.panels, add, (zeros, zeros))
+        self._numbers("delta")[...] = self._delta(total, mass)
         plgpu.commit_smem()
+
+    def _delta(self, total: jax.Array, mass: jax.Array) -> jax.Array:
+        """Of the sums of p dp and of p; a row that reads nothing has none."""
+        mean = total / jnp.where(mass > 0.0, mass, 1.0)
+        return self._row("slot_weight") * mean + self._row("rest")
 
     def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
         """p and dp of a panel, [C, its slots]."""
@@ -198,9 +204,10 @@ class QuerySide(QueryPlaces):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
         pl.when(panel == self.panels - 1)(self._fetch_again)
-        alone = into_tokens is None and self.spec.window == 0
-        # As in `_sum_delta`.
-        delta = _mean((p * dp).sum(axis=1), p.sum(axis=1)) if alone else self._row("delta")
+        if self.panels == 1:
+            delta = self._delta((p * dp).sum(axis=1), p.sum(axis=1))
+        else:
+            delta = self._row("delta")
         ds = p * (dp - by_row(delta, p.shape[1])) * self.spec.scale
         rise = self._rise(panel)
         start = rise * self._reference_decay(panel)
@@ -214,7 +221,7 @@ class QuerySide(QueryPlaces):
             panel, {"logits_rise": ds_rise, "weights_rise": p * rise, "weights_start": p * start}
         )
         if self.panels > 1:
-            self._fetch_next(self.first_turn + panel)
+            self._fetch_next(self.panels + panel)
         return into_tokens
 
     def _row(self, name: str) -> jax.Array:
@@ -258,8 +265,3 @@ class QuerySide(QueryPlaces):
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
         plgpu.copy_smem_to_gmem(self._rows("query"), target)
         plgpu.wait_smem_to_gmem(0)
-
-
-def _mean(total: jax.Array, mass: jax.Array) -> jax.Array:
-    """Of a row that reads nothing, 0."""
-    return total / jnp.where(mass > 0.0, mass, 1.0)

@@ -22,7 +22,8 @@ from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, Spec,
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
 SIDES = ("key", "value")
-NUMBERS = ("log_mass", "delta")  # of each row
+GIVEN = ("log_mass", "slot_weight", "rest")  # numbers of each row
+NUMBERS = (*GIVEN, "delta")
 
 
 def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
@@ -45,7 +46,7 @@ def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, A
         "references": plgpu.SMEM((GATE_BLOCKS, max(M, ALIGNED)), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
         "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
-        "loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + panels + 3 * spec.masked),
+        "loaded": plgpu.Barrier(num_arrivals=7 + GATE_BLOCKS + panels + 3 * spec.masked),
         **dict.fromkeys(("gates_loaded", "slot_keys_loaded", "slot_values_loaded"), copied),
         "loaded_again": plgpu.Barrier(num_arrivals=1 + panels - stages),
     }
@@ -68,8 +69,7 @@ def _named(shared: Refs) -> Refs:
 class QueryPlaces(InChunk):
     """A query head's rows of a chunk, and what is computed with them.
 
-    A turn is a panel of slots; with window 0 and more than one panel, all have a turn for delta
-    first.
+    A turn is a panel of slots; of more than one panel, all have a turn for delta first.
     """
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
@@ -77,7 +77,6 @@ class QueryPlaces(InChunk):
         self.refs = refs
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
-        self.first_turn = self.panels if spec.window == 0 and self.panels > 1 else 0
         self.zero: int | jax.Array = 0
 
     def _forget_addresses(self) -> None:
@@ -121,7 +120,7 @@ class QueryPlaces(InChunk):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
             visible = refs["visible"].at[b, place.token_rows(0)]
             plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
-        for name in NUMBERS:
+        for name in GIVEN:
             rows = refs[name].at[b, head, place.rows]
             plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
         zeros = jnp.zeros(128, jnp.int32)
@@ -157,7 +156,7 @@ class QueryPlaces(InChunk):
     def _fetch_next(self, turn) -> None:
         """What takes this turn's places, when all have read them."""
 
-        @pl.when(turn + self.stages < self.first_turn + self.panels)
+        @pl.when(turn + self.stages < 2 * self.panels)
         def _():
             panel = lax.rem(turn + self.stages, jnp.int32(self.panels))
             self._fetch_gates(panel)

@@ -1,17 +1,18 @@
-"""The gradient of the window's queries.
+"""The gradient of the window's queries, and the window's part of the sum that is delta.
 
 With symbols as in `spec.py`, q and k rotated, b the window's logits, do the output's gradient:
 
     p_rj = exp(b_rj - log_mass_r)
     ds_rj = p_rj (do_r . v_j - delta_r)
     dq_r = scale * sum_j ds_rj k_j
+    pulled_r = sum_j p_rj (do_r . v_j)
 
 A thread block has the rows of a chunk of one query head: a warpgroup walks the blocks of tokens
 that they see, and another fetches them.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ from pallas.gpu.place import Place
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 
 
+class WindowQueries(NamedTuple):
+    query: jax.Array  # [B, N, H * G, D] bfloat16, the gradient of rotated_query
+    pulled: jax.Array  # [B, H * G, N] float32
+
+
 def window_queries(
     rotated_query: jax.Array,
     rotated_key: jax.Array,
@@ -42,8 +48,8 @@ def window_queries(
     spec: Spec,
     block_sizes: BlockSizes,
     interpret: Any = False,
-) -> jax.Array:
-    """The kernel's call: the gradient of rotated_query, [B, N, H * G, D] bfloat16.
+) -> WindowQueries:
+    """The kernel's call.
 
     rotated_query, out_grad: [B, N, H * G, D] bfloat16. rotated_key, value: [B, P, H, D] bfloat16.
     log_mass, of base e, and delta, the sum over what a row sees of p times its gradient:
@@ -55,17 +61,20 @@ def window_queries(
     """
     B, N, heads, D = rotated_query.shape
     inputs = window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts)
-    (grad,) = launch(
+    result = launch(
         functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
         inputs,
-        {"query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)},
+        {
+            "query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
+            "pulled": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
+        },
         _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
         grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
         warpgroups=2,
         name="nha_window_queries",
         interpret=interpret,
     )
-    return grad
+    return WindowQueries(*result)
 
 
 def window_inputs(
@@ -93,6 +102,7 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
         "out_grad": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((CHUNK,), wide),
         "delta": plgpu.SMEM((CHUNK,), wide),
+        "pulled": plgpu.SMEM((CHUNK,), wide),
         "rotated_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "zero": plgpu.SMEM((2 * CHUNK,), jnp.int32),
@@ -166,6 +176,8 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         exponent = b * (spec.scale * LOG2E) - by_row(log_mass, CHUNK)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
         dp = matmul(lambda: [(shared["out_grad"].at[zero], shared["value"].at[stage].T)], square)
+        pulled = (p * dp).sum(axis=1)  # kept in shared memory: registers are scarce
+        shared["pulled"][...] = plgpu.load(shared["pulled"], layout=ROW) + pulled
         ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))
         total = matmul(
             lambda: [(ds.astype(jnp.bfloat16), shared["rotated_key"].at[stage])],
@@ -176,10 +188,12 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         return total
 
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
+    shared["pulled"][...] = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
     total = lax.fori_loop(0, place.blocks, step, zeros)
     plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
     shared["rotated_query"].at[0][...] = (total * spec.scale).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    target = refs["query_grad"].at[place.batch, place.rows, place.heads]
-    plgpu.copy_smem_to_gmem(shared["rotated_query"].at[0], target)
+    b, head, query_grad = place.batch, place.heads, shared["rotated_query"].at[0]
+    plgpu.copy_smem_to_gmem(query_grad, refs["query_grad"].at[b, place.rows, head])
+    plgpu.copy_smem_to_gmem(shared["pulled"], refs["pulled"].at[b, head, place.rows])
     plgpu.wait_smem_to_gmem(0)

@@ -7,7 +7,7 @@ spread(X)_r = sum_j X_rj fall_j, gather(X)_rj = sum_m X_rm fall_jm:
 
     S = entered * q k^T                       D = entered * do v^T
     a = scale (E0 (q SK0) + rise spread(S))   dp = E0 (do SV0) + rise spread(D)     E0 = exp(G_r)
-    p = exp(a - log_mass)                     ds = p (dp - delta) scale
+    p = exp(a - log_mass)                     ds = p (dp - sum_m p dp - rest) scale
     L = entered * gather(ds rise)             A = entered * gather(p rise)
     dq = (ds E0) SK0^T + L k
     dk = sum_g L^T q + to_end dSK1^T          dv = sum_g A^T do + to_end dSV1^T
@@ -82,7 +82,8 @@ class Inputs(NamedTuple):
     key: jax.Array  # [B, P, H, D] bfloat16
     value: jax.Array
     log_mass: jax.Array  # [B, H * G, N] float32
-    delta: jax.Array
+    slot_weight: jax.Array
+    rest: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32
     written: jax.Array | None  # [B, N], as for `chunk_gates`
     gates: Gates
@@ -109,7 +110,9 @@ class States(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The log_mass is that of the slots and, with a window, one more logit."""
+    """Random arrays. The log_mass is that of the slots and, with a window, one more logit, with
+    its part of the output's gradient: rest.
+    """
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     B, N, D, H, M = case.B, case.N, case.D, case.H, case.M
     heads, rows = H * case.G, (B, N)
@@ -120,7 +123,7 @@ def make_inputs(case: Case) -> Inputs:
     query, out_grad = normal(*rows, heads, D), normal(*rows, heads, D)
     P = N + 64 - case.ahead
     key, value = normal(B, P, H, D), normal(B, P, H, D)
-    delta = normal(B, heads, N, dtype=np.float32)
+    pulled = normal(B, heads, N, dtype=np.float32)
     log_decay = log_decays(case.gate, rng.standard_normal((*rows, H, M)), rng)
     log_decay[..., case.slots :] = 0
     log_decay[:, : case.ahead] = 0
@@ -133,13 +136,14 @@ def make_inputs(case: Case) -> Inputs:
     if case.masked:
         facts, written, kept = _facts(case, rng)
         seen = np.asarray(facts.query) >= 0
-        out_grad, delta = out_grad * seen[..., None, None], delta * seen[:, None]
+        out_grad, pulled = out_grad * seen[..., None, None], pulled * seen[:, None]
         out_grad = out_grad.astype(ml_dtypes.bfloat16)
     decays = jnp.asarray(log_decay, jnp.float32)
     inputs = Inputs(
         *map(jnp.asarray, (query, out_grad, key, value)),
         log_mass=jnp.zeros((B, heads, N), jnp.float32),
-        delta=jnp.asarray(delta, jnp.float32),
+        slot_weight=jnp.zeros((B, heads, N), jnp.float32),
+        rest=jnp.zeros((B, heads, N), jnp.float32),
         log_decay=decays,
         written=written,
         gates=jax.jit(chunk_gates)(decays, written, kept),
@@ -150,11 +154,15 @@ def make_inputs(case: Case) -> Inputs:
     with np.errstate(divide="ignore"):
         slots = np.log(np.sum(np.exp(Chunks(inputs, case.spec).logits()), -1))
     others = rng.standard_normal(slots.shape) if case.window else NOTHING_SEEN
+    flat = lambda x: x.transpose(0, 2, 3, 1, 4).reshape(B, heads, N)  # noqa: E731
     log_mass = np.logaddexp(slots, others)
-    log_mass = log_mass.transpose(0, 2, 3, 1, 4).reshape(B, heads, N)
+    slot_weight = flat(np.exp(slots - log_mass))
+    log_mass = flat(log_mass)
     if case.masked:
         log_mass = np.where(seen[:, None], log_mass, NOTHING_SEEN)
-    return inputs._replace(log_mass=jnp.asarray(log_mass, jnp.float32))
+    rest = (1 - slot_weight) * pulled
+    wide = (jnp.asarray(x, jnp.float32) for x in (log_mass, slot_weight, rest))
+    return inputs._replace(**dict(zip(("log_mass", "slot_weight", "rest"), wide, strict=True)))
 
 
 def _facts(case: Case, rng: np.random.Generator) -> tuple[Facts, jax.Array, jax.Array]:
@@ -243,14 +251,14 @@ class Chunks:
         """a, -inf where there is no slot or the row reads none."""
         return np.where(self.reads, self.spec.scale * self._to_slots(0), -np.inf)
 
-    def queries(self, log_mass: jax.Array, delta: jax.Array) -> Queries:
+    def queries(self, log_mass: jax.Array, rest: jax.Array) -> Queries:
         """What `slot_queries` returns."""
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
         p = np.exp(self.logits() - by_row(log_mass))
         dp = self._to_slots(1)
-        pulled = by_row(delta) if self.spec.window else np.sum(p * dp, -1, keepdims=True)
-        ds = p * (dp - pulled) * self.spec.scale
+        delta = np.sum(p * dp, -1, keepdims=True) + by_row(rest)
+        ds = p * (dp - delta) * self.spec.scale
         into_tokens = np.where(self.entered, self.gather(ds * self.rise), 0)  # L
         dq = (ds * self.from_start) @ self.starts[0].swapaxes(-1, -2)
         dq += into_tokens @ self.right[0][:, :, :, None]

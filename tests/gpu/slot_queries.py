@@ -47,7 +47,8 @@ def query_side(inputs: Inputs, *, case: Case, interpret):
         inputs.key,
         inputs.value,
         inputs.log_mass,
-        inputs.delta,
+        inputs.slot_weight,
+        inputs.rest,
         inputs.gates,
         inputs.starts,
         inputs.facts,
@@ -74,7 +75,7 @@ def check(case: Case) -> None:
     run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
     actual = run(inputs)
     chunks = Chunks(inputs, case.spec)
-    expected = chunks.queries(inputs.log_mass, inputs.delta)
+    expected = chunks.queries(inputs.log_mass, inputs.rest)
     for name, x in actual._asdict().items():
         y = getattr(expected, name)
         if name.endswith("_rise"):  # up to 2^93 in some rows: those alone would be compared

@@ -92,7 +92,7 @@ def check(case: Case) -> None:
     end_grad: Any = inputs.end_grad
     chunks = Chunks(inputs, case.spec)
     narrow: Any = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
-    queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.delta)))
+    queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.rest)))
     expected = chunks.states(queries, end_grad)
     ends = narrow(expected.ends[0]), narrow(expected.ends[1])
     arguments = inputs, queries, ends

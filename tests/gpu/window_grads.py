@@ -21,6 +21,7 @@ from tests.gpu.process import HOPPER, report
 from tests.ops.cases import GPU_INTERPRETER, relative_error
 
 TOLERANCE = 4e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
+WIDE_TOLERANCE = 1e-5  # of what is never rounded to bfloat16
 NOTHING_SEEN = -1e30  # log_mass of a row that sees nothing
 
 
@@ -168,15 +169,18 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
         "key": np.einsum("bhgrj,bhgrd->bjhd", ds, query),
         "value": np.einsum("bhgrj,bhgrd->bjhd", p, out_grad),
     }
-    return grads | {"query": grads["query"].reshape(inputs.rotated_query.shape)}
+    return grads | {
+        "query": grads["query"].reshape(inputs.rotated_query.shape),
+        "pulled": np.sum(p * dp, -1).reshape(inputs.delta.shape),
+    }
 
 
 def run(case: Case, interpret: Any, inputs: Inputs) -> dict[str, jax.Array]:
     sizes = BlockSizes(window_stages=case.stages)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
     tokens = window_tokens(*inputs, **options)
-    query = window_queries(*inputs, **options)
-    return {"query": query, "key": tokens.rotated_key, "value": tokens.value}
+    rows = window_queries(*inputs, **options)
+    return rows._asdict() | {"key": tokens.rotated_key, "value": tokens.value}
 
 
 def check(case: Case) -> None:
@@ -191,8 +195,8 @@ def check(case: Case) -> None:
         name: relative_error(np.asarray(x, np.float64), expected[name])
         for name, x in actual.items()
     }
-    for error in errors.values():
-        assert error <= TOLERANCE, errors
+    for name, error in errors.items():
+        assert error <= (WIDE_TOLERANCE if name == "pulled" else TOLERANCE), errors
 
 
 if __name__ == "__main__":
