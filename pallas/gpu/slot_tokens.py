@@ -41,11 +41,11 @@ from pallas.gpu.gates import Gates
 from pallas.gpu.launch import Refs, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.slot_worker import LEAST_WRITE
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
 from pallas.gpu.token_grads import TokenGrads
 
 MOST_SLOTS = 64  # of a block
+LEAST_WRITE = 2.0**-60  # stands for s = 0
 
 
 class SlotTokens(NamedTuple):
@@ -61,8 +61,8 @@ def slot_tokens(
     out_grad: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    logits: tuple[jax.Array, jax.Array],
-    weights: tuple[jax.Array, jax.Array],
+    logits: jax.Array,
+    weights: jax.Array,
     log_decay: jax.Array,
     written: jax.Array | None,
     gates: Gates,
@@ -89,15 +89,13 @@ def slot_tokens(
     to_end, odds = _decays(log_decay, written, gates)
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
-        "logits_rise": logits[0], "weights_rise": weights[0],
-        "logits_start": logits[1], "weights_start": weights[1],
-        "cumulative": gates.cumulative, "write": gates.write, "to_end": to_end,
-        "total": gates.total, "odds": odds,
+        "logits": logits, "weights": weights,
+        "cumulative": gates.cumulative, "to_end": to_end, "total": gates.total, "odds": odds,
         "start_key": starts[0], "start_value": starts[1],
         "end_key": end_grads[0], "end_value": end_grads[1],
     }  # fmt: skip
     if facts is not None:
-        inputs |= {"query_run": facts.query, "visible": facts.visible}
+        inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     share = jax.ShapeDtypeStruct((panels, B, N, H, D), jnp.bfloat16)
     outputs = {
         "key_grad": share,
@@ -148,31 +146,28 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
     scratch = {
         "rows": tiled(stages, CHUNK, D),  # q or do
         "rise": tiled(stages, CHUNK, width),
-        "start": tiled(stages, CHUNK, width),
-        "head_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "head_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "head_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "tokens": tiled(1, CHUNK, D),
         "slots": tiled(1, D, width),
         "slot_grads": tiled(1, D, width),
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
-        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then wS E
         "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
-        "part": tiled(1, CHUNK, width),  # s, then parts of what is summed over rows
         "to_end": tiled(1, CHUNK, width),
         "odds": tiled(CHUNK, width),
-        "gates_loaded": plgpu.Barrier(num_arrivals=5 + GATE_BLOCKS + 2 * masked),
+        "gates_loaded": plgpu.Barrier(num_arrivals=4 + GATE_BLOCKS + 3 * masked),
         "falls": tiled(GATE_BLOCKS, CHUNK, width),
         "falls_ready": plgpu.Barrier(num_arrivals=2),
-        "triangle": tiled(1, CHUNK, CHUNK),
+        "through": plgpu.SMEM((width,), wide),  # S0 . dS
         "zero": plgpu.SMEM((128,), jnp.int32),
         "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:
-        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch |= {x: plgpu.SMEM((CHUNK,), jnp.int32) for x in ("query_run", "visible", "reads")}
     if interpret:
         scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
     return scratch

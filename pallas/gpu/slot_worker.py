@@ -16,7 +16,6 @@ from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 
 SIDES = ("key", "value")
-LEAST_WRITE = 2.0**-60  # stands for s = 0
 
 
 class Worker:
@@ -54,7 +53,7 @@ class Worker:
         shared = self.shared
         plgpu.barrier_wait(shared["gates_loaded"])
         G = plgpu.load(shared["cumulative"], layout=LOGITS)
-        write = jnp.maximum(self.wide(self.operand("part")), LEAST_WRITE)
+        write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
         for block in self.FALLS:
             reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
             exponent = self.in_rows(reference) - G
@@ -102,31 +101,6 @@ class Worker:
             columns = jnp.where(self.entered(block, turned=turned), columns, 0.0)
             blocks.append(columns.astype(jnp.bfloat16))
         return blocks
-
-    def sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
-        """[C, slots]: for each row the sum over the earlier rows, or over the later.
-
-        parts: bfloat16 numbers that make up one of x.
-        """
-        total: jax.Array | None = None
-        turn = (lambda x: x) if earlier else (lambda x: x.T)
-        for _ in range(parts):
-            part = x.astype(jnp.bfloat16)
-            x = x - part.astype(jnp.float32)
-            plgpu.commit_smem()  # all have multiplied the part before
-            self.operand("part")[...] = part
-            plgpu.commit_smem()
-            total = self.matmul(
-                lambda: [(turn(self.operand("triangle")), self.operand("part"))],
-                self.gates_shape,
-                total,
-            )
-        assert total is not None
-        return total
-
-    def add(self, name: str, x: jax.Array) -> None:
-        """In shared memory, for registers are short."""
-        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
 
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)

@@ -79,8 +79,7 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     )  # fmt: skip
     tokens = slot_tokens(
         inputs.query, inputs.out_grad, inputs.key, inputs.value,
-        (queries.logits_rise, queries.logits_start),
-        (queries.weights_rise, queries.weights_start),
+        queries.logits_rise, queries.weights_rise,
         inputs.log_decay, inputs.written, inputs.gates, inputs.starts, ends, inputs.facts,
         **options,
     )  # fmt: skip
