@@ -24,14 +24,14 @@ class DecayGrads(Worker):
     FALLS = (2, 3)
 
     def run(self) -> None:
-        shared, group = self.shared, self.spec.group
+        shared = self.shared
         self.build_falls()
         sums = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
         shared["row_sums"][...] = sums
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
             self.forget_addresses()
-            sums = lax.fori_loop(side * group, (side + 1) * group, self._head, sums)
+            sums = self.over_heads(side, self._head, sums)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
         self._store(sums)

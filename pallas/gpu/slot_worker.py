@@ -5,6 +5,8 @@ its products have 16 columns or contract 16, not the whole chunk with zeros. A c
 as short as a tile of shared memory is wide, so all operands lie 16 columns to a tile.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -62,6 +64,14 @@ class Worker:
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared["falls_ready"])
         plgpu.barrier_wait(shared["falls_ready"])
+
+    def over_heads(self, side: int, head: Callable, start: jax.Array) -> jax.Array:
+        """start, as head(item, start) changes it; right after `forget_addresses`.
+
+        A loop even over one head, which would else be laid out among what surrounds it.
+        """
+        first, group = side * self.spec.group, self.spec.group
+        return lax.fori_loop(first + self.zero, first + group, head, start)
 
     def wait_for_head(self, item):
         """The stage of a head's rows; items are the heads of the first side, then of the second."""

@@ -16,7 +16,7 @@ class TokenGrads(Worker):
     FALLS = (0, 1)
 
     def run(self) -> None:
-        shared, group = self.shared, self.spec.group
+        shared = self.shared
         self._load_gates()
         self._load_states(0)
         self._load_tokens(0)
@@ -34,7 +34,7 @@ class TokenGrads(Worker):
                 lambda: [(self.operand("to_end"), self.operand("slot_grads").T)],
                 (CHUNK, self.D),
             )
-            grad = lax.fori_loop(side * group, (side + 1) * group, self._head, grad)
+            grad = self.over_heads(side, self._head, grad)
             plgpu.barrier_wait(shared["side_read"])
             self.forget_addresses()
             more = side + 1 < len(SIDES)
