@@ -70,7 +70,7 @@ class DecayGrads(Worker):
         shared["row_sums"][...] = self._load("row_sums") + carried
 
     def _from_start(self) -> jax.Array:
-        """exp(R), R of the row's block, in the rows that read the slots at the chunk's start."""
+        """exp(G'), G' of the row's block, in the rows that read the slots at the chunk's start."""
         shared = self.shared
 
         def reference(block):

@@ -52,7 +52,7 @@ from pallas.gpu.token_grads import TokenGrads
 MOST_SLOTS = 64  # of a block
 SHARED_MEMORY = 227 * 1024  # bytes, of a block
 ALIGNMENT = 1024  # bytes, of its arrays
-COMPILERS = 2048  # bytes that the compiler takes, for a sum over features
+REDUCTION = 2048  # bytes, the compiler's own, for a sum over features
 LEAST_WRITE = 2.0**-60  # stands for s = 0
 
 
@@ -85,9 +85,9 @@ def slot_tokens(
     """The kernel's call.
 
     query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
-    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16.
-    log_decay, written: as for `chunk_gates`. starts, end_grads: of keys and values, [B, H, N / C,
-    D, M] bfloat16, the slots at the chunks' starts and the gradients of those at their ends.
+    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. log_decay, written: as for
+    `chunk_gates`. starts, end_grads: of keys and values, [B, H, N / C, D, M] bfloat16, the slots at
+    the chunks' starts and the gradients of those at their ends.
     interpret: as for `fused_attention`.
     """
     B, N, _, D = query.shape
@@ -150,7 +150,7 @@ def _sum_panels(shares: jax.Array) -> jax.Array:
 def _most_stages(D: int, width: int, masked: bool) -> int:
     """How many heads' rows fit in shared memory."""
     one, two = (_size(_scratch(x, D, width, masked, interpret=False)) for x in (1, 2))
-    return 1 + (SHARED_MEMORY - COMPILERS - one) // (two - one)
+    return 1 + (SHARED_MEMORY - REDUCTION - one) // (two - one)
 
 
 def _size(scratch: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
 
 
 class TokenGrads(Worker):
-    """Fetches what both read; finds dx, and what of dg goes by way of the chunk's end."""
+    """Fetches what both read; finds dx, and the products of dg by way of the chunk's end."""
 
     FALLS = (0, 1)
 
