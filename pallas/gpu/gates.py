@@ -2,7 +2,8 @@
 
 With x the log decays of C rows and of a slot, s = 1 - exp(x), at row r
 
-    G_r = sum_{j <= r} max(x_j, FLOOR),  to_end_r = s_r exp(sum_{j > r} x_j),  total = exp(sum_j x_j)
+    G_r = sum_{j <= r} max(x_j, FLOOR)
+    to_end_r = s_r exp(sum_{j > r} x_j),  total = exp(sum_j x_j)
 
 Only sums of decays are ever exponentiated, so that none overflows and -inf is exact. But the
 kernels need differences of G, between rows up to 8 tokens away from a reference: for G alone a
@@ -34,7 +35,7 @@ LOG2E = 1.4426950408889634
 FLOOR = -8.0  # nats; the least decay of a token inside a chunk
 VANISHED = -200.0  # nats
 LEAST_WRITE = 2.0**-60  # stands for s = 0 where s divides
-MOST_SLOTS = 64  # of a block
+MOST_SLOTS = 32  # of a block
 
 
 class EndGates(NamedTuple):
@@ -138,41 +139,44 @@ def _kernel(refs: Refs, shared: Refs, *, interpret: bool) -> None:
         plgpu.copy_gmem_to_smem(written, shared["written"], shared["loaded"])
     plgpu.barrier_wait(shared["loaded"])
     matmul = Matmul(interpret, shared["buffer"] if interpret else None)
-    x = plgpu.load(shared["log_decay"], layout=LOGITS)
+
+    def parts(i):
+        return shared["parts"].at[i]
+
+    def log_decay():
+        return plgpu.load(shared["log_decay"], layout=LOGITS)  # where needed: registers are short
 
     def sum_over(chosen, x):
-        """For each row the sum of x over the chosen rows."""
+        """For each row the sum of x over the chosen rows, in units of log 2."""
         store_parts(x * LOG2E, parts)
         plgpu.commit_smem()
         chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
         return sum_rows(lambda: chosen, parts, matmul)
 
-    def parts(i):
-        return shared["parts"].at[i]
-
-    everything = "cumulative" in refs
-    if everything:
-        shared["log_decay"][...] = sum_over(iota(CHUNK, 1) <= iota(CHUNK, 0), jnp.maximum(x, FLOOR))
-    ending = jnp.maximum(x, VANISHED)
-    to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), ending))
+    ending = jnp.maximum(log_decay(), VANISHED)
     total = jnp.exp2(ending.sum(axis=0) * LOG2E)
-    write = write_of(x)
-    results = {"write": write} if everything else {}
-    if everything:
-        write = jnp.maximum(write, LEAST_WRITE)
-        results["odds"] = jnp.exp(x) / write
-    results["to_end"] = to_end * write
+    to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), ending))
     if "written" in refs:
         written = by_row(plgpu.load(shared["written"], layout=ROW), width)
-        results["to_end"] = jnp.where(written > 0, results["to_end"], 0.0)
+        to_end = jnp.where(written > 0, to_end, 0.0)
         total *= refs["kept"][b, chunk].astype(jnp.float32)
+    results = {}
+    if "cumulative" in refs:
+        G = sum_over(iota(CHUNK, 1) <= iota(CHUNK, 0), jnp.maximum(log_decay(), FLOOR))
+    write = write_of(log_decay())
+    if "cumulative" in refs:
+        results["write"] = write
+        write = jnp.maximum(write, LEAST_WRITE)
+        results["odds"] = jnp.exp(log_decay()) / write
+        shared["log_decay"][...] = G
+    results["to_end"] = to_end * write
     for i, result in enumerate(results.values()):
         parts(i)[...] = result.astype(jnp.bfloat16)
     shared["total"][...] = plgpu.layout_cast(total, COLUMN)
     plgpu.commit_smem()
     for i, name in enumerate(results):
         plgpu.copy_smem_to_gmem(parts(i), refs[name].at[own])
-    if everything:
+    if "cumulative" in refs:
         plgpu.copy_smem_to_gmem(shared["log_decay"], refs["cumulative"].at[own])
     plgpu.copy_smem_to_gmem(shared["total"], refs["total"].at[b, h, chunk, columns])
     plgpu.wait_smem_to_gmem(0)

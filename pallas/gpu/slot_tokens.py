@@ -41,7 +41,6 @@ from pallas.gpu.gates import Gates
 from pallas.gpu.launch import Refs, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.slot_worker import LEAST_WRITE
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
 from pallas.gpu.token_grads import TokenGrads
 
@@ -63,8 +62,6 @@ def slot_tokens(
     value: jax.Array,
     logits: tuple[jax.Array, jax.Array],
     weights: tuple[jax.Array, jax.Array],
-    log_decay: jax.Array,
-    written: jax.Array | None,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     end_grads: tuple[jax.Array, jax.Array],
@@ -78,21 +75,20 @@ def slot_tokens(
 
     query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
     pass. logits, weights: ds and p, each times rise and times exp(G), [B, N, H * G, M] bfloat16.
-    log_decay, written: as for `chunk_gates`. starts, end_grads: of keys and values, [B, H, N / C,
-    D, M] bfloat16, the slots at the chunks' starts and the gradients of those at their ends.
+    starts, end_grads: of keys and values, [B, H, N / C, D, M] bfloat16, the slots at the chunks'
+    starts and the gradients of those at their ends.
     interpret: as for `fused_attention`.
     """
     B, N, _, D = query.shape
     H, M = gates.cumulative.shape[2:]
     width = min(M, MOST_SLOTS)
     panels, stages = M // width, min(block_sizes.token_stages, 2 * spec.group)
-    to_end, odds = _decays(log_decay, written, gates)
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
         "logits_rise": logits[0], "weights_rise": weights[0],
         "logits_start": logits[1], "weights_start": weights[1],
-        "cumulative": gates.cumulative, "write": gates.write, "to_end": to_end,
-        "total": gates.total, "odds": odds,
+        "cumulative": gates.cumulative, "write": gates.write,
+        "to_end": gates.to_end, "total": gates.total, "odds": gates.odds,
         "start_key": starts[0], "start_value": starts[1],
         "end_key": end_grads[0], "end_value": end_grads[1],
     }  # fmt: skip
@@ -116,21 +112,6 @@ def slot_tokens(
         interpret=interpret,
     )
     return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
-
-
-def _decays(
-    log_decay: jax.Array, written: jax.Array | None, gates: Gates
-) -> tuple[jax.Array, jax.Array]:
-    """wS, which `Gates` has too but for the least s, and e / s; [B, N, H, M] bfloat16."""
-    B, N, H, M = log_decay.shape
-    write = jnp.maximum(gates.write.astype(jnp.float32), LEAST_WRITE)
-    chunks = log_decay.reshape(B, N // CHUNK, CHUNK, H, M)
-    from_row = jnp.cumsum(chunks[:, :, ::-1], axis=2)[:, :, ::-1]
-    after = jnp.pad(from_row[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-    to_end = write * jnp.exp(after).reshape(log_decay.shape)
-    if written is not None:
-        to_end = jnp.where(written[..., None, None], to_end, 0)
-    return to_end.astype(jnp.bfloat16), (jnp.exp(log_decay) / write).astype(jnp.bfloat16)
 
 
 def _sum_panels(shares: jax.Array) -> jax.Array:

@@ -11,12 +11,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.gates import LEAST_WRITE
 from pallas.gpu.in_chunk import MAX_EXPONENT, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 
 SIDES = ("key", "value")
-LEAST_WRITE = 2.0**-60  # stands for s = 0
 
 
 class Worker:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.gates import Gates
+from pallas.gpu.gates import EndGates
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, Spec, tile
 
@@ -36,7 +36,7 @@ class States(NamedTuple):
 def state_pass(
     key: jax.Array,
     value: jax.Array,
-    gates: Gates,
+    gates: EndGates,
     start: tuple[jax.Array, jax.Array] | None,
     *,
     spec: Spec,

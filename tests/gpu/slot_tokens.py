@@ -81,7 +81,7 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
         inputs.query, inputs.out_grad, inputs.key, inputs.value,
         (queries.logits_rise, queries.logits_start),
         (queries.weights_rise, queries.weights_start),
-        inputs.log_decay, inputs.written, inputs.gates, inputs.starts, ends, inputs.facts,
+        inputs.gates, inputs.starts, ends, inputs.facts,
         **options,
     )  # fmt: skip
     return states, tokens
