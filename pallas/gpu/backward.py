@@ -92,7 +92,7 @@ def _slots(
     assert starts is not None
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
-    gates = chunk_gates(*decays, interpret=interpret)
+    gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
     queries = slot_queries(
         query,
         out_grad,

@@ -28,7 +28,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.launch import Refs, launch
 from pallas.gpu.masks import by_row, iota
 from pallas.gpu.matmul import Matmul
-from pallas.gpu.row_sums import PARTS, store_parts, sum_rows, write_of
+from pallas.gpu.row_sums import PARTS, store_parts, store_zeros, sum_rows, write_of
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, tile
 
 LOG2E = 1.4426950408889634
@@ -60,16 +60,19 @@ def end_gates(
     written: jax.Array | None,
     kept: jax.Array | None,
     *,
+    ahead: int,
     interpret: Any = False,
 ) -> EndGates:
     """The state pass's gates of log_decay [B, N, H, M] float32, in [-inf, 0]; C divides N.
 
+    ahead: `Spec.ahead`. Row r of log_decay is row r + ahead of what is returned; the first `ahead`
+      are of log decay 0.
     written: [B, N] bool, the row's token is in the slots at its chunk's end; None: all are.
     kept: [B, N / C] bool, what the slots held at the chunk's start they may hold at its end.
     interpret: as for `fused_attention`.
     """
     outputs = _outputs(log_decay.shape, EndGates._fields)
-    return EndGates(*_call(log_decay, written, kept, outputs, interpret))
+    return EndGates(*_call(log_decay, written, kept, ahead, outputs, interpret))
 
 
 def chunk_gates(
@@ -77,11 +80,12 @@ def chunk_gates(
     written: jax.Array | None,
     kept: jax.Array | None,
     *,
+    ahead: int,
     interpret: Any = False,
 ) -> Gates:
     """The backward's gates; arguments as of `end_gates`."""
     outputs = _outputs(log_decay.shape, Gates._fields)
-    return Gates(*_call(log_decay, written, kept, outputs, interpret))
+    return Gates(*_call(log_decay, written, kept, ahead, outputs, interpret))
 
 
 def _outputs(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -97,6 +101,7 @@ def _call(
     log_decay: jax.Array,
     written: jax.Array | None,
     kept: jax.Array | None,
+    ahead: int,
     outputs: dict[str, jax.ShapeDtypeStruct],
     interpret: Any,
 ) -> list[jax.Array]:
@@ -117,7 +122,7 @@ def _call(
     if interpret:
         scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16)
     return launch(
-        functools.partial(_kernel, interpret=bool(interpret)),
+        functools.partial(_kernel, ahead=ahead, interpret=bool(interpret)),
         inputs,
         outputs,
         scratch,
@@ -128,16 +133,19 @@ def _call(
     )
 
 
-def _kernel(refs: Refs, shared: Refs, *, interpret: bool) -> None:
+def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     b, h, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     width = shared["log_decay"].shape[1]
     rows, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(lax.axis_index("panel") * width, width)
     own = b, rows, h, columns
-    plgpu.copy_gmem_to_smem(refs["log_decay"].at[own], shared["log_decay"], shared["loaded"])
+    first = chunk * CHUNK - ahead
+    decay = refs["log_decay"].at[b, pl.ds(jnp.maximum(first, 0), CHUNK), h, columns]
+    plgpu.copy_gmem_to_smem(decay, shared["log_decay"], shared["loaded"])
     if "written" in refs:
         written = refs["written"].at[b, rows]
         plgpu.copy_gmem_to_smem(written, shared["written"], shared["loaded"])
     plgpu.barrier_wait(shared["loaded"])
+    pl.when(first < 0)(lambda: store_zeros(shared["log_decay"]))
     matmul = Matmul(interpret, shared["buffer"] if interpret else None)
 
     def parts(i):

@@ -68,7 +68,7 @@ def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
     stages, _, width = shared["slot_key"].shape
     stage = panel % stages
     loaded, slots = shared["panel_loaded"].at[stage], pl.ds(panel * width, width)
-    decay = refs["log_decay"].at[place.batch, place.rows, place.kv_head, slots]
+    decay = refs["log_decay"].at[place.batch, place.token_rows(0), place.kv_head, slots]
     plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
     _fetch_slots_of(panel, refs["start_key"], shared["slot_key"].at[stage], place, loaded)
 

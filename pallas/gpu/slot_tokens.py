@@ -48,11 +48,11 @@ MOST_SLOTS = 64  # of a block
 
 
 class SlotTokens(NamedTuple):
-    """Gradients, by the timeline's rows 0 to N."""
+    """Gradients; of keys and values by the timeline's rows 0 to N."""
 
     key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
     value: jax.Array
-    log_decay: jax.Array  # [B, N, H, M] float32
+    log_decay: jax.Array  # [B, N, H, M] float32, by their array's rows; 0 for tokens that do not enter
 
 
 def slot_tokens(

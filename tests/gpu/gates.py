@@ -26,27 +26,28 @@ TINY = 1e-30  # numbers that may be 0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """N rows, H heads, M slots; gates by their name."""
+    """N rows of B, H heads, M slots; gates by their name; `ahead` as of `Spec`."""
 
     gate: str
     M: int = 16
     H: int = 1
     B: int = 1
     N: int = 128
+    ahead: int = 0
     masked: bool = False
 
     def __str__(self) -> str:
-        shape = f"M{self.M}-H{self.H}-B{self.B}-N{self.N}"
+        shape = f"M{self.M}-H{self.H}-B{self.B}-N{self.N}-ahead{self.ahead}"
         return f"{shape}-gate({self.gate})" + "-masked" * self.masked
 
 
 CASES = [
-    Case("mixed", M=64, H=2, B=2, masked=True),
-    Case("-inf", masked=True),
+    Case("mixed", M=64, H=2, B=2, ahead=64, masked=True),
+    Case("-inf", ahead=64, masked=True),
     Case("holes", M=32),
     Case("-1000"),
     Case("normaliser-0.1", M=128),
-    Case("normaliser-8", N=192),
+    Case("normaliser-8", N=192, ahead=128),
     Case("0"),
 ]
 
@@ -84,17 +85,20 @@ def check(case: Case) -> None:
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     shape = case.B, case.N, case.H, case.M
     log_decay = log_decays(case.gate, rng.standard_normal(shape), rng).astype(np.float32)
+    ahead = ((0, 0), (case.ahead, 0), (0, 0), (0, 0))
+    entering = np.pad(log_decay, ahead)[:, : case.N]
     written = kept = None
     if case.masked:
         written = rng.random((case.B, case.N)) < 0.8
         kept = rng.random((case.B, case.N // CHUNK)) < 0.5
     arguments = jax.tree.map(jnp.asarray, (log_decay, written, kept))
     for gates, least in ((chunk_gates, LEAST_WRITE), (end_gates, 0.0)):
+        kernel = functools.partial(gates, ahead=case.ahead)
         with jax.sharding.use_abstract_mesh(HOPPER):
-            lowered = jax.jit(gates).trace(*arguments).lower(lowering_platforms=("cuda",))
+            lowered = jax.jit(kernel).trace(*arguments).lower(lowering_platforms=("cuda",))
         assert "nha_gates_mosaic_gpu" in lowered.as_text()
-        actual = jax.jit(functools.partial(gates, interpret=GPU_INTERPRETER))(*arguments)
-        expected = gates_of(log_decay, written, kept, least)
+        actual = jax.jit(functools.partial(kernel, interpret=GPU_INTERPRETER))(*arguments)
+        expected = gates_of(entering, written, kept, least)
         for name, x in actual._asdict().items():
             y = getattr(expected, name)
             assert x.dtype == getattr(rounded(expected), name).dtype, name
