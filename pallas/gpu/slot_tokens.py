@@ -52,7 +52,7 @@ class SlotTokens(NamedTuple):
 
     key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
     value: jax.Array
-    log_decay: jax.Array  # [B, N, H, M] float32, by their array's rows; 0 for tokens that do not enter
+    log_decay: jax.Array  # [B, N, H, M] float32, by its rows; 0 for tokens that do not enter
 
 
 def slot_tokens(
