@@ -13,7 +13,8 @@ class BlockSizes:
       stages: blocks of keys and values in flight in the output pass, 1 to 4.
       state_stages: chunks in flight in the state pass, and heads' chunks in its reverse, 1 to 4.
       window_stages: blocks of rows or tokens in flight in the window's backward, 1 to 4.
-      token_stages: heads in flight in the backward of the slots' tokens, 1 to 4.
+      token_stages: heads in flight in the backward of the slots' tokens, 1 to 4; fewer if they do
+        not fit.
 
     Raises:
       ValueError: a field is out of its range; the message names it and its value.

@@ -9,30 +9,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import FLOOR
-from pallas.gpu.in_chunk import gate_block
+from pallas.gpu.in_chunk import gate_block, iota
 from pallas.gpu.row_sums import store_zeros
 from pallas.gpu.slot_worker import SIDES, Worker
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW
 
 FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # e / s; at less, nothing inside a chunk goes by the decay
 
 
 class DecayGrads(Worker):
     """Finds the first line of dg: R is summed in shared memory, sY in registers, of which R would
-    be too much, and adds the second, which `TokenGrads` leaves.
+    be too much, and adds the second, of which `TokenGrads` leaves the products.
     """
 
     FALLS = (2, 3)
 
     def run(self) -> None:
-        shared, group = self.shared, self.spec.group
+        shared = self.shared
         self.build_falls()
         sums = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
         shared["row_sums"][...] = sums
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
             self.forget_addresses()
-            sums = lax.fori_loop(side * group, (side + 1) * group, self._head, sums)
+            sums = self.over_heads(side, self._head, sums)
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
         self._store(sums)
@@ -62,11 +62,31 @@ class DecayGrads(Worker):
                     yield rows, shared["falls"].at[self.zero + block, of_tokens]
 
         spread = self.matmul(lambda: list(operands()), self.gates_shape)
-        self.add("row_sums", spread * self.wide(shared["rise"].at[stage]))
+        spread *= self.wide(shared["rise"].at[stage])
+        shared["row_sums"][...] = self._load("row_sums") + spread
         carried = self.matmul(
             lambda: [(shared["rows"].at[stage], self.operand("slots"))], self.gates_shape
         )
-        self.add("row_sums", carried * self.wide(shared["start"].at[stage]))
+        carried *= self._from_start() * self.wide(shared["rise"].at[stage])
+        shared["row_sums"][...] = self._load("row_sums") + carried
+
+    def _from_start(self) -> jax.Array:
+        """exp(G'), G' of the row's block, in the rows that read the slots at the chunk's start."""
+        shared = self.shared
+
+        def reference(block):
+            reference = shared["references"].at[self.zero + block]
+            return self.in_rows(plgpu.load(reference, layout=COLUMN))
+
+        own = reference(GATE_BLOCKS - 1)
+        for block in range(GATE_BLOCKS - 1):
+            own = jnp.where(gate_block(self.width) == block, reference(block), own)
+        decay = jnp.exp2(own)
+        if self.spec.masked:
+            reads = plgpu.load(shared["reads"], layout=ROW)
+            reads = lax.broadcast_in_dim(reads, self.gates_shape, [0])
+            decay = jnp.where(reads > 1, decay, 0.0)
+        return decay
 
     def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
         shared = self.shared
@@ -85,14 +105,21 @@ class DecayGrads(Worker):
         return pulled * self.wide(self.shared["falls"].at[self.zero + block])
 
     def _store(self, of_tokens: jax.Array) -> None:
-        shared = self.shared
+        """dg: its sums in the place of R and of wS E, for registers are short."""
+        shared, odds = self.shared, lambda: self.wide(shared["odds"])
         self.forget_addresses()
-        plgpu.barrier_wait(shared["ends_ready"])  # and the other is done with `sum_rows`
-        inside = plgpu.load(shared["row_sums"], layout=LOGITS) - of_tokens
-        inside += self.sum_rows(inside, parts=3, earlier=False)
-        odds = self.wide(shared["odds"])
-        inside = jnp.where(odds > FLOOR_ODDS, inside - odds * of_tokens, 0.0)
-        shared["cumulative"][...] = inside + plgpu.load(shared["cumulative"], layout=LOGITS)
+        plgpu.barrier_wait(shared["ends_ready"])  # and the other needs no more of the slots
+        shared["row_sums"][...] = self._load("row_sums") - of_tokens
+        through = plgpu.load(shared["through"], layout=COLUMN)
+        through *= plgpu.load(shared["total"], layout=COLUMN)
+        ending = self._load("cumulative")
+        inside = jnp.where(odds() > FLOOR_ODDS, of_tokens, 0.0)
+        shared["cumulative"][...] = self.in_rows(through) - odds() * (inside + ending)
+        later = self._sum_rows(ending, parts=2, earlier=True)
+        shared["cumulative"][...] = self._load("cumulative") + later
+        inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
+        inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
+        shared["cumulative"][...] = self._load("cumulative") + inside
         first = self.first - self.spec.ahead
         pl.when(first < 0)(lambda: store_zeros(shared["cumulative"]))
         plgpu.commit_smem()
@@ -102,3 +129,28 @@ class DecayGrads(Worker):
         target = self.refs["decay_grad"].at[self.b, rows, self.h, self.columns]
         plgpu.copy_smem_to_gmem(shared["cumulative"], target)
         plgpu.wait_smem_to_gmem(0)
+
+    def _load(self, name: str) -> jax.Array:
+        return plgpu.load(self.shared[name], layout=LOGITS)
+
+    def _sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
+        """[C, slots]: for each row the sum over the earlier rows, or over the later.
+
+        parts: bfloat16 numbers that make up one of x. They lie in the slots' place.
+        """
+        row, other = iota(CHUNK, 0), iota(CHUNK, 1)
+        triangle = jnp.where(other < row if earlier else other > row, 1.0, 0.0)
+        triangle = triangle.astype(jnp.bfloat16)
+        place = self.zero, pl.ds(0, CHUNK)
+        total: jax.Array | None = None
+        for _ in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32)
+            plgpu.commit_smem()  # all have multiplied what lay there
+            self.shared["slots"].at[place][...] = part
+            plgpu.commit_smem()
+            total = self.matmul(
+                lambda: [(triangle, self.shared["slots"].at[place])], self.gates_shape, total
+            )
+        assert total is not None
+        return total

@@ -2,7 +2,8 @@
 
 With symbols as in `spec.py` and `in_chunk.py`, f_j the token's fall, x and y its key and value, S0
 the slots at the chunk's start, dS the gradient of those at its end, wS = s_j exp(G_C - G_j), and of
-a query head the rows' ds' = ds rise and p' = p rise (`slot_queries`):
+a query head the rows' ds' = ds rise and p' = p rise (`slot_queries`), the rise from the reference
+G' of the row's block:
 
     L_rj = sum_m ds'_rm f_jm,  A_rj = sum_m p'_rm f_jm       j <= r, f by the row's block
     dx = sum_g L^T q + wS dSK,  dy = sum_g A^T do + wS dSV
@@ -10,7 +11,7 @@ a query head the rows' ds' = ds rise and p' = p rise (`slot_queries`):
 The keys and the values are two sides of one arithmetic. With X = q k^T, or do v^T, the gradient of
 the decay of token j, in parts that are summed over the sides and the heads of the group:
 
-    R_r = ds'_r sum_j X_rj f_j + (ds_r exp(G_r)) (q_r . S0)
+    R_r = ds'_r (sum_j X_rj f_j + exp(G') q_r . S0)
     sY_j = f_j sum_r X_rj ds'_r,  Y_j = sY_j / s_j,  E_j = k_j . dSK + v_j . dSV
     dg_j = sum_{r >= j} (R_r - sY_r) - e_j Y_j                          inside the chunk
            + total (S0 . dS) + sum_{i < j} wS_i E_i - e_j (wS_j / s_j) E_j          to its end
@@ -18,15 +19,19 @@ the decay of token j, in parts that are summed over the sides and the heads of t
 The first sum nearly cancels where decays are strong, so both its terms are made of the very
 operands, rounded, that enter the products. No term of the second does. Where nothing decays s is 0,
 and Y is needed all the same: 2^-60 stands for s, in f and wS too, which no result can tell from 0.
+The kernel reads e / s, and makes s of it.
 
 A block works on up to 64 slots of a chunk and returns its share of dx and dy, which are summed
 outside. It has two warpgroups, as more would leave each too few registers: one finds dx, dy and
-dg's second line, and fetches what both read, the other dg's first line. Both in one kernel read the
-rows once; with K = V = 128, M = 64 and G = 1 it moves 248 KB a chunk and head, and two kernels
-would move 360.
+the products of dg's second line, and fetches what both read, the other dg. Both in one kernel read
+the rows once; with K = V = 128, M = 64 and G = 1 it moves 224 KB a chunk and head, and two kernels
+would move 360; with K = V = 256 it moves 384. There the rows of one head are all that fits beside
+the tokens and the states, so that no head is fetched while another is worked on. With half of the
+slots to a block two would fit, but dx and dy would go out twice, to be summed, with 640 KB in all.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -45,6 +50,9 @@ from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
 from pallas.gpu.token_grads import TokenGrads
 
 MOST_SLOTS = 64  # of a block
+SHARED_MEMORY = 227 * 1024  # bytes, of a block
+ALIGNMENT = 1024  # bytes, of its arrays
+REDUCTION = 2048  # bytes, the compiler's own, for a sum over features
 
 
 class SlotTokens(NamedTuple):
@@ -60,8 +68,8 @@ def slot_tokens(
     out_grad: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    logits: tuple[jax.Array, jax.Array],
-    weights: tuple[jax.Array, jax.Array],
+    logits: jax.Array,
+    weights: jax.Array,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     end_grads: tuple[jax.Array, jax.Array],
@@ -74,26 +82,27 @@ def slot_tokens(
     """The kernel's call.
 
     query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
-    pass. logits, weights: ds and p, each times rise and times exp(G), [B, N, H * G, M] bfloat16.
-    starts, end_grads: of keys and values, [B, H, N / C, D, M] bfloat16, the slots at the chunks'
-    starts and the gradients of those at their ends.
+    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. starts, end_grads: of keys and
+    values, [B, H, N / C, D, M] bfloat16, the slots at the chunks' starts and the gradients of those
+    at their ends.
     interpret: as for `fused_attention`.
     """
     B, N, _, D = query.shape
     H, M = gates.cumulative.shape[2:]
     width = min(M, MOST_SLOTS)
-    panels, stages = M // width, min(block_sizes.token_stages, 2 * spec.group)
+    panels, masked = M // width, facts is not None
+    stages = min(block_sizes.token_stages, 2 * spec.group, _most_stages(D, width, masked))
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
-        "logits_rise": logits[0], "weights_rise": weights[0],
-        "logits_start": logits[1], "weights_start": weights[1],
-        "cumulative": gates.cumulative, "write": gates.write,
+        "logits": logits, "weights": weights,
+        "cumulative": gates.cumulative,
         "to_end": gates.to_end, "total": gates.total, "odds": gates.odds,
         "start_key": starts[0], "start_value": starts[1],
         "end_key": end_grads[0], "end_value": end_grads[1],
     }  # fmt: skip
     if facts is not None:
-        inputs |= {"query_run": facts.query, "visible": facts.visible}
+        assert facts.reads is not None  # there are slots
+        inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     share = jax.ShapeDtypeStruct((panels, B, N, H, D), jnp.bfloat16)
     outputs = {
         "key_grad": share,
@@ -105,7 +114,7 @@ def slot_tokens(
         functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
         inputs,
         outputs,
-        _scratch(stages, D, width, facts is not None, interpret=bool(interpret)),
+        _scratch(stages, D, width, masked, interpret=bool(interpret)),
         grid={"chunk": N // CHUNK, "panel": H * panels, "batch": B},
         warpgroups=2,
         name="nha_slot_tokens",
@@ -120,7 +129,19 @@ def _sum_panels(shares: jax.Array) -> jax.Array:
     return shares.sum(0, dtype=jnp.float32).astype(shares.dtype)
 
 
-def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) -> dict:
+def _most_stages(D: int, width: int, masked: bool) -> int:
+    """How many heads' rows fit in shared memory."""
+    one, two = (_size(_scratch(x, D, width, masked, interpret=False)) for x in (1, 2))
+    return 1 + (SHARED_MEMORY - REDUCTION - one) // (two - one)
+
+
+def _size(scratch: dict[str, Any]) -> int:
+    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return sum(pl.cdiv(size, ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
+def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) -> dict[str, Any]:
     narrow, wide = jnp.bfloat16, jnp.float32
 
     def tiled(*shape):
@@ -129,31 +150,28 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
     scratch = {
         "rows": tiled(stages, CHUNK, D),  # q or do
         "rise": tiled(stages, CHUNK, width),
-        "start": tiled(stages, CHUNK, width),
-        "head_loaded": plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+        "head_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "head_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "tokens": tiled(1, CHUNK, D),
         "slots": tiled(1, D, width),
         "slot_grads": tiled(1, D, width),
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
-        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then dg
+        "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then wS E
         "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
         "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
         "total": plgpu.SMEM((width,), wide),
-        "part": tiled(1, CHUNK, width),  # s, then parts of what is summed over rows
         "to_end": tiled(1, CHUNK, width),
         "odds": tiled(CHUNK, width),
-        "gates_loaded": plgpu.Barrier(num_arrivals=5 + GATE_BLOCKS + 2 * masked),
+        "gates_loaded": plgpu.Barrier(num_arrivals=4 + GATE_BLOCKS + 3 * masked),
         "falls": tiled(GATE_BLOCKS, CHUNK, width),
         "falls_ready": plgpu.Barrier(num_arrivals=2),
-        "triangle": tiled(1, CHUNK, CHUNK),
+        "through": plgpu.SMEM((width,), wide),  # S0 . dS
         "zero": plgpu.SMEM((128,), jnp.int32),
         "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:
-        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch |= {x: plgpu.SMEM((CHUNK,), jnp.int32) for x in ("query_run", "visible", "reads")}
     if interpret:
         scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
     return scratch

@@ -5,13 +5,14 @@ its products have 16 columns or contract 16, not the whole chunk with zeros. A c
 as short as a tile of shared memory is wide, so all operands lie 16 columns to a tile.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.gates import LEAST_WRITE
 from pallas.gpu.in_chunk import MAX_EXPONENT, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
@@ -54,7 +55,7 @@ class Worker:
         shared = self.shared
         plgpu.barrier_wait(shared["gates_loaded"])
         G = plgpu.load(shared["cumulative"], layout=LOGITS)
-        write = jnp.maximum(self.wide(self.operand("part")), LEAST_WRITE)
+        write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
         for block in self.FALLS:
             reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
             exponent = self.in_rows(reference) - G
@@ -63,6 +64,14 @@ class Worker:
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared["falls_ready"])
         plgpu.barrier_wait(shared["falls_ready"])
+
+    def over_heads(self, side: int, head: Callable, start: jax.Array) -> jax.Array:
+        """start, as head(item, start) changes it; right after `forget_addresses`.
+
+        A loop even over one head, which would else be laid out among what surrounds it.
+        """
+        first, group = side * self.spec.group, self.spec.group
+        return lax.fori_loop(first + self.zero, first + group, head, start)
 
     def wait_for_head(self, item):
         """The stage of a head's rows; items are the heads of the first side, then of the second."""
@@ -102,31 +111,6 @@ class Worker:
             columns = jnp.where(self.entered(block, turned=turned), columns, 0.0)
             blocks.append(columns.astype(jnp.bfloat16))
         return blocks
-
-    def sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
-        """[C, slots]: for each row the sum over the earlier rows, or over the later.
-
-        parts: bfloat16 numbers that make up one of x.
-        """
-        total: jax.Array | None = None
-        turn = (lambda x: x) if earlier else (lambda x: x.T)
-        for _ in range(parts):
-            part = x.astype(jnp.bfloat16)
-            x = x - part.astype(jnp.float32)
-            plgpu.commit_smem()  # all have multiplied the part before
-            self.operand("part")[...] = part
-            plgpu.commit_smem()
-            total = self.matmul(
-                lambda: [(turn(self.operand("triangle")), self.operand("part"))],
-                self.gates_shape,
-                total,
-            )
-        assert total is not None
-        return total
-
-    def add(self, name: str, x: jax.Array) -> None:
-        """In shared memory, for registers are short."""
-        self.shared[name][...] = plgpu.load(self.shared[name], layout=LOGITS) + x
 
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)

@@ -6,24 +6,22 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.in_chunk import iota
 from pallas.gpu.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
 
 
 class TokenGrads(Worker):
-    """Fetches what both read; finds dx, and what of dg goes by way of the chunk's end."""
+    """Fetches what both read; finds dx, and the products of dg by way of the chunk's end."""
 
     FALLS = (0, 1)
 
     def run(self) -> None:
-        shared, group = self.shared, self.spec.group
+        shared = self.shared
         self._load_gates()
-        self._load_side(0)
+        self._load_states(0)
+        self._load_tokens(0)
         for item in range(self.stages):
             self._load_head(jnp.int32(item), item)
-        earlier = jnp.where(iota(CHUNK, 1) < iota(CHUNK, 0), 1.0, 0.0)
-        self.operand("triangle")[...] = earlier.astype(jnp.bfloat16)
         shared["zero"][...] = plgpu.layout_cast(
             jnp.zeros(shared["zero"].shape, jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
         )
@@ -36,39 +34,43 @@ class TokenGrads(Worker):
                 lambda: [(self.operand("to_end"), self.operand("slot_grads").T)],
                 (CHUNK, self.D),
             )
-            grad = lax.fori_loop(side * group, (side + 1) * group, self._head, grad)
+            grad = self.over_heads(side, self._head, grad)
             plgpu.barrier_wait(shared["side_read"])
             self.forget_addresses()
+            more = side + 1 < len(SIDES)
+            if more:
+                self._load_states(side + 1)
             self.operand("tokens")[...] = grad.astype(jnp.bfloat16)  # in their place
             plgpu.commit_smem()
             target = self.refs[name + "_grad"].at[self.panel, self.b, self.own, self.h]
             plgpu.copy_smem_to_gmem(self.operand("tokens"), target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if side + 1 < len(SIDES):
-                self._load_side(side + 1)
+            if more:
+                self._load_tokens(side + 1)
         plgpu.wait_smem_to_gmem(0)
 
     def _to_end(self, side: int) -> None:
-        """What goes by way of the slots at the chunk's end, by one side; in the place of G."""
+        """S0 . dS and wS E with one more side, in the place of G the latter."""
         shared = self.shared
-        through = jnp.zeros(self.width, jnp.float32)
-        for first in range(0, self.D, CHUNK):
-            features = pl.ds(first, CHUNK)
-            slots, grads = (
-                self.wide(shared[x].at[self.zero, features]) for x in ("slots", "slot_grads")
-            )
-            through += (slots * grads).sum(axis=0)
-        through *= plgpu.load(shared["total"], layout=COLUMN)
+
+        def add_features(block, products):
+            place = self.zero, pl.ds(block * CHUNK, CHUNK)
+            slots, grads = (self.wide(shared[x].at[place]) for x in ("slots", "slot_grads"))
+            return products + slots * grads
+
+        products = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
+        products = lax.fori_loop(0, self.D // CHUNK, add_features, products)
+        through = products.sum(axis=0)
         ending = self.matmul(
             lambda: [(self.operand("tokens"), self.operand("slot_grads"))],
             self.gates_shape,
         )
         ending *= self.wide(self.operand("to_end"))
-        grad = self.in_rows(through) - ending * self.wide(shared["odds"])
         if side:
-            grad += plgpu.load(shared["cumulative"], layout=LOGITS)
-        shared["cumulative"][...] = grad
-        self.add("cumulative", self.sum_rows(ending, parts=2, earlier=True))
+            through += plgpu.load(shared["through"], layout=COLUMN)
+            ending += plgpu.load(shared["cumulative"], layout=LOGITS)
+        shared["through"][...] = through
+        shared["cumulative"][...] = ending
         if side:
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["ends_ready"])
@@ -102,7 +104,6 @@ class TokenGrads(Worker):
         loaded = shared["gates_loaded"]
         targets = {
             "cumulative": shared["cumulative"],
-            "write": shared["part"].at[0],
             "to_end": shared["to_end"].at[0],
             "odds": shared["odds"],
         }
@@ -117,17 +118,20 @@ class TokenGrads(Worker):
             plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
         if self.spec.masked:
             plgpu.copy_gmem_to_smem(refs["query_run"].at[b, self.own], shared["query_run"], loaded)
+            plgpu.copy_gmem_to_smem(refs["reads"].at[b, self.own], shared["reads"], loaded)
             visible = refs["visible"].at[b, self._token_rows()]
             plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
 
-    def _load_side(self, side: int) -> None:
-        refs, shared, name, loaded = self.refs, self.shared, SIDES[side], self.shared["side_loaded"]
-        tokens = refs[name].at[self.b, self._token_rows(), self.h]
-        plgpu.copy_gmem_to_smem(tokens, self.operand("tokens"), loaded)
+    def _load_states(self, side: int) -> None:
+        loaded = self.shared["side_loaded"]
         for source, target in (("start_", "slots"), ("end_", "slot_grads")):
-            features = pl.ds(0, self.D)
-            states = refs[source + name].at[self.b, self.h, self.chunk, features, self.columns]
-            plgpu.copy_gmem_to_smem(states, shared[target].at[0], loaded)
+            states = self.refs[source + SIDES[side]].at[self.b, self.h, self.chunk]
+            states = states.at[pl.ds(0, self.D), self.columns]
+            plgpu.copy_gmem_to_smem(states, self.shared[target].at[0], loaded)
+
+    def _load_tokens(self, side: int) -> None:
+        tokens = self.refs[SIDES[side]].at[self.b, self._token_rows(), self.h]
+        plgpu.copy_gmem_to_smem(tokens, self.operand("tokens"), self.shared["side_loaded"])
 
     def _token_rows(self):
         return pl.ds(jnp.maximum(self.first - self.spec.ahead, 0), CHUNK)
@@ -136,13 +140,12 @@ class TokenGrads(Worker):
         shared, group = self.shared, jnp.int32(self.spec.group)
         head = self.h * group + lax.rem(item, group)
 
-        def load(rows, rise, start):
+        def load(rows, rise):
             loaded = shared["head_loaded"].at[stage]
             source = self.refs[rows].at[self.b, self.own, head]
             plgpu.copy_gmem_to_smem(source, shared["rows"].at[stage], loaded)
-            for name, target in ((rise, "rise"), (start, "start")):
-                source = self.refs[name].at[self.b, self.own, head, self.columns]
-                plgpu.copy_gmem_to_smem(source, shared[target].at[stage], loaded)
+            source = self.refs[rise].at[self.b, self.own, head, self.columns]
+            plgpu.copy_gmem_to_smem(source, shared["rise"].at[stage], loaded)
 
-        pl.when(item < group)(lambda: load("query", "logits_rise", "logits_start"))
-        pl.when(item >= group)(lambda: load("out_grad", "weights_rise", "weights_start"))
+        pl.when(item < group)(lambda: load("query", "logits"))
+        pl.when(item >= group)(lambda: load("out_grad", "weights"))

@@ -31,7 +31,14 @@ SIZES = [
     Case(G=2, N=192, masked=True, state=True, gate="normaliser-1"),
     Case(M=16, slots=16, gate="normaliser-0.1", state=True),
 ]
-CASES = ORDINARY + SIZES
+WIDE = [
+    Case(D=256, G=2, masked=True, state=True, gate="-inf"),
+    Case(D=192, M=128, slots=100, G=2, masked=True, ahead=0, gate="-1000"),
+    Case(D=256, M=128, slots=128, gate="normaliser-0.1", state=True),
+    Case(D=192, G=2, gate="mixed"),
+    Case(D=256, M=16, slots=16, masked=True, gate="normaliser-1"),
+]
+CASES = ORDINARY + SIZES + WIDE
 
 
 def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
@@ -79,8 +86,7 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     )  # fmt: skip
     tokens = slot_tokens(
         inputs.query, inputs.out_grad, inputs.key, inputs.value,
-        (queries.logits_rise, queries.logits_start),
-        (queries.weights_rise, queries.weights_start),
+        queries.logits_rise, queries.weights_rise,
         inputs.gates, inputs.starts, ends, inputs.facts,
         **options,
     )  # fmt: skip
