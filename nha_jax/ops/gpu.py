@@ -97,7 +97,7 @@ def _by_kernels(
         inputs,
         constants,
         spec=spec,
-        block_sizes=default_block_sizes(inputs["value"].shape[3], _padded_slots(M)),
+        block_sizes=default_block_sizes(_head_dim(tokens), _padded_slots(M) if has_slots else 0),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
     real = timeline.real[:, -T:, None]

@@ -9,7 +9,8 @@ class BlockSizes:
 
     Fields:
       warpgroups: query heads of a KV head that a block of the output pass serves, one warpgroup
-        each, 1 or 2 (of an even number); they share the keys, the values, the slots and the gates.
+        each, 1 or 2 (of an even number, and of heads up to 128); they share the keys, the values,
+        the slots and the gates.
       stages: blocks of keys and values in flight in the output pass, 1 to 4.
       state_stages: chunks in flight in the state pass, and heads' chunks in its reverse, 1 to 4.
       window_stages: blocks of rows or tokens in flight in the window's backward, 1 to 4.
@@ -44,6 +45,6 @@ def default_block_sizes(head_dim: int, slots: int) -> BlockSizes:
 
     Args:
       head_dim: D.
-      slots: M, padded.
+      slots: M, padded; 0 if none are read.
     """
-    return BlockSizes(stages=1 if slots > 64 and head_dim > 64 else 2)
+    return BlockSizes(stages=2 if head_dim <= 128 or not slots else 1)

@@ -21,19 +21,24 @@ LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no 
 
 
 class Consumer(InChunk):
-    """Reads what `producer.produce` fetches; `shared` has the decays of one panel at a time."""
+    """Reads what `producer.produce` fetches; `shared` has the decays of some panels at a time.
+
+    A panel's stage stands for the panel in `InChunk`. The facts of the first block's tokens are the
+    first of `visible`; the stages' follow.
+    """
 
     def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
         super().__init__(shared, place, matmul, spec)
         self.refs, self.me = refs, me
+        self.zero: int | jax.Array = 0
         self.warpgroups, _, self.D = shared["rotated_query"].shape
 
     def run(self) -> None:
         shared, spec = self.shared, self.spec
         if spec.masked:
             plgpu.barrier_wait(shared["facts_loaded"])
-        plgpu.barrier_wait(shared["queries_loaded"].at[self.me])
         carry = self._slots() if spec.slots else self._empty_slots()
+        plgpu.barrier_wait(shared["rotated_query_loaded"].at[self.me])
         _, slot_top, slot_mass = carry
         out, top, mass = lax.fori_loop(0, self.place.blocks, self._block, carry)
         self._store(out, top, mass, slot_mass * jnp.exp2(slot_top - top))
@@ -50,29 +55,30 @@ class Consumer(InChunk):
         return self.refs["log_decay"].shape[3] // width, width
 
     def _falls(self, block: int, panel):
-        return self.shared["falls"].at[block]
+        return self.shared["falls"].at[self.zero + block]
 
     def _build_falls(self, stage) -> None:
         """G, its references and the falls of the panel in a stage."""
         shared = self.shared
         falls = shared["falls"]
         nothing = self.place.first_row < self.spec.ahead  # no tokens enter yet
-        pl.when(nothing)(lambda: store_zeros(shared["log_decay"].at[stage]))
-        log_decay = plgpu.load(shared["log_decay"].at[stage], layout=LOGITS)
+        pl.when(nothing)(lambda: store_zeros(shared["cumulative"].at[stage]))
+        log_decay = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
         decay = jnp.maximum(log_decay, FLOOR) * LOG2E
         parts = lambda i: falls.at[i]  # noqa: E731
         store_parts(decay, parts)  # where the falls will be
         plgpu.commit_smem()
         G = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
-        shared["cumulative"].at[0][...] = G
-        row = iota(G.shape[1], 0)
+        write = write_of(plgpu.load(shared["cumulative"].at[stage], layout=LOGITS))
+        shared["cumulative"].at[stage][...] = G  # where log_decay was
+        row, width = iota(G.shape[1], 0), G.shape[1]
+        slots = pl.ds(stage * width, width)
         for block in range(GATE_BLOCKS):
             middle = block * GATE_ROWS + GATE_ROWS // 2 - 1
             reference = jnp.where(row == middle, G, 0.0).sum(axis=0)  # a row can't be loaded alone
-            shared["references"].at[block][...] = reference
-        write = write_of(plgpu.load(shared["log_decay"].at[stage], layout=LOGITS))
+            shared["references"].at[block, slots][...] = reference
         for block in range(GATE_BLOCKS):
-            falls.at[block][...] = self._fall(block, 0, G, write)
+            falls.at[block][...] = self._fall(block, stage, G, write)
         plgpu.commit_smem()
 
     def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -83,12 +89,17 @@ class Consumer(InChunk):
         sum of p [C].
         """
         shared, me = self.shared, self.me
+        shared["zero"].at[me][...] = plgpu.layout_cast(
+            jnp.zeros(shared["zero"].shape[1], jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
+        )
+        plgpu.barrier_wait(shared["query_loaded"].at[me])
         plgpu.barrier_wait(shared["key_loaded"])
-        plgpu.barrier_wait(shared["block_loaded"].at[0])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
         # In shared memory: else the compiler masks them before the loop, and holds four copies.
         between = shared["between"].at[me]
         between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
+        if "keys" in shared:
+            plgpu.barrier_arrive(shared["key_read"])
 
         @pl.when(me == 0)
         def _():
@@ -103,25 +114,37 @@ class Consumer(InChunk):
         between[...] = jnp.where(entered, within, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
 
-        plgpu.barrier_wait(shared["slot_values_loaded"])
-        out = _zeros(self.D)
-        for panel in range(self._panels()[0]):
-            shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
-            values = functools.partial(self._slot_values, panel)
-            out = self.matmul(values, (CHUNK, self.D), out * by_row(shrink, self.D))
+        out = lax.fori_loop(0, self._panels()[0], self._slot_values, _zeros(self.D))
+        plgpu.barrier_wait(shared["value_loaded"].at[0])
         p_tokens = lambda: [(shared["between"].at[me], shared["value"].at[0])]  # noqa: E731
         return self.matmul(p_tokens, (CHUNK, self.D), out), top, mass
 
-    def _slot_values(self, panel: int):
-        p_start = self.shared["p_start"].at[self.me, panel]
-        return [(p_start, self.shared["slot_value"].at[panel].T)]
+    def _slot_values(self, panel, out: jax.Array) -> jax.Array:
+        """Adds those of one more panel."""
+        shared, me = self.shared, self.me
+        stage = self._slot_stage(self._panels()[0] + panel)
+        shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
+        plgpu.barrier_wait(shared["slots_loaded"].at[stage])
+        out = self.matmul(
+            lambda: [(shared["p_start"].at[me, panel], shared["slots"].at[stage].T)],
+            (CHUNK, self.D),
+            out * by_row(shrink, self.D),
+        )
+        plgpu.barrier_arrive(shared["slots_read"].at[stage])
+        return out
+
+    def _slot_stage(self, item):
+        return lax.rem(item, jnp.int32(self.shared["slots"].shape[0]))
 
     def _panel(self, panel, carry):
         """The weights of one more panel; `within` is P of the first block, before its mask."""
         within, top, mass = carry
         shared, me, width = self.shared, self.me, self._panels()[1]
-        stage = lax.rem(panel, jnp.int32(shared["slot_key"].shape[0]))
-        plgpu.barrier_wait(shared["panel_loaded"].at[stage])
+        # Not known when compiling: else the addresses of the products' operands stay in registers.
+        self.zero = shared["zero"].at[me][0]
+        stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + self.zero
+        slot_stage = self._slot_stage(panel) + self.zero
+        plgpu.barrier_wait(shared["decay_loaded"].at[stage])
         build = functools.partial(self._build_falls, stage)
         if self.warpgroups == 1:
             build()
@@ -129,21 +152,24 @@ class Consumer(InChunk):
             _meet(shared["falls_read"])
             pl.when(me == 0)(build)
             _meet(shared["falls_ready"])
+        plgpu.barrier_wait(shared["slots_loaded"].at[slot_stage])
         a = self._to_slots(
-            0,
+            stage,
             plgpu.load(shared["between"].at[me], layout=LOGITS),
-            lambda: [(shared["query"].at[me], shared["slot_key"].at[stage])],
+            lambda: [(shared["query"].at[me + self.zero], shared["slots"].at[slot_stage])],
         )
+        plgpu.barrier_arrive(shared["slots_read"].at[slot_stage])
         a = self._hide(panel, a * (self.spec.scale * LOG2E))
         new_top = jnp.maximum(top, a.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         shared["shrink"].at[me, panel][...] = shrink
         p = jnp.exp2(a - by_row(new_top, width))
         mass = mass * shrink + p.sum(axis=1)
-        shared["p_start"].at[me, panel][...] = (p * self._from_start(0)).astype(jnp.bfloat16)
-        p_rise = (p * self._rise(0)).astype(jnp.bfloat16)
-        within = self._gather(0, p_rise, within * by_row(shrink, CHUNK))
-        plgpu.barrier_arrive(shared["panel_read"].at[stage])
+        shared["p_start"].at[me, panel][...] = (p * self._from_start(stage)).astype(jnp.bfloat16)
+        p_rise = (p * self._rise(stage)).astype(jnp.bfloat16)
+        within = self._gather(stage, p_rise, within * by_row(shrink, CHUNK))
+        plgpu.commit_smem()  # of the sums, before log decays take their place
+        plgpu.barrier_arrive(shared["decay_read"].at[stage])
         return within, new_top, mass
 
     # The window
@@ -168,24 +194,28 @@ class Consumer(InChunk):
         out, top, mass = carry
         shared = self.shared
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
-        if self.spec.slots:  # the first block is here already
-            pl.when(block > 0)(lambda: plgpu.barrier_wait(shared["block_loaded"].at[stage]))
-        else:
-            plgpu.barrier_wait(shared["block_loaded"].at[stage])
+        plgpu.barrier_wait(shared["rotated_key_loaded"].at[stage])
         mask = self._in_window(block)
         if self.spec.masked:
-            mask &= self._same_segment(stage)
+            mask &= self._same_segment(1 + stage)
         logits = self._window_logits(stage, mask)
+        if self.spec.masked:
+            plgpu.commit_smem()  # of what was read, before a copy takes its place
+        plgpu.barrier_arrive(shared["rotated_key_read"].at[stage])
         new_top = jnp.maximum(top, logits.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(logits - by_row(new_top, CHUNK))
         mass = mass * shrink + p.sum(axis=1)
+        if self.spec.slots:  # the first block is here already
+            pl.when(block > 0)(lambda: plgpu.barrier_wait(shared["value_loaded"].at[stage]))
+        else:
+            plgpu.barrier_wait(shared["value_loaded"].at[stage])
         out = self.matmul(
             lambda: [(p.astype(jnp.bfloat16), shared["value"].at[stage])],
             (CHUNK, self.D),
             out * by_row(shrink, self.D),
         )
-        plgpu.barrier_arrive(shared["block_read"].at[stage])
+        plgpu.barrier_arrive(shared["value_read"].at[stage])
         return out, new_top, mass
 
     def _store(self, out, top, mass, slot_mass) -> None:

@@ -10,6 +10,10 @@ cumulative decay, a and b the logits of slots and window:
 `in_chunk.py` says how the decays within the chunk are multiplied.
 
 A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
+
+The slots come first, in panels, all keys and then all values, then the window. Heads of more than
+128 would not fit shared memory all at once: of the keys and, with many slots, of the queries, what
+the window reads comes where the slots' was, when that is read. Nothing is fetched twice.
 """
 
 import functools
@@ -31,6 +35,10 @@ from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
 # ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
+SLOT_BYTES = 32 * 1024  # of slots in flight
+WIDE_HEAD = 192  # from here on, keys take turns in one place of shared memory, and with
+MANY_SLOTS = 128  # or more of these, so do queries
+TURNS = {"keys": ("key", "rotated_key"), "queries": ("query", "rotated_query")}
 
 
 class Facts(NamedTuple):
@@ -69,9 +77,15 @@ def output_pass(
     starts: [B, H, N / C, D, M], the slots' keys and values at the chunks' starts. Without
     spec.slots query, key, log_decay and starts are None, without spec.masked facts are.
     interpret: as for `fused_attention`.
+
+    Raises ValueError if two warpgroups' heads don't fit shared memory.
     """
     B, N, heads, D = rotated_query.shape
     warpgroups = block_sizes.warpgroups
+    if warpgroups > 1 and D >= WIDE_HEAD:
+        raise ValueError(
+            f"BlockSizes: warpgroups must be 1 for heads of more than 128, got {warpgroups} for {D}"
+        )
     inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
     if query is not None and key is not None and log_decay is not None and starts is not None:
         inputs |= {"query": query, "key": key, "log_decay": log_decay}
@@ -99,60 +113,82 @@ def output_pass(
     return Result(*result)
 
 
-def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: bool) -> dict:
-    """Shared memory and barriers; of a barrier's arrivals the copies into its arrays are some."""
-    warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
-    narrow, wide = jnp.bfloat16, jnp.float32
-
-    def tiled(*shape, dtype=narrow, columns=None):
-        layout = tile(columns or shape[-1], jnp.dtype(dtype).itemsize)
-        return plgpu.SMEM(shape, dtype, transforms=layout)
-
-    scratch = {
-        "rotated_query": tiled(warpgroups, CHUNK, D),
-        "rotated_key": tiled(stages, CHUNK, D),
-        "value": tiled(stages, CHUNK, D),
-        "log_mass": plgpu.SMEM((warpgroups, CHUNK), wide),
-        "slot_weight": plgpu.SMEM((warpgroups, CHUNK), wide),
-        "queries_loaded": plgpu.Barrier(num_arrivals=2 if M else 1, num_barriers=warpgroups),
-        "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
-        "block_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-    }
-    if spec.masked:
-        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
-        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=2 if M else 1)
-        if M:
-            scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
+def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: bool) -> Refs:
+    """Shared memory and barriers."""
+    warpgroups = block_sizes.warpgroups
+    scratch = _window_scratch(spec, block_sizes, D, M)
     if M:
-        panel = min(M, PANEL)
-        panel_stages = min(M // panel, 2 // warpgroups)  # as many as fit
-        scratch |= {
-            "query": tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
-            "key": tiled(CHUNK, D, columns=min(D, panel)),
-            "slot_key": tiled(panel_stages, D, panel),
-            "slot_value": tiled(M // panel, D, panel),
-            "log_decay": tiled(panel_stages, CHUNK, panel, dtype=wide),
-            "p_start": tiled(warpgroups, M // panel, CHUNK, panel),
-            "shrink": plgpu.SMEM((warpgroups, M // panel, CHUNK), wide),
-            "between": tiled(warpgroups, CHUNK, CHUNK),  # scores, then P, of rows and tokens
-            "up_to_row": tiled(CHUNK, CHUNK, columns=panel),
-            "falls": tiled(GATE_BLOCKS, CHUNK, panel),
-            "cumulative": tiled(1, CHUNK, panel, dtype=wide),
-            "references": plgpu.SMEM((GATE_BLOCKS, panel), wide),
-            "key_loaded": plgpu.Barrier(),
-            "slot_values_loaded": plgpu.Barrier(num_arrivals=M // panel),
-            "panel_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=panel_stages),
-            "panel_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=panel_stages),
-            "falls_read": plgpu.Barrier(num_arrivals=warpgroups),
-            "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
-        }
+        scratch |= _slot_scratch(warpgroups, D, M)
+        if D >= WIDE_HEAD:
+            scratch["key_read"] = plgpu.Barrier(num_arrivals=warpgroups)
+            for turns in ("keys", "queries") if M >= MANY_SLOTS else ("keys",):
+                scratch[turns] = plgpu.RefUnion(*(scratch.pop(name) for name in TURNS[turns]))
     if interpret:
-        scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), narrow)
+        scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), jnp.bfloat16)
     return scratch
 
 
+def _window_scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int) -> Refs:
+    """What there is with and without slots, M of them."""
+    warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
+    scratch = {
+        "rotated_query": _tiled(warpgroups, CHUNK, D),
+        "rotated_key": _tiled(stages, CHUNK, D),
+        "value": _tiled(stages, CHUNK, D),
+        "log_mass": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
+        "slot_weight": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
+        "rotated_query_loaded": plgpu.Barrier(num_barriers=warpgroups),
+        "rotated_key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked, num_barriers=stages),
+        "rotated_key_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "value_loaded": plgpu.Barrier(num_barriers=stages),
+        "value_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    }
+    if spec.masked:
+        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["visible"] = plgpu.SMEM((1 + stages, CHUNK), jnp.int32)  # the slots' tokens first
+        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=3 if M else 1)
+        if M:
+            scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    return scratch
+
+
+def _slot_scratch(warpgroups: int, D: int, M: int) -> Refs:
+    panel = min(M, PANEL)
+    panels = M // panel
+    slot_stages = min(2 * panels, SLOT_BYTES // (2 * D * panel))
+    decay_stages = min(panels, 2)
+    return {
+        "query": _tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
+        "key": _tiled(CHUNK, D, columns=min(D, panel)),
+        "slots": _tiled(slot_stages, D, panel),  # the panels of the keys, then of the values
+        "cumulative": _tiled(decay_stages, CHUNK, panel, dtype=jnp.float32),  # log decays at first
+        "p_start": _tiled(warpgroups, panels, CHUNK, panel),
+        "shrink": plgpu.SMEM((warpgroups, panels, CHUNK), jnp.float32),
+        "between": _tiled(warpgroups, CHUNK, CHUNK),  # scores, then P, of rows and tokens
+        "up_to_row": _tiled(CHUNK, CHUNK, columns=panel),
+        "falls": _tiled(GATE_BLOCKS, CHUNK, panel),
+        "references": plgpu.SMEM((GATE_BLOCKS, decay_stages * panel), jnp.float32),
+        "zero": plgpu.SMEM((warpgroups, 128), jnp.int32),
+        "query_loaded": plgpu.Barrier(num_barriers=warpgroups),
+        "key_loaded": plgpu.Barrier(),
+        "slots_loaded": plgpu.Barrier(num_barriers=slot_stages),
+        "slots_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slot_stages),
+        "decay_loaded": plgpu.Barrier(num_barriers=decay_stages),
+        "decay_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=decay_stages),
+        "falls_read": plgpu.Barrier(num_arrivals=warpgroups),
+        "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
+    }
+
+
+def _tiled(*shape: int, dtype: Any = jnp.bfloat16, columns: int | None = None) -> Any:
+    layout = tile(columns or shape[-1], jnp.dtype(dtype).itemsize)
+    return plgpu.SMEM(shape, dtype, transforms=layout)
+
+
 def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
+    for turns, names in TURNS.items():
+        if turns in shared:
+            shared |= dict(zip(names, shared[turns], strict=True))
     warpgroups = shared["rotated_query"].shape[0]
     me = lax.axis_index("wg")
     place = Place(spec, warpgroups)

@@ -1,6 +1,7 @@
 """The warpgroup of the output pass that fetches what the others read."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,65 +13,99 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.launch import Refs
 from pallas.gpu.place import Place
 
+Fetch = Callable[[Refs, Refs, Place, int | jax.Array], None]
+
 
 def produce(refs: Refs, shared: Refs, place: Place) -> None:
     """Copies a chunk's operands to shared memory, in the order in which they are needed."""
-    _fetch_queries(refs, shared, place)
-    panels = panel_stages = 0
-    if "key_loaded" in shared:
+    has_slots = "key" in shared
+    if has_slots:
+        _fetch_query(refs, shared, place, "query")
         key = refs["key"].at[place.batch, place.token_rows(0), place.kv_head]
         plgpu.copy_gmem_to_smem(key, shared["key"], shared["key_loaded"])
-        panel_stages, panels = shared["slot_key"].shape[0], shared["slot_value"].shape[0]
-        for panel in range(panel_stages):
-            _fetch_panel(refs, shared, place, panel)
     if "facts_loaded" in shared:
-        for name in ("query_run", "reads"):
-            if name not in shared:
-                continue
-            fact = refs[name].at[place.batch, place.rows]
-            plgpu.copy_gmem_to_smem(fact, shared[name], shared["facts_loaded"])
+        _fetch_facts(refs, shared, place)
+    if has_slots:
+        _begin_slots(refs, shared, place)
+    if "queries" not in shared:
+        _fetch_query(refs, shared, place, "rotated_query")
+    _begin_blocks(refs, shared, place, _fetch_value)
+    if "keys" in shared:
+        plgpu.barrier_wait(shared["key_read"])
+    _begin_blocks(refs, shared, place, _fetch_rotated_key)
+    if has_slots:
+        _end_slots(refs, shared, place)
 
     stages = shared["value"].shape[0]
-    for stage in range(stages):
-        fetch = functools.partial(_fetch_block, refs, shared, place, stage)
-        pl.when(stage < place.blocks)(fetch)
-    if "slot_value" in shared:
-        loaded = shared["slot_values_loaded"]
-        fetch_slots(refs["start_value"], shared["slot_value"], place, loaded)
-    for panel in range(panel_stages, panels):
-        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
-        _fetch_panel(refs, shared, place, panel)
 
-    @pl.loop(jnp.int32(0), jnp.maximum(place.blocks - stages, 0))
+    @pl.loop(jnp.int32(0), jnp.int32(place.blocks))
     def _(block):
-        plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
-        _fetch_block(refs, shared, place, block + stages)
-
-    # Every completion of a barrier must be waited for.
-    for panel in range(panels - panel_stages, panels):
-        plgpu.barrier_wait(shared["panel_read"].at[panel % panel_stages])
-
-    @pl.loop(jnp.maximum(place.blocks - stages, 0), jnp.int32(place.blocks))
-    def _(block):
-        plgpu.barrier_wait(shared["block_read"].at[lax.rem(block, jnp.int32(stages))])
+        stage, ahead = lax.rem(block, jnp.int32(stages)), block + stages
+        for name, fetch in (("rotated_key", _fetch_rotated_key), ("value", _fetch_value)):
+            plgpu.barrier_wait(shared[name + "_read"].at[stage])
+            pl.when(ahead < place.blocks)(functools.partial(fetch, refs, shared, place, ahead))
 
 
-def _fetch_queries(refs: Refs, shared: Refs, place: Place) -> None:
-    names = [name for name in ("query", "rotated_query") if name in shared]
-    for i in range(shared["rotated_query"].shape[0]):
-        for name in names:
-            queries = refs[name].at[place.batch, place.rows, place.heads + i]
-            plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared["queries_loaded"].at[i])
+def _begin_blocks(refs: Refs, shared: Refs, place: Place, fetch: Fetch) -> None:
+    for block in range(shared["value"].shape[0]):
+        pl.when(block < place.blocks)(functools.partial(fetch, refs, shared, place, block))
 
 
-def _fetch_panel(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
-    """Some slots' keys at the chunk's start, and their decays in the chunk."""
-    stages, _, width = shared["slot_key"].shape
-    stage = panel % stages
-    loaded, slots = shared["panel_loaded"].at[stage], pl.ds(panel * width, width)
+def _begin_slots(refs: Refs, shared: Refs, place: Place) -> None:
+    decay_stages, slot_stages = shared["cumulative"].shape[0], shared["slots"].shape[0]
+    for item in range(slot_stages):
+        if item < decay_stages:
+            _fetch_decay(refs, shared, place, item)
+        _fetch_slots(refs, shared, place, item)
+
+
+def _end_slots(refs: Refs, shared: Refs, place: Place) -> None:
+    """Waits for the last ones too: every completion of a barrier must be waited for."""
+    decay_stages, slot_stages = shared["cumulative"].shape[0], shared["slots"].shape[0]
+    panels = shared["p_start"].shape[1]
+    for item in range(2 * panels):
+        plgpu.barrier_wait(shared["slots_read"].at[item % slot_stages])
+        if item + slot_stages < 2 * panels:
+            _fetch_slots(refs, shared, place, item + slot_stages)
+        if item < panels:
+            plgpu.barrier_wait(shared["decay_read"].at[item % decay_stages])
+            if item + decay_stages < panels:
+                _fetch_decay(refs, shared, place, item + decay_stages)
+        if item == panels - 1 and "queries" in shared:  # all the slots' keys are multiplied
+            _fetch_query(refs, shared, place, "rotated_query")
+
+
+def _fetch_query(refs: Refs, shared: Refs, place: Place, name: str) -> None:
+    for i in range(shared[name].shape[0]):
+        queries = refs[name].at[place.batch, place.rows, place.heads + i]
+        plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared[name + "_loaded"].at[i])
+
+
+def _fetch_facts(refs: Refs, shared: Refs, place: Place) -> None:
+    loaded = shared["facts_loaded"]
+    for name in ("query_run", "reads"):
+        if name in shared:
+            fact = refs[name].at[place.batch, place.rows]
+            plgpu.copy_gmem_to_smem(fact, shared[name], loaded)
+    if "key" in shared:
+        visible = refs["visible"].at[place.batch, place.token_rows(0)]
+        plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
+
+
+def _fetch_decay(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
+    stages, _, width = shared["cumulative"].shape
+    stage, slots = panel % stages, pl.ds(panel * width, width)
     decay = refs["log_decay"].at[place.batch, place.token_rows(0), place.kv_head, slots]
-    plgpu.copy_gmem_to_smem(decay, shared["log_decay"].at[stage], loaded)
-    _fetch_slots_of(panel, refs["start_key"], shared["slot_key"].at[stage], place, loaded)
+    loaded = shared["decay_loaded"].at[stage]
+    plgpu.copy_gmem_to_smem(decay, shared["cumulative"].at[stage], loaded)
+
+
+def _fetch_slots(refs: Refs, shared: Refs, place: Place, item: int) -> None:
+    """A panel of the slots at the chunk's start; the keys' panels, then the values'."""
+    stage, panels = item % shared["slots"].shape[0], shared["p_start"].shape[1]
+    starts = refs["start_key"] if item < panels else refs["start_value"]
+    loaded = shared["slots_loaded"].at[stage]
+    _fetch_slots_of(item % panels, starts, shared["slots"].at[stage], place, loaded)
 
 
 def fetch_slots(starts: Any, slots: Any, place: Place, loaded: Any) -> None:
@@ -86,12 +121,21 @@ def _fetch_slots_of(panel: int, starts: Any, slots: Any, place: Place, loaded: A
     plgpu.copy_gmem_to_smem(source, slots, loaded)
 
 
-def _fetch_block(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
-    stage = lax.rem(jnp.int32(block), jnp.int32(shared["value"].shape[0]))
-    rows, loaded = place.token_rows(block), shared["block_loaded"].at[stage]
-    for name in ("rotated_key", "value"):
-        tokens = refs[name].at[place.batch, rows, place.kv_head]
-        plgpu.copy_gmem_to_smem(tokens, shared[name].at[stage], loaded)
+def _fetch_rotated_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
+    rows, stage = place.token_rows(block), _stage_of(block, shared)
+    loaded = shared["rotated_key_loaded"].at[stage]
+    tokens = refs["rotated_key"].at[place.batch, rows, place.kv_head]
+    plgpu.copy_gmem_to_smem(tokens, shared["rotated_key"].at[stage], loaded)
     if "visible" in shared:
         visible = refs["visible"].at[place.batch, rows]
-        plgpu.copy_gmem_to_smem(visible, shared["visible"].at[stage], loaded)
+        plgpu.copy_gmem_to_smem(visible, shared["visible"].at[1 + stage], loaded)
+
+
+def _fetch_value(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
+    rows, stage = place.token_rows(block), _stage_of(block, shared)
+    tokens = refs["value"].at[place.batch, rows, place.kv_head]
+    plgpu.copy_gmem_to_smem(tokens, shared["value"].at[stage], shared["value_loaded"].at[stage])
+
+
+def _stage_of(block: int | jax.Array, shared: Refs) -> jax.Array:
+    return lax.rem(jnp.int32(block), jnp.int32(shared["value"].shape[0]))
