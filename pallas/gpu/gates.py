@@ -12,8 +12,9 @@ rest of its chunk. to_end and total know no floor, so nothing of it reaches the 
 know VANISHED, for an infinite summand is no product's operand: exp(VANISHED) is 0 in float32, and
 so is every sum's that it is part of.
 
-A thread block has up to 64 slots of a chunk. It reads log_decay once and writes each result once;
-the output pass makes its own G of log_decay.
+A thread block has up to 32 slots of a chunk: with more, its registers would let fewer blocks share
+a multiprocessor. It reads log_decay once and writes each result once; the output pass makes its own
+G of log_decay.
 """
 
 import functools
@@ -137,16 +138,30 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     b, h, chunk = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
     width = shared["log_decay"].shape[1]
     rows, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(lax.axis_index("panel") * width, width)
-    own = b, rows, h, columns
+    own, loaded = (b, rows, h, columns), shared["loaded"]
     first = chunk * CHUNK - ahead
-    decay = refs["log_decay"].at[b, pl.ds(jnp.maximum(first, 0), CHUNK), h, columns]
-    plgpu.copy_gmem_to_smem(decay, shared["log_decay"], shared["loaded"])
+    log_decay = refs["log_decay"].at[b, pl.ds(jnp.maximum(first, 0), CHUNK), h, columns]
+    plgpu.copy_gmem_to_smem(log_decay, shared["log_decay"], loaded)
     if "written" in refs:
-        written = refs["written"].at[b, rows]
-        plgpu.copy_gmem_to_smem(written, shared["written"], shared["loaded"])
-    plgpu.barrier_wait(shared["loaded"])
+        plgpu.copy_gmem_to_smem(refs["written"].at[b, rows], shared["written"], loaded)
+    plgpu.barrier_wait(loaded)
     pl.when(first < 0)(lambda: store_zeros(shared["log_decay"]))
     matmul = Matmul(interpret, shared["buffer"] if interpret else None)
+    kept = refs["kept"][b, chunk] if "kept" in refs else None
+    names = _compute(shared, kept, matmul, everything="cumulative" in refs)
+    plgpu.commit_smem()
+    for i, name in enumerate(names):
+        plgpu.copy_smem_to_gmem(shared["parts"].at[i], refs[name].at[own])
+    if "cumulative" in refs:
+        plgpu.copy_smem_to_gmem(shared["log_decay"], refs["cumulative"].at[own])
+    plgpu.copy_smem_to_gmem(shared["total"], refs["total"].at[b, h, chunk, columns])
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _compute(
+    shared: Refs, kept: jax.Array | None, matmul: Matmul, *, everything: bool
+) -> list[str]:
+    """Leaves G where log_decay was, total in its place, and the rest, named, where the parts were."""
 
     def parts(i):
         return shared["parts"].at[i]
@@ -164,15 +179,15 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     ending = jnp.maximum(log_decay(), VANISHED)
     total = jnp.exp2(ending.sum(axis=0) * LOG2E)
     to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), ending))
-    if "written" in refs:
-        written = by_row(plgpu.load(shared["written"], layout=ROW), width)
+    if kept is not None:
+        written = by_row(plgpu.load(shared["written"], layout=ROW), to_end.shape[1])
         to_end = jnp.where(written > 0, to_end, 0.0)
-        total *= refs["kept"][b, chunk].astype(jnp.float32)
+        total *= kept.astype(jnp.float32)
     results = {}
-    if "cumulative" in refs:
+    if everything:
         G = sum_over(iota(CHUNK, 1) <= iota(CHUNK, 0), jnp.maximum(log_decay(), FLOOR))
     write = write_of(log_decay())
-    if "cumulative" in refs:
+    if everything:
         results["write"] = write
         write = jnp.maximum(write, LEAST_WRITE)
         results["odds"] = jnp.exp(log_decay()) / write
@@ -181,10 +196,4 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     for i, result in enumerate(results.values()):
         parts(i)[...] = result.astype(jnp.bfloat16)
     shared["total"][...] = plgpu.layout_cast(total, COLUMN)
-    plgpu.commit_smem()
-    for i, name in enumerate(results):
-        plgpu.copy_smem_to_gmem(parts(i), refs[name].at[own])
-    if "cumulative" in refs:
-        plgpu.copy_smem_to_gmem(shared["log_decay"], refs["cumulative"].at[own])
-    plgpu.copy_smem_to_gmem(shared["total"], refs["total"].at[b, h, chunk, columns])
-    plgpu.wait_smem_to_gmem(0)
+    return list(results)
