@@ -161,7 +161,7 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
 def _compute(
     shared: Refs, kept: jax.Array | None, matmul: Matmul, *, everything: bool
 ) -> list[str]:
-    """Leaves G where log_decay was, total in its place, and the rest, named, where the parts were."""
+    """Leaves G where log_decay was, total in its place, and the rest, named, in the parts'."""
 
     def parts(i):
         return shared["parts"].at[i]
