@@ -2,9 +2,9 @@
 
 uv run --extra cuda python benchmarks/gpu_static.py    # about half a minute a shape
 
-HBM / minimum: what the whole forward, and the whole backward, read and write, rotation and gates
-included, each array once for each operation (counted by hand: `static.ptxas.bytes_moved`), to what
-they must: once query, key, value, log_decay and output, backward the gradients too.
+HBM / minimum: what the operations of the compiled forward, and of forward and backward, read and
+write, rotation and gates included, each array once for each operation, to what they must: once
+query, key, value, log_decay and output, backward the gradients too.
 """
 
 import argparse
@@ -20,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--heads", nargs="+", type=int, default=[64, 128, 256], metavar="K", help="K=V")
+    parser.add_argument(
+        "--heads", nargs="+", type=int, default=[64, 128, 256], metavar="K", help="K=V"
+    )
     parser.add_argument("--slots", nargs="+", type=int, default=[16, 64, 128], metavar="M")
     parser.add_argument("--groups", nargs="+", type=int, default=[1, 4], metavar="G")
     parser.add_argument("--segments", action="store_true", help="packed documents")
@@ -31,8 +33,7 @@ def main() -> None:
         shape = Shape(B=8, T=4096, K=K, M=M, G=G, segments=arguments.segments)
         figures = compile_in_subprocess(shape)
         moved = [
-            f"{figures[x]['bytes'] / figures[x]['minimum_bytes']:.2f}"
-            for x in ("forward", "backward")
+            f"{figures[x]['bytes'] / figures[x]['minimum_bytes']:.2f}" for x in ("forward", "both")
         ]
         for name, kernel in figures["kernels"].items():
             cells = [f"K={K} M={M} G={G}", f"`{name}`", kernel["registers"]]

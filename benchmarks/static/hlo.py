@@ -1,4 +1,4 @@
-"""Reads cost estimates out of optimised HLO text."""
+"""Reads costs out of optimised HLO text."""
 
 import re
 
@@ -19,4 +19,24 @@ def estimated_cycles(text: str) -> int:
     for step in Program(text).steps():
         estimate = _CYCLES.search(step.instruction.attributes)
         total += step.times * int(estimate[1]) if estimate else 0
+    return total
+
+
+_FREE = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element")
+
+
+def bytes_moved(text: str) -> int:
+    """What a program's operations read and write: of each, every array that it takes or gives once.
+
+    What several blocks of a kernel read is taken to come from a cache after the first.
+
+    Raises:
+        ValueError: a loop's trip count is not in the text.
+    """
+    total = 0
+    for step in Program(text).steps():
+        instruction = step.instruction
+        if instruction.opcode not in _FREE:
+            arrays = *step.computation.arrays(instruction.operands), *instruction.results
+            total += step.times * sum(array.bytes for array in arrays)
     return total

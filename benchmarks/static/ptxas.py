@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from static.compiling import report, run_worker
+from static.hlo import bytes_moved
 from static.programs import Shape, minimum_bytes
 
 
@@ -30,8 +31,8 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
 
     Returns:
         "kernels", by name: "registers" a thread, "spills" (bytes stored and loaded), and
-        "shared_memory" (bytes a block); of the "forward" and of the "backward", "bytes" by
-        `bytes_moved`, and "minimum_bytes".
+        "shared_memory" (bytes a block); of the "forward", and of the program of forward and
+        backward, "both", the "bytes" that `bytes_moved` reads there, and "minimum_bytes".
     """
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1"}
     import jax
@@ -69,54 +70,18 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
     key = jax.ShapeDtypeStruct((*rows, shape.H, shape.K), jnp.bfloat16)
     log_decay = jax.ShapeDtypeStruct((*rows, shape.H, shape.M), jnp.float32)
     segment_ids = jax.ShapeDtypeStruct(rows, jnp.int32) if shape.segments else None
+    inputs = query, key, key, log_decay, segment_ids
+    figures: dict[str, Any] = {}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        jitted = jax.jit(forward_backward, in_shardings=device, out_shardings=device)
-        jitted.lower(query, key, key, log_decay, segment_ids, query).compile()
-    moved = bytes_moved(shape)
-    least = [minimum_bytes("pallas", shape, backward=backward) for backward in (False, True)]
-    return {
-        "kernels": read_dumps(dumps),
-        "forward": {"bytes": sum(moved["forward"].values()), "minimum_bytes": least[0]},
-        "backward": {
-            "bytes": sum(moved["backward"].values()),
-            "minimum_bytes": least[1] - least[0],
-        },
-    }
-
-
-def bytes_moved(shape: Shape) -> dict[str, dict[str, int]]:
-    """Of the "forward" and the "backward", by what moves them, with rotation, W and T multiples of
-    64, W not 0, and no segments.
-
-    Counted by hand: each array once for each operation that reads or writes it. What several blocks
-    of a kernel read is taken to come from the L2 cache after the first. Arrays of a number a row
-    are left out.
-    """
-    rows = shape.B * shape.T * shape.H
-    query, key, gate = 2 * rows * shape.G * shape.K, 2 * rows * shape.K, 2 * rows * shape.M
-    starts = 2 * 2 * rows * shape.K * shape.M // 64  # of keys and values, every 64 rows
-    weights = 2 * shape.G * gate  # of the slots, and the gradients of their logits
-    shares = -(-shape.M // 64)  # of the slots' gradients of keys and values
-    slots = 7 * gate + 2 * weights + 2 * starts  # of the last kernel
-    # The gates: log_decay, its gradient and cumulative are float32, the others bfloat16.
-    return {
-        "forward": {
-            "rotation": 2 * query + 2 * key,
-            "gates": 2 * gate + gate,  # the state pass's; the output pass makes its own
-            "state pass": 2 * key + gate + starts,
-            "output pass": 3 * query + 3 * key + 2 * gate + starts,
-        },
-        "backward": {
-            "delta": 2 * query,
-            "window, queries": 3 * query + 2 * key,
-            "window, tokens": 2 * query + 4 * key,
-            "gates": 2 * gate + 6 * gate,
-            "slots, queries": 3 * query + 2 * key + 3 * gate + starts + 2 * weights,
-            "states": 2 * query + weights + starts,
-            "slots, tokens": 2 * query + (2 + 2 * shares) * key + slots,
-            "rotation and sums": 3 * query + 2 * (2 + shares) * key + 4 * gate,
-        },
-    }
+        for name, function, arguments in (
+            ("forward", attend, inputs),
+            ("both", forward_backward, (*inputs, query)),
+        ):
+            jitted = jax.jit(function, in_shardings=device, out_shardings=device)
+            text = jitted.lower(*arguments).compile().as_text()
+            least = minimum_bytes("pallas", shape, backward=name == "both")
+            figures[name] = {"bytes": bytes_moved(text), "minimum_bytes": least}
+    return figures | {"kernels": read_dumps(dumps)}
 
 
 def read_dumps(dumps: Path) -> dict[str, dict[str, int]]:

@@ -26,8 +26,8 @@ MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes
 class InChunk:
     """A warpgroup that works on a chunk; the slots lie in panels of up to 32.
 
-    In `shared`: cumulative [panels, C, slots of a panel] and references [GATE_BLOCKS, M]; with
-    spec.masked query_run and reads [C] and visible [stages, C].
+    In `shared`: cumulative [panels, C, slots of a panel] and references [GATE_BLOCKS, M or more];
+    with spec.masked query_run and reads [C] and visible [stages, C].
     """
 
     def __init__(self, shared: Refs, place: Place, matmul: Matmul, spec: Spec):

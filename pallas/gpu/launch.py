@@ -1,5 +1,6 @@
 """How the kernels of several warpgroups are called."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 Refs = dict[str, Any]
+
+SHARED_MEMORY = 227 * 1024  # bytes, of a block on Hopper
+ALIGNMENT = 1024  # of an array in it
+
+
+def check_shared_memory(scratch: Refs, field: str, value: int) -> None:
+    """Raises ValueError if the arrays in scratch do not fit; `field` of `BlockSizes` is value."""
+    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+    sizes = (math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    if total > SHARED_MEMORY:
+        raise ValueError(
+            f"BlockSizes: {field} of {value} takes {total >> 10} KB of shared memory with heads "
+            f"of this size, and a block has {SHARED_MEMORY >> 10}: use a smaller {field}"
+        )
 
 
 def launch(

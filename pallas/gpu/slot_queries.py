@@ -11,6 +11,9 @@ slots; the sums run over the row's slots:
 
 A warpgroup works on the rows of one query head, a panel of slots at a time. ds and p go out as they
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
+
+A block reads k twice; of more than 64 slots it reads half of SK0 twice as well, or with window 0,
+where delta comes first, S0 and G twice and half of SK0 three times. That comes from the L2 cache.
 """
 
 from typing import Any, NamedTuple
@@ -22,15 +25,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import LOG2E, Gates
-from pallas.gpu.in_chunk import InChunk, by_row
-from pallas.gpu.launch import Refs
-from pallas.gpu.matmul import Matmul, Operands
+from pallas.gpu.launch import Refs, launch
+from pallas.gpu.masks import by_row
+from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.place import Place
-from pallas.gpu.producer import fetch_slots
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, PANEL, ROW, Spec, tile
-
-WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
+from pallas.gpu.slot_query_places import SIDES, QueryPlaces, query_scratch
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec
 
 
 class SlotQueries(NamedTuple):
@@ -76,198 +77,127 @@ def slot_queries(
         assert facts.reads is not None
         inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     weights = jax.ShapeDtypeStruct((B, N, heads, M), jnp.bfloat16)
-    outputs = dict.fromkeys(SlotQueries._fields, weights)
-    outputs["query"] = jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)
+    outputs = {"query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)}
+    outputs |= dict.fromkeys(SlotQueries._fields[1:], weights)
 
-    def kernel(*refs, **shared):
-        names = [*inputs, *(f"{name}_grad" if name == "query" else name for name in outputs)]
+    def kernel(refs: Refs, shared: Refs) -> None:
         place = Place(spec, warpgroups=1)
         matmul = Matmul(bool(interpret), shared.get("buffer"))
-        QuerySide(dict(zip(names, refs, strict=True)), shared, place, matmul, spec).run()
+        QuerySide(refs, shared, place, matmul, spec).run()
 
-    call = plgpu.kernel(
+    grads = launch(
         kernel,
-        out_type=list(outputs.values()),
-        grid=(N // CHUNK, heads, B),
-        grid_names=("chunk", "heads", "batch"),
-        scratch_types=_scratch(spec, D, M, interpret=bool(interpret)),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        kernel_name="nha_slot_queries",
+        inputs,
+        outputs,
+        query_scratch(spec, D, M, interpret=bool(interpret)),
+        grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
+        warpgroups=1,
+        name="nha_slot_queries",
         interpret=interpret,
     )
-    return SlotQueries(*call(*inputs.values()))
+    return SlotQueries(*grads)
 
 
-def _scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
-    """Shared memory, and a barrier whose arrivals are the copies into it."""
-    narrow, wide = jnp.bfloat16, jnp.float32
-    panel = M if M <= WHOLE else PANEL
-    panels = M // panel
-    tokens = plgpu.SMEM((CHUNK, D), narrow, transforms=tile(min(D, panel)))
-    slots = plgpu.SMEM((panels, D, panel), narrow, transforms=tile(panel))
-    row = plgpu.SMEM((CHUNK,), wide)
-    scratch = {
-        **dict.fromkeys(("query", "out_grad", "key", "value"), tokens),
-        **dict.fromkeys(("start_key", "start_value"), slots),
-        **dict.fromkeys(("log_mass", "delta"), row),
-        "cumulative": plgpu.SMEM((panels, CHUNK, panel), wide, transforms=tile(panel, 4)),
-        "references": plgpu.SMEM((GATE_BLOCKS, M), wide),
-        "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
-        "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
-        "loaded": plgpu.Barrier(num_arrivals=6 + GATE_BLOCKS + 4 * panels + 3 * spec.masked),
-    }
-    if panels > 1:
-        scratch["into_tokens"] = plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4))
-    if spec.masked:
-        scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
-    if interpret:
-        scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
-    return scratch
-
-
-class QuerySide(InChunk):
+class QuerySide(QueryPlaces):
     """A query head's rows of a chunk."""
-
-    def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
-        super().__init__(shared, place, matmul, spec)
-        self.refs = refs
 
     def run(self) -> None:
         shared = self.shared
-        self._fetch()
+        self._fetch_first()
         plgpu.barrier_wait(shared["loaded"])
-        panels = shared["cumulative"].shape[0]
-        if panels == 1:
+        self._multiply_tokens()
+        if self.panels == 1:
             self._store_query(self._panel(0, None))
             return
-        if self.spec.window == 0:
-            self._sum_delta(panels)
-        none = jnp.zeros((CHUNK, CHUNK), jnp.float32)
-        into_tokens = shared["into_tokens"]  # in registers there is no room for it
-        into_tokens[...] = plgpu.layout_cast(none, LOGITS)
+        if self.first_turn:
+            self._sum_delta()
+        none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
+        into_tokens = lax.fori_loop(0, self.panels, self._panel, none)
+        self._forget_addresses()
+        self._store_query(into_tokens)
 
-        @pl.loop(jnp.int32(0), jnp.int32(panels))
-        def _(panel):
-            into_tokens[...] = self._panel(panel, into_tokens)
-
-        self._store_query(plgpu.load(into_tokens, layout=LOGITS))
-
-    def _fetch(self) -> None:
-        refs, shared, place = self.refs, self.shared, self.place
-        b, head, loaded = place.batch, place.heads, shared["loaded"]
-        tokens = place.token_rows(0)
-        self._fetch_gates(loaded)
-        for name in ("query", "out_grad"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], shared[name], loaded)
-        for name in ("key", "value"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, tokens, place.kv_head], shared[name], loaded)
-        if self.spec.masked:
-            for name in ("query_run", "reads"):
-                plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
-            visible = refs["visible"].at[b, tokens]
-            plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
-        for name in ("start_key", "start_value"):
-            fetch_slots(refs[name], shared[name], place, loaded)
-        for name in ("log_mass", "delta"):
-            rows = refs[name].at[b, head, place.rows]
-            plgpu.copy_gmem_to_smem(rows, shared[name], loaded)
-
-    def _fetch_gates(self, loaded: Any) -> None:
-        refs, shared, place = self.refs, self.shared, self.place
-        for name in ("cumulative", "write"):
-            panels, _, width = shared[name].shape
-            for panel in range(panels):
-                slots = pl.ds(panel * width, width)
-                gate = refs[name].at[place.batch, place.rows, place.kv_head, slots]
-                plgpu.copy_gmem_to_smem(gate, shared[name].at[panel], loaded)
-        for block in range(GATE_BLOCKS):
-            middle = place.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = refs["cumulative"].at[place.batch, middle, place.kv_head]
-            plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
-
-    def _entered_products(self, rows: str, tokens: str) -> jax.Array:
-        """S or D, [C, C] bfloat16."""
+    def _multiply_tokens(self) -> None:
+        """S and D, [C, C] bfloat16; then the first slots take the places of the tokens."""
         shared = self.shared
-        x = self.matmul(lambda: [(shared[rows], shared[tokens].T)], (CHUNK, CHUNK))
-        return jnp.where(self._entered(), x, 0.0).astype(jnp.bfloat16)
-
-    def _falls(self, block: int, panel):
-        return self.shared["falls"].at[block]
+        for rows, side in zip(("query", "out_grad"), SIDES, strict=True):
+            operands = lambda rows=rows, side=side: [(self._rows(rows), shared[side].T)]  # noqa: E731
+            x = jnp.where(self._entered(), self.matmul(operands, (CHUNK, CHUNK)), 0.0)
+            shared[f"{side}_scores"][...] = x.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        for panel in range(self.stages):
+            self._fetch_slots(panel)
 
     def _build_falls(self, panel) -> None:
         """And G - R in the place of G, with R of the row's block."""
-        shared = self.shared
-        G = plgpu.load(shared["cumulative"].at[panel], layout=LOGITS)
+        self._forget_addresses()
+        shared, stage = self.shared, self._stage(panel)
+        plgpu.barrier_wait(shared["gates_loaded"].at[stage])
+        G = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
         write = plgpu.load(shared["write"].at[panel], layout=LOGITS).astype(jnp.float32)
         for block in range(GATE_BLOCKS):
             self._falls(block, panel)[...] = self._fall(block, panel, G, write)
-        shared["cumulative"].at[panel][...] = G - self._own_reference(panel, G.shape)
+        shared["cumulative"].at[stage][...] = G - self._own_reference(panel, G.shape)
         plgpu.commit_smem()
 
     def _rise(self, panel) -> jax.Array:
-        return jnp.exp2(plgpu.load(self.shared["cumulative"].at[panel], layout=LOGITS))
+        rise = self.shared["cumulative"].at[self._stage(panel)]
+        return jnp.exp2(plgpu.load(rise, layout=LOGITS))
 
     def _reference_decay(self, panel) -> jax.Array:
         """exp(R), in the rows that read the slots at the chunk's start."""
-        shape = self.shared["cumulative"].shape[1:]
+        shape = CHUNK, self.width
         decay = jnp.exp2(self._own_reference(panel, shape))
         if self.spec.masked:
             decay = jnp.where(self._reads(shape) > 1, decay, 0.0)
         return decay
 
-    def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
-        """rise * (exp(R) * carried + spread(scores)): less to hold than with exp(G).
+    def _products(self, panel, rows: str, side: str) -> jax.Array:
+        """Of q with a panel of slots' keys, as after each row's token, or of do with their values.
 
-        Where exp(R) underflows exp(G) is below 2^-33.
+        rise * (exp(R) * carried + spread(scores)): less to hold than with exp(G). Where exp(R)
+        underflows exp(G) is below 2^-33.
         """
-        shape = self.shared["cumulative"].shape[1:]
-        start = self.matmul(carried, shape) * self._reference_decay(panel)
-        return self._spread(panel, scores, shape[1], start) * self._rise(panel)
+        shared, stage = self.shared, self._stage(panel)
+        plgpu.barrier_wait(shared[f"slot_{side}s_loaded"].at[stage])
+        self._forget_addresses()
+        start = self.matmul(
+            lambda: [(self._rows(rows), shared[f"slot_{side}s"].at[stage])], (CHUNK, self.width)
+        )
+        start *= self._reference_decay(panel)
+        scores = plgpu.load(shared[f"{side}_scores"], layout=LOGITS)
+        return self._spread(panel, scores, self.width, start) * self._rise(panel)
 
-    def _sum_delta(self, panels: int) -> None:
+    def _sum_delta(self) -> None:
         """Takes the given delta's place with the mean of dp, where a row reads slots only.
 
         They may all hold nearly the same: then a rounded delta is as large as what it leaves of dp,
         and so is it with a p that does not quite sum to 1, for the forward rounds its gates apart.
         """
-        cumulative = self.shared["cumulative"]
 
         def add(panel, sums):
             p, dp = self._weights(panel)
-            G = plgpu.load(cumulative.at[panel], layout=LOGITS)
-            cumulative.at[panel][...] = G + self._own_reference(panel, G.shape)
-            plgpu.commit_smem()  # all have read the falls, whose place the next panel's take
+            plgpu.commit_smem()  # all have read what the next panels take the places of
+            self._fetch_next(panel)
             return sums[0] + (p * dp).sum(axis=1), sums[1] + p.sum(axis=1)
 
         zeros = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
-        self.shared["delta"][...] = _mean(*lax.fori_loop(0, panels, add, (zeros, zeros)))
+        self._numbers("delta")[...] = _mean(*lax.fori_loop(0, self.panels, add, (zeros, zeros)))
         plgpu.commit_smem()
 
     def _weights(self, panel) -> tuple[jax.Array, jax.Array]:
-        """p and dp of a panel, [C, its slots].
-
-        S and D are computed for each: held, they would be registers that the rest needs.
-        """
-        shared = self.shared
+        """p and dp of a panel, [C, its slots]."""
         self._build_falls(panel)
-        scores = self._entered_products("query", "key")
-        a = self._to_slots(
-            panel, scores, lambda: [(shared["query"], shared["start_key"].at[panel])]
-        )
+        a = self._products(panel, "query", "key")
         a = self._hide(panel, a * (self.spec.scale * LOG2E))
         p = jnp.exp2(a - by_row(self._row("log_mass") * LOG2E, a.shape[1]))
-        products = self._entered_products("out_grad", "value")
-        dp = self._to_slots(
-            panel, products, lambda: [(shared["out_grad"], shared["start_value"].at[panel])]
-        )
-        return p, dp
+        return p, self._products(panel, "out_grad", "value")
 
-    def _panel(self, panel, into_tokens: Any) -> jax.Array:
-        """L of this panel, before its mask, added to `into_tokens` if it is a reference."""
+    def _panel(self, panel, into_tokens: jax.Array | None) -> jax.Array:
+        """L of this panel, before its mask, added to that of the panels before."""
         shared = self.shared
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last panel's stores left their places
         p, dp = self._weights(panel)
+        pl.when(panel == self.panels - 1)(self._fetch_again)
         alone = into_tokens is None and self.spec.window == 0
         # As in `_sum_delta`.
         delta = _mean((p * dp).sum(axis=1), p.sum(axis=1)) if alone else self._row("delta")
@@ -276,17 +206,19 @@ class QuerySide(InChunk):
         start = rise * self._reference_decay(panel)
         shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
         ds_rise = (ds * rise).astype(jnp.bfloat16)
-        so_far = None if into_tokens is None else plgpu.load(into_tokens, layout=LOGITS)
-        result = self._gather(panel, ds_rise, so_far)
+        self._forget_addresses()
+        into_tokens = self._gather(panel, ds_rise, into_tokens)
         rise = self._rise(panel)  # again, not held
         start = rise * self._reference_decay(panel)
         self._store_panel(
             panel, {"logits_rise": ds_rise, "weights_rise": p * rise, "weights_start": p * start}
         )
-        return result
+        if self.panels > 1:
+            self._fetch_next(self.first_turn + panel)
+        return into_tokens
 
     def _row(self, name: str) -> jax.Array:
-        return plgpu.load(self.shared[name], layout=ROW)
+        return plgpu.load(self._numbers(name), layout=ROW)
 
     def _place_of(self, name: str, panel):
         """In shared memory: that of s, which is no longer needed, for dq, else of the falls."""
@@ -296,31 +228,35 @@ class QuerySide(InChunk):
 
     def _store_panel(self, panel, results: dict[str, jax.Array]) -> None:
         """Beside ds exp(G), which is in its place."""
-        place, width = self.place, self.shared["cumulative"].shape[2]
+        place = self.place
         for name, x in results.items():
             self._place_of(name, panel)[...] = x.astype(jnp.bfloat16)
         plgpu.commit_smem()
         for name in (*results, "logits_start"):
-            slots = pl.ds(panel * width, width)
-            target = self.refs[name].at[place.batch, place.rows, place.heads, slots]
-            plgpu.copy_smem_to_gmem(self._place_of(name, panel), target)
+            where = place.batch, place.rows, place.heads, self._slots(panel)
+            plgpu.copy_smem_to_gmem(self._place_of(name, panel), self.refs[name].at[*where])
+
+    def _slot_keys(self, panel: int):
+        """At the end, SK0 of a panel: the last are still where they were."""
+        kept = panel >= self.panels - self.stages
+        return self.shared["slot_keys" if kept else "slot_values"].at[panel % self.stages]
 
     def _store_query(self, into_tokens: jax.Array) -> None:
-        """dq, through the place of the values."""
+        """dq, through the place of q."""
         shared, place = self.shared, self.place
         L = jnp.where(self._entered(), into_tokens, 0.0).astype(jnp.bfloat16)
-        panels = range(shared["write"].shape[0])
+        plgpu.barrier_wait(shared["loaded_again"])
         dq = self.matmul(
             lambda: [
-                *((shared["write"].at[i], shared["start_key"].at[i].T) for i in panels),
-                (L, shared["key"]),
+                *((shared["write"].at[i], self._slot_keys(i).T) for i in range(self.panels)),
+                (L, self._rows("out_grad")),  # k is there now
             ],
-            shared["query"].shape,
+            shared["query"].shape[1:],
         )
-        shared["value"][...] = dq.astype(jnp.bfloat16)
+        self._rows("query")[...] = dq.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
-        plgpu.copy_smem_to_gmem(shared["value"], target)
+        plgpu.copy_smem_to_gmem(self._rows("query"), target)
         plgpu.wait_smem_to_gmem(0)
 
 

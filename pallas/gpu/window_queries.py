@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
-from pallas.gpu.launch import Refs, launch
+from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
@@ -49,6 +49,9 @@ def window_queries(
     log_mass, of base e, and delta, the sum over what a row sees of p times its gradient:
     [B, H * G, N] float32. facts: with spec.masked.
     interpret: as for `fused_attention`.
+
+    Raises:
+      ValueError: block_sizes.window_stages of them do not fit.
     """
     B, N, heads, D = rotated_query.shape
     inputs = window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts)
@@ -86,12 +89,13 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
     scratch = {
-        "rotated_query": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then its gradient
-        "out_grad": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),
+        "rotated_query": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),  # then its gradient
+        "out_grad": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((CHUNK,), wide),
         "delta": plgpu.SMEM((CHUNK,), wide),
         "rotated_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "zero": plgpu.SMEM((2 * CHUNK,), jnp.int32),
         "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked),
         "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
         "block_read": plgpu.Barrier(num_barriers=stages),
@@ -99,6 +103,7 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
     if spec.masked:
         scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+    check_shared_memory(scratch, "window_stages", stages)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
     return scratch
@@ -121,7 +126,8 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
     if "query_run" in shared:
         own["query_run"] = refs["query_run"].at[b, place.rows]
     for name, source in own.items():
-        plgpu.copy_gmem_to_smem(source, shared[name], shared["rows_loaded"])
+        target = shared[name].at[0] if len(shared[name].shape) == 3 else shared[name]
+        plgpu.copy_gmem_to_smem(source, target, shared["rows_loaded"])
 
     def fetch(block, stage):
         rows, loaded = place.token_rows(block), shared["block_loaded"].at[stage]
@@ -135,14 +141,20 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
 
 
 def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul) -> None:
-    D = shared["rotated_query"].shape[1]
+    D = shared["rotated_query"].shape[2]
     square = CHUNK, CHUNK
+    shared["zero"][...] = plgpu.layout_cast(
+        jnp.zeros(shared["zero"].shape, jnp.int32), plgpu.Layout.WG_STRIDED((2 * CHUNK,), 1)
+    )
     plgpu.barrier_wait(shared["rows_loaded"])
 
     def step(block, total):
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
-        b = matmul(lambda: [(shared["rotated_query"], shared["rotated_key"].at[stage].T)], square)
+        zero = shared["zero"][0]  # unknown when compiling, else operands' addresses fill registers
+        b = matmul(
+            lambda: [(shared["rotated_query"].at[zero], shared["rotated_key"].at[stage].T)], square
+        )
         row = iota(CHUNK, 0) + place.first_row
         token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)
         seen = in_window(spec, row, token)
@@ -153,7 +165,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         log_mass = plgpu.load(shared["log_mass"], layout=ROW) * LOG2E
         exponent = b * (spec.scale * LOG2E) - by_row(log_mass, CHUNK)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
-        dp = matmul(lambda: [(shared["out_grad"], shared["value"].at[stage].T)], square)
+        dp = matmul(lambda: [(shared["out_grad"].at[zero], shared["value"].at[stage].T)], square)
         ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))
         total = matmul(
             lambda: [(ds.astype(jnp.bfloat16), shared["rotated_key"].at[stage])],
@@ -166,8 +178,8 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
     zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
     total = lax.fori_loop(0, place.blocks, step, zeros)
     plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
-    shared["rotated_query"][...] = (total * spec.scale).astype(jnp.bfloat16)
+    shared["rotated_query"].at[0][...] = (total * spec.scale).astype(jnp.bfloat16)
     plgpu.commit_smem()
     target = refs["query_grad"].at[place.batch, place.rows, place.heads]
-    plgpu.copy_smem_to_gmem(shared["rotated_query"], target)
+    plgpu.copy_smem_to_gmem(shared["rotated_query"].at[0], target)
     plgpu.wait_smem_to_gmem(0)

@@ -5,8 +5,11 @@ With the symbols of `window_queries.py`, sums over the rows that see token j, of
     dv_j = sum_r p_rj do_r
     dk_j = scale * sum_r ds_rj q_r
 
-A thread block has 64 tokens of one KV head: a warpgroup walks the chunks of rows that see them,
-with tokens down and rows across, so that what it has in registers needs no transposing.
+A thread block has 64 tokens of one KV head: two warpgroups walk the chunks of rows that see them,
+with tokens down and rows across, so that what they have in registers needs no transposing. One
+finds p and dv, and leaves p in shared memory for the other, which finds ds and dk: two products
+each, none of them twice, and a sum of 64 rows of D in registers. Each fetches what its own sum
+reads last, a chunk's output gradients or queries, which the other has read some time before.
 """
 
 import functools
@@ -20,11 +23,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
-from pallas.gpu.launch import Refs, launch
+from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.pipeline import fetch_ahead
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 from pallas.gpu.window_queries import window_inputs
 
@@ -66,25 +68,32 @@ def window_tokens(
     return WindowTokens(*grads)
 
 
-def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, Any]:
+def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> Refs:
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
     scratch = {
-        "rotated_key": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then their gradients
-        "value": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),
+        "rotated_key": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dv
+        "value": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dk
         "rotated_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((stages, CHUNK), wide),
         "delta": plgpu.SMEM((stages, CHUNK), wide),
-        "tokens_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked),
-        "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked, num_barriers=stages),
-        "rows_read": plgpu.Barrier(num_barriers=stages),
+        "p": plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4)),  # of tokens and rows
+        "key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked),
+        "value_loaded": plgpu.Barrier(),
+        "queries_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
+        "out_grads_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "queries_read": plgpu.Barrier(num_barriers=stages),  # by dv's warpgroup
+        "out_grads_read": plgpu.Barrier(num_barriers=stages),  # by dk's
+        "p_ready": plgpu.Barrier(),
+        "p_read": plgpu.Barrier(),
     }
     if spec.masked:
         scratch["query_run"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
         scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    check_shared_memory(scratch, "window_stages", stages)
     if interpret:
-        scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
+        scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
     return scratch
 
 
@@ -120,74 +129,173 @@ class _Place:
 
 def _kernel(refs: Refs, shared: Refs, *, spec: Spec, chunks: int, interpret: bool) -> None:
     me = lax.axis_index("wg")
+    matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
     place = _Place(spec, chunks)
-    pl.when(me == 1)(lambda: _fetch(refs, shared, place))
-
-    @pl.when(me == 0)
-    def _():
-        _compute(refs, shared, place, spec, Matmul(interpret, shared.get("buffer")))
+    for i, worker in enumerate((_ValueGrad, _KeyGrad)):
+        pl.when(me == i)(worker(refs, shared, place, spec, matmul).run)
 
 
-def _fetch(refs: Refs, shared: Refs, place: _Place) -> None:
-    b = place.batch
-    own = {name: refs[name].at[b, place.tokens, place.head] for name in ("rotated_key", "value")}
-    if "visible" in shared:
-        own["visible"] = refs["visible"].at[b, place.tokens]
-    for name, source in own.items():
-        plgpu.copy_gmem_to_smem(source, shared[name], shared["tokens_loaded"])
+class _Worker:
+    """A warpgroup, with a sum [C, D] over the items in registers.
 
-    def fetch(item, stage):
-        head, chunk = place.head_and_chunk(item)
-        rows, loaded = pl.ds(chunk * CHUNK, CHUNK), shared["rows_loaded"].at[stage]
-        sources = {name: refs[name].at[b, rows, head] for name in ("rotated_query", "out_grad")}
-        sources |= {name: refs[name].at[b, head, rows] for name in ("log_mass", "delta")}
-        if "query_run" in shared:
-            sources["query_run"] = refs["query_run"].at[b, rows]
-        for name, source in sources.items():
-            plgpu.copy_gmem_to_smem(source, shared[name].at[stage], loaded)
+    Attributes:
+      ROWS: whose barriers say that what it fetches of an item's rows is loaded, and that the other
+        warpgroup has read it.
+      PLACE: the tokens' array that only it reads, whose place its sum takes in the end.
+      GRAD: the sum, among the outputs.
+    """
 
-    fetch_ahead(place.items, shared["rows_read"], fetch)
+    ROWS: str
+    PLACE: str
+    GRAD: str
+
+    def __init__(self, refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul):
+        self.refs, self.shared, self.place, self.spec = refs, shared, place, spec
+        self.matmul = matmul
+        self.stages, _, D = shared["rotated_query"].shape
+        self.square, self.sum_shape = (CHUNK, CHUNK), (CHUNK, D)  # [tokens, rows], [tokens, D]
+
+    def run(self) -> None:
+        self._fetch_tokens()
+        for stage in range(self.stages):
+            fetch = functools.partial(self._fetch, jnp.int32(stage), stage)
+            pl.when(stage < self.place.items)(fetch)
+        zeros = plgpu.layout_cast(jnp.zeros(self.sum_shape, jnp.float32), LOGITS)
+        total = self._walk(zeros)
+        result, target = self.shared[self.PLACE], self._of_tokens(self.GRAD)
+        plgpu.commit_smem()  # all warps have read the tokens
+        result[...] = total.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(result, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _fetch_tokens(self) -> None:
+        raise NotImplementedError
+
+    def _rows(self, head, rows) -> Refs:
+        """What it fetches of an item, by name."""
+        raise NotImplementedError
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, self.place.items, self._step, total)
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        """The sum with one more item."""
+        raise NotImplementedError
+
+    def _step(self, item, total: jax.Array) -> jax.Array:
+        stage = lax.rem(item, jnp.int32(self.stages))
+        total = self._add(item, stage, total)
+        plgpu.barrier_wait(self.shared[self.ROWS + "_read"].at[stage])
+        plgpu.commit_smem()  # all warps have multiplied, before a copy touches the operand
+        more = item + self.stages < self.place.items
+        pl.when(more)(lambda: self._fetch(item + self.stages, stage))
+        return total
+
+    def _fetch(self, item, stage) -> None:
+        head, chunk = self.place.head_and_chunk(item)
+        loaded = self.shared[self.ROWS + "_loaded"].at[stage]
+        for name, source in self._rows(head, pl.ds(chunk * CHUNK, CHUNK)).items():
+            plgpu.copy_gmem_to_smem(source, self.shared[name].at[stage], loaded)
+
+    def _of_tokens(self, name: str):
+        return self.refs[name].at[self.place.batch, self.place.tokens, self.place.head]
 
 
-def _compute(refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul) -> None:
-    stages, _, D = shared["rotated_query"].shape
-    square, narrow = (CHUNK, CHUNK), jnp.bfloat16  # [tokens, rows]
-    plgpu.barrier_wait(shared["tokens_loaded"])
+class _ValueGrad(_Worker):
+    """Finds p, and dv."""
 
-    def step(item, totals):
-        key_total, value_total = totals
-        stage = lax.rem(item, jnp.int32(stages))
-        _, chunk = place.head_and_chunk(item)
-        plgpu.barrier_wait(shared["rows_loaded"].at[stage])
-        b = matmul(lambda: [(shared["rotated_key"], shared["rotated_query"].at[stage].T)], square)
-        seen = in_window(spec, iota(CHUNK, 1) + chunk * CHUNK, iota(CHUNK, 0) + place.first_token)
-        if spec.masked:
-            run = plgpu.load(shared["query_run"].at[stage], layout=COLUMN)
-            visible = plgpu.load(shared["visible"], layout=ROW)
-            seen &= by_column(run) == by_row(visible, CHUNK)
+    ROWS = "out_grads"
+    PLACE, GRAD = "rotated_key", "value_grad"
+
+    def _fetch_tokens(self) -> None:
+        loaded = self.shared["value_loaded"]
+        plgpu.copy_gmem_to_smem(self._of_tokens("value"), self.shared["value"], loaded)
+
+    def _rows(self, head, rows) -> Refs:
+        refs, b = self.refs, self.place.batch
+        return {
+            "out_grad": refs["out_grad"].at[b, rows, head],
+            "delta": refs["delta"].at[b, head, rows],
+        }
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        plgpu.barrier_wait(self.shared["key_loaded"])
+        total = super()._walk(total)
+        plgpu.barrier_wait(self.shared["p_read"])  # every completion must be waited for
+        return total
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        shared = self.shared
+        plgpu.barrier_wait(shared["queries_loaded"].at[stage])
+        b = self.matmul(
+            lambda: [(shared["rotated_key"], shared["rotated_query"].at[stage].T)], self.square
+        )
+        seen = self._seen(item, stage)
         log_mass = plgpu.load(shared["log_mass"].at[stage], layout=COLUMN) * LOG2E
-        exponent = b * (spec.scale * LOG2E) - by_column(log_mass)
+        plgpu.barrier_arrive(shared["queries_read"].at[stage])
+        exponent = b * (self.spec.scale * LOG2E) - by_column(log_mass)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
-        value_total = matmul(
-            lambda: [(p.astype(narrow), shared["out_grad"].at[stage])], (CHUNK, D), value_total
+        plgpu.barrier_wait(shared["p_read"])  # the item before
+        shared["p"][...] = p
+        plgpu.barrier_arrive(shared["p_ready"])
+        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        return self.matmul(
+            lambda: [(p.astype(jnp.bfloat16), shared["out_grad"].at[stage])], self.sum_shape, total
         )
-        dp = matmul(lambda: [(shared["value"], shared["out_grad"].at[stage].T)], square)
-        ds = p * (dp - by_column(plgpu.load(shared["delta"].at[stage], layout=COLUMN)))
-        key_total = matmul(
-            lambda: [(ds.astype(narrow), shared["rotated_query"].at[stage])],
-            (CHUNK, D),
-            key_total,
-        )
-        plgpu.barrier_arrive(shared["rows_read"].at[stage])
-        return key_total, value_total
 
-    zeros = plgpu.layout_cast(jnp.zeros((CHUNK, D), jnp.float32), LOGITS)
-    key_total, value_total = lax.fori_loop(0, place.items, step, (zeros, zeros))
-    plgpu.commit_smem()  # all have read the tokens, whose place their gradients take
-    shared["rotated_key"][...] = (key_total * spec.scale).astype(narrow)
-    shared["value"][...] = value_total.astype(narrow)
-    plgpu.commit_smem()
-    for name, grad in (("rotated_key", "key_grad"), ("value", "value_grad")):
-        target = refs[grad].at[place.batch, place.tokens, place.head]
-        plgpu.copy_smem_to_gmem(shared[name], target)
-    plgpu.wait_smem_to_gmem(0)
+    def _seen(self, item, stage) -> jax.Array:
+        """[tokens, rows]."""
+        _, chunk = self.place.head_and_chunk(item)
+        row = iota(CHUNK, 1) + chunk * CHUNK
+        seen = in_window(self.spec, row, iota(CHUNK, 0) + self.place.first_token)
+        if self.spec.masked:
+            run = plgpu.load(self.shared["query_run"].at[stage], layout=COLUMN)
+            visible = plgpu.load(self.shared["visible"], layout=ROW)
+            seen &= by_column(run) == by_row(visible, CHUNK)
+        return seen
+
+
+class _KeyGrad(_Worker):
+    """Finds ds, and dk."""
+
+    ROWS = "queries"
+    PLACE, GRAD = "value", "key_grad"
+
+    def _fetch_tokens(self) -> None:
+        shared, place = self.shared, self.place
+        loaded = shared["key_loaded"]
+        plgpu.copy_gmem_to_smem(self._of_tokens("rotated_key"), shared["rotated_key"], loaded)
+        if self.spec.masked:
+            visible = self.refs["visible"].at[place.batch, place.tokens]
+            plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
+
+    def _rows(self, head, rows) -> Refs:
+        refs, b = self.refs, self.place.batch
+        sources = {"rotated_query": refs["rotated_query"].at[b, rows, head]}
+        sources |= {"log_mass": refs["log_mass"].at[b, head, rows]}
+        if self.spec.masked:
+            sources["query_run"] = refs["query_run"].at[b, rows]
+        return sources
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        plgpu.barrier_wait(self.shared["value_loaded"])
+        plgpu.barrier_arrive(self.shared["p_read"])  # its place is free
+        return super()._walk(total)
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        shared, scale = self.shared, self.spec.scale
+        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        dp = self.matmul(lambda: [(shared["value"], shared["out_grad"].at[stage].T)], self.square)
+        delta = plgpu.load(shared["delta"].at[stage], layout=COLUMN)
+        plgpu.barrier_arrive(shared["out_grads_read"].at[stage])
+        plgpu.barrier_wait(shared["p_ready"])
+        p = plgpu.load(shared["p"], layout=LOGITS)
+        plgpu.barrier_arrive(shared["p_read"])
+        ds = p * (dp * scale - by_column(delta * scale))
+        plgpu.barrier_wait(shared["queries_loaded"].at[stage])
+        return self.matmul(
+            lambda: [(ds.astype(jnp.bfloat16), shared["rotated_query"].at[stage])],
+            self.sum_shape,
+            total,
+        )

@@ -28,6 +28,14 @@ REST = [
     Case(M=32, slots=32, gate="-1000", masked=True),
     Case(M=128, slots=128, gate="mixed", window=0, ahead=0),
     Case(M=16, slots=16, window=0, ahead=0, masked=True),
+    Case(D=256, H=2, G=2, masked=True, gate="mixed"),
+    Case(D=256, M=128, slots=100, ahead=0, masked=True, gate="-1000"),
+    Case(D=256, M=128, slots=128, G=2, window=0, ahead=0),
+    Case(D=256, M=16, slots=16, gate="-inf"),
+    Case(D=256, window=0, ahead=0, masked=True),
+    Case(D=192, G=2, gate="-1000"),
+    Case(D=192, M=128, slots=128, masked=True),
+    Case(D=192, M=32, slots=32, window=0, ahead=0),
 ]
 CASES = ORDINARY + REST
 

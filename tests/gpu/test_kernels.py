@@ -12,7 +12,10 @@ import pytest
 
 from nha_jax.ops import nha_attention
 from nha_jax.remat import remat_policy
-from tests.gpu import gates, slot_queries, slot_tokens
+from pallas.gpu import BlockSizes
+from pallas.gpu.window_queries import window_queries
+from pallas.gpu.window_tokens import window_tokens
+from tests.gpu import gates, slot_queries, slot_tokens, window_grads
 from tests.gpu.interpreted import CASES, ORDINARY
 from tests.gpu.process import HOPPER, THREADS, run_cases
 from tests.ops import test_attention
@@ -51,12 +54,20 @@ def test_whole_suite_matches_float64_reference(index):
     ("module", "index"),
     [
         pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
-        for module in (gates, slot_queries, slot_tokens)
+        for module in (gates, slot_queries, slot_tokens, window_grads)
         for index in range(len(module.CASES))
     ],
 )
-def test_kernels_of_the_slots_backward_match_float64(module, index):
+def test_kernels_of_the_backward_match_float64(module, index):
     assert run_cases([index], module.__name__) == {index: "ok"}
+
+
+@pytest.mark.parametrize("kernel", [window_queries, window_tokens], ids=lambda x: x.__name__)
+def test_stages_that_do_not_fit_are_refused_by_name(kernel):
+    case = window_grads.Case(D=256)
+    inputs = window_grads.make_inputs(case)
+    with pytest.raises(ValueError, match=r"window_stages of 3 takes 2\d+ KB of shared memory"):
+        kernel(*inputs, spec=case.spec, block_sizes=BlockSizes(window_stages=3))
 
 
 @pytest.mark.gpu_full
