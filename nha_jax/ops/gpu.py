@@ -89,7 +89,8 @@ def _by_kernels(
     inputs = _window_inputs(apply_rope(query, rope), tokens, timeline, spec)
     constants = _window_facts(timeline, T, spec) if spec.masked else {}
     if has_slots:
-        inputs |= _slot_inputs(query, tokens, timeline, carried, spec, options)
+        all_real = segment_ids is None and carried is None
+        inputs |= _slot_inputs(query, tokens, timeline, carried, spec, options, all_real=all_real)
         if spec.masked:
             constants |= _slot_facts(timeline, T, spec, options)
     fused = fused_attention(
@@ -154,19 +155,23 @@ def _slot_inputs(
     carried: Carried | None,
     spec: Spec,
     options: Options,
+    *,
+    all_real: bool,
 ) -> Arrays:
     """What the slots are made of. At row t enters the timeline's row t, the token W back; nothing
     does after the last real token, so that the slots stay as that one left them.
+
+    all_real: no row is padding.
     """
     T = query.shape[1]
     N, P = _padded_rows(T, spec)
     D, M = _head_dim(tokens), _padded_slots(spec.slots)
     source = tokens if spec.ahead else timeline.tokens
-    row, last = jnp.arange(T), last_real(timeline, T)[:, None]
-    real = timeline.real[:, :T]
-    log_decay = jnp.where(
-        (real & (row <= last))[..., None, None], timeline.tokens.log_decay[:, :T], 0
-    )
+    log_decay = source.log_decay[:, :T]
+    if not all_real:
+        row, last = spec.ahead + jnp.arange(T), last_real(timeline, T)[:, None]
+        enters = timeline.real[:, spec.ahead : spec.ahead + T] & (row <= last)
+        log_decay = jnp.where(enters[..., None, None], log_decay, 0)
     inputs = {
         "query": _pad(options.feature_map(query), rows=N, last=D),
         "key": _pad(options.feature_map(source.key), rows=P, last=D),

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas.gpu.backward import Saved, backward, facts_of, gates_of
+from pallas.gpu.backward import Saved, backward, facts_of
 from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.gates import end_gates
 from pallas.gpu.output_pass import output_pass
 from pallas.gpu.spec import Spec
 from pallas.gpu.state_pass import state_pass
@@ -42,11 +43,11 @@ def fused_attention(
     not, and log_mass has no gradient.
 
     inputs: rotated_query [B, N, H * G, D], rotated_key and value [B, P, H, D] bfloat16; with
-      spec.slots query and key, not rotated, and log_decay [B, N, H, M] float32, of the token that
-      enters at each row (0 where none does); with spec.state start_key and start_value, the slots
-      at the start, [B, H, D, M] float32.
+      spec.slots query and key, not rotated, and log_decay [B, N, H, M] float32, whose row r is of
+      the token that enters at row r + spec.ahead (0 where none does); with spec.state start_key and
+      start_value, the slots at the start, [B, H, D, M] float32.
     constants: with spec.masked query_run and visible, int32 arrays of `Facts`, and, with slots,
-      reads and the written [B, N] and kept [B, N / C] of `chunk_gates`.
+      reads and the written [B, N] and kept [B, N / C] of `end_gates`.
     interpret: `InterpretGPUParams` run the kernels on the CPU.
 
     Saved for the backward, beside the inputs: the output, log_mass, the slot weight and the slots
@@ -63,9 +64,10 @@ def _fused(spec, block_sizes, interpret, inputs, constants) -> Fused:
 
 def _forward(spec, block_sizes, interpret, inputs, constants):
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
-    gates = starts = end = None
+    starts = end = None
     if spec.slots:
-        gates = gates_of(inputs, constants)
+        decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
+        gates = end_gates(*decays, ahead=spec.ahead, interpret=interpret)
         start = (inputs["start_key"], inputs["start_value"]) if spec.state else None
         states = state_pass(inputs["key"], inputs["value"], gates, start, **launch)
         starts = states.key, states.value

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.gates import Gates, chunk_gates
+from pallas.gpu.gates import chunk_gates
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.slot_queries import slot_queries
 from pallas.gpu.slot_tokens import slot_tokens
@@ -100,7 +100,8 @@ def _slots(
     spec, interpret, starts = launch["spec"], launch["interpret"], saved.starts
     assert starts is not None
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
-    gates = gates_of(inputs, constants)
+    decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
+    gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
     queries = slot_queries(
         query,
         out_grad,
@@ -124,8 +125,6 @@ def _slots(
         value,
         queries.logits_rise,
         queries.weights_rise,
-        inputs["log_decay"],
-        constants.get("written"),
         gates,
         starts,
         (states.key, states.value),
@@ -147,10 +146,6 @@ def facts_of(constants: Arrays) -> Facts | None:
     if "query_run" not in constants:
         return None
     return Facts(constants["query_run"], constants["visible"], constants.get("reads"))
-
-
-def gates_of(inputs: Arrays, constants: Arrays) -> Gates:
-    return chunk_gates(inputs["log_decay"], constants.get("written"), constants.get("kept"))
 
 
 def _window_delta(

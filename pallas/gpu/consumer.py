@@ -14,7 +14,7 @@ from pallas.gpu.launch import Refs
 from pallas.gpu.masks import by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
-from pallas.gpu.row_sums import store_chosen, store_parts, sum_rows, write_of
+from pallas.gpu.row_sums import store_chosen, store_parts, store_zeros, sum_rows, write_of
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
 
 LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no NaN
@@ -61,6 +61,8 @@ class Consumer(InChunk):
         """G, its references and the falls of the panel in a stage."""
         shared = self.shared
         falls = shared["falls"]
+        nothing = self.place.first_row < self.spec.ahead  # no tokens enter yet
+        pl.when(nothing)(lambda: store_zeros(shared["cumulative"].at[stage]))
         log_decay = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
         decay = jnp.maximum(log_decay, FLOOR) * LOG2E
         parts = lambda i: falls.at[i]  # noqa: E731

@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import FLOOR
 from pallas.gpu.in_chunk import gate_block, iota
+from pallas.gpu.row_sums import store_zeros
 from pallas.gpu.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW
 
@@ -119,8 +120,13 @@ class DecayGrads(Worker):
         inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
         inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
         shared["cumulative"][...] = self._load("cumulative") + inside
+        first = self.first - self.spec.ahead
+        pl.when(first < 0)(lambda: store_zeros(shared["cumulative"]))
         plgpu.commit_smem()
-        target = self.refs["decay_grad"].at[self.b, self.own, self.h, self.columns]
+        # What is of no token takes the place of the last tokens', which never enter.
+        first += jnp.where(first < 0, self.refs["decay_grad"].shape[1], 0)
+        rows = pl.ds(first, CHUNK)
+        target = self.refs["decay_grad"].at[self.b, rows, self.h, self.columns]
         plgpu.copy_smem_to_gmem(shared["cumulative"], target)
         plgpu.wait_smem_to_gmem(0)
 

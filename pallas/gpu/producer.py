@@ -95,7 +95,7 @@ def _fetch_facts(refs: Refs, shared: Refs, place: Place) -> None:
 def _fetch_decay(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
     stages, _, width = shared["cumulative"].shape
     stage, slots = panel % stages, pl.ds(panel * width, width)
-    decay = refs["log_decay"].at[place.batch, place.rows, place.kv_head, slots]
+    decay = refs["log_decay"].at[place.batch, place.token_rows(0), place.kv_head, slots]
     loaded = shared["decay_loaded"].at[stage]
     plgpu.copy_gmem_to_smem(decay, shared["cumulative"].at[stage], loaded)
 

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.matmul import Matmul
+from pallas.gpu.spec import LOGITS
 
 PARTS = 3
 Parts = Callable[[int], Any]
@@ -28,6 +30,11 @@ def store_parts(x: jax.Array, parts: Parts) -> None:
 def store_chosen(chosen: jax.Array, place: Any) -> None:
     """The rows that `sum_rows` adds, [C, C] bool, as the product needs them: place is bfloat16."""
     place[...] = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
+
+
+def store_zeros(place: Any) -> None:
+    """In the place of log decays [C, slots] that no token has."""
+    place[...] = plgpu.layout_cast(jnp.zeros(place.shape, jnp.float32), LOGITS)
 
 
 def sum_rows(chosen: Callable[[], Any], parts: Parts, matmul: Matmul) -> jax.Array:

@@ -53,15 +53,14 @@ MOST_SLOTS = 64  # of a block
 SHARED_MEMORY = 227 * 1024  # bytes, of a block
 ALIGNMENT = 1024  # bytes, of its arrays
 REDUCTION = 2048  # bytes, the compiler's own, for a sum over features
-LEAST_WRITE = 2.0**-60  # stands for s = 0
 
 
 class SlotTokens(NamedTuple):
-    """Gradients, by the timeline's rows 0 to N."""
+    """Gradients; of keys and values by the timeline's rows 0 to N."""
 
     key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
     value: jax.Array
-    log_decay: jax.Array  # [B, N, H, M] float32
+    log_decay: jax.Array  # [B, N, H, M] float32, by its rows; 0 for tokens that do not enter
 
 
 def slot_tokens(
@@ -71,8 +70,6 @@ def slot_tokens(
     value: jax.Array,
     logits: jax.Array,
     weights: jax.Array,
-    log_decay: jax.Array,
-    written: jax.Array | None,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     end_grads: tuple[jax.Array, jax.Array],
@@ -85,9 +82,9 @@ def slot_tokens(
     """The kernel's call.
 
     query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
-    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. log_decay, written: as for
-    `chunk_gates`. starts, end_grads: of keys and values, [B, H, N / C, D, M] bfloat16, the slots at
-    the chunks' starts and the gradients of those at their ends.
+    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. starts, end_grads: of keys and
+    values, [B, H, N / C, D, M] bfloat16, the slots at the chunks' starts and the gradients of those
+    at their ends.
     interpret: as for `fused_attention`.
     """
     B, N, _, D = query.shape
@@ -95,11 +92,11 @@ def slot_tokens(
     width = min(M, MOST_SLOTS)
     panels, masked = M // width, facts is not None
     stages = min(block_sizes.token_stages, 2 * spec.group, _most_stages(D, width, masked))
-    to_end, odds = _decays(log_decay, written, gates)
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
         "logits": logits, "weights": weights,
-        "cumulative": gates.cumulative, "to_end": to_end, "total": gates.total, "odds": odds,
+        "cumulative": gates.cumulative,
+        "to_end": gates.to_end, "total": gates.total, "odds": gates.odds,
         "start_key": starts[0], "start_value": starts[1],
         "end_key": end_grads[0], "end_value": end_grads[1],
     }  # fmt: skip
@@ -124,21 +121,6 @@ def slot_tokens(
         interpret=interpret,
     )
     return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
-
-
-def _decays(
-    log_decay: jax.Array, written: jax.Array | None, gates: Gates
-) -> tuple[jax.Array, jax.Array]:
-    """wS, which `Gates` has too but for the least s, and e / s; [B, N, H, M] bfloat16."""
-    B, N, H, M = log_decay.shape
-    write = jnp.maximum(gates.write.astype(jnp.float32), LEAST_WRITE)
-    chunks = log_decay.reshape(B, N // CHUNK, CHUNK, H, M)
-    from_row = jnp.cumsum(chunks[:, :, ::-1], axis=2)[:, :, ::-1]
-    after = jnp.pad(from_row[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0)))
-    to_end = write * jnp.exp(after).reshape(log_decay.shape)
-    if written is not None:
-        to_end = jnp.where(written[..., None, None], to_end, 0)
-    return to_end.astype(jnp.bfloat16), (jnp.exp(log_decay) / write).astype(jnp.bfloat16)
 
 
 def _sum_panels(shares: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.gates import Gates
+from pallas.gpu.gates import EndGates
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, Spec, tile
 
@@ -36,7 +36,7 @@ class States(NamedTuple):
 def state_pass(
     key: jax.Array,
     value: jax.Array,
-    gates: Gates,
+    gates: EndGates,
     start: tuple[jax.Array, jax.Array] | None,
     *,
     spec: Spec,
@@ -108,7 +108,9 @@ def _kernel(*refs, spec: Spec, chunks: int, interpret: bool, **scratch):
         )
         own = pl.ds(chunk * CHUNK, CHUNK)
         plgpu.copy_gmem_to_smem(to_end.at[b, own, h], scratch["to_end"].at[stage], loaded)
-        plgpu.copy_gmem_to_smem(total.at[b, h, chunk], scratch["total"].at[stage, pl.ds(0, M)], loaded)
+        plgpu.copy_gmem_to_smem(
+            total.at[b, h, chunk], scratch["total"].at[stage, pl.ds(0, M)], loaded
+        )
 
     def store(chunk, buffer):
         of_keys_or_values(

@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas.gpu.gates import Gates, chunk_gates
+from pallas.gpu.gates import Gates
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec
+from tests.gpu.gates import gates_of, rounded
 from tests.ops.cases import gates as log_decays
 
 Arrays = dict[str, np.ndarray]
@@ -146,7 +147,7 @@ def make_inputs(case: Case) -> Inputs:
         rest=jnp.zeros((B, heads, N), jnp.float32),
         log_decay=decays,
         written=written,
-        gates=jax.jit(chunk_gates)(decays, written, kept),
+        gates=rounded(gates_of(np.asarray(decays), written, kept)),
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
         facts=facts,
         end_grad=(end_key, end_value) if case.state else None,

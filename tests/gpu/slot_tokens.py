@@ -87,7 +87,7 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     tokens = slot_tokens(
         inputs.query, inputs.out_grad, inputs.key, inputs.value,
         queries.logits_rise, queries.weights_rise,
-        inputs.log_decay, inputs.written, inputs.gates, inputs.starts, ends, inputs.facts,
+        inputs.gates, inputs.starts, ends, inputs.facts,
         **options,
     )  # fmt: skip
     return states, tokens
@@ -118,12 +118,13 @@ def check(case: Case) -> None:
         "end_value": (states.value, expected.ends[1]),
         "key": (tokens.key[:, entering], key[:, entering]),
         "value": (tokens.value[:, entering], value[:, entering]),
-        "log_decay": (tokens.log_decay[:, entering], decays[:, entering]),
+        "log_decay": (tokens.log_decay[:, : case.N - case.ahead], decays[:, entering]),
     }
     if case.state:
         pairs["start_key"] = states.start_key, expected.start[0]
         pairs["start_value"] = states.start_value, expected.start[1]
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
+    assert not np.any(tokens.log_decay[:, case.N - case.ahead :])
     for name, error in errors.items():
         assert error <= TOLERANCE, (name, errors)
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = 227 * 1024
 
 WINDOW = {"nha_window_queries", "nha_window_tokens"}
-SLOTS = {"nha_states", "nha_slot_queries", "nha_state_grads", "nha_slot_tokens"}
+SLOTS = {"nha_gates", "nha_states", "nha_slot_queries", "nha_state_grads", "nha_slot_tokens"}
 
 # A thread has 255 registers at most, and these want more. By kernel, K and M, bytes stored and
 # loaded: what they are, not what they should be.

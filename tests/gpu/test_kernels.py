@@ -15,7 +15,7 @@ from nha_jax.remat import remat_policy
 from pallas.gpu import BlockSizes
 from pallas.gpu.window_queries import window_queries
 from pallas.gpu.window_tokens import window_tokens
-from tests.gpu import slot_queries, slot_tokens, window_grads
+from tests.gpu import gates, slot_queries, slot_tokens, window_grads
 from tests.gpu.interpreted import CASES, ORDINARY
 from tests.gpu.process import HOPPER, THREADS, run_cases
 from tests.ops import test_attention
@@ -54,7 +54,7 @@ def test_whole_suite_matches_float64_reference(index):
     ("module", "index"),
     [
         pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
-        for module in (slot_queries, slot_tokens, window_grads)
+        for module in (gates, slot_queries, slot_tokens, window_grads)
         for index in range(len(module.CASES))
     ],
 )
@@ -86,8 +86,9 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward():
         traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(wide, wide, log_decay)
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"nha_(\w+)_mosaic_gpu", program)
-    forward = ["states", "output"]  # once each
-    backward = ["window_queries", "window_tokens", "slot_queries", "state_grads", "slot_tokens"]
+    forward = ["gates", "states", "output"]  # once each
+    backward = ["gates", "window_queries", "window_tokens"]
+    backward += ["slot_queries", "state_grads", "slot_tokens"]
     assert sorted(calls) == sorted(forward + backward)
 
 
