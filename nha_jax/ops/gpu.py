@@ -22,7 +22,7 @@ from nha_jax.ops.state import (
     of_last_segment,
 )
 from nha_jax.ops.types import NHAOutput, Options
-from pallas.gpu import CHUNK, Spec, default_block_sizes, fused_attention
+from pallas.gpu import CHUNK, BlockSizes, Spec, default_block_sizes, fused_attention
 
 Arrays = dict[str, jax.Array]
 
@@ -97,7 +97,7 @@ def _by_kernels(
         inputs,
         constants,
         spec=spec,
-        block_sizes=default_block_sizes(_head_dim(tokens), _padded_slots(M) if has_slots else 0),
+        block_sizes=_block_sizes(tokens, spec.slots),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
     real = timeline.real[:, -T:, None]
@@ -165,7 +165,8 @@ def _slot_inputs(
     """
     T = query.shape[1]
     N, P = _padded_rows(T, spec)
-    D, M = _head_dim(tokens), _padded_slots(spec.slots)
+    D = _head_dim(tokens)
+    M = _padded_slots(spec.slots, D)
     source = tokens if spec.ahead else timeline.tokens
     log_decay = source.log_decay[:, :T]
     if not all_real:
@@ -231,8 +232,14 @@ def _head_dim(tokens: Tokens) -> int:
     return -(-max(tokens.key.shape[3], tokens.value.shape[3]) // 64) * 64
 
 
-def _padded_slots(M: int) -> int:
-    return max(16, 1 << max(M - 1, 0).bit_length())
+def _padded_slots(M: int, D: int) -> int:
+    """A power of 2. With 16 and the widest heads a kernel of the backward would spill registers."""
+    return max(16 if D <= 192 else 32, 1 << (M - 1).bit_length())
+
+
+def _block_sizes(tokens: Tokens, slots: int) -> BlockSizes:
+    D = _head_dim(tokens)
+    return default_block_sizes(D, _padded_slots(slots, D) if slots else 0)
 
 
 def _pad(

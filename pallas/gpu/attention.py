@@ -39,8 +39,8 @@ def fused_attention(
     """The operator: a state pass, which finds the slots at the chunks' starts, and an output pass.
 
     B rows, N query rows, a multiple of C = 64, P token rows, H KV heads, D 64, 128, 192 or 256, M
-    16, 32, 64 or 128; symbols as in `spec.py`. The inputs are differentiated, the constants are
-    not, and log_mass has no gradient.
+    16 (D up to 192), 32, 64 or 128; symbols as in `spec.py`. The inputs are differentiated, the
+    constants are not, and log_mass has no gradient.
 
     inputs: rotated_query [B, N, H * G, D], rotated_key and value [B, P, H, D] bfloat16; with
       spec.slots query and key, not rotated, and log_decay [B, N, H, M] float32, whose row r is of

@@ -30,6 +30,20 @@ MORE = [
     Case(T=128, window="64", G=2, M=128, K=256, V=200, B=1, gate="-1000"),
     Case(T=66, window="0", M=20, K=160, V=192, B=1, gate="normaliser-1", state=True),
     Case(T=90, window="None", G=2, M=64, K=192, V=250, B=1, segments=True),
+    # All slots nearly equal: the gradients of their logits are what is left of a difference.
+    Case(
+        T=128,
+        window="1",
+        M=48,
+        K=60,
+        V=64,
+        B=1,
+        gate="normaliser-0.1",
+        segments=True,
+        empty_slots="mask",
+        slot_feature_map="silu",
+        rope=None,
+    ),
 ]
 CASES = ORDINARY + MORE + test_attention.SUITE
 

@@ -19,10 +19,6 @@ SHARED_MEMORY = 227 * 1024
 WINDOW = {"nha_window_queries", "nha_window_tokens"}
 SLOTS = {"nha_gates", "nha_states", "nha_slot_queries", "nha_state_grads", "nha_slot_tokens"}
 
-# A thread has 255 registers at most, and these want more. By kernel, K and M, bytes stored and
-# loaded: what they are, not what they should be.
-SPILLS = {("nha_slot_queries", 128, 128): 24}  # addresses, read again once a panel of slots
-
 CASES = [
     *({"K": K, "M": M, "G": G} for K, M, G in itertools.product((64, 128), (16, 64, 128), (1, 4))),
     {"K": 128, "M": 64, "G": 4, "segments": True},
@@ -62,5 +58,5 @@ def test_compiles_within_the_chips_means(fields, tmp_path):
     expected |= SLOTS if W is not None else set()
     assert set(kernels) == expected
     for name, kernel in kernels.items():
-        assert kernel["spills"] <= SPILLS.get((name, fields["K"], fields["M"]), 0), (name, kernel)
+        assert kernel["spills"] == 0, (name, kernel)
         assert kernel["shared_memory"] <= SHARED_MEMORY, (name, kernel)
