@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import store_zero
 from pallas.gpu.gates import FLOOR, LOG2E
 from pallas.gpu.in_chunk import InChunk
 from pallas.gpu.launch import Refs
@@ -89,9 +90,7 @@ class Consumer(InChunk):
         sum of p [C].
         """
         shared, me = self.shared, self.me
-        shared["zero"].at[me][...] = plgpu.layout_cast(
-            jnp.zeros(shared["zero"].shape[1], jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
-        )
+        store_zero(shared["zero"].at[me])
         plgpu.barrier_wait(shared["query_loaded"].at[me])
         plgpu.barrier_wait(shared["key_loaded"])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
@@ -140,7 +139,6 @@ class Consumer(InChunk):
         """The weights of one more panel; `within` is P of the first block, before its mask."""
         within, top, mass = carry
         shared, me, width = self.shared, self.me, self._panels()[1]
-        # Not known when compiling: else the addresses of the products' operands stay in registers.
         self.zero = shared["zero"].at[me][0]
         stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + self.zero
         slot_stage = self._slot_stage(panel) + self.zero

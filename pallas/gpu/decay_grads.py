@@ -75,7 +75,7 @@ class DecayGrads(Worker):
         shared = self.shared
 
         def reference(block):
-            reference = shared["references"].at[self.zero + block]
+            reference = self.reference(self.zero + block)
             return self.in_rows(plgpu.load(reference, layout=COLUMN))
 
         own = reference(GATE_BLOCKS - 1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -14,11 +15,16 @@ SHARED_MEMORY = 227 * 1024  # bytes, of a block on Hopper
 ALIGNMENT = 1024  # of an array in it
 
 
+def size_of(scratch: Refs) -> int:
+    """Bytes of shared memory that the arrays in scratch take."""
+    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
+    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+
+
 def check_shared_memory(scratch: Refs, field: str, value: int) -> None:
     """Raises ValueError if the arrays in scratch do not fit; `field` of `BlockSizes` is value."""
-    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
-    sizes = (math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    total = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    total = size_of(scratch)
     if total > SHARED_MEMORY:
         raise ValueError(
             f"BlockSizes: {field} of {value} takes {total >> 10} KB of shared memory with heads "

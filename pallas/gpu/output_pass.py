@@ -25,9 +25,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import ZERO
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.consumer import Consumer
-from pallas.gpu.launch import Refs, launch
+from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import produce
@@ -123,6 +124,7 @@ def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: 
             scratch["key_read"] = plgpu.Barrier(num_arrivals=warpgroups)
             for turns in ("keys", "queries") if M >= MANY_SLOTS else ("keys",):
                 scratch[turns] = plgpu.RefUnion(*(scratch.pop(name) for name in TURNS[turns]))
+    check_shared_memory(scratch, "stages", block_sizes.stages)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), jnp.bfloat16)
     return scratch
@@ -168,7 +170,7 @@ def _slot_scratch(warpgroups: int, D: int, M: int) -> Refs:
         "up_to_row": _tiled(CHUNK, CHUNK, columns=panel),
         "falls": _tiled(GATE_BLOCKS, CHUNK, panel),
         "references": plgpu.SMEM((GATE_BLOCKS, decay_stages * panel), jnp.float32),
-        "zero": plgpu.SMEM((warpgroups, 128), jnp.int32),
+        "zero": plgpu.SMEM((warpgroups, *ZERO.shape), ZERO.dtype),
         "query_loaded": plgpu.Barrier(num_barriers=warpgroups),
         "key_loaded": plgpu.Barrier(),
         "slots_loaded": plgpu.Barrier(num_barriers=slot_stages),

@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import ZERO, store_zero
 from pallas.gpu.in_chunk import InChunk
 from pallas.gpu.launch import Refs
 from pallas.gpu.matmul import Matmul
@@ -41,7 +42,7 @@ def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, A
         **dict.fromkeys(("query", "out_grad"), rows),
         **dict.fromkeys(SIDES, plgpu.RefUnion(tokens, [slots, scores])),
         "numbers": plgpu.SMEM((len(NUMBERS), CHUNK), wide),
-        "zero": plgpu.SMEM((128,), jnp.int32),
+        "zero": ZERO,
         "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, max(M, ALIGNED)), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
@@ -80,7 +81,6 @@ class QueryPlaces(InChunk):
         self.zero: int | jax.Array = 0
 
     def _forget_addresses(self) -> None:
-        """Of the products' operands; why, `slot_worker.py` says."""
         self.zero = self.shared["zero"][0]
 
     def _panels(self) -> tuple[int, int]:
@@ -123,8 +123,7 @@ class QueryPlaces(InChunk):
         for name in GIVEN:
             rows = refs[name].at[b, head, place.rows]
             plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
-        zeros = jnp.zeros(128, jnp.int32)
-        shared["zero"][...] = plgpu.layout_cast(zeros, plgpu.Layout.WG_STRIDED((128,), 1))
+        store_zero(shared["zero"])
 
     def _slots(self, panel):
         return pl.ds(panel * self.width, self.width)

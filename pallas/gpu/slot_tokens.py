@@ -31,7 +31,6 @@ slots to a block two would fit, but dx and dy would go out twice, to be summed, 
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,18 +39,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import ZERO
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.decay_grads import DecayGrads
 from pallas.gpu.gates import Gates
-from pallas.gpu.launch import Refs, launch
+from pallas.gpu.launch import SHARED_MEMORY, Refs, launch, size_of
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
 from pallas.gpu.token_grads import TokenGrads
 
 MOST_SLOTS = 64  # of a block
-SHARED_MEMORY = 227 * 1024  # bytes, of a block
-ALIGNMENT = 1024  # bytes, of its arrays
 REDUCTION = 2048  # bytes, the compiler's own, for a sum over features
 
 
@@ -131,14 +129,8 @@ def _sum_panels(shares: jax.Array) -> jax.Array:
 
 def _most_stages(D: int, width: int, masked: bool) -> int:
     """How many heads' rows fit in shared memory."""
-    one, two = (_size(_scratch(x, D, width, masked, interpret=False)) for x in (1, 2))
+    one, two = (size_of(_scratch(x, D, width, masked, interpret=False)) for x in (1, 2))
     return 1 + (SHARED_MEMORY - REDUCTION - one) // (two - one)
-
-
-def _size(scratch: dict[str, Any]) -> int:
-    arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
-    sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-    return sum(pl.cdiv(size, ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) -> dict[str, Any]:
@@ -159,7 +151,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "side_read": plgpu.Barrier(num_arrivals=1),
         "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then wS E
         "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
-        "references": plgpu.SMEM((GATE_BLOCKS, width), wide),
+        "references": plgpu.SMEM((GATE_BLOCKS, max(width, ALIGNED)), wide),
         "total": plgpu.SMEM((width,), wide),
         "to_end": tiled(1, CHUNK, width),
         "odds": tiled(CHUNK, width),
@@ -167,7 +159,7 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         "falls": tiled(GATE_BLOCKS, CHUNK, width),
         "falls_ready": plgpu.Barrier(num_arrivals=2),
         "through": plgpu.SMEM((width,), wide),  # S0 . dS
-        "zero": plgpu.SMEM((128,), jnp.int32),
+        "zero": ZERO,
         "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:

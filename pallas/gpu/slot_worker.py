@@ -40,16 +40,15 @@ class Worker:
         self.zero: int | jax.Array = 0
 
     def forget_addresses(self) -> None:
-        """Reads a 0 that is not known when compiling.
-
-        Else the compiler keeps the many addresses of the products' operands from one use to the
-        next, in registers that others need.
-        """
+        """See `addresses.py`."""
         self.zero = self.shared["zero"][0]
 
     def operand(self, name: str):
         """An array of products' operands, of which there is one."""
         return self.shared[name].at[self.zero]
+
+    def reference(self, block):
+        return self.shared["references"].at[block, pl.ds(0, self.width)]
 
     def build_falls(self) -> None:
         shared = self.shared
@@ -57,7 +56,7 @@ class Worker:
         G = plgpu.load(shared["cumulative"], layout=LOGITS)
         write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
         for block in self.FALLS:
-            reference = plgpu.load(shared["references"].at[block], layout=COLUMN)
+            reference = plgpu.load(self.reference(block), layout=COLUMN)
             exponent = self.in_rows(reference) - G
             fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
             shared["falls"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)

@@ -6,6 +6,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import store_zero
 from pallas.gpu.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
 
@@ -22,9 +23,7 @@ class TokenGrads(Worker):
         self._load_tokens(0)
         for item in range(self.stages):
             self._load_head(jnp.int32(item), item)
-        shared["zero"][...] = plgpu.layout_cast(
-            jnp.zeros(shared["zero"].shape, jnp.int32), plgpu.Layout.WG_STRIDED((128,), 1)
-        )
+        store_zero(shared["zero"])
         self.build_falls()
         for side, name in enumerate(SIDES):
             plgpu.barrier_wait(shared["side_loaded"])
@@ -115,7 +114,7 @@ class TokenGrads(Worker):
         for block in range(GATE_BLOCKS):
             middle = self.first + block * GATE_ROWS + GATE_ROWS // 2 - 1
             reference = refs["cumulative"].at[b, middle, h, self.columns]
-            plgpu.copy_gmem_to_smem(reference, shared["references"].at[block], loaded)
+            plgpu.copy_gmem_to_smem(reference, self.reference(block), loaded)
         if self.spec.masked:
             plgpu.copy_gmem_to_smem(refs["query_run"].at[b, self.own], shared["query_run"], loaded)
             plgpu.copy_gmem_to_smem(refs["reads"].at[b, self.own], shared["reads"], loaded)

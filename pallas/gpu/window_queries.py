@@ -20,6 +20,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import ZERO, store_zero
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
 from pallas.gpu.launch import Refs, check_shared_memory, launch
@@ -105,7 +106,7 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
         "pulled": plgpu.SMEM((CHUNK,), wide),
         "rotated_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
-        "zero": plgpu.SMEM((2 * CHUNK,), jnp.int32),
+        "zero": ZERO,
         "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked),
         "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
         "block_read": plgpu.Barrier(num_barriers=stages),
@@ -153,15 +154,13 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
 def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul) -> None:
     D = shared["rotated_query"].shape[2]
     square = CHUNK, CHUNK
-    shared["zero"][...] = plgpu.layout_cast(
-        jnp.zeros(shared["zero"].shape, jnp.int32), plgpu.Layout.WG_STRIDED((2 * CHUNK,), 1)
-    )
+    store_zero(shared["zero"])
     plgpu.barrier_wait(shared["rows_loaded"])
 
     def step(block, total):
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
-        zero = shared["zero"][0]  # unknown when compiling, else operands' addresses fill registers
+        zero = shared["zero"][0]
         b = matmul(
             lambda: [(shared["rotated_query"].at[zero], shared["rotated_key"].at[stage].T)], square
         )

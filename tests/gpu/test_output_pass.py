@@ -7,16 +7,23 @@ import pytest
 from pallas.gpu import BlockSizes, Spec, fused_attention
 
 
-def test_two_warpgroups_of_wide_heads_are_an_error():
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        (BlockSizes(warpgroups=2), "warpgroups must be 1 for heads of more than 128, got 2"),
+        (BlockSizes(stages=4), r"stages of 4 takes \d+ KB of shared memory"),
+    ],
+    ids=["warpgroups", "stages"],
+)
+def test_what_does_not_fit_wide_heads_is_an_error(sizes, message):
     spec = Spec(
         group=2, slots=0, empty_slots=0, window=64, offset=0, ahead=0, scale=1.0,
         masked=False, state=False,
     )  # fmt: skip
     heads = {"rotated_query": 2, "rotated_key": 1, "value": 1}
     inputs = {
-        name: jax.ShapeDtypeStruct((1, 128, count, 192), jnp.bfloat16)
+        name: jax.ShapeDtypeStruct((1, 128, count, 256), jnp.bfloat16)
         for name, count in heads.items()
     }
-    sizes = BlockSizes(warpgroups=2)
-    with pytest.raises(ValueError, match="warpgroups must be 1 for heads of more than 128, got 2"):
+    with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda x: fused_attention(x, {}, spec=spec, block_sizes=sizes), inputs)
