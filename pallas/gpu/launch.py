@@ -13,13 +13,14 @@ Refs = dict[str, Any]
 
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on Hopper
 ALIGNMENT = 1024  # of an array in it
+REDUCTION = 2048  # bytes, the compiler's own, for maxima and sums
 
 
 def size_of(scratch: Refs) -> int:
-    """Bytes of shared memory that the arrays in scratch take."""
+    """Bytes of shared memory of a block whose arrays scratch describes."""
     arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-    return sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
+    return REDUCTION + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def check_shared_memory(scratch: Refs, field: str, value: int) -> None:

@@ -69,8 +69,9 @@ class Worker:
 
         A loop even over one head, which would else be laid out among what surrounds it.
         """
-        first, group = side * self.spec.group, self.spec.group
-        return lax.fori_loop(first + self.zero, first + group, head, start)
+        group = self.spec.group
+        begin = 0 if group > 1 else self.zero
+        return lax.fori_loop(begin, group, lambda i, x: head(side * group + i, x), start)
 
     def wait_for_head(self, item):
         """The stage of a head's rows; items are the heads of the first side, then of the second."""

@@ -183,6 +183,8 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
             (CHUNK, D),
             total,
         )
+        if spec.masked:
+            plgpu.commit_smem()  # who is visible has been read, before a copy takes its place
         plgpu.barrier_arrive(shared["block_read"].at[stage])
         return total
 

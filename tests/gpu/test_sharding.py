@@ -40,10 +40,10 @@ def test_every_device_calls_the_kernels_on_its_part(window_size):
         traced = jax.jit(sharded.gradients(window_size)).trace(*sharded.shapes(MESH))
     calls = list(calls_in(traced.jaxpr.jaxpr))
     assert len(calls) >= 2
-    part = (sharded.B // 2, sharded.T, sharded.H // 2, sharded.K)
+    part = (sharded.B // 2, sharded.T, sharded.H // 2)
     for divided, call in calls:
         assert divided
-        assert part in [x.aval.shape for x in call.invars]
+        assert part in [x.aval.shape[:3] for x in call.invars]
 
 
 @pytest.mark.gpu_aot

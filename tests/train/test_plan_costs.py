@@ -215,7 +215,9 @@ def test_gpu_kernels_count_their_products() -> None:
         return nha_attention(*arrays, window_size=64, implementation="pallas_gpu")
 
     with jax.sharding.use_abstract_mesh(HOPPER):
-        states, output = pallas_calls(forward, wide, wide, wide, log_decay)
+        gates, states, output = pallas_calls(forward, wide, wide, wide, log_decay)
+    assert gates.name == "nha_gates"
+    assert gates.flops == 3 * (2 * H * T * 64 * M)  # a chunk's sums, of float32 in three parts
     assert states.name == "nha_states"
     assert states.flops == 2 * (2 * H * T * D * M)  # of keys and of values
     assert output.name == "nha_output"
