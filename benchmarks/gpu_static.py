@@ -1,6 +1,6 @@
 """What ptxas makes of the operator's GPU kernels on Hopper, with no GPU: nothing is measured.
 
-uv run --extra cuda python benchmarks/gpu_static.py    # about half a minute a shape
+uv run --extra cuda python benchmarks/gpu_static.py    # a minute a shape
 
 HBM / minimum: what the operations of the compiled forward, and of forward and backward, read and
 write, rotation and gates included, each array once for each operation, to what they must: once

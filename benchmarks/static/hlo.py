@@ -37,6 +37,7 @@ def bytes_moved(text: str) -> int:
     for step in Program(text).steps():
         instruction = step.instruction
         if instruction.opcode not in _FREE:
-            arrays = *step.computation.arrays(instruction.operands), *instruction.results
+            operands = tuple(dict.fromkeys(instruction.operands))
+            arrays = *step.computation.arrays(operands), *instruction.results
             total += step.times * sum(array.bytes for array in arrays)
     return total

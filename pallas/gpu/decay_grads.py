@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.gates import FLOOR
-from pallas.gpu.in_chunk import gate_block, iota
+from pallas.gpu.in_chunk import gate_block, iota, of_own_block
 from pallas.gpu.row_sums import store_zeros
 from pallas.gpu.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW
@@ -78,10 +78,7 @@ class DecayGrads(Worker):
             reference = self.reference(self.zero + block)
             return self.in_rows(plgpu.load(reference, layout=COLUMN))
 
-        own = reference(GATE_BLOCKS - 1)
-        for block in range(GATE_BLOCKS - 1):
-            own = jnp.where(gate_block(self.width) == block, reference(block), own)
-        decay = jnp.exp2(own)
+        decay = jnp.exp2(of_own_block(reference, self.width))
         if self.spec.masked:
             reads = plgpu.load(shared["reads"], layout=ROW)
             reads = lax.broadcast_in_dim(reads, self.gates_shape, [0])

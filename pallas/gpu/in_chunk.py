@@ -8,6 +8,8 @@ multiplies the whole chunk, with zeros for the rows of the others: this layout h
 fewer rows.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -66,11 +68,7 @@ class InChunk:
 
     def _own_reference(self, panel, shape: tuple[int, ...]) -> jax.Array:
         """R of the row's block."""
-        reference = self._reference(GATE_BLOCKS - 1, panel, shape)
-        for block in reversed(range(GATE_BLOCKS - 1)):
-            mine = gate_block(shape[1]) == block
-            reference = jnp.where(mine, self._reference(block, panel, shape), reference)
-        return reference
+        return of_own_block(lambda block: self._reference(block, panel, shape), shape[1])
 
     def _to_slots(self, panel, scores: jax.Array, carried: Operands) -> jax.Array:
         """[C, slots]: rise * spread(scores) + exp(G_r) * carried, rows times the first slots."""
@@ -124,6 +122,14 @@ class InChunk:
     def _reads(self, shape: tuple[int, ...]) -> jax.Array:
         reads = plgpu.load(self.shared["reads"], layout=ROW)
         return by_row(reads, shape[1])
+
+
+def of_own_block(of_block: Callable[[int], jax.Array], columns: int) -> jax.Array:
+    """[C, columns], in a row what is of its block."""
+    own = of_block(GATE_BLOCKS - 1)
+    for block in reversed(range(GATE_BLOCKS - 1)):
+        own = jnp.where(gate_block(columns) == block, of_block(block), own)
+    return own
 
 
 def gate_block(columns: int) -> jax.Array:

@@ -74,12 +74,13 @@ def output_pass(
 
     query, rotated_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
     a multiple of C. key, rotated_key, value: [B, P, H, D], the timeline without its first
-    spec.ahead rows; P reaches as far as whole blocks of C do. log_decay: [B, N, H, M] float32.
-    starts: [B, H, N / C, D, M], the slots' keys and values at the chunks' starts. Without
-    spec.slots query, key, log_decay and starts are None, without spec.masked facts are.
+    spec.ahead rows; P reaches as far as whole blocks of C do. log_decay: [B, N, H, M] float32,
+    as for `fused_attention`. starts: [B, H, N / C, D, M], the slots' keys and values at the chunks'
+    starts. Without spec.slots query, key, log_decay and starts are None, without spec.masked facts
+    are.
     interpret: as for `fused_attention`.
 
-    Raises ValueError if two warpgroups' heads don't fit shared memory.
+    Raises ValueError if block_sizes' warpgroups or stages of such heads don't fit.
     """
     B, N, heads, D = rotated_query.shape
     warpgroups = block_sizes.warpgroups

@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,23 +101,12 @@ def _fetch_decay(refs: Refs, shared: Refs, place: Place, panel: int) -> None:
 
 def _fetch_slots(refs: Refs, shared: Refs, place: Place, item: int) -> None:
     """A panel of the slots at the chunk's start; the keys' panels, then the values'."""
-    stage, panels = item % shared["slots"].shape[0], shared["p_start"].shape[1]
+    stages, features, width = shared["slots"].shape
+    stage, panels = item % stages, shared["p_start"].shape[1]
     starts = refs["start_key"] if item < panels else refs["start_value"]
-    loaded = shared["slots_loaded"].at[stage]
-    _fetch_slots_of(item % panels, starts, shared["slots"].at[stage], place, loaded)
-
-
-def fetch_slots(starts: Any, slots: Any, place: Place, loaded: Any) -> None:
-    """The slots at the chunk's start, of keys or of values, in panels."""
-    for panel in range(slots.shape[0]):
-        _fetch_slots_of(panel, starts, slots.at[panel], place, loaded)
-
-
-def _fetch_slots_of(panel: int, starts: Any, slots: Any, place: Place, loaded: Any) -> None:
-    features, width = slots.shape
-    of_panel = (pl.ds(0, features), pl.ds(panel * width, width))
+    of_panel = (pl.ds(0, features), pl.ds(item % panels * width, width))
     source = starts.at[place.batch, place.kv_head, place.chunk, *of_panel]
-    plgpu.copy_gmem_to_smem(source, slots, loaded)
+    plgpu.copy_gmem_to_smem(source, shared["slots"].at[stage], shared["slots_loaded"].at[stage])
 
 
 def _fetch_rotated_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
