@@ -1,7 +1,7 @@
 """The operator on the Mosaic GPU kernels; JAX differentiates what prepares their arrays."""
 
 import warnings
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ from nha_jax.ops.types import NHAOutput, Options
 from pallas.gpu import CHUNK, BlockSizes, Spec, default_block_sizes, fused_attention
 
 Arrays = dict[str, jax.Array]
+
+ROTATED_BLOCKS = 3  # the most that a chunk reads, for the kernels to rotate them: W up to 128
 
 
 def gpu_attention(
@@ -70,6 +72,7 @@ def _by_kernels(
     interpret: bool,
 ) -> NHAOutput:
     T, M, W = query.shape[1], log_decay.shape[3], options.window_size
+    rope = None if W == 0 else rope  # which only the window's logits know
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(jnp.float32))
     nothing_leaves = W is None or (W >= T and carried is None)
     timeline = build_timeline(tokens, segment_ids, carried, None if nothing_leaves else W)
@@ -86,11 +89,19 @@ def _by_kernels(
         state=has_slots and (carried is not None or options.return_state),
         weight=options.slot_weight_gradient if options.return_slot_weight else None,
     )
-    inputs = _window_inputs(apply_rope(query, rope), tokens, timeline, spec)
-    constants = _window_facts(timeline, T, spec) if spec.masked else {}
+    source = tokens if spec.ahead else timeline.tokens
+    constants: Arrays = {}
+    if _rotated_by_kernels(rope, tokens, carried, spec):
+        constants, rope = _rotation(rope, T, spec), None
+        source = source._replace(rotated_key=source.key)
+    inputs = _window_inputs(apply_rope(query, rope), source, spec)
+    if spec.masked:
+        constants |= _window_facts(timeline, T, spec)
     if has_slots:
         all_real = segment_ids is None and carried is None
-        inputs |= _slot_inputs(query, tokens, timeline, carried, spec, options, all_real=all_real)
+        inputs |= _slot_inputs(source, timeline, carried, T, spec, all_real=all_real)
+        if rope is not None or carried is not None or options.slot_feature_map != "identity":
+            inputs |= _slot_tokens(query, source, spec, options)
         if spec.masked:
             constants |= _slot_facts(timeline, T, spec, options)
     fused = fused_attention(
@@ -122,17 +133,39 @@ def _rows_ahead(W: int, T: int) -> int:
     return W if W % CHUNK == 0 and T % CHUNK == 0 else 0
 
 
-def _window_inputs(
-    rotated_query: jax.Array, tokens: Tokens, timeline: Timeline, spec: Spec
-) -> Arrays:
+def _rotated_by_kernels(
+    rope: Rope | None, tokens: Tokens, carried: Carried | None, spec: Spec
+) -> TypeGuard[Rope]:
+    """Whether they rotate the window's queries and keys, so that nobody writes rotated copies.
+
+    They rotate a key for each chunk that reads it, and halves of a head that is not padded. The
+    keys of the past come rotated.
+    """
+    if rope is None or carried is not None or spec.blocks is None:
+        return False
+    return spec.blocks <= ROTATED_BLOCKS and tokens.key.shape[3] == _head_dim(tokens)
+
+
+def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:
+    """The tables, by the token rows that the kernels read."""
+    _, P = _padded_rows(T, spec)
+    before = spec.offset - spec.ahead  # rows of nothing
+
+    def by_token(x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32).reshape(-1, *x.shape[-2:])
+        return _pad(jnp.pad(x, ((0, 0), (before, 0), (0, 0))), rows=P)
+
+    cos, sin = map(by_token, rope)
+    return {"cos": cos, "sin": sin}
+
+
+def _window_inputs(rotated_query: jax.Array, source: Tokens, spec: Spec) -> Arrays:
     """What every call of the kernels reads; N query rows and P token rows, whole chunks."""
-    T = rotated_query.shape[1]
-    N, P = _padded_rows(T, spec)
-    D = _head_dim(tokens)
-    source = tokens if spec.ahead else timeline.tokens
+    N, P = _padded_rows(rotated_query.shape[1], spec)
+    D = _head_dim(source)
     return {
-        "rotated_query": _pad(rotated_query, rows=N, last=D),
-        "rotated_key": _pad(source.rotated_key, rows=P, last=D),
+        "window_query": _pad(rotated_query, rows=N, last=D),
+        "window_key": _pad(source.rotated_key, rows=P, last=D),
         "value": _pad(source.value, rows=P, last=D),
     }
 
@@ -148,38 +181,41 @@ def _window_facts(timeline: Timeline, T: int, spec: Spec) -> Arrays:
     }
 
 
+def _slot_tokens(query: jax.Array, source: Tokens, spec: Spec, options: Options) -> Arrays:
+    """What the slots read and are made of, where it is not what the window reads."""
+    N, P = _padded_rows(query.shape[1], spec)
+    D = _head_dim(source)
+    return {
+        "query": _pad(options.feature_map(query), rows=N, last=D),
+        "key": _pad(options.feature_map(source.key), rows=P, last=D),
+    }
+
+
 def _slot_inputs(
-    query: jax.Array,
-    tokens: Tokens,
+    source: Tokens,
     timeline: Timeline,
     carried: Carried | None,
+    T: int,
     spec: Spec,
-    options: Options,
     *,
     all_real: bool,
 ) -> Arrays:
-    """What the slots are made of. At row t enters the timeline's row t, the token W back; nothing
-    does after the last real token, so that the slots stay as that one left them.
+    """What the slots forget. At row t enters the timeline's row t, the token W back; nothing does
+    after the last real token, so that the slots stay as that one left them.
 
     all_real: no row is padding.
     """
-    T = query.shape[1]
-    N, P = _padded_rows(T, spec)
-    D = _head_dim(tokens)
+    N, _ = _padded_rows(T, spec)
+    D = _head_dim(source)
     M = _padded_slots(spec.slots, D)
-    source = tokens if spec.ahead else timeline.tokens
     log_decay = source.log_decay[:, :T]
     if not all_real:
         row, last = spec.ahead + jnp.arange(T), last_real(timeline, T)[:, None]
         enters = timeline.real[:, spec.ahead : spec.ahead + T] & (row <= last)
         log_decay = jnp.where(enters[..., None, None], log_decay, 0)
-    inputs = {
-        "query": _pad(options.feature_map(query), rows=N, last=D),
-        "key": _pad(options.feature_map(source.key), rows=P, last=D),
-        "log_decay": _pad(log_decay, rows=N, last=M),
-    }
+    inputs = {"log_decay": _pad(log_decay, rows=N, last=M)}
     if spec.state:
-        slots = _empty(tokens, spec.slots) if carried is None else carried.slots
+        slots = _empty(source, spec.slots) if carried is None else carried.slots
         for name, x in zip(("start_key", "start_value"), slots, strict=True):
             x = _pad(x, last=D).swapaxes(2, 3)  # [B, H, M, .] -> [B, H, D, M']
             inputs[name] = _pad(x, last=M)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas.gpu.backward import Saved, backward, facts_of
+from pallas.gpu.backward import Saved, backward, facts_of, rotation_of, slots_input
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import end_gates
 from pallas.gpu.output_pass import output_pass
@@ -42,11 +42,13 @@ def fused_attention(
     16 (D up to 192), 32, 64 or 128; symbols as in `spec.py`. The inputs are differentiated, the
     constants are not, and log_mass has no gradient.
 
-    inputs: rotated_query [B, N, H * G, D], rotated_key and value [B, P, H, D] bfloat16; with
-      spec.slots query and key, not rotated, and log_decay [B, N, H, M] float32, whose row r is of
-      the token that enters at row r + spec.ahead (0 where none does); with spec.state start_key and
-      start_value, the slots at the start, [B, H, D, M] float32.
-    constants: with spec.masked query_run and visible, int32 arrays of `Facts`, and, with slots,
+    inputs: window_query [B, N, H * G, D], window_key and value [B, P, H, D] bfloat16; with
+      spec.slots log_decay [B, N, H, M] float32, whose row r is of the token that enters at row
+      r + spec.ahead (0 where none does), and query and key, where the slots do not read those of
+      the window; with spec.state start_key and start_value, the slots at the start, [B, H, D, M]
+      float32.
+    constants: cos and sin of a `Rotation`, if the kernels are to rotate window_query and
+      window_key; with spec.masked query_run and visible, int32 arrays of `Facts`, and, with slots,
       reads and the written [B, N] and kept [B, N / C] of `end_gates`.
     interpret: `InterpretGPUParams` run the kernels on the CPU.
 
@@ -69,19 +71,20 @@ def _forward(spec, block_sizes, interpret, inputs, constants):
         decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
         gates = end_gates(*decays, ahead=spec.ahead, interpret=interpret)
         start = (inputs["start_key"], inputs["start_value"]) if spec.state else None
-        states = state_pass(inputs["key"], inputs["value"], gates, start, **launch)
+        states = state_pass(slots_input(inputs, "key"), inputs["value"], gates, start, **launch)
         starts = states.key, states.value
         if states.end_key is not None and states.end_value is not None:
             end = states.end_key, states.end_value
     result = output_pass(
-        inputs.get("query"),
-        inputs["rotated_query"],
-        inputs.get("key"),
-        inputs["rotated_key"],
+        slots_input(inputs, "query") if spec.slots else None,
+        inputs["window_query"],
+        slots_input(inputs, "key") if spec.slots else None,
+        inputs["window_key"],
         inputs["value"],
         inputs.get("log_decay"),
         starts,
         facts_of(constants),
+        rotation_of(constants),
         **launch,
     )
     return Fused(result.out, result.log_mass, result.slot_weight, end), starts

@@ -11,7 +11,7 @@ slots: strong gates make them nearly equal, and then dp - delta is smaller than 
 Their kernel sums its own part of delta, and `window_queries` the window's.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import chunk_gates
 from pallas.gpu.output_pass import Facts
+from pallas.gpu.rotation import Rotation
 from pallas.gpu.slot_queries import slot_queries
 from pallas.gpu.slot_tokens import slot_tokens
 from pallas.gpu.spec import Spec
@@ -59,12 +60,16 @@ def backward(
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
     delta = _window_delta(saved, out_grad, weight_grad, spec)
     facts = facts_of(constants)
-    grads, rest = _window(inputs, saved.log_mass, delta, facts, out_grad, launch)
+    rotation = rotation_of(constants)
+    grads, rest = _window(inputs, saved.log_mass, delta, facts, rotation, out_grad, launch)
     if saved.starts is not None:
         if weight_grad is not None:
             rest -= (1 - saved.slot_weight) * weight_grad
         slots = _slots(inputs, constants, saved, rest, facts, out_grad, end_grad, launch)
-        grads |= slots | {"value": grads["value"] + slots["value"]}
+        for name in ("query", "key", "value"):
+            same = name if name in inputs else f"window_{name}"
+            grads[same] = grads.get(same, 0) + slots.pop(name)
+        grads |= slots
     return grads
 
 
@@ -73,18 +78,25 @@ def _window(
     log_mass: jax.Array,
     delta: jax.Array,
     facts: Facts | None,
+    rotation: Rotation | None,
     out_grad: jax.Array,
     launch: dict[str, Any],
 ) -> tuple[Arrays, jax.Array]:
     """The gradients, and the window's part of the slots' delta."""
-    arrays = inputs["rotated_query"], inputs["rotated_key"], inputs["value"]
+    arrays = inputs["window_query"], inputs["window_key"], inputs["value"]
     if launch["spec"].window == 0:
         query, key, value = map(jnp.zeros_like, arrays)
         pulled = jnp.zeros_like(log_mass)
     else:
-        query, pulled = window_queries(*arrays, out_grad, log_mass, delta, facts, **launch)
-        key, value = window_tokens(*arrays, out_grad, log_mass, delta, facts, **launch)
-    return {"rotated_query": query, "rotated_key": key, "value": value}, pulled
+        launch = launch | {
+            "log_mass": log_mass,
+            "delta": delta,
+            "facts": facts,
+            "rotation": rotation,
+        }
+        query, pulled = window_queries(*arrays, out_grad, **launch)
+        key, value = window_tokens(*arrays, out_grad, **launch)
+    return {"window_query": query, "window_key": key, "value": value}, pulled
 
 
 def _slots(
@@ -99,7 +111,7 @@ def _slots(
 ) -> Arrays:
     spec, interpret, starts = launch["spec"], launch["interpret"], saved.starts
     assert starts is not None
-    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    query, key, value = slots_input(inputs, "query"), slots_input(inputs, "key"), inputs["value"]
     decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
     gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
     queries = slot_queries(
@@ -140,6 +152,15 @@ def _slots(
     if states.start_key is not None and states.start_value is not None:
         grads |= {"start_key": states.start_key, "start_value": states.start_value}
     return grads
+
+
+def slots_input(inputs: Arrays, name: Literal["query", "key"]) -> jax.Array:
+    """As the slots read it."""
+    return inputs.get(name, inputs[f"window_{name}"])
+
+
+def rotation_of(constants: Arrays) -> Rotation | None:
+    return Rotation(constants["cos"], constants["sin"]) if "cos" in constants else None
 
 
 def facts_of(constants: Arrays) -> Facts | None:

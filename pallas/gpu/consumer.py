@@ -32,14 +32,14 @@ class Consumer(InChunk):
         super().__init__(shared, place, matmul, spec)
         self.refs, self.me = refs, me
         self.zero: int | jax.Array = 0
-        self.warpgroups, _, self.D = shared["rotated_query"].shape
+        self.warpgroups, _, self.D = shared["window_query"].shape
 
     def run(self) -> None:
         shared, spec = self.shared, self.spec
         if spec.masked:
             plgpu.barrier_wait(shared["facts_loaded"])
         carry = self._slots() if spec.slots else self._empty_slots()
-        plgpu.barrier_wait(shared["rotated_query_loaded"].at[self.me])
+        plgpu.barrier_wait(shared["window_query_loaded"].at[self.me])
         _, slot_top, slot_mass = carry
         out, top, mass = lax.fori_loop(0, self.place.blocks, self._block, carry)
         self._store(out, top, mass, slot_mass * jnp.exp2(slot_top - top))
@@ -182,7 +182,7 @@ class Consumer(InChunk):
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
         shared = self.shared
         b = self.matmul(
-            lambda: [(shared["rotated_query"].at[self.me], shared["rotated_key"].at[stage].T)],
+            lambda: [(shared["window_query"].at[self.me], shared["window_key"].at[stage].T)],
             (CHUNK, CHUNK),
         )
         return jnp.where(mask, b * (self.spec.scale * LOG2E), -jnp.inf)
@@ -192,14 +192,14 @@ class Consumer(InChunk):
         out, top, mass = carry
         shared = self.shared
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
-        plgpu.barrier_wait(shared["rotated_key_loaded"].at[stage])
+        plgpu.barrier_wait(shared["window_key_loaded"].at[stage])
         mask = self._in_window(block)
         if self.spec.masked:
             mask &= self._same_segment(1 + stage)
         logits = self._window_logits(stage, mask)
         if self.spec.masked:
             plgpu.commit_smem()  # of what was read, before a copy takes its place
-        plgpu.barrier_arrive(shared["rotated_key_read"].at[stage])
+        plgpu.barrier_arrive(shared["window_key_read"].at[stage])
         new_top = jnp.maximum(top, logits.max(axis=1))
         shrink = jnp.exp2(top - new_top)
         p = jnp.exp2(logits - by_row(new_top, CHUNK))
@@ -220,7 +220,7 @@ class Consumer(InChunk):
         """The query's place in shared memory takes the output."""
         shared, refs, place, me = self.shared, self.refs, self.place, self.me
         safe = jnp.where(mass > 0.0, mass, 1.0)  # padding has none
-        buffer = shared["rotated_query"].at[me]
+        buffer = shared["window_query"].at[me]
         buffer[...] = (out / by_row(safe, self.D)).astype(jnp.bfloat16)
         shared["log_mass"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
         shared["slot_weight"].at[me][...] = slot_mass / safe

@@ -9,7 +9,8 @@ cumulative decay, a and b the logits of slots and window:
 
 `in_chunk.py` says how the decays within the chunk are multiplied.
 
-A thread block has a warpgroup for each of its query heads, and one that fetches what they share.
+A thread block has a warpgroup for each of its query heads, and one that fetches what they share,
+and rotates what of it the window reads.
 
 The slots come first, in panels, all keys and then all values, then the window. Heads of more than
 128 would not fit shared memory all at once: of the keys and, with many slots, of the queries, what
@@ -32,6 +33,7 @@ from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.place import Place
 from pallas.gpu.producer import produce
+from pallas.gpu.rotation import Rotation, halves_tile
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
 
 CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
@@ -39,7 +41,7 @@ CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consum
 SLOT_BYTES = 32 * 1024  # of slots in flight
 WIDE_HEAD = 192  # from here on, keys take turns in one place of shared memory, and with
 MANY_SLOTS = 128  # or more of these, so do queries
-TURNS = {"keys": ("key", "rotated_key"), "queries": ("query", "rotated_query")}
+TURNS = {"keys": ("key", "window_key"), "queries": ("query", "window_query")}
 
 
 class Facts(NamedTuple):
@@ -58,13 +60,14 @@ class Result(NamedTuple):
 
 def output_pass(
     query: jax.Array | None,
-    rotated_query: jax.Array,
+    window_query: jax.Array,
     key: jax.Array | None,
-    rotated_key: jax.Array,
+    window_key: jax.Array,
     value: jax.Array,
     log_decay: jax.Array | None,
     starts: tuple[jax.Array, jax.Array] | None,
     facts: Facts | None,
+    rotation: Rotation | None,
     *,
     spec: Spec,
     block_sizes: BlockSizes,
@@ -72,23 +75,23 @@ def output_pass(
 ) -> Result:
     """The kernel's call.
 
-    query, rotated_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
-    a multiple of C. key, rotated_key, value: [B, P, H, D], the timeline without its first
+    query, window_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
+    a multiple of C. key, window_key, value: [B, P, H, D], the timeline without its first
     spec.ahead rows; P reaches as far as whole blocks of C do. log_decay: [B, N, H, M] float32,
     as for `fused_attention`. starts: [B, H, N / C, D, M], the slots' keys and values at the chunks'
     starts. Without spec.slots query, key, log_decay and starts are None, without spec.masked facts
-    are.
+    are. rotation: of window_query and window_key; None: they are rotated.
     interpret: as for `fused_attention`.
 
     Raises ValueError if block_sizes' warpgroups or stages of such heads don't fit.
     """
-    B, N, heads, D = rotated_query.shape
+    B, N, heads, D = window_query.shape
     warpgroups = block_sizes.warpgroups
     if warpgroups > 1 and D >= WIDE_HEAD:
         raise ValueError(
             f"BlockSizes: warpgroups must be 1 for heads of more than 128, got {warpgroups} for {D}"
         )
-    inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
+    inputs = {"window_query": window_query, "window_key": window_key, "value": value}
     if query is not None and key is not None and log_decay is not None and starts is not None:
         inputs |= {"query": query, "key": key, "log_decay": log_decay}
         inputs |= {"start_key": starts[0], "start_value": starts[1]}
@@ -96,6 +99,8 @@ def output_pass(
         inputs |= {"query_run": facts.query, "visible": facts.visible}
         if facts.reads is not None:
             inputs["reads"] = facts.reads
+    if rotation is not None:
+        inputs |= rotation._asdict()
     outputs = {
         "out": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
         "log_mass": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
@@ -106,7 +111,7 @@ def output_pass(
         functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
         inputs,
         outputs,
-        _scratch(spec, block_sizes, D, M, interpret=bool(interpret)),
+        _scratch(spec, block_sizes, D, M, rotates=rotation is not None, interpret=bool(interpret)),
         grid={"chunk": N // CHUNK, "heads": heads // warpgroups, "batch": B},
         warpgroups=warpgroups + 1,
         name="nha_output",
@@ -115,10 +120,17 @@ def output_pass(
     return Result(*result)
 
 
-def _scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, interpret: bool) -> Refs:
+def _scratch(
+    spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, rotates: bool, interpret: bool
+) -> Refs:
     """Shared memory and barriers."""
     warpgroups = block_sizes.warpgroups
     scratch = _window_scratch(spec, block_sizes, D, M)
+    if rotates:
+        for name in ("window_query", "window_key"):
+            shape = scratch[name].shape
+            scratch[name] = plgpu.SMEM(shape, jnp.bfloat16, transforms=halves_tile(D))
+            scratch[name + "_copied"] = plgpu.Barrier(num_barriers=shape[0])
     if M:
         scratch |= _slot_scratch(warpgroups, D, M)
         if D >= WIDE_HEAD:
@@ -135,14 +147,14 @@ def _window_scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int) -> Refs
     """What there is with and without slots, M of them."""
     warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
     scratch = {
-        "rotated_query": _tiled(warpgroups, CHUNK, D),
-        "rotated_key": _tiled(stages, CHUNK, D),
+        "window_query": _tiled(warpgroups, CHUNK, D),
+        "window_key": _tiled(stages, CHUNK, D),
         "value": _tiled(stages, CHUNK, D),
         "log_mass": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
         "slot_weight": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
-        "rotated_query_loaded": plgpu.Barrier(num_barriers=warpgroups),
-        "rotated_key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked, num_barriers=stages),
-        "rotated_key_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        "window_query_loaded": plgpu.Barrier(num_barriers=warpgroups),
+        "window_key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked, num_barriers=stages),
+        "window_key_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         "value_loaded": plgpu.Barrier(num_barriers=stages),
         "value_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
@@ -192,7 +204,7 @@ def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
     for turns, names in TURNS.items():
         if turns in shared:
             shared |= dict(zip(names, shared[turns], strict=True))
-    warpgroups = shared["rotated_query"].shape[0]
+    warpgroups = shared["window_query"].shape[0]
     me = lax.axis_index("wg")
     place = Place(spec, warpgroups)
     limited = warpgroups > 1  # one consumer and the producer have all the registers they can name

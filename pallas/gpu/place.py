@@ -16,6 +16,7 @@ class Place:
       heads: the first of the query heads.
       first_row: of the chunk, among the query rows.
       rows: the chunk's rows.
+      positions: theirs in tables of rotation.
       first_token: the timeline's row of the first block of tokens that the chunk reads.
       blocks: how many blocks of C tokens it reads.
     """
@@ -26,6 +27,7 @@ class Place:
         self.kv_head = lax.div(self.heads, jnp.int32(spec.group))
         self.first_row = self.chunk * CHUNK
         self.rows = pl.ds(self.first_row, CHUNK)
+        self.positions = pl.ds(self.first_row + spec.offset - spec.ahead, CHUNK)
         self._ahead = spec.ahead
         self.blocks: int | jax.Array
         if spec.blocks is None:

@@ -1,4 +1,4 @@
-"""The warpgroup of the output pass that fetches what the others read."""
+"""The warpgroup of the output pass that fetches what the others read, and rotates it."""
 
 import functools
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.launch import Refs
 from pallas.gpu.place import Place
+from pallas.gpu.rotation import rotate
 
 Fetch = Callable[[Refs, Refs, Place, int | jax.Array], None]
 
@@ -26,12 +27,16 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
         _fetch_facts(refs, shared, place)
     if has_slots:
         _begin_slots(refs, shared, place)
-    if "queries" not in shared:
-        _fetch_query(refs, shared, place, "rotated_query")
+    turns = "queries" in shared
+    if not turns:
+        _fetch_query(refs, shared, place, "window_query")
     _begin_blocks(refs, shared, place, _fetch_value)
     if "keys" in shared:
         plgpu.barrier_wait(shared["key_read"])
-    _begin_blocks(refs, shared, place, _fetch_rotated_key)
+    _begin_blocks(refs, shared, place, _fetch_window_key)
+    if not turns:
+        _rotate_query(refs, shared, place)
+    _begin_blocks(refs, shared, place, _rotate_key)
     if has_slots:
         _end_slots(refs, shared, place)
 
@@ -40,9 +45,10 @@ def produce(refs: Refs, shared: Refs, place: Place) -> None:
     @pl.loop(jnp.int32(0), jnp.int32(place.blocks))
     def _(block):
         stage, ahead = lax.rem(block, jnp.int32(stages)), block + stages
-        for name, fetch in (("rotated_key", _fetch_rotated_key), ("value", _fetch_value)):
+        for name, fetch in (("window_key", _fetch_window_key), ("value", _fetch_value)):
             plgpu.barrier_wait(shared[name + "_read"].at[stage])
             pl.when(ahead < place.blocks)(functools.partial(fetch, refs, shared, place, ahead))
+        pl.when(ahead < place.blocks)(functools.partial(_rotate_key, refs, shared, place, ahead))
 
 
 def _begin_blocks(refs: Refs, shared: Refs, place: Place, fetch: Fetch) -> None:
@@ -70,14 +76,42 @@ def _end_slots(refs: Refs, shared: Refs, place: Place) -> None:
             plgpu.barrier_wait(shared["decay_read"].at[item % decay_stages])
             if item + decay_stages < panels:
                 _fetch_decay(refs, shared, place, item + decay_stages)
-        if item == panels - 1 and "queries" in shared:  # all the slots' keys are multiplied
-            _fetch_query(refs, shared, place, "rotated_query")
+        if "queries" in shared and item == panels - 1:  # all the slots' keys are multiplied
+            _fetch_query(refs, shared, place, "window_query")
+        if "queries" in shared and item == panels:
+            _rotate_query(refs, shared, place)
 
 
 def _fetch_query(refs: Refs, shared: Refs, place: Place, name: str) -> None:
+    loaded = _copied(shared, name)
     for i in range(shared[name].shape[0]):
         queries = refs[name].at[place.batch, place.rows, place.heads + i]
-        plgpu.copy_gmem_to_smem(queries, shared[name].at[i], shared[name + "_loaded"].at[i])
+        plgpu.copy_gmem_to_smem(queries, shared[name].at[i], loaded.at[i])
+
+
+def _copied(shared: Refs, name: str):
+    """The barriers of the copies: what is to be rotated is not loaded yet."""
+    return shared.get(name + "_copied", shared[name + "_loaded"])
+
+
+def _rotate_query(refs: Refs, shared: Refs, place: Place) -> None:
+    for i in range(shared["window_query"].shape[0]):
+        _rotate(refs, shared, "window_query", i, place.batch, place.positions)
+
+
+def _rotate_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
+    stage = _stage_of(block, shared)
+    _rotate(refs, shared, "window_key", stage, place.batch, place.token_rows(block))
+
+
+def _rotate(refs: Refs, shared: Refs, name: str, stage, batch, positions) -> None:
+    """What was copied to a stage, if the kernel is to."""
+    if "cos" not in refs:
+        return
+    plgpu.barrier_wait(shared[name + "_copied"].at[stage])
+    rotate(shared[name].at[stage], refs, batch, positions)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(shared[name + "_loaded"].at[stage])
 
 
 def _fetch_facts(refs: Refs, shared: Refs, place: Place) -> None:
@@ -109,12 +143,13 @@ def _fetch_slots(refs: Refs, shared: Refs, place: Place, item: int) -> None:
     plgpu.copy_gmem_to_smem(source, shared["slots"].at[stage], shared["slots_loaded"].at[stage])
 
 
-def _fetch_rotated_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
+def _fetch_window_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
     rows, stage = place.token_rows(block), _stage_of(block, shared)
-    loaded = shared["rotated_key_loaded"].at[stage]
-    tokens = refs["rotated_key"].at[place.batch, rows, place.kv_head]
-    plgpu.copy_gmem_to_smem(tokens, shared["rotated_key"].at[stage], loaded)
+    tokens = refs["window_key"].at[place.batch, rows, place.kv_head]
+    loaded = _copied(shared, "window_key").at[stage]
+    plgpu.copy_gmem_to_smem(tokens, shared["window_key"].at[stage], loaded)
     if "visible" in shared:
+        loaded = shared["window_key_loaded"].at[stage]
         visible = refs["visible"].at[place.batch, rows]
         plgpu.copy_gmem_to_smem(visible, shared["visible"].at[1 + stage], loaded)
 

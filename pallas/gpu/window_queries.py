@@ -29,22 +29,24 @@ from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.pipeline import fetch_ahead
 from pallas.gpu.place import Place
+from pallas.gpu.rotation import Rotation
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 
 
 class WindowQueries(NamedTuple):
-    query: jax.Array  # [B, N, H * G, D] bfloat16, the gradient of rotated_query
+    query: jax.Array  # [B, N, H * G, D] bfloat16, the gradient of window_query
     pulled: jax.Array  # [B, H * G, N] float32
 
 
 def window_queries(
-    rotated_query: jax.Array,
-    rotated_key: jax.Array,
+    window_query: jax.Array,
+    window_key: jax.Array,
     value: jax.Array,
     out_grad: jax.Array,
     log_mass: jax.Array,
     delta: jax.Array,
     facts: Facts | None,
+    rotation: Rotation | None,
     *,
     spec: Spec,
     block_sizes: BlockSizes,
@@ -52,7 +54,7 @@ def window_queries(
 ) -> WindowQueries:
     """The kernel's call.
 
-    rotated_query, out_grad: [B, N, H * G, D] bfloat16. rotated_key, value: [B, P, H, D] bfloat16.
+    window_query, out_grad: [B, N, H * G, D] bfloat16. window_key, value: [B, P, H, D] bfloat16.
     log_mass, of base e, and delta, the sum over what a row sees of p times its gradient:
     [B, H * G, N] float32. facts: with spec.masked.
     interpret: as for `fused_attention`.
@@ -60,8 +62,8 @@ def window_queries(
     Raises:
       ValueError: block_sizes.window_stages of them do not fit.
     """
-    B, N, heads, D = rotated_query.shape
-    inputs = window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts)
+    B, N, heads, D = window_query.shape
+    inputs = window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts)
     result = launch(
         functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
         inputs,
@@ -79,8 +81,8 @@ def window_queries(
 
 
 def window_inputs(
-    rotated_query: jax.Array,
-    rotated_key: jax.Array,
+    window_query: jax.Array,
+    window_key: jax.Array,
     value: jax.Array,
     out_grad: jax.Array,
     log_mass: jax.Array,
@@ -88,7 +90,7 @@ def window_inputs(
     facts: Facts | None,
 ) -> dict[str, jax.Array]:
     """By name; what `window_tokens` reads as well."""
-    inputs = {"rotated_query": rotated_query, "rotated_key": rotated_key, "value": value}
+    inputs = {"window_query": window_query, "window_key": window_key, "value": value}
     inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
     if facts is not None:
         inputs |= {"query_run": facts.query, "visible": facts.visible}
@@ -99,12 +101,12 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, A
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
     scratch = {
-        "rotated_query": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),  # then its gradient
+        "window_query": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),  # then its gradient
         "out_grad": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((CHUNK,), wide),
         "delta": plgpu.SMEM((CHUNK,), wide),
         "pulled": plgpu.SMEM((CHUNK,), wide),
-        "rotated_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "window_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "zero": ZERO,
         "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked),
@@ -132,7 +134,7 @@ def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
 
 def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
     b, h = place.batch, place.heads
-    own = {name: refs[name].at[b, place.rows, h] for name in ("rotated_query", "out_grad")}
+    own = {name: refs[name].at[b, place.rows, h] for name in ("window_query", "out_grad")}
     own |= {name: refs[name].at[b, h, place.rows] for name in ("log_mass", "delta")}
     if "query_run" in shared:
         own["query_run"] = refs["query_run"].at[b, place.rows]
@@ -142,7 +144,7 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
 
     def fetch(block, stage):
         rows, loaded = place.token_rows(block), shared["block_loaded"].at[stage]
-        tokens = {name: refs[name].at[b, rows, place.kv_head] for name in ("rotated_key", "value")}
+        tokens = {name: refs[name].at[b, rows, place.kv_head] for name in ("window_key", "value")}
         if "visible" in shared:
             tokens["visible"] = refs["visible"].at[b, rows]
         for name, source in tokens.items():
@@ -152,7 +154,7 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
 
 
 def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul) -> None:
-    D = shared["rotated_query"].shape[2]
+    D = shared["window_query"].shape[2]
     square = CHUNK, CHUNK
     store_zero(shared["zero"])
     plgpu.barrier_wait(shared["rows_loaded"])
@@ -162,7 +164,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
         zero = shared["zero"][0]
         b = matmul(
-            lambda: [(shared["rotated_query"].at[zero], shared["rotated_key"].at[stage].T)], square
+            lambda: [(shared["window_query"].at[zero], shared["window_key"].at[stage].T)], square
         )
         row = iota(CHUNK, 0) + place.first_row
         token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)
@@ -179,7 +181,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         shared["pulled"][...] = plgpu.load(shared["pulled"], layout=ROW) + pulled
         ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))
         total = matmul(
-            lambda: [(ds.astype(jnp.bfloat16), shared["rotated_key"].at[stage])],
+            lambda: [(ds.astype(jnp.bfloat16), shared["window_key"].at[stage])],
             (CHUNK, D),
             total,
         )
@@ -192,9 +194,9 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
     shared["pulled"][...] = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
     total = lax.fori_loop(0, place.blocks, step, zeros)
     plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
-    shared["rotated_query"].at[0][...] = (total * spec.scale).astype(jnp.bfloat16)
+    shared["window_query"].at[0][...] = (total * spec.scale).astype(jnp.bfloat16)
     plgpu.commit_smem()
-    b, head, query_grad = place.batch, place.heads, shared["rotated_query"].at[0]
+    b, head, query_grad = place.batch, place.heads, shared["window_query"].at[0]
     plgpu.copy_smem_to_gmem(query_grad, refs["query_grad"].at[b, place.rows, head])
     plgpu.copy_smem_to_gmem(shared["pulled"], refs["pulled"].at[b, head, place.rows])
     plgpu.wait_smem_to_gmem(0)

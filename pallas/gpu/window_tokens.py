@@ -27,6 +27,7 @@ from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
+from pallas.gpu.rotation import Rotation
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 from pallas.gpu.window_queries import window_inputs
 
@@ -34,30 +35,31 @@ from pallas.gpu.window_queries import window_inputs
 class WindowTokens(NamedTuple):
     """Gradients, [B, P, H, D] bfloat16."""
 
-    rotated_key: jax.Array
+    window_key: jax.Array
     value: jax.Array
 
 
 def window_tokens(
-    rotated_query: jax.Array,
-    rotated_key: jax.Array,
+    window_query: jax.Array,
+    window_key: jax.Array,
     value: jax.Array,
     out_grad: jax.Array,
     log_mass: jax.Array,
     delta: jax.Array,
     facts: Facts | None,
+    rotation: Rotation | None,
     *,
     spec: Spec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> WindowTokens:
     """The kernel's call; arrays as for `window_queries`."""
-    N, D = rotated_query.shape[1], rotated_query.shape[3]
+    N, D = window_query.shape[1], window_query.shape[3]
     B, P, H, _ = value.shape
     grad = jax.ShapeDtypeStruct((B, P, H, D), jnp.bfloat16)
     grads = launch(
         functools.partial(_kernel, spec=spec, chunks=N // CHUNK, interpret=bool(interpret)),
-        window_inputs(rotated_query, rotated_key, value, out_grad, log_mass, delta, facts),
+        window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts),
         {"key_grad": grad, "value_grad": grad},
         _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
         grid={"block": P // CHUNK, "head": H, "batch": B},
@@ -72,9 +74,9 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> Refs:
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
     scratch = {
-        "rotated_key": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dv
+        "window_key": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dv
         "value": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dk
-        "rotated_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "window_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((stages, CHUNK), wide),
         "delta": plgpu.SMEM((stages, CHUNK), wide),
@@ -152,7 +154,7 @@ class _Worker:
     def __init__(self, refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul):
         self.refs, self.shared, self.place, self.spec = refs, shared, place, spec
         self.matmul = matmul
-        self.stages, _, D = shared["rotated_query"].shape
+        self.stages, _, D = shared["window_query"].shape
         self.square, self.sum_shape = (CHUNK, CHUNK), (CHUNK, D)  # [tokens, rows], [tokens, D]
 
     def run(self) -> None:
@@ -206,7 +208,7 @@ class _ValueGrad(_Worker):
     """Finds p, and dv."""
 
     ROWS = "out_grads"
-    PLACE, GRAD = "rotated_key", "value_grad"
+    PLACE, GRAD = "window_key", "value_grad"
 
     def _fetch_tokens(self) -> None:
         loaded = self.shared["value_loaded"]
@@ -229,7 +231,7 @@ class _ValueGrad(_Worker):
         shared = self.shared
         plgpu.barrier_wait(shared["queries_loaded"].at[stage])
         b = self.matmul(
-            lambda: [(shared["rotated_key"], shared["rotated_query"].at[stage].T)], self.square
+            lambda: [(shared["window_key"], shared["window_query"].at[stage].T)], self.square
         )
         seen = self._seen(item, stage)
         log_mass = plgpu.load(shared["log_mass"].at[stage], layout=COLUMN) * LOG2E
@@ -265,14 +267,14 @@ class _KeyGrad(_Worker):
     def _fetch_tokens(self) -> None:
         shared, place = self.shared, self.place
         loaded = shared["key_loaded"]
-        plgpu.copy_gmem_to_smem(self._of_tokens("rotated_key"), shared["rotated_key"], loaded)
+        plgpu.copy_gmem_to_smem(self._of_tokens("window_key"), shared["window_key"], loaded)
         if self.spec.masked:
             visible = self.refs["visible"].at[place.batch, place.tokens]
             plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
 
     def _rows(self, head, rows) -> Refs:
         refs, b = self.refs, self.place.batch
-        sources = {"rotated_query": refs["rotated_query"].at[b, rows, head]}
+        sources = {"window_query": refs["window_query"].at[b, rows, head]}
         sources |= {"log_mass": refs["log_mass"].at[b, head, rows]}
         if self.spec.masked:
             sources["query_run"] = refs["query_run"].at[b, rows]
@@ -295,7 +297,7 @@ class _KeyGrad(_Worker):
         ds = p * (dp * scale - by_column(delta * scale))
         plgpu.barrier_wait(shared["queries_loaded"].at[stage])
         return self.matmul(
-            lambda: [(ds.astype(jnp.bfloat16), shared["rotated_query"].at[stage])],
+            lambda: [(ds.astype(jnp.bfloat16), shared["window_query"].at[stage])],
             self.sum_shape,
             total,
         )

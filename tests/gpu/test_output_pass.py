@@ -20,7 +20,7 @@ def test_what_does_not_fit_wide_heads_is_an_error(sizes, message):
         group=2, slots=0, empty_slots=0, window=64, offset=0, ahead=0, scale=1.0,
         masked=False, state=False,
     )  # fmt: skip
-    heads = {"rotated_query": 2, "rotated_key": 1, "value": 1}
+    heads = {"window_query": 2, "window_key": 1, "value": 1}
     inputs = {
         name: jax.ShapeDtypeStruct((1, 128, count, 256), jnp.bfloat16)
         for name, count in heads.items()

@@ -25,7 +25,7 @@ def main() -> None:
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
     query, key, value = normal(1, N, 2, D), normal(1, N, 1, D), normal(1, N, 1, D)
     facts = {"group": 2, "scale": SCALE, "masked": False, "state": False}
-    tokens = {"rotated_query": query, "rotated_key": key, "value": value}
+    tokens = {"window_query": query, "window_key": key, "value": value}
 
     spec = Spec(slots=M, empty_slots=0, window=64, offset=64, ahead=64, **facts)
     log_decay = -jnp.abs(normal(1, N, 1, M)).astype(jnp.float32)

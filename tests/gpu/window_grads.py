@@ -69,8 +69,8 @@ class Case:
 class Inputs(NamedTuple):
     """What the kernels of the window's backward read."""
 
-    rotated_query: jax.Array  # [B, N, H * G, D] bfloat16
-    rotated_key: jax.Array  # [B, P, H, D] bfloat16
+    window_query: jax.Array  # [B, N, H * G, D] bfloat16
+    window_key: jax.Array  # [B, P, H, D] bfloat16
     value: jax.Array
     out_grad: jax.Array
     log_mass: jax.Array  # [B, H * G, N] float32
@@ -104,8 +104,8 @@ def make_inputs(case: Case) -> Inputs:
         return jnp.asarray(rng.standard_normal(shape).astype(dtype))
 
     inputs = Inputs(
-        rotated_query=normal(B, N, heads, D),
-        rotated_key=normal(B, P, H, D),
+        window_query=normal(B, N, heads, D),
+        window_key=normal(B, P, H, D),
         value=normal(B, P, H, D),
         out_grad=normal(B, N, heads, D),
         log_mass=jnp.zeros((B, heads, N), jnp.float32),
@@ -151,7 +151,7 @@ def _logits(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray]:
     else:
         query, visible = np.asarray(inputs.facts.query), np.asarray(inputs.facts.visible)
         seen = seen & (query[:, :, None] == visible[:, None])[:, None, None]
-    query, key = _by_head(inputs.rotated_query, case), _by_head(inputs.rotated_key, case)
+    query, key = _by_head(inputs.window_query, case), _by_head(inputs.window_key, case)
     logits = spec.scale * np.einsum("bhgrd,bhxjd->bhgrj", query, key)
     return np.where(seen, logits, -np.inf), seen
 
@@ -170,7 +170,7 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
         "value": np.einsum("bhgrj,bhgrd->bjhd", p, out_grad),
     }
     return grads | {
-        "query": grads["query"].reshape(inputs.rotated_query.shape),
+        "query": grads["query"].reshape(inputs.window_query.shape),
         "pulled": np.sum(p * dp, -1).reshape(inputs.delta.shape),
     }
 
@@ -180,7 +180,7 @@ def run(case: Case, interpret: Any, inputs: Inputs) -> dict[str, jax.Array]:
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
     tokens = window_tokens(*inputs, **options)
     rows = window_queries(*inputs, **options)
-    return rows._asdict() | {"key": tokens.rotated_key, "value": tokens.value}
+    return rows._asdict() | {"key": tokens.window_key, "value": tokens.value}
 
 
 def check(case: Case) -> None:
