@@ -27,6 +27,7 @@ from pallas.gpu import CHUNK, BlockSizes, Spec, default_block_sizes, fused_atten
 Arrays = dict[str, jax.Array]
 
 ROTATED_BLOCKS = 3  # the most that a chunk reads, for the kernels to rotate them: W up to 128
+ROTATED_HEADS = (64, 128, 256)  # with 192, halves of 96 lie such that the output pass would spill
 
 
 def gpu_attention(
@@ -143,7 +144,8 @@ def _rotated_by_kernels(
     """
     if rope is None or carried is not None or spec.blocks is None:
         return False
-    return spec.blocks <= ROTATED_BLOCKS and tokens.key.shape[3] == _head_dim(tokens)
+    K = tokens.key.shape[3]
+    return spec.blocks <= ROTATED_BLOCKS and K == _head_dim(tokens) and K in ROTATED_HEADS
 
 
 def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:

@@ -42,14 +42,16 @@ def rotate(x: Any, refs: Refs, batch, positions: Any, *, back: bool = False) -> 
     half = x.shape[1] // 2
     step = math.gcd(half, 64)
     row = batch if refs["cos"].shape[0] > 1 else 0
-    for column in range(0, half, step):
-        where = row, positions, pl.ds(column, step)
+
+    @pl.loop(0, half // step)  # unrolled, it would load all of the tables before the first product
+    def _(i):
+        where = row, positions, pl.ds(i * step, step)
         cos, sin = (
             plgpu.load(refs[name].at[*where], layout=LOGITS, optimized=False)
             for name in Rotation._fields
         )
         sin = -sin if back else sin
-        places = [x.at[:, pl.ds(start + column, step)] for start in (0, half)]
-        first, second = (plgpu.load(x, layout=LOGITS).astype(jnp.float32) for x in places)
+        places = [x.at[:, pl.ds(start + i * step, step)] for start in (0, half)]
+        first, second = (plgpu.load(place, layout=LOGITS).astype(jnp.float32) for place in places)
         places[0][...] = (first * cos - second * sin).astype(jnp.bfloat16)
         places[1][...] = (second * cos + first * sin).astype(jnp.bfloat16)
