@@ -44,7 +44,8 @@ def gpu_attention(
 ) -> NHAOutput:
     """`nha_attention` by the kernels, or by cuDNN where it serves; shapes as there.
 
-    What neither serves runs as plain XLA, with a warning that says why.
+    What neither serves runs as plain XLA, with a warning that says why. Where the kernels rotate,
+    no gradient flows to the rope tables.
 
     interpret: run the kernels on the CPU.
     """
