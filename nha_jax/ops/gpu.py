@@ -146,7 +146,7 @@ def _rotated_by_kernels(
     if rope is None or carried is not None or spec.blocks is None:
         return False
     K = tokens.key.shape[3]
-    return spec.blocks <= ROTATED_BLOCKS and K == _head_dim(tokens) and K in ROTATED_HEADS
+    return spec.blocks <= ROTATED_BLOCKS and _head_dim(tokens) == K and K in ROTATED_HEADS
 
 
 def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:
