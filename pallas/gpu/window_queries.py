@@ -181,6 +181,7 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
         zero = shared["zero"][0]
+        stage += zero  # a single stage is as little known to the compiler
         b = matmul(
             lambda: [(shared["window_query"].at[zero], shared["window_key"].at[stage].T)], square
         )
