@@ -12,18 +12,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
 def fetch_ahead(
-    count: int | jax.Array, read: Any, fetch: Callable[[jax.Array, int | jax.Array], None]
+    count: int | jax.Array, read: Any, *steps: Callable[[jax.Array, int | jax.Array], None]
 ) -> None:
-    """Calls fetch(item, stage) for items 0 to count - 1, each when its stage's buffers are free.
+    """Calls steps(item, stage) for items 0 to count - 1, each when its stage's buffers are free.
 
-    read: barriers, one for each stage, at which the reader arrives after each item.
+    read: barriers, one for each stage, at which the reader arrives after each item. steps: of an
+    item, one after the other; the first starts its copies, and a second may wait for them.
     """
     stages = read.shape[0]
-    for stage in range(stages):
-        pl.when(stage < count)(functools.partial(fetch, jnp.int32(stage), stage))
+    for step in steps:
+        for stage in range(stages):
+            pl.when(stage < count)(functools.partial(step, jnp.int32(stage), stage))
 
     @pl.loop(jnp.int32(0), jnp.int32(count))
     def _(item):
         stage = lax.rem(item, jnp.int32(stages))
         plgpu.barrier_wait(read.at[stage])  # of the last items too: every completion must be
-        pl.when(item + stages < count)(lambda: fetch(item + stages, stage))
+        for step in steps:
+            pl.when(item + stages < count)(functools.partial(step, item + stages, stage))

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.launch import Refs
 from pallas.gpu.place import Place
-from pallas.gpu.rotation import rotate
+from pallas.gpu.rotation import arrival, rotate_copied
 
 Fetch = Callable[[Refs, Refs, Place, int | jax.Array], None]
 
@@ -83,35 +83,21 @@ def _end_slots(refs: Refs, shared: Refs, place: Place) -> None:
 
 
 def _fetch_query(refs: Refs, shared: Refs, place: Place, name: str) -> None:
-    loaded = _copied(shared, name)
+    copied = arrival(shared, name, shared[name + "_loaded"])
     for i in range(shared[name].shape[0]):
         queries = refs[name].at[place.batch, place.rows, place.heads + i]
-        plgpu.copy_gmem_to_smem(queries, shared[name].at[i], loaded.at[i])
-
-
-def _copied(shared: Refs, name: str):
-    """The barriers of the copies: what is to be rotated is not loaded yet."""
-    return shared.get(name + "_copied", shared[name + "_loaded"])
+        plgpu.copy_gmem_to_smem(queries, shared[name].at[i], copied.at[i])
 
 
 def _rotate_query(refs: Refs, shared: Refs, place: Place) -> None:
+    where, loaded = (place.batch, place.positions), shared["window_query_loaded"]
     for i in range(shared["window_query"].shape[0]):
-        _rotate(refs, shared, "window_query", i, place.batch, place.positions)
+        rotate_copied(refs, shared, "window_query", i, *where, loaded)
 
 
 def _rotate_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
-    stage = _stage_of(block, shared)
-    _rotate(refs, shared, "window_key", stage, place.batch, place.token_rows(block))
-
-
-def _rotate(refs: Refs, shared: Refs, name: str, stage, batch, positions) -> None:
-    """What was copied to a stage, if the kernel is to."""
-    if "cos" not in refs:
-        return
-    plgpu.barrier_wait(shared[name + "_copied"].at[stage])
-    rotate(shared[name].at[stage], refs, batch, positions)
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(shared[name + "_loaded"].at[stage])
+    where, loaded = (place.batch, place.token_rows(block)), shared["window_key_loaded"]
+    rotate_copied(refs, shared, "window_key", _stage_of(block, shared), *where, loaded)
 
 
 def _fetch_facts(refs: Refs, shared: Refs, place: Place) -> None:
@@ -146,12 +132,12 @@ def _fetch_slots(refs: Refs, shared: Refs, place: Place, item: int) -> None:
 def _fetch_window_key(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:
     rows, stage = place.token_rows(block), _stage_of(block, shared)
     tokens = refs["window_key"].at[place.batch, rows, place.kv_head]
-    loaded = _copied(shared, "window_key").at[stage]
-    plgpu.copy_gmem_to_smem(tokens, shared["window_key"].at[stage], loaded)
+    loaded = shared["window_key_loaded"]
+    copied = arrival(shared, "window_key", loaded)
+    plgpu.copy_gmem_to_smem(tokens, shared["window_key"].at[stage], copied.at[stage])
     if "visible" in shared:
-        loaded = shared["window_key_loaded"].at[stage]
         visible = refs["visible"].at[place.batch, rows]
-        plgpu.copy_gmem_to_smem(visible, shared["visible"].at[1 + stage], loaded)
+        plgpu.copy_gmem_to_smem(visible, shared["visible"].at[1 + stage], loaded.at[stage])
 
 
 def _fetch_value(refs: Refs, shared: Refs, place: Place, block: int | jax.Array) -> None:

@@ -26,21 +26,52 @@ class Rotation(NamedTuple):
     sin: jax.Array
 
 
-def halves_tile(D: int) -> tuple[Any, ...]:
-    """`tile` of [rows, D] of which either half is a whole number of tiles."""
-    return tile(math.gcd(D // 2, 64))
+def halves_tile(D: int, columns: int = 64) -> tuple[Any, ...]:
+    """`tile` of [rows, D] of which either half is a whole number of tiles, of columns or fewer."""
+    return tile(math.gcd(D // 2, columns))
 
 
-def rotate(x: Any, refs: Refs, batch, positions: Any, *, back: bool = False) -> None:
+def arrival(shared: Refs, name: str, loaded: Any) -> Any:
+    """Where copies to shared[name] arrive: what `rotate_copied` is to rotate is not loaded yet."""
+    return shared.get(name + "_copied", loaded)
+
+
+def rotate_copied(
+    refs: Refs,
+    shared: Refs,
+    name: str,
+    stage,
+    batch,
+    positions: Any,
+    loaded: Any,
+    *,
+    columns: int = 64,
+) -> None:
+    """Rotates what a copy leaves at a stage of shared[name], if the kernel is to.
+
+    shared[name + "_copied"]: the barriers of the copies. loaded: those of what is rotated.
+    """
+    if "cos" not in refs:
+        return
+    plgpu.barrier_wait(shared[name + "_copied"].at[stage])
+    rotate(shared[name].at[stage], refs, batch, positions, columns=columns)
+    plgpu.commit_smem()
+    plgpu.barrier_arrive(loaded.at[stage])
+
+
+def rotate(
+    x: Any, refs: Refs, batch, positions: Any, *, columns: int = 64, back: bool = False
+) -> None:
     """Rotates x, a reference to [C, D] bfloat16 that lies as `halves_tile` says.
 
     refs: with cos and sin of a `Rotation`. positions: the slice of x's rows in them. back: the
-    other way, a gradient.
+    other way, a gradient. columns: as for `halves_tile`; so many of either half at a time, which
+    take `2 * columns` registers of a thread.
 
     What others are to read of it needs a `commit_smem` afterwards.
     """
     half = x.shape[1] // 2
-    step = math.gcd(half, 64)
+    step = math.gcd(half, columns)
     row = batch if refs["cos"].shape[0] > 1 else 0
 
     @pl.loop(0, half // step)  # unrolled, it would load all of the tables before the first product

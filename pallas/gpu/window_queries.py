@@ -8,7 +8,8 @@ With symbols as in `spec.py`, q and k rotated, b the window's logits, do the out
     pulled_r = sum_j p_rj (do_r . v_j)
 
 A thread block has the rows of a chunk of one query head: a warpgroup walks the blocks of tokens
-that they see, and another fetches them.
+that they see, and another fetches them. If the kernel rotates, the one rotates its queries, and
+their gradient back, and the other the keys.
 """
 
 import functools
@@ -29,7 +30,7 @@ from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
 from pallas.gpu.pipeline import fetch_ahead
 from pallas.gpu.place import Place
-from pallas.gpu.rotation import Rotation
+from pallas.gpu.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 
 
@@ -56,22 +57,24 @@ def window_queries(
 
     window_query, out_grad: [B, N, H * G, D] bfloat16. window_key, value: [B, P, H, D] bfloat16.
     log_mass, of base e, and delta, the sum over what a row sees of p times its gradient:
-    [B, H * G, N] float32. facts: with spec.masked.
+    [B, H * G, N] float32. facts: with spec.masked. rotation: of window_query and window_key, which
+    their gradients are rotated back by; None: they are rotated, and so are their gradients.
     interpret: as for `fused_attention`.
 
     Raises:
       ValueError: block_sizes.window_stages of them do not fit.
     """
     B, N, heads, D = window_query.shape
-    inputs = window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts)
+    arrays = window_query, window_key, value, out_grad, log_mass, delta
+    modes = {"rotates": rotation is not None, "interpret": bool(interpret)}
     result = launch(
         functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
-        inputs,
+        window_inputs(*arrays, facts, rotation),
         {
             "query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
             "pulled": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
         },
-        _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
+        _scratch(spec, block_sizes.window_stages, D, **modes),
         grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
         warpgroups=2,
         name="nha_window_queries",
@@ -88,31 +91,37 @@ def window_inputs(
     log_mass: jax.Array,
     delta: jax.Array,
     facts: Facts | None,
+    rotation: Rotation | None,
 ) -> dict[str, jax.Array]:
     """By name; what `window_tokens` reads as well."""
     inputs = {"window_query": window_query, "window_key": window_key, "value": value}
     inputs |= {"out_grad": out_grad, "log_mass": log_mass, "delta": delta}
     if facts is not None:
         inputs |= {"query_run": facts.query, "visible": facts.visible}
+    if rotation is not None:
+        inputs |= rotation._asdict()
     return inputs
 
 
-def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> dict[str, Any]:
+def _scratch(spec: Spec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
+    turned = halves_tile(D) if rotates else tiles
     scratch = {
-        "window_query": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),  # then its gradient
+        "window_query": plgpu.SMEM((1, CHUNK, D), narrow, transforms=turned),  # then its gradient
         "out_grad": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
         "log_mass": plgpu.SMEM((CHUNK,), wide),
         "delta": plgpu.SMEM((CHUNK,), wide),
         "pulled": plgpu.SMEM((CHUNK,), wide),
-        "window_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "window_key": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=turned),
         "value": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
         "zero": ZERO,
         "rows_loaded": plgpu.Barrier(num_arrivals=4 + spec.masked),
         "block_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
         "block_read": plgpu.Barrier(num_barriers=stages),
     }
+    if rotates:
+        scratch["window_key_copied"] = plgpu.Barrier(num_barriers=stages)
     if spec.masked:
         scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
         scratch["visible"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
@@ -142,15 +151,21 @@ def _fetch(refs: Refs, shared: Refs, place: Place) -> None:
         target = shared[name].at[0] if len(shared[name].shape) == 3 else shared[name]
         plgpu.copy_gmem_to_smem(source, target, shared["rows_loaded"])
 
+    loaded = shared["block_loaded"]
+
     def fetch(block, stage):
-        rows, loaded = place.token_rows(block), shared["block_loaded"].at[stage]
+        rows = place.token_rows(block)
         tokens = {name: refs[name].at[b, rows, place.kv_head] for name in ("window_key", "value")}
         if "visible" in shared:
             tokens["visible"] = refs["visible"].at[b, rows]
         for name, source in tokens.items():
-            plgpu.copy_gmem_to_smem(source, shared[name].at[stage], loaded)
+            copied = arrival(shared, name, loaded).at[stage]
+            plgpu.copy_gmem_to_smem(source, shared[name].at[stage], copied)
 
-    fetch_ahead(place.blocks, shared["block_read"], fetch)
+    def rotate_key(block, stage):
+        rotate_copied(refs, shared, "window_key", stage, b, place.token_rows(block), loaded)
+
+    fetch_ahead(place.blocks, shared["block_read"], fetch, rotate_key)
 
 
 def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul) -> None:
@@ -158,11 +173,15 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
     square = CHUNK, CHUNK
     store_zero(shared["zero"])
     plgpu.barrier_wait(shared["rows_loaded"])
+    if "cos" in refs:
+        rotate(shared["window_query"].at[0], refs, place.batch, place.positions)
+        plgpu.commit_smem()
 
     def step(block, total):
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
         zero = shared["zero"][0]
+        stage += zero  # a single stage is as little known to the compiler
         b = matmul(
             lambda: [(shared["window_query"].at[zero], shared["window_key"].at[stage].T)], square
         )
@@ -194,9 +213,11 @@ def _compute(refs: Refs, shared: Refs, place: Place, spec: Spec, matmul: Matmul)
     shared["pulled"][...] = plgpu.layout_cast(jnp.zeros(CHUNK, jnp.float32), ROW)
     total = lax.fori_loop(0, place.blocks, step, zeros)
     plgpu.commit_smem()  # all have read the queries, whose place their gradient takes
-    shared["window_query"].at[0][...] = (total * spec.scale).astype(jnp.bfloat16)
-    plgpu.commit_smem()
     b, head, query_grad = place.batch, place.heads, shared["window_query"].at[0]
+    query_grad[...] = (total * spec.scale).astype(jnp.bfloat16)
+    if "cos" in refs:
+        rotate(query_grad, refs, b, place.positions, back=True)
+    plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(query_grad, refs["query_grad"].at[b, place.rows, head])
     plgpu.copy_smem_to_gmem(shared["pulled"], refs["pulled"].at[b, head, place.rows])
     plgpu.wait_smem_to_gmem(0)

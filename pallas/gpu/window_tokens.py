@@ -10,6 +10,9 @@ with tokens down and rows across, so that what they have in registers needs no t
 finds p and dv, and leaves p in shared memory for the other, which finds ds and dk: two products
 each, none of them twice, and a sum of 64 rows of D in registers. Each fetches what its own sum
 reads last, a chunk's output gradients or queries, which the other has read some time before.
+
+If the kernel rotates, dv's warpgroup rotates the keys, which only it reads, once. The other has
+no exponentials to find, and rotates the queries, ahead of its sum, and dk back.
 """
 
 import functools
@@ -21,13 +24,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.gpu.addresses import ZERO, store_zero
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.gates import LOG2E
 from pallas.gpu.launch import Refs, check_shared_memory, launch
 from pallas.gpu.masks import by_column, by_row, in_window, iota
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
-from pallas.gpu.rotation import Rotation
+from pallas.gpu.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
 from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
 from pallas.gpu.window_queries import window_inputs
 
@@ -53,15 +57,16 @@ def window_tokens(
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> WindowTokens:
-    """The kernel's call; arrays as for `window_queries`."""
+    """The kernel's call; arguments as for `window_queries`."""
     N, D = window_query.shape[1], window_query.shape[3]
     B, P, H, _ = value.shape
     grad = jax.ShapeDtypeStruct((B, P, H, D), jnp.bfloat16)
+    modes = {"rotates": rotation is not None, "interpret": bool(interpret)}
     grads = launch(
         functools.partial(_kernel, spec=spec, chunks=N // CHUNK, interpret=bool(interpret)),
-        window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts),
+        window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts, rotation),
         {"key_grad": grad, "value_grad": grad},
-        _scratch(spec, block_sizes.window_stages, D, interpret=bool(interpret)),
+        _scratch(spec, block_sizes.window_stages, D, **modes),
         grid={"block": P // CHUNK, "head": H, "batch": B},
         warpgroups=2,
         name="nha_window_tokens",
@@ -70,17 +75,19 @@ def window_tokens(
     return WindowTokens(*grads)
 
 
-def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> Refs:
+def _scratch(spec: Spec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
+    turned = halves_tile(D, _columns(D)) if rotates else tiles
     scratch = {
-        "window_key": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dv
-        "value": plgpu.SMEM((CHUNK, D), narrow, transforms=tiles),  # then dk
-        "window_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
-        "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),
+        "window_key": plgpu.SMEM((CHUNK, D), narrow, transforms=turned),
+        "value": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
+        "window_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=turned),  # then dk
+        "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),  # then dv
         "log_mass": plgpu.SMEM((stages, CHUNK), wide),
         "delta": plgpu.SMEM((stages, CHUNK), wide),
         "p": plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4)),  # of tokens and rows
+        "zero": ZERO,
         "key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked),
         "value_loaded": plgpu.Barrier(),
         "queries_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
@@ -90,6 +97,8 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> Refs:
         "p_ready": plgpu.Barrier(),
         "p_read": plgpu.Barrier(),
     }
+    if rotates:
+        scratch["window_query_copied"] = plgpu.Barrier(num_barriers=stages)
     if spec.masked:
         scratch["query_run"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
         scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
@@ -99,12 +108,19 @@ def _scratch(spec: Spec, stages: int, D: int, *, interpret: bool) -> Refs:
     return scratch
 
 
+def _columns(D: int) -> int:
+    """Of half a head, rotated at a time: so few that the largest heads' sums fit registers beside
+    them, and the smallest heads' registers a multiprocessor twice.
+    """
+    return min(D // 4, 32)
+
+
 class _Place:
     """Tokens of a thread block, and the chunks of rows that see some of them.
 
     Attributes:
       batch, head: indices.
-      tokens: the block's rows in the arrays.
+      tokens: the block's rows in the arrays, and in tables of rotation.
       first_token: the first of them on the timeline.
       items: how many pairs of a query head and a chunk there are.
     """
@@ -121,12 +137,18 @@ class _Place:
         self._first = jnp.maximum(first, 0)
         self._chunks = jnp.maximum(last - self._first + 1, 0)
         self._group = spec.group
+        self._before = spec.offset - spec.ahead
         self.items = self._chunks * spec.group
 
     def head_and_chunk(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
         """A query head's chunks come one after the other."""
         head = self.head * self._group + lax.div(item, self._chunks)
         return head, self._first + lax.rem(item, self._chunks)
+
+    def positions(self, item: jax.Array):
+        """The rows of an item's queries in tables of rotation."""
+        _, chunk = self.head_and_chunk(item)
+        return pl.ds(chunk * CHUNK + self._before, CHUNK)
 
 
 def _kernel(refs: Refs, shared: Refs, *, spec: Spec, chunks: int, interpret: bool) -> None:
@@ -143,7 +165,7 @@ class _Worker:
     Attributes:
       ROWS: whose barriers say that what it fetches of an item's rows is loaded, and that the other
         warpgroup has read it.
-      PLACE: the tokens' array that only it reads, whose place its sum takes in the end.
+      PLACE: the largest of that, whose place its sum takes when all items are read.
       GRAD: the sum, among the outputs.
     """
 
@@ -155,6 +177,7 @@ class _Worker:
         self.refs, self.shared, self.place, self.spec = refs, shared, place, spec
         self.matmul = matmul
         self.stages, _, D = shared["window_query"].shape
+        self.columns = _columns(D)
         self.square, self.sum_shape = (CHUNK, CHUNK), (CHUNK, D)  # [tokens, rows], [tokens, D]
 
     def run(self) -> None:
@@ -164,9 +187,11 @@ class _Worker:
             pl.when(stage < self.place.items)(fetch)
         zeros = plgpu.layout_cast(jnp.zeros(self.sum_shape, jnp.float32), LOGITS)
         total = self._walk(zeros)
-        result, target = self.shared[self.PLACE], self._of_tokens(self.GRAD)
-        plgpu.commit_smem()  # all warps have read the tokens
+        result, target = self.shared[self.PLACE].at[0], self._of_tokens(self.GRAD)
+        plgpu.commit_smem()  # all warps have read the last item
         result[...] = total.astype(jnp.bfloat16)
+        if self.PLACE + "_copied" in self.shared:  # a sum of rotated rows
+            self._rotate_tokens(result, back=True)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(result, target)
         plgpu.wait_smem_to_gmem(0)
@@ -196,9 +221,14 @@ class _Worker:
 
     def _fetch(self, item, stage) -> None:
         head, chunk = self.place.head_and_chunk(item)
-        loaded = self.shared[self.ROWS + "_loaded"].at[stage]
+        loaded = self.shared[self.ROWS + "_loaded"]
         for name, source in self._rows(head, pl.ds(chunk * CHUNK, CHUNK)).items():
-            plgpu.copy_gmem_to_smem(source, self.shared[name].at[stage], loaded)
+            copied = arrival(self.shared, name, loaded).at[stage]
+            plgpu.copy_gmem_to_smem(source, self.shared[name].at[stage], copied)
+
+    def _rotate_tokens(self, x: Any, *, back: bool = False) -> None:
+        where = self.place.batch, self.place.tokens
+        rotate(x, self.refs, *where, columns=self.columns, back=back)
 
     def _of_tokens(self, name: str):
         return self.refs[name].at[self.place.batch, self.place.tokens, self.place.head]
@@ -208,11 +238,11 @@ class _ValueGrad(_Worker):
     """Finds p, and dv."""
 
     ROWS = "out_grads"
-    PLACE, GRAD = "window_key", "value_grad"
+    PLACE, GRAD = "out_grad", "value_grad"
 
     def _fetch_tokens(self) -> None:
         loaded = self.shared["value_loaded"]
-        plgpu.copy_gmem_to_smem(self._of_tokens("value"), self.shared["value"], loaded)
+        plgpu.copy_gmem_to_smem(self._of_tokens("value"), self.shared["value"].at[0], loaded)
 
     def _rows(self, head, rows) -> Refs:
         refs, b = self.refs, self.place.batch
@@ -223,6 +253,9 @@ class _ValueGrad(_Worker):
 
     def _walk(self, total: jax.Array) -> jax.Array:
         plgpu.barrier_wait(self.shared["key_loaded"])
+        if "cos" in self.refs:
+            self._rotate_tokens(self.shared["window_key"])
+            plgpu.commit_smem()
         total = super()._walk(total)
         plgpu.barrier_wait(self.shared["p_read"])  # every completion must be waited for
         return total
@@ -262,7 +295,7 @@ class _KeyGrad(_Worker):
     """Finds ds, and dk."""
 
     ROWS = "queries"
-    PLACE, GRAD = "value", "key_grad"
+    PLACE, GRAD = "window_query", "key_grad"
 
     def _fetch_tokens(self) -> None:
         shared, place = self.shared, self.place
@@ -281,6 +314,9 @@ class _KeyGrad(_Worker):
         return sources
 
     def _walk(self, total: jax.Array) -> jax.Array:
+        for item in range(self.lead):
+            self._rotate_queries(jnp.int32(item))
+        store_zero(self.shared["zero"])
         plgpu.barrier_wait(self.shared["value_loaded"])
         plgpu.barrier_arrive(self.shared["p_read"])  # its place is free
         return super()._walk(total)
@@ -288,7 +324,10 @@ class _KeyGrad(_Worker):
     def _add(self, item, stage, total: jax.Array) -> jax.Array:
         shared, scale = self.shared, self.spec.scale
         plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
-        dp = self.matmul(lambda: [(shared["value"], shared["out_grad"].at[stage].T)], self.square)
+        zero = shared["zero"][0]
+        dp = self.matmul(
+            lambda: [(shared["value"].at[zero], shared["out_grad"].at[stage].T)], self.square
+        )
         delta = plgpu.load(shared["delta"].at[stage], layout=COLUMN)
         plgpu.barrier_arrive(shared["out_grads_read"].at[stage])
         plgpu.barrier_wait(shared["p_ready"])
@@ -301,3 +340,22 @@ class _KeyGrad(_Worker):
             self.sum_shape,
             total,
         )
+
+    def _step(self, item, total: jax.Array) -> jax.Array:
+        total = super()._step(item, total)
+        self._rotate_queries(item + self.lead)
+        return total
+
+    @property
+    def lead(self) -> int:
+        """Items from the sum to what is rotated; the copies since may still be under way."""
+        return max(self.stages - 1, 1)
+
+    def _rotate_queries(self, item) -> None:
+        stage = lax.rem(item, jnp.int32(self.stages))
+
+        @pl.when(item < self.place.items)
+        def _():
+            x = self.refs, self.shared, "window_query", stage
+            where, loaded = self.place.positions(item), self.shared["queries_loaded"]
+            rotate_copied(*x, self.place.batch, where, loaded, columns=self.columns)

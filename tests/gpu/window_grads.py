@@ -15,6 +15,7 @@ import numpy as np
 
 from pallas.gpu import CHUNK, BlockSizes, Spec
 from pallas.gpu.output_pass import Facts
+from pallas.gpu.rotation import Rotation
 from pallas.gpu.window_queries import window_queries
 from pallas.gpu.window_tokens import window_tokens
 from tests.gpu.process import HOPPER, report
@@ -27,7 +28,10 @@ NOTHING_SEEN = -1e30  # log_mass of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """D, G and H heads, N rows, window W; past: tokens before the queries, without a window."""
+    """D, G and H heads, N rows, window W; past: tokens before the queries, without a window.
+
+    tables: of rotation, 1 or B; 0: queries and keys come rotated.
+    """
 
     D: int = 64
     W: int | None = 64
@@ -39,6 +43,7 @@ class Case:
     B: int = 1
     masked: bool = False
     stages: int = 2
+    tables: int = 0
 
     @property
     def spec(self) -> Spec:
@@ -63,7 +68,8 @@ class Case:
 
     def __str__(self) -> str:
         fields = (("D", self.D), ("W", self.W), ("ahead", self.ahead), ("G", self.G))
-        return "-".join(f"{name}{value}" for name, value in fields) + "-masked" * self.masked
+        flags = "-masked" * self.masked + "-rotates" * bool(self.tables)
+        return "-".join(f"{name}{value}" for name, value in fields) + flags
 
 
 class Inputs(NamedTuple):
@@ -76,6 +82,7 @@ class Inputs(NamedTuple):
     log_mass: jax.Array  # [B, H * G, N] float32
     delta: jax.Array
     facts: Facts | None
+    rotation: Rotation | None
 
 
 CASES = [
@@ -91,6 +98,13 @@ CASES = [
     Case(D=64, W=100, G=2, H=2),
     Case(D=64, W=128, ahead=128, N=64),
     Case(D=64, W=64, ahead=64, G=4, masked=True, N=192, stages=3),
+    Case(D=256, W=64, ahead=64, G=2, masked=True, tables=1),
+    Case(D=256, W=100, stages=1, tables=1),
+    Case(D=192, W=100, G=2, B=2, N=64, tables=1),
+    Case(D=128, W=100, H=2, masked=True, stages=3, tables=1),
+    Case(D=128, W=128, ahead=128, G=2, N=64, stages=1, tables=1),
+    Case(D=64, W=16, H=2, B=2, masked=True, tables=2),
+    Case(D=64, W=64, ahead=64, G=2, N=192, stages=4, tables=1),
 ]
 
 
@@ -111,8 +125,9 @@ def make_inputs(case: Case) -> Inputs:
         log_mass=jnp.zeros((B, heads, N), jnp.float32),
         delta=normal(B, heads, N, dtype=np.float32),
         facts=_facts(case, rng) if case.masked else None,
+        rotation=_tables(case, rng) if case.tables else None,
     )
-    logits, seen = _logits(inputs, case)
+    logits, seen = _logits(_rotated(inputs, case), case)
     lse = np.logaddexp.reduce(logits, axis=-1)
     log_mass = np.logaddexp(lse, rng.standard_normal(lse.shape))
     if case.masked:
@@ -129,6 +144,40 @@ def _facts(case: Case, rng: np.random.Generator) -> Facts:
     query = np.where(absent, -2, run)[:, own]
     visible = np.where(absent, -1, run)[:, case.ahead :]
     return Facts(jnp.asarray(query), jnp.asarray(visible), None)
+
+
+def _tables(case: Case, rng: np.random.Generator) -> Rotation:
+    """Of no angles: what undoes them is not what the gradients go through. Of few bits: what is
+    rotated is exact in float32, and so rounded to bfloat16 as the expected values are.
+    """
+    shape = case.tables, case.tokens, case.D // 2
+    return Rotation(*(jnp.asarray(rng.integers(-8, 9, shape) / 8, jnp.float32) for _ in range(2)))
+
+
+def _rotated(inputs: Inputs, case: Case) -> Inputs:
+    """Queries and keys as the kernels multiply them: rotated, and rounded to bfloat16 again."""
+    query, key = (
+        _rotate(x, inputs.rotation, first).astype(ml_dtypes.bfloat16)
+        for x, first in ((inputs.window_query, _before(case)), (inputs.window_key, 0))
+    )
+    return inputs._replace(window_query=query, window_key=key)
+
+
+def _before(case: Case) -> int:
+    """The token rows in the arrays before the first query's."""
+    return case.spec.offset - case.spec.ahead
+
+
+def _rotate(x: Any, tables: Rotation | None, first: int, *, back: bool = False) -> np.ndarray:
+    """x [B, rows, heads, D], whose first row is the tables' row `first`, in float64."""
+    x = np.asarray(x, np.float64)
+    if tables is None:
+        return x
+    rows = slice(first, first + x.shape[1])
+    cos, sin = (np.asarray(table, np.float64)[:, rows, None] for table in tables)
+    sin = -sin if back else sin
+    x1, x2 = np.split(x, 2, axis=-1)
+    return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
 
 
 def _by_head(x: Any, case: Case) -> np.ndarray:
@@ -159,6 +208,7 @@ def _logits(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray]:
 def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
     """The docstrings' formulas; shapes as the kernels return them."""
     by_row = lambda x: np.asarray(x, np.float64).reshape(case.B, case.H, case.G, case.N, 1)  # noqa: E731
+    inputs = _rotated(inputs, case)
     query, key, value, out_grad = (_by_head(x, case) for x in inputs[:4])
     logits, _ = _logits(inputs, case)
     p = np.exp(logits - by_row(inputs.log_mass))
@@ -169,8 +219,10 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
         "key": np.einsum("bhgrj,bhgrd->bjhd", ds, query),
         "value": np.einsum("bhgrj,bhgrd->bjhd", p, out_grad),
     }
+    query_grad = grads["query"].reshape(inputs.window_query.shape)
     return grads | {
-        "query": grads["query"].reshape(inputs.window_query.shape),
+        "query": _rotate(query_grad, inputs.rotation, _before(case), back=True),
+        "key": _rotate(grads["key"], inputs.rotation, 0, back=True),
         "pulled": np.sum(p * dp, -1).reshape(inputs.delta.shape),
     }
 
