@@ -123,19 +123,27 @@ def slot_tokens(
         updated=updated,
     )
     grads = dict(zip([*outputs, *updated], results, strict=True))
-    rest = {side: x for side, x in window_grads.items() if panels > 1}
-    of_sides = (_sum_shares(grads[f"{side}_grad"], rest.get(side), key.shape[1]) for side in SIDES)
-    return SlotTokens(*of_sides, grads["decay_grad"])
+    if panels > 1:
+        rest = {f"{side}_grad": x for side, x in window_grads.items()}
+        grads |= {x: _sum_shares(grads[x], rest.get(x)) for x in ("key_grad", "value_grad")}
+    return SlotTokens(
+        _with_rows(grads["key_grad"][0], key.shape[1]),
+        _with_rows(grads["value_grad"][0], key.shape[1]),
+        grads["decay_grad"],
+    )
 
 
-def _sum_shares(shares: jax.Array, window_grad: jax.Array | None, P: int) -> jax.Array:
-    """[panels, B, N or P, H, D] -> [B, P, H, D]; rows after N hold nothing."""
-    if shares.shape[0] == 1:
-        total = shares[0]
-    else:
-        total = shares.sum(0, dtype=jnp.float32).astype(shares.dtype)
-    total = jnp.pad(total, ((0, 0), (0, P - total.shape[1]), (0, 0), (0, 0)))
-    return total if window_grad is None else window_grad + total
+def _sum_shares(shares: jax.Array, window_grad: jax.Array | None) -> jax.Array:
+    """[panels, B, N, H, D] -> [1, B, N or P, H, D]."""
+    total = shares.sum(0, dtype=jnp.float32)
+    if window_grad is not None:
+        total = _with_rows(total, window_grad.shape[1]) + window_grad
+    return total.astype(shares.dtype)[None]
+
+
+def _with_rows(x: jax.Array, rows: int) -> jax.Array:
+    """[B, N, H, D] with zeros after, which the slots do not reach."""
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
 
 
 def _most_stages(D: int, width: int, masked: bool) -> int:
