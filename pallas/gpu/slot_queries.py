@@ -88,16 +88,18 @@ def slot_queries(
         inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     weights = jax.ShapeDtypeStruct((B, N, heads, M), jnp.bfloat16)
     outputs = dict.fromkeys(SlotQueries._fields[1:], weights)
-    updated = {} if query_grad is None else {"query_grad": query_grad}
+    updated = {}
     if query_grad is None:
         outputs["query_grad"] = jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)
+    else:
+        updated["query_grad"] = query_grad
 
     def kernel(refs: Refs, shared: Refs) -> None:
         place = Place(spec, warpgroups=1)
         matmul = Matmul(bool(interpret), shared.get("buffer"))
         QuerySide(refs, shared, place, matmul, spec, adds=bool(updated)).run()
 
-    *weights, query_grad = launch(
+    *of_slots, grad = launch(
         kernel,
         inputs,
         outputs,
@@ -108,7 +110,7 @@ def slot_queries(
         interpret=interpret,
         updated=updated,
     )
-    return SlotQueries(query_grad, *weights)
+    return SlotQueries(grad, *of_slots)
 
 
 class QuerySide(QueryPlaces):

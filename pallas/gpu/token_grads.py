@@ -1,5 +1,7 @@
 """The warpgroup of `slot_tokens` that finds the tokens' gradients, and fetches for both."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -175,6 +177,6 @@ class TokenGrads(Worker):
         for side, arrays in enumerate((("query", "logits"), ("out_grad", "weights"))):
             index = item - self.first_item(side)
             is_head = (index >= 0) & (index < group)
-            pl.when(is_head)(lambda index=index, arrays=arrays: load_head(index, *arrays))
+            pl.when(is_head)(functools.partial(load_head, index, *arrays))
             if self.added[side]:
-                pl.when(index == group)(lambda side=side: load_grad(SIDES[side]))
+                pl.when(index == group)(functools.partial(load_grad, SIDES[side]))
