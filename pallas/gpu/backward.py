@@ -65,12 +65,9 @@ def backward(
     if saved.starts is not None:
         if weight_grad is not None:
             rest -= (1 - saved.slot_weight) * weight_grad
-        slots = _slots(inputs, constants, saved, rest, facts, out_grad, end_grad, launch)
-        for name in ("query", "key", "value"):
-            same = name if name in inputs else f"window_{name}"
-            grads[same] = grads.get(same, 0) + slots.pop(name)
-        grads |= slots
-    return grads
+        grads |= _slots(inputs, constants, saved, grads, rest, facts, out_grad, end_grad, launch)
+    unread = {"window_query", "window_key", "value"} - grads.keys()
+    return grads | {name: jnp.zeros_like(inputs[name]) for name in unread}
 
 
 def _window(
@@ -82,20 +79,13 @@ def _window(
     out_grad: jax.Array,
     launch: dict[str, Any],
 ) -> tuple[Arrays, jax.Array]:
-    """The gradients, and the window's part of the slots' delta."""
-    arrays = inputs["window_query"], inputs["window_key"], inputs["value"]
+    """The gradients, if there is a window, and its part of the slots' delta."""
     if launch["spec"].window == 0:
-        query, key, value = map(jnp.zeros_like, arrays)
-        pulled = jnp.zeros_like(log_mass)
-    else:
-        launch = launch | {
-            "log_mass": log_mass,
-            "delta": delta,
-            "facts": facts,
-            "rotation": rotation,
-        }
-        query, pulled = window_queries(*arrays, out_grad, **launch)
-        key, value = window_tokens(*arrays, out_grad, **launch)
+        return {}, jnp.zeros_like(log_mass)
+    arrays = inputs["window_query"], inputs["window_key"], inputs["value"]
+    launch = launch | {"log_mass": log_mass, "delta": delta, "facts": facts, "rotation": rotation}
+    query, pulled = window_queries(*arrays, out_grad, **launch)
+    key, value = window_tokens(*arrays, out_grad, **launch)
     return {"window_query": query, "window_key": key, "value": value}, pulled
 
 
@@ -103,15 +93,19 @@ def _slots(
     inputs: Arrays,
     constants: Arrays,
     saved: Saved,
+    window: Arrays,
     rest: jax.Array,
     facts: Facts | None,
     out_grad: jax.Array,
     end_grad: Pair | None,
     launch: dict[str, Any],
 ) -> Arrays:
+    """The gradients of what the slots read; added to the `window`'s, where it reads the same."""
     spec, interpret, starts = launch["spec"], launch["interpret"], saved.starts
     assert starts is not None
-    query, key, value = slots_input(inputs, "query"), slots_input(inputs, "key"), inputs["value"]
+    names = {x: slots_name(inputs, x) for x in ("query", "key", "value")}
+    query, key, value = (inputs[name] for name in names.values())
+    window = {x: window[name] for x, name in names.items() if name in window}
     decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
     gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
     queries = slot_queries(
@@ -125,6 +119,7 @@ def _slots(
         gates,
         starts,
         facts,
+        window.pop("query", None),
         spec=spec,
         interpret=interpret,
     )
@@ -141,14 +136,11 @@ def _slots(
         starts,
         (states.key, states.value),
         facts,
+        window,
         **launch,
     )
-    grads = {
-        "query": queries.query,
-        "key": _in_place(tokens.key, key.shape[1], spec),
-        "value": _in_place(tokens.value, value.shape[1], spec),
-        "log_decay": tokens.log_decay,
-    }
+    grads = dict(zip(names.values(), (queries.query, tokens.key, tokens.value), strict=True))
+    grads["log_decay"] = tokens.log_decay
     if states.start_key is not None and states.start_value is not None:
         grads |= {"start_key": states.start_key, "start_value": states.start_value}
     return grads
@@ -156,7 +148,12 @@ def _slots(
 
 def slots_input(inputs: Arrays, name: Literal["query", "key"]) -> jax.Array:
     """As the slots read it."""
-    return inputs.get(name, inputs[f"window_{name}"])
+    return inputs[slots_name(inputs, name)]
+
+
+def slots_name(inputs: Arrays, name: str) -> str:
+    """Of the input that the slots read."""
+    return name if name in inputs else f"window_{name}"
 
 
 def rotation_of(constants: Arrays) -> Rotation | None:
@@ -178,9 +175,3 @@ def _window_delta(
     if weight_grad is not None and spec.weight == "all":
         delta += saved.slot_weight * weight_grad
     return delta
-
-
-def _in_place(x: jax.Array, rows: int, spec: Spec) -> jax.Array:
-    """The timeline's first rows [B, N, H, D] -> [B, P, H, D], as the arrays have them."""
-    x = x[:, spec.ahead :]
-    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))

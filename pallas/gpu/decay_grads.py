@@ -33,16 +33,18 @@ class DecayGrads(Worker):
             plgpu.barrier_wait(shared["side_loaded"])
             self.forget_addresses()
             sums = self.over_heads(side, self._head, sums)
+            if self.added[side]:
+                self.leave(self.wait_for(self.first_item(side) + self.spec.group))
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["side_read"])
         self._store(sums)
 
     def _head(self, item, sums: jax.Array) -> jax.Array:
         """sY with one more head, and R, in its place."""
-        stage = self.wait_for_head(item)
+        stage = self.wait_for(item)
         self._add_rows(stage)
         sums = self._of_tokens(stage, sums)
-        self.leave_head(stage)
+        self.leave(stage)
         return sums
 
     def _add_rows(self, stage) -> None:
@@ -117,13 +119,9 @@ class DecayGrads(Worker):
         inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
         inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
         shared["cumulative"][...] = self._load("cumulative") + inside
-        first = self.first - self.spec.ahead
-        pl.when(first < 0)(lambda: store_zeros(shared["cumulative"]))
+        pl.when(self.first < self.spec.ahead)(lambda: store_zeros(shared["cumulative"]))
         plgpu.commit_smem()
-        # What is of no token takes the place of the last tokens', which never enter.
-        first += jnp.where(first < 0, self.refs["decay_grad"].shape[1], 0)
-        rows = pl.ds(first, CHUNK)
-        target = self.refs["decay_grad"].at[self.b, rows, self.h, self.columns]
+        target = self.refs["decay_grad"].at[self.b, self.own_tokens, self.h, self.columns]
         plgpu.copy_smem_to_gmem(shared["cumulative"], target)
         plgpu.wait_smem_to_gmem(0)
 

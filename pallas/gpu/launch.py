@@ -43,16 +43,20 @@ def launch(
     warpgroups: int,
     name: str,
     interpret: Any,
+    updated: dict[str, jax.Array] | None = None,
 ) -> list[jax.Array]:
     """kernel(refs, shared) of every block of the grid, in each of its warpgroups (axis "wg").
 
-    refs are inputs and outputs by name, in the device's memory; shared is what scratch describes,
-    one for all warpgroups of a block.
+    refs are inputs, what is updated and outputs by name, in the device's memory; shared is what
+    scratch describes, one for all warpgroups of a block.
+    updated: arrays that the kernel changes where they lie, returned after the outputs; XLA copies
+      those that are read later as they were.
     interpret: as for `fused_attention`.
     """
+    references = {name: jax.new_ref(x) for name, x in (updated or {}).items()}
 
     def entry(*refs):
-        named = dict(zip([*inputs, *outputs], refs, strict=True))
+        named = dict(zip([*inputs, *references, *outputs], refs, strict=True))
         pl.run_scoped(lambda shared: kernel(named, shared), scratch, collective_axes="wg")
 
     call = plgpu.kernel(
@@ -66,4 +70,5 @@ def launch(
         kernel_name=name,
         interpret=interpret,
     )
-    return call(*inputs.values())
+    results = call(*inputs.values(), *references.values())
+    return [*results, *map(jax.freeze, references.values())]

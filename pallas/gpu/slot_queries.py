@@ -17,6 +17,9 @@ omega, the slots' share of the softmax, and rest, what is not of the slots, are 
 A warpgroup works on the rows of one query head, a panel of slots at a time. ds and p go out as they
 are multiplied, in bfloat16 and with the decay that they carry, for the kernels of the key side.
 
+Where the window reads the same queries, their gradients are added here: the window's comes to the
+place of q, after the last product with it.
+
 A block reads k twice. Of more than 64 slots delta comes first: what is computed for p and dp is
 computed twice, and S0 and G are read twice, half of SK0 three times. That comes from the L2 cache.
 """
@@ -42,7 +45,7 @@ from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, Spec
 class SlotQueries(NamedTuple):
     """bfloat16: [B, N, H * G, D] the gradient of the query, else [B, N, H * G, M]."""
 
-    query: jax.Array
+    query: jax.Array  # with the window's, where that is given
     logits_rise: jax.Array  # ds exp(G - R), R of the row's block
     weights_rise: jax.Array  # p exp(G - R)
     logits_start: jax.Array  # ds exp(G), 0 in rows that do not read the slots at the chunk's start
@@ -60,6 +63,7 @@ def slot_queries(
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
     facts: Facts | None,
+    query_grad: jax.Array | None,
     *,
     spec: Spec,
     interpret: Any = False,
@@ -69,7 +73,8 @@ def slot_queries(
     query, out_grad: [B, N, H * G, D] bfloat16, as the slots see the query; N is a multiple of C.
     key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows. log_mass, of
     base e, slot_weight, omega, and rest: [B, H * G, N] float32. starts: [B, H, N / C, D, M]
-    bfloat16 each. facts: with spec.masked.
+    bfloat16 each. facts: with spec.masked. query_grad: what is added to the query's gradient, in
+    its place and as it is, or None.
     interpret: as for `fused_attention`.
     """
     B, N, heads, D = query.shape
@@ -82,25 +87,30 @@ def slot_queries(
         assert facts.reads is not None
         inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     weights = jax.ShapeDtypeStruct((B, N, heads, M), jnp.bfloat16)
-    outputs = {"query_grad": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)}
-    outputs |= dict.fromkeys(SlotQueries._fields[1:], weights)
+    outputs = dict.fromkeys(SlotQueries._fields[1:], weights)
+    updated = {}
+    if query_grad is None:
+        outputs["query_grad"] = jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16)
+    else:
+        updated["query_grad"] = query_grad
 
     def kernel(refs: Refs, shared: Refs) -> None:
         place = Place(spec, warpgroups=1)
         matmul = Matmul(bool(interpret), shared.get("buffer"))
-        QuerySide(refs, shared, place, matmul, spec).run()
+        QuerySide(refs, shared, place, matmul, spec, adds=bool(updated)).run()
 
-    grads = launch(
+    *of_slots, grad = launch(
         kernel,
         inputs,
         outputs,
-        query_scratch(spec, D, M, interpret=bool(interpret)),
+        query_scratch(spec, D, M, adds=bool(updated), interpret=bool(interpret)),
         grid={"chunk": N // CHUNK, "heads": heads, "batch": B},
         warpgroups=1,
         name="nha_slot_queries",
         interpret=interpret,
+        updated=updated,
     )
-    return SlotQueries(*grads)
+    return SlotQueries(grad, *of_slots)
 
 
 class QuerySide(QueryPlaces):
@@ -260,6 +270,8 @@ class QuerySide(QueryPlaces):
             ],
             shared["query"].shape[1:],
         )
+        if self.adds:  # what is there now
+            dq += plgpu.load(self._rows("query"), layout=LOGITS).astype(jnp.float32)
         self._rows("query")[...] = dq.astype(jnp.bfloat16)
         plgpu.commit_smem()
         target = self.refs["query_grad"].at[place.batch, place.rows, place.heads]

@@ -2,7 +2,8 @@
 
 Symbols as in `slot_queries.py`. Of more than 64 slots a panel at a time is worked on, and two are
 here. The slots take the places of the tokens, once S and D are computed: beside them, heads of 256
-have no room. For dq, k comes again, to the place of do, and what is gone of SK0, to that of SV0.
+have no room. For dq, k comes again, to the place of do, what is gone of SK0, to that of SV0, and
+what dq is added to, to the place of q.
 """
 
 from typing import Any
@@ -27,8 +28,11 @@ GIVEN = ("log_mass", "slot_weight", "rest")  # numbers of each row
 NUMBERS = (*GIVEN, "delta")
 
 
-def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, Any]:
-    """Shared memory, and barriers whose arrivals are the copies into it."""
+def query_scratch(spec: Spec, D: int, M: int, *, adds: bool, interpret: bool) -> dict[str, Any]:
+    """Shared memory, and barriers whose arrivals are the copies into it.
+
+    adds: there is a gradient to add to.
+    """
     narrow, wide = jnp.bfloat16, jnp.float32
     panel = M if M <= WHOLE else PANEL
     panels = M // panel  # 1, or 2 * STAGES: at the end half of SK0 is here, and half fetched again
@@ -49,7 +53,7 @@ def query_scratch(spec: Spec, D: int, M: int, *, interpret: bool) -> dict[str, A
         "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
         "loaded": plgpu.Barrier(num_arrivals=7 + GATE_BLOCKS + panels + 3 * spec.masked),
         **dict.fromkeys(("gates_loaded", "slot_keys_loaded", "slot_values_loaded"), copied),
-        "loaded_again": plgpu.Barrier(num_arrivals=1 + panels - stages),
+        "loaded_again": plgpu.Barrier(num_arrivals=1 + adds + panels - stages),
     }
     if spec.masked:
         scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
@@ -73,9 +77,11 @@ class QueryPlaces(InChunk):
     A turn is a panel of slots; of more than one panel, all have a turn for delta first.
     """
 
-    def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec):
+    def __init__(
+        self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, *, adds: bool
+    ):
         super().__init__(shared | _named(shared), place, matmul, spec)
-        self.refs = refs
+        self.refs, self.adds = refs, adds
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
         self.zero: int | jax.Array = 0
@@ -162,9 +168,12 @@ class QueryPlaces(InChunk):
             self._fetch_slots(panel)
 
     def _fetch_again(self) -> None:
-        """What dq is made of and is no longer here, after the last panel's dp."""
+        """What dq is made of and is not here, after the last panel's dp."""
         plgpu.commit_smem()
-        again = self.shared["loaded_again"]
+        place, again = self.place, self.shared["loaded_again"]
         self._fetch_tokens("key", self._rows("out_grad"), again)
+        if self.adds:
+            query_grad = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
+            plgpu.copy_gmem_to_smem(query_grad, self._rows("query"), again)
         for panel in range(self.panels - self.stages):
             self._fetch_slots_to("slot_values", "key", panel, again)

@@ -21,8 +21,9 @@ operands, rounded, that enter the products. No term of the second does. Where no
 and Y is needed all the same: 2^-60 stands for s, in f and wS too, which no result can tell from 0.
 The kernel reads e / s, and makes s of it.
 
-A block works on up to 64 slots of a chunk and returns its share of dx and dy, which are summed
-outside. It has two warpgroups, as more would leave each too few registers: one finds dx, dy and
+A block works on up to 64 slots of a chunk. Where they are all, what the window's kernel found of dx
+and dy is added here, in its place; else a block returns its share, and all are summed outside. It
+has two warpgroups, as more would leave each too few registers: one finds dx, dy and
 the products of dg's second line, and fetches what both read, the other dg. Both in one kernel read
 the rows once; with K = V = 128, M = 64 and G = 1 it moves 224 KB a chunk and head, and two kernels
 would move 360; with K = V = 256 it moves 384. There the rows of one head are all that fits beside
@@ -31,6 +32,7 @@ slots to a block two would fit, but dx and dy would go out twice, to be summed, 
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +48,7 @@ from pallas.gpu.gates import Gates
 from pallas.gpu.launch import SHARED_MEMORY, Refs, launch, size_of
 from pallas.gpu.matmul import Matmul
 from pallas.gpu.output_pass import Facts
+from pallas.gpu.slot_worker import SIDES
 from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
 from pallas.gpu.token_grads import TokenGrads
 
@@ -53,9 +56,9 @@ MOST_SLOTS = 64  # of a block
 
 
 class SlotTokens(NamedTuple):
-    """Gradients; of keys and values by the timeline's rows 0 to N."""
+    """Gradients."""
 
-    key: jax.Array  # [B, N, H, D] bfloat16, as far as the slots go
+    key: jax.Array  # [B, P, H, D] bfloat16, with the window's, where that is given
     value: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32, by its rows; 0 for tokens that do not enter
 
@@ -71,6 +74,7 @@ def slot_tokens(
     starts: tuple[jax.Array, jax.Array],
     end_grads: tuple[jax.Array, jax.Array],
     facts: Facts | None,
+    window_grads: Mapping[str, jax.Array],
     *,
     spec: Spec,
     block_sizes: BlockSizes,
@@ -81,14 +85,18 @@ def slot_tokens(
     query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
     pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. starts, end_grads: of keys and
     values, [B, H, N / C, D, M] bfloat16, the slots at the chunks' starts and the gradients of those
-    at their ends.
+    at their ends. window_grads: what is added to the gradients of the "key" and of the "value",
+    [B, P, H, D] bfloat16, as it is; what is not there is not added.
     interpret: as for `fused_attention`.
     """
     B, N, _, D = query.shape
     H, M = gates.cumulative.shape[2:]
     width = min(M, MOST_SLOTS)
     panels, masked = M // width, facts is not None
-    stages = min(block_sizes.token_stages, 2 * spec.group, _most_stages(D, width, masked))
+    updated = {f"{side}_grad": x[None] for side, x in window_grads.items() if panels == 1}
+    added = tuple(f"{side}_grad" in updated for side in SIDES)
+    items = 2 * spec.group + sum(added)
+    stages = min(block_sizes.token_stages, items, _most_stages(D, width, masked))
     inputs = {
         "query": query, "out_grad": out_grad, "key": key, "value": value,
         "logits": logits, "weights": weights,
@@ -101,14 +109,10 @@ def slot_tokens(
         assert facts.reads is not None  # there are slots
         inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
     share = jax.ShapeDtypeStruct((panels, B, N, H, D), jnp.bfloat16)
-    outputs = {
-        "key_grad": share,
-        "value_grad": share,
-        "decay_grad": jax.ShapeDtypeStruct((B, N, H, M), jnp.float32),
-    }
-
-    key_grad, value_grad, decay_grad = launch(
-        functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
+    outputs = {x: share for x in ("key_grad", "value_grad") if x not in updated}
+    outputs["decay_grad"] = jax.ShapeDtypeStruct((B, N, H, M), jnp.float32)
+    results = launch(
+        functools.partial(_kernel, spec=spec, added=added, interpret=bool(interpret)),
         inputs,
         outputs,
         _scratch(stages, D, width, masked, interpret=bool(interpret)),
@@ -116,14 +120,30 @@ def slot_tokens(
         warpgroups=2,
         name="nha_slot_tokens",
         interpret=interpret,
+        updated=updated,
     )
-    return SlotTokens(_sum_panels(key_grad), _sum_panels(value_grad), decay_grad)
+    grads = dict(zip([*outputs, *updated], results, strict=True))
+    if panels > 1:
+        rest = {f"{side}_grad": x for side, x in window_grads.items()}
+        grads |= {x: _sum_shares(grads[x], rest.get(x)) for x in ("key_grad", "value_grad")}
+    return SlotTokens(
+        _with_rows(grads["key_grad"][0], key.shape[1]),
+        _with_rows(grads["value_grad"][0], key.shape[1]),
+        grads["decay_grad"],
+    )
 
 
-def _sum_panels(shares: jax.Array) -> jax.Array:
-    if shares.shape[0] == 1:
-        return shares[0]
-    return shares.sum(0, dtype=jnp.float32).astype(shares.dtype)
+def _sum_shares(shares: jax.Array, window_grad: jax.Array | None) -> jax.Array:
+    """[panels, B, N, H, D] -> [1, B, N or P, H, D]."""
+    total = shares.sum(0, dtype=jnp.float32)
+    if window_grad is not None:
+        total = _with_rows(total, window_grad.shape[1]) + window_grad
+    return total.astype(shares.dtype)[None]
+
+
+def _with_rows(x: jax.Array, rows: int) -> jax.Array:
+    """[B, N, H, D] with zeros after, which the slots do not reach."""
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
 
 
 def _most_stages(D: int, width: int, masked: bool) -> int:
@@ -139,10 +159,10 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
         return plgpu.SMEM(shape, narrow, transforms=tile(GATE_ROWS))
 
     scratch = {
-        "rows": tiled(stages, CHUNK, D),  # q or do
+        "rows": tiled(stages, CHUNK, D),  # q, do, or what is added to dx or dy
         "rise": tiled(stages, CHUNK, width),
-        "head_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "head_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "item_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "item_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "tokens": tiled(1, CHUNK, D),
         "slots": tiled(1, D, width),
         "slot_grads": tiled(1, D, width),
@@ -168,10 +188,12 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
     return scratch
 
 
-def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
+def _kernel(
+    refs: Refs, shared: Refs, *, spec: Spec, added: tuple[bool, ...], interpret: bool
+) -> None:
     for me, worker in enumerate((TokenGrads, DecayGrads)):
 
         @pl.when(lax.axis_index("wg") == me)
         def _(me=me, worker=worker):
             matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
-            worker(refs, shared, spec, matmul).run()
+            worker(refs, shared, spec, matmul, added).run()

@@ -21,12 +21,19 @@ SIDES = ("key", "value")
 
 
 class Worker:
-    """A warpgroup at some slots of a chunk and KV head."""
+    """A warpgroup at some slots of a chunk and KV head.
+
+    Items come and go in stages: of each side the rows of its heads, then, if it has been `added`,
+    what its gradient is added to.
+    """
 
     FALLS: tuple[int, ...]  # the gate blocks whose falls it builds
 
-    def __init__(self, refs: dict, shared: dict, spec: Spec, matmul: Matmul):
+    def __init__(
+        self, refs: dict, shared: dict, spec: Spec, matmul: Matmul, added: tuple[bool, ...]
+    ):
         self.refs, self.shared, self.spec, self.matmul = refs, shared, spec, matmul
+        self.added = added
         self.stages, _, self.D = shared["rows"].shape
         self.width = shared["rise"].shape[2]
         self.b, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
@@ -35,6 +42,10 @@ class Worker:
         self.h = lax.div(lax.axis_index("panel"), panels)
         self.first = self.chunk * CHUNK
         self.own = pl.ds(self.first, CHUNK)
+        # What is of no token takes the place of the last tokens', which never enter.
+        own_tokens = self.first - spec.ahead
+        own_tokens += jnp.where(own_tokens < 0, refs["decay_grad"].shape[1], 0)
+        self.own_tokens = pl.ds(own_tokens, CHUNK)
         self.columns = pl.ds(self.panel * self.width, self.width)
         self.gates_shape = CHUNK, self.width
         self.zero: int | jax.Array = 0
@@ -64,25 +75,28 @@ class Worker:
         plgpu.barrier_arrive(shared["falls_ready"])
         plgpu.barrier_wait(shared["falls_ready"])
 
+    def first_item(self, side: int) -> int:
+        return side * self.spec.group + sum(self.added[:side])
+
     def over_heads(self, side: int, head: Callable, start: jax.Array) -> jax.Array:
         """start, as head(item, start) changes it; right after `forget_addresses`.
 
         A loop even over one head, which would else be laid out among what surrounds it.
         """
-        group = self.spec.group
+        group, first = self.spec.group, self.first_item(side)
         begin = 0 if group > 1 else self.zero
-        return lax.fori_loop(begin, group, lambda i, x: head(side * group + i, x), start)
+        return lax.fori_loop(begin, group, lambda i, x: head(first + i, x), start)
 
-    def wait_for_head(self, item):
-        """The stage of a head's rows; items are the heads of the first side, then of the second."""
-        stage = lax.rem(item, jnp.int32(self.stages))
-        plgpu.barrier_wait(self.shared["head_loaded"].at[stage])
+    def wait_for(self, item):
+        """An item's stage."""
+        stage = lax.rem(jnp.int32(item), jnp.int32(self.stages))
+        plgpu.barrier_wait(self.shared["item_loaded"].at[stage])
         self.forget_addresses()
         return stage + self.zero
 
-    def leave_head(self, stage) -> None:
+    def leave(self, stage) -> None:
         plgpu.commit_smem()
-        plgpu.barrier_arrive(self.shared["head_read"].at[stage])
+        plgpu.barrier_arrive(self.shared["item_read"].at[stage])
 
     def entered(self, block: int, *, turned: bool) -> jax.Array:
         """[C, 16], which of a gate block's tokens are in a row's slots.

@@ -1,5 +1,7 @@
 """The warpgroup of `slot_tokens` that finds the tokens' gradients, and fetches for both."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.addresses import store_zero
+from pallas.gpu.masks import iota
 from pallas.gpu.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
 
@@ -22,7 +25,7 @@ class TokenGrads(Worker):
         self._load_states(0)
         self._load_tokens(0)
         for item in range(self.stages):
-            self._load_head(jnp.int32(item), item)
+            self._load_item(jnp.int32(item), item)
         store_zero(shared["zero"])
         self.build_falls()
         for side, name in enumerate(SIDES):
@@ -34,6 +37,10 @@ class TokenGrads(Worker):
                 (CHUNK, self.D),
             )
             grad = self.over_heads(side, self._head, grad)
+            if self.spec.ahead:  # nothing ahead of the tokens has a gradient
+                grad = jnp.where(iota(self.D, 0) + self.first >= self.spec.ahead, grad, 0.0)
+            if self.added[side]:
+                grad = self._add(self.first_item(side) + self.spec.group, grad)
             plgpu.barrier_wait(shared["side_read"])
             self.forget_addresses()
             more = side + 1 < len(SIDES)
@@ -41,8 +48,7 @@ class TokenGrads(Worker):
                 self._load_states(side + 1)
             self.operand("tokens")[...] = grad.astype(jnp.bfloat16)  # in their place
             plgpu.commit_smem()
-            target = self.refs[name + "_grad"].at[self.panel, self.b, self.own, self.h]
-            plgpu.copy_smem_to_gmem(self.operand("tokens"), target)
+            plgpu.copy_smem_to_gmem(self.operand("tokens"), self._grad(name))
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if more:
                 self._load_tokens(side + 1)
@@ -76,14 +82,26 @@ class TokenGrads(Worker):
 
     def _head(self, item, grad: jax.Array) -> jax.Array:
         """dx with one more head."""
-        stage = self.wait_for_head(item)
+        stage = self.wait_for(item)
         for block in range(GATE_BLOCKS):
             grad = self._of_block(block, stage, grad)
-        self.leave_head(stage)
-        plgpu.barrier_wait(self.shared["head_read"].at[stage])
-        more = item + self.stages < len(SIDES) * self.spec.group
-        pl.when(more)(lambda: self._load_head(item + self.stages, stage))
+        self._leave(item, stage)
         return grad
+
+    def _add(self, item, grad: jax.Array) -> jax.Array:
+        """dx with what it is added to: by a product with 1, for which nothing more is held."""
+        stage = self.wait_for(item)
+        one = jnp.where(iota(CHUNK, 0) == iota(CHUNK, 1), 1.0, 0.0).astype(jnp.bfloat16)
+        grad = self.matmul(lambda: [(one, self.shared["rows"].at[stage])], (CHUNK, self.D), grad)
+        self._leave(item, stage)
+        return grad
+
+    def _leave(self, item, stage) -> None:
+        """And fetch what takes its place."""
+        self.leave(stage)
+        plgpu.barrier_wait(self.shared["item_read"].at[stage])
+        more = item + self.stages < self.first_item(len(SIDES))
+        pl.when(more)(lambda: self._load_item(item + self.stages, stage))
 
     def _of_block(self, block: int, stage, grad: jax.Array) -> jax.Array:
         """dx with the rows of one more gate block."""
@@ -135,16 +153,30 @@ class TokenGrads(Worker):
     def _token_rows(self):
         return pl.ds(jnp.maximum(self.first - self.spec.ahead, 0), CHUNK)
 
-    def _load_head(self, item, stage) -> None:
-        shared, group = self.shared, jnp.int32(self.spec.group)
-        head = self.h * group + lax.rem(item, group)
+    def _grad(self, name: str):
+        """In the device's memory."""
+        return self.refs[name + "_grad"].at[self.panel, self.b, self.own_tokens, self.h]
 
-        def load(rows, rise):
-            loaded = shared["head_loaded"].at[stage]
+    def _load_item(self, item, stage) -> None:
+        shared, group = self.shared, self.spec.group
+        loaded = shared["item_loaded"].at[stage]
+
+        def load_head(index, rows, rise):
+            head = self.h * group + index
             source = self.refs[rows].at[self.b, self.own, head]
             plgpu.copy_gmem_to_smem(source, shared["rows"].at[stage], loaded)
             source = self.refs[rise].at[self.b, self.own, head, self.columns]
             plgpu.copy_gmem_to_smem(source, shared["rise"].at[stage], loaded)
 
-        pl.when(item < group)(lambda: load("query", "logits"))
-        pl.when(item >= group)(lambda: load("out_grad", "weights"))
+        def load_grad(name):
+            for half in range(2):  # a stage waits for two copies
+                rows = pl.ds(half * (CHUNK // 2), CHUNK // 2)
+                target = shared["rows"].at[stage, rows]
+                plgpu.copy_gmem_to_smem(self._grad(name).at[rows], target, loaded)
+
+        for side, arrays in enumerate((("query", "logits"), ("out_grad", "weights"))):
+            index = item - self.first_item(side)
+            is_head = (index >= 0) & (index < group)
+            pl.when(is_head)(functools.partial(load_head, index, *arrays))
+            if self.added[side]:
+                pl.when(index == group)(functools.partial(load_grad, SIDES[side]))

@@ -39,7 +39,10 @@ NOTHING_SEEN = -1e30  # log_mass of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """D, M slots of which `slots` are not padding, G and H heads, N rows; gates by their name."""
+    """D, M slots of which `slots` are not padding, G and H heads, N rows; gates by their name.
+
+    added: of which arrays the window's gradients are given.
+    """
 
     D: int = 64
     M: int = 64
@@ -53,6 +56,7 @@ class Case:
     masked: bool = False
     state: bool = False
     gate: str = "normaliser-8"
+    added: tuple[str, ...] = ()
 
     @property
     def spec(self) -> Spec:
@@ -72,7 +76,7 @@ class Case:
         flags = [name for name in ("masked", "state") if getattr(self, name)]
         shape = f"D{self.D}-M{self.M}({self.slots})-G{self.G}-H{self.H}-W{self.window}"
         shape += f"-ahead{self.ahead}"
-        return "-".join([shape, f"gate({self.gate})", *flags])
+        return "-".join([shape, f"gate({self.gate})", *flags, *self.added])
 
 
 class Inputs(NamedTuple):
@@ -91,6 +95,7 @@ class Inputs(NamedTuple):
     starts: tuple[jax.Array, jax.Array]  # [B, H, N / C, D, M] bfloat16
     facts: Facts | None
     end_grad: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32
+    window_grads: dict[str, jax.Array]  # bfloat16, shapes as of the arrays
 
 
 class Queries(NamedTuple):
@@ -151,6 +156,7 @@ def make_inputs(case: Case) -> Inputs:
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
         facts=facts,
         end_grad=(end_key, end_value) if case.state else None,
+        window_grads={},
     )
     with np.errstate(divide="ignore"):
         slots = np.log(np.sum(np.exp(Chunks(inputs, case.spec).logits()), -1))
@@ -163,7 +169,10 @@ def make_inputs(case: Case) -> Inputs:
         log_mass = np.where(seen[:, None], log_mass, NOTHING_SEEN)
     rest = (1 - slot_weight) * pulled
     wide = (jnp.asarray(x, jnp.float32) for x in (log_mass, slot_weight, rest))
-    return inputs._replace(**dict(zip(("log_mass", "slot_weight", "rest"), wide, strict=True)))
+    return inputs._replace(
+        **dict(zip(("log_mass", "slot_weight", "rest"), wide, strict=True)),
+        window_grads={x: jnp.asarray(normal(*getattr(inputs, x).shape)) for x in case.added},
+    )
 
 
 def _facts(case: Case, rng: np.random.Generator) -> tuple[Facts, jax.Array, jax.Array]:

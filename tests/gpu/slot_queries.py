@@ -37,7 +37,12 @@ REST = [
     Case(D=192, M=128, slots=128, masked=True),
     Case(D=192, M=32, slots=32, window=0, ahead=0),
 ]
-CASES = ORDINARY + REST
+ADDED = [
+    Case(M=16, slots=16, G=2, masked=True, added=("query",)),
+    Case(D=128, M=64, H=2, G=2, B=2, gate="mixed", added=("query",)),
+    Case(D=256, M=128, slots=100, ahead=0, masked=True, gate="-1000", added=("query",)),
+]
+CASES = ORDINARY + REST + ADDED
 
 
 def query_side(inputs: Inputs, *, case: Case, interpret):
@@ -52,6 +57,7 @@ def query_side(inputs: Inputs, *, case: Case, interpret):
         inputs.gates,
         inputs.starts,
         inputs.facts,
+        inputs.window_grads.get("query"),
         spec=case.spec,
         interpret=interpret,
     )
@@ -78,6 +84,8 @@ def check(case: Case) -> None:
     expected = chunks.queries(inputs.log_mass, inputs.rest)
     for name, x in actual._asdict().items():
         y = getattr(expected, name)
+        if name in case.added:
+            y = y + np.asarray(inputs.window_grads[name], np.float64)
         if name.endswith("_rise"):  # up to 2^93 in some rows: those alone would be compared
             rise = chunks.back(np.broadcast_to(chunks.rise, chunks.rows(y).shape))
             x, y = np.asarray(x, np.float64) / rise, y / rise

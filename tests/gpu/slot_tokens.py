@@ -38,7 +38,14 @@ WIDE = [
     Case(D=192, G=2, gate="mixed"),
     Case(D=256, M=16, slots=16, masked=True, gate="normaliser-1"),
 ]
-CASES = ORDINARY + SIZES + WIDE
+ADDED = [
+    Case(G=2, N=192, masked=True, added=("key", "value")),
+    Case(M=16, slots=16, H=2, ahead=0, gate="-inf", added=("key", "value")),
+    Case(D=128, M=128, slots=128, B=2, gate="-1000", added=("key", "value")),
+    Case(D=128, H=2, G=2, B=2, gate="mixed", added=("value",)),
+    Case(D=256, G=2, masked=True, ahead=0, state=True, added=("key", "value")),
+]
+CASES = ORDINARY + SIZES + WIDE + ADDED
 
 
 def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
@@ -88,9 +95,23 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
         inputs.query, inputs.out_grad, inputs.key, inputs.value,
         queries.logits_rise, queries.weights_rise,
         inputs.gates, inputs.starts, ends, inputs.facts,
+        {x: y for x, y in inputs.window_grads.items() if x != "query"},
         **options,
     )  # fmt: skip
     return states, tokens
+
+
+def _with_windows(case: Case, inputs: Inputs, of_slots: Side) -> Side:
+    """The gradients by the arrays' rows [B, P, H, D], of the window too where they are given."""
+    P = inputs.key.shape[1]
+    sums = []
+    for name, grad in zip(("key", "value"), of_slots, strict=True):
+        total = np.zeros((grad.shape[0], P, *grad.shape[2:]))
+        total[:, : case.N - case.ahead] = grad[:, case.ahead :]  # rows before hold nothing
+        if name in case.added:
+            total += np.asarray(inputs.window_grads[name], np.float64)
+        sums.append(total)
+    return sums[0], sums[1]
 
 
 def check(case: Case) -> None:
@@ -110,14 +131,14 @@ def check(case: Case) -> None:
     assert all(f"nha_{name}_mosaic_gpu" in text for name in ("state_grads", "slot_tokens"))
     results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
     states, tokens = StateGrads(*results[0]), SlotTokens(*results[1])
-    key, value = chunks.tokens_of(queries, ends)
+    key, value = _with_windows(case, inputs, chunks.tokens_of(queries, ends))
     decays = decays_of(chunks, inputs, queries, ends)
     entering = slice(case.ahead, None)  # rows before hold nothing
     pairs: dict[str, Any] = {
         "end_key": (states.key, expected.ends[0]),
         "end_value": (states.value, expected.ends[1]),
-        "key": (tokens.key[:, entering], key[:, entering]),
-        "value": (tokens.value[:, entering], value[:, entering]),
+        "key": (tokens.key, key),
+        "value": (tokens.value, value),
         "log_decay": (tokens.log_decay[:, : case.N - case.ahead], decays[:, entering]),
     }
     if case.state:
@@ -125,6 +146,10 @@ def check(case: Case) -> None:
         pairs["start_value"] = states.start_value, expected.start[1]
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
     assert not np.any(tokens.log_decay[:, case.N - case.ahead :])
+    for name in ("key", "value"):
+        grad, of_window = getattr(tokens, name), inputs.window_grads.get(name, 0.0 * inputs.key)
+        unread = slice(case.N - case.ahead, None)
+        assert np.array_equal(grad[:, unread], of_window[:, unread]), name
     for name, error in errors.items():
         assert error <= TOLERANCE, (name, errors)
 
