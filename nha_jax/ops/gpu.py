@@ -95,7 +95,7 @@ def _by_kernels(
     constants: Arrays = {}
     if _rotated_by_kernels(rope, tokens, carried, spec):
         constants, rope = _rotation(rope, T, spec), None
-        source = source._replace(rotated_key=source.key)
+        source = source._replace(rotated_key=source.key)  # which they are still to rotate
     inputs = _window_inputs(apply_rope(query, rope), source, spec)
     if spec.masked:
         constants |= _window_facts(timeline, T, spec)
@@ -162,12 +162,12 @@ def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:
     return {"cos": cos, "sin": sin}
 
 
-def _window_inputs(rotated_query: jax.Array, source: Tokens, spec: Spec) -> Arrays:
+def _window_inputs(window_query: jax.Array, source: Tokens, spec: Spec) -> Arrays:
     """What every call of the kernels reads; N query rows and P token rows, whole chunks."""
-    N, P = _padded_rows(rotated_query.shape[1], spec)
+    N, P = _padded_rows(window_query.shape[1], spec)
     D = _head_dim(source)
     return {
-        "window_query": _pad(rotated_query, rows=N, last=D),
+        "window_query": _pad(window_query, rows=N, last=D),
         "window_key": _pad(source.rotated_key, rows=P, last=D),
         "value": _pad(source.value, rows=P, last=D),
     }
@@ -203,8 +203,8 @@ def _slot_inputs(
     *,
     all_real: bool,
 ) -> Arrays:
-    """What the slots forget. At row t enters the timeline's row t, the token W back; nothing does
-    after the last real token, so that the slots stay as that one left them.
+    """What slots forget, and start from. At row t enters the timeline's row t, the token W back;
+    nothing does after the last real token, so that the slots stay as that one left them.
 
     all_real: no row is padding.
     """

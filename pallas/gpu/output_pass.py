@@ -14,7 +14,8 @@ and rotates what of it the window reads.
 
 The slots come first, in panels, all keys and then all values, then the window. Heads of more than
 128 would not fit shared memory all at once: of the keys and, with many slots, of the queries, what
-the window reads comes where the slots' was, when that is read. Nothing is fetched twice.
+the window reads comes where the slots' was, when that is read. Where both read the same arrays, the
+second copy of a query or key comes from the L2 cache: it lies otherwise, and is rotated.
 """
 
 import functools
