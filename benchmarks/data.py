@@ -23,9 +23,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.data.prepare import PrepareOptions, prepare
-from train.data.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
-from train.data.tokenizer_files import TOKENIZER_FILE
+from train.data.prepare.prepare import PrepareOptions, prepare
+from train.data.tokenizer.files import TOKENIZER_FILE
+from train.data.tokenizer.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
@@ -124,9 +124,9 @@ def loader_table(folder: Path, seconds: float) -> None:
     """Tokens a second of the batches that training draws, and what a step takes."""
     # Here: the workers of `prepare_table` import this file, and need neither jax nor grain.
     import nha_jax
+    from train.config import DataConfig
     from train.data.batches import Windows
     from train.data.corpus import load_corpus
-    from train.sections import DataConfig
 
     print(
         f"\nBatches of {BATCH_SIZE} x {SEQUENCE_LENGTH}, million tokens a second / a CPU second:\n"

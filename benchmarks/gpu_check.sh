@@ -22,7 +22,7 @@ failed=0
 echo "== Numerics: the compiled kernels against float64 on the host"
 if [ "$toy" ]; then
     export JAX_PLATFORMS=cpu NPROC=16
-    numerics=($python -m tests.gpu.interpreted 2)
+    numerics=($python -m tests.support.gpu.interpreted 2)
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     # Several processes share the device, and the definition is computed on the host.

@@ -17,18 +17,18 @@ import jax
 import numpy as np
 
 import nha_jax
-from nha_jax.serialization import WEIGHTS_FILE
-from nha_jax.weights import Index, SafetensorsSource, WeightSource, build_model
+from nha_jax.storage.saved_model import WEIGHTS_FILE
+from nha_jax.storage.weights import Index, SafetensorsSource, WeightSource, build_model
 from train.cli import main as nha
 from train.config import TrainConfig
-from train.config_loader import load_config
 from train.data.batches import Windows
 from train.data.corpus import load_corpus
-from train.evaluation import measure_held_out
-from train.initial_model import InitialModel
-from train.mesh import make_mesh
-from train.result import Result
-from train.step import Steps
+from train.devices.mesh import make_mesh
+from train.load_config import load_config
+from train.step.evaluation import measure_held_out
+from train.step.update import Steps
+from train.storage.initial_model import InitialModel
+from train.storage.result import Result
 
 QUICK_START = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 LAYOUT = "[16, 16, 16, null]"

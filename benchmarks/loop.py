@@ -20,15 +20,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.checkpoint import Checkpoints
+from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
-from train.config_loader import load_config
 from train.data.batches import Windows, training_batches
 from train.data.corpus import load_corpus
-from train.mesh import make_mesh
-from train.run_folder import RunFolder
-from train.step import Steps
-from train.trainer import Trainer
+from train.devices.mesh import make_mesh
+from train.load_config import load_config
+from train.loop.trainer import Trainer
+from train.step.update import Steps
+from train.storage.run_folder import RunFolder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 SIZES: dict[str, list[tuple[str, str]]] = {

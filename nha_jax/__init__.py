@@ -3,14 +3,14 @@
 from importlib.metadata import version
 
 from nha_jax.config import ModelConfig
-from nha_jax.diagnostics import Diagnostics
-from nha_jax.engine import Engine, Event
-from nha_jax.generate import Generated, generate
+from nha_jax.generation.engine import Engine, Event
+from nha_jax.generation.generate import Generated, generate
+from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.hf import from_pretrained, save_pretrained
+from nha_jax.layers.diagnostics import Diagnostics
 from nha_jax.model import Model, ModelCache
 from nha_jax.ops import NHAOutput, NHAState, nha_attention
-from nha_jax.sampling import SamplingOptions
-from nha_jax.serialization import load, save
+from nha_jax.storage.saved_model import load, save
 
 __version__ = version("nha_jax")
 

@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
-from nha_jax.features import Experts, RopeScaling
+from nha_jax.config_parts import Experts, RopeScaling
 from nha_jax.ops import Implementation
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from pallas.tpu import BlockSizes

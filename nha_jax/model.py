@@ -10,19 +10,19 @@ from flax import nnx
 
 from nha_jax.arguments import check_integers, check_lengths, check_places
 from nha_jax.config import ModelConfig, Remat
-from nha_jax.diagnostics import Diagnostics
-from nha_jax.layer_stack import (
+from nha_jax.layers import Block, LayerCache, LayerDiagnostics
+from nha_jax.layers.diagnostics import Diagnostics
+from nha_jax.layers.layer_stack import (
     in_layer_order,
     layer_of,
     stack_layers,
     unstack,
     unstack_layers,
 )
-from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
+from nha_jax.layers.remat import remat_policy
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
-from nha_jax.ops.sharding import divide_over_mesh, shard_tokens, shard_vocabulary
-from nha_jax.remat import remat_policy
+from nha_jax.ops.mesh.division import divide_over_mesh, shard_tokens, shard_vocabulary
 
 
 class ModelCache(NamedTuple):

@@ -1,21 +1,242 @@
-"""What a training run is made of: the whole of its YAML file, checked."""
+"""The configuration of a training run: its whole YAML file, a frozen dataclass for each section.
 
+The `Attributes` part of each docstring is what `nha train --help` prints.
+"""
+
+import dataclasses
+import math
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from nha_jax import ModelConfig
 from nha_jax.config import DType
-from train.sections import (
-    CheckpointConfig,
-    DataConfig,
-    EvaluationConfig,
-    LoggingConfig,
-    LossConfig,
-    MeshConfig,
-    OptimizerConfig,
-    SampleConfig,
-    require,
-    require_at_least,
-)
+
+
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raises ValueError `key = value: expected ...` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{key} = {value!r}: expected {expected}")
+
+
+def require_at_least(section: Any, minimum: int, *keys: str) -> None:
+    for key in keys:
+        value = getattr(section, key)
+        require(value >= minimum, key, value, f"at least {minimum}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text to learn and how it is cut.
+
+    Attributes:
+        corpus: a folder that `nha data prepare` wrote, a folder or glob of text files, or
+            `stdlib`: Python's own source; or several prepared folders and their weights, e.g.
+            {web: 0.8, code: 0.2}
+        sequence_length: tokens the model sees at once
+        held_out_fraction: share of a text corpus's files kept for evaluation, never trained on
+            (`nha data prepare` has chosen that share of the documents itself)
+    """
+
+    corpus: str | dict[str, float]
+    sequence_length: int
+    held_out_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(bool(self.corpus), "corpus", self.corpus, "a folder, a glob or stdlib")
+        if isinstance(self.corpus, dict):
+            good = all(0 < weight < math.inf for weight in self.corpus.values())
+            require(good, "corpus", self.corpus, "a finite weight above 0 for each folder")
+        require_at_least(self, 2, "sequence_length")
+        fraction = self.held_out_fraction
+        require(0 < fraction < 1, "held_out_fraction", fraction, "a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with clipping, a linear warm-up and a decay.
+
+    Attributes:
+        learning_rate: peak learning rate
+        warmup_steps: steps of linear warm-up from 0
+        schedule: shape of the decay from the peak to the last step; warmup_stable_decay stays at
+            the peak and decays linearly at the end, so that from a checkpoint before its decay a
+            run goes on with more steps as if they had been asked for at first
+        decay_fraction: share of all steps that the decay of warmup_stable_decay takes
+        final_fraction: learning rate at the last step as a share of the peak
+        beta1: decay of the gradient's running mean
+        beta2: decay of the squared gradient's running mean
+        epsilon: added to the root of the squared gradient's mean
+        weight_decay: decoupled decay, of matrices only (not of biases and norms)
+        clip_norm: largest global norm of the gradient; null for no clipping
+        max_skipped_updates: stop after this many non-finite updates in a row
+    """
+
+    learning_rate: float = 3e-4
+    warmup_steps: int = 0
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    decay_fraction: float = 0.1
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    max_skipped_updates: int = 10
+
+    def __post_init__(self) -> None:
+        rate, clip = self.learning_rate, self.clip_norm
+        require(0 < rate < math.inf, "learning_rate", rate, "a finite number above 0")
+        require_at_least(self, 0, "warmup_steps")
+        require_at_least(self, 1, "max_skipped_updates")
+        for key in ("beta1", "beta2"):
+            require(0 <= getattr(self, key) < 1, key, getattr(self, key), "0 or more, below 1")
+        for key in ("weight_decay", "epsilon"):
+            value = getattr(self, key)
+            require(0 <= value < math.inf, key, value, "a finite number, 0 or more")
+        for key in ("final_fraction", "decay_fraction"):
+            fraction = getattr(self, key)
+            require(0 <= fraction <= 1, key, fraction, "a share from 0 to 1")
+        require(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a number above 0 or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """What is added to the cross-entropy, per target.
+
+    Attributes:
+        z_loss: weight of the squared log of the softmax's denominator, which keeps logits small
+        slot_loss: weight of the published auxiliary loss: the binary cross-entropy of the slots'
+            share of every head's softmax towards slot_target; only the slots' logits are pulled
+        slot_target: that share, between 0 and 1
+        distillation: weight of the KL divergence of the model's distribution from that of
+            initial_model as it was, under its own windows
+        temperature: divides the logits of both before it; the divergence is then multiplied by
+            its square
+    """
+
+    z_loss: float = 0.0
+    slot_loss: float = 0.0
+    slot_target: float = 0.5
+    distillation: float = 0.0
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        for key in ("z_loss", "slot_loss", "distillation"):
+            value = getattr(self, key)
+            require(0 <= value < math.inf, key, value, "a finite number, 0 or more")
+        warmth = self.temperature
+        require(0 < warmth < math.inf, "temperature", warmth, "a finite number above 0")
+        target = self.slot_target
+        require(0 < target < 1, "slot_target", target, "a share between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out bits per byte.
+
+    Attributes:
+        every: steps between evaluations
+        windows: held-out windows in each of them
+        final_windows: held-out windows in the one after the last step
+    """
+
+    every: int = 250
+    windows: int = 64
+    final_windows: int = 512
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "windows", "final_windows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the whole state is saved, and how much of it is kept.
+
+    Attributes:
+        every: steps between checkpoints; the last step is always saved
+        keep: how many of the newest checkpoints are kept
+        keep_every: steps between checkpoints that are kept for good; null for none
+        keep_best: how many of those with the lowest held-out loss are kept as well; only those
+            saved at a multiple of evaluation.every have one
+    """
+
+    every: int = 250
+    keep: int = 2
+    keep_every: int | None = None
+    keep_best: int = 0
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every", "keep")
+        require_at_least(self, 0, "keep_best")
+        steps = self.keep_every
+        fits = steps is None or (steps >= 1 and steps % self.every == 0)
+        require(fits, "keep_every", steps, f"a multiple of every, which is {self.every}, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """Metrics and traces.
+
+    Attributes:
+        every: steps between rows of metrics.jsonl and points in TensorBoard
+        profile: first and last step of a profiler trace, for TensorBoard or Perfetto; null for none
+        wandb: name of a Weights & Biases project to report to as well, if wandb is installed
+    """
+
+    every: int = 10
+    profile: tuple[int, int] | None = None
+    wandb: str | None = None
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "every")
+        steps = self.profile
+        fits = steps is None or 1 <= steps[0] <= steps[1]
+        require(fits, "profile", steps, "a first step of at least 1 and a last one, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; -1, on one axis, means all that remain.
+
+    Attributes:
+        data: copies of the model, each on its own part of the batch
+        fsdp: devices that each divide the parameters of one copy, and its part of the batch
+        tensor: devices that each divide the heads, the SwiGLU and the vocabulary
+        context: devices that each divide the tokens of every sequence, and the parameters
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for key, value in sizes.items():
+            require(value == -1 or value >= 1, key, value, "at least 1, or -1 for the rest")
+        rest = [key for key, value in sizes.items() if value == -1]
+        require(len(rest) <= 1, rest[-1] if rest else "data", -1, "-1 on one axis only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The text that the finished model writes.
+
+    Attributes:
+        prompt: text to continue
+        max_new_tokens: tokens (bytes) to add
+        temperature: 0 takes the likeliest byte; 1 samples the model's own distribution
+    """
+
+    prompt: str = "def "
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+
+    def __post_init__(self) -> None:
+        require(bool(self.prompt), "prompt", self.prompt, "at least one character")
+        require_at_least(self, 1, "max_new_tokens")
+        warmth = self.temperature
+        require(0 <= warmth < math.inf, "temperature", warmth, "a finite number, 0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from contest.worker import Pass, Shape, serve
 from nha_jax.ops import nha_attention
-from train.chips import chip_of
+from train.devices.chips import chip_of
 
 L2_CACHE = 50 * 2**20  # inputs are rotated through four times as much
 

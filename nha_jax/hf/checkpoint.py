@@ -10,8 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from nha_jax.config import DType, ModelConfig
-from nha_jax.hf.names import IGNORED_SUFFIXES, TIED_HEAD, Entry
-from nha_jax.weights import Index, SafetensorsSource, Shapes, abstract_parameters, differences
+from nha_jax.hf.tensors import IGNORED_SUFFIXES, TIED_HEAD, Entry
+from nha_jax.storage.weights import (
+    Index,
+    SafetensorsSource,
+    Shapes,
+    abstract_parameters,
+    differences,
+)
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

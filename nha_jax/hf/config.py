@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nha_jax.config import AttentionBias, DType, ModelConfig
-from nha_jax.features import Experts
+from nha_jax.config_parts import Experts
 from nha_jax.hf.families import FAMILIES, Family, find_family
-from nha_jax.hf.names import Entry, table
 from nha_jax.hf.rope import read_rope, write_rope
+from nha_jax.hf.tensors import Entry, table
 
 CONVERTED: dict[str, Any] = {
     "value_activation": "identity",

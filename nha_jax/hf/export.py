@@ -17,12 +17,19 @@ from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
 from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
 from nha_jax.hf.families import HYBRIDS, NATIVE
-from nha_jax.hf.hybrid import hybrid_notices, without_gates, write_hybrid
-from nha_jax.hf.names import Entry, hybrid_table, native_table, plain_table
-from nha_jax.hf.native import native_notices, read_native, write_native
+from nha_jax.hf.published import native_notices, read_native, write_native
+from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
+from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table
 from nha_jax.model import Model
-from nha_jax.serialization import COMPANION_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
-from nha_jax.weights import Index, ModelSource, Shapes, WeightSource, weight_bytes, write_weights
+from nha_jax.storage.saved_model import COMPANION_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
+from nha_jax.storage.weights import (
+    Index,
+    ModelSource,
+    Shapes,
+    WeightSource,
+    weight_bytes,
+    write_weights,
+)
 
 Format = Literal["family", "nha"]
 
@@ -63,9 +70,9 @@ def save_pretrained(
             layer, without its gates, which have no part in full attention. "nha": that of the
             paper's authors, with the gates: of a pretrained model, model types such as llama_nha;
             of one of the published architecture, nha. None: "family" where it fits, else "nha".
-        files: name, of `nha_jax.serialization.COMPANION_FILES`, and content of what goes with the
-            model. Of an imported model, `original_config.json` decides its family and whatever
-            else of config.json the model does not.
+        files: name, of `nha_jax.storage.saved_model.COMPANION_FILES`, and content of what goes
+            with the model. Of an imported model, `original_config.json` decides its family and
+            whatever else of config.json the model does not.
         shard_bytes: the weights' files are at most this large, or hold one tensor.
         overwrite: replace a folder that this function wrote.
 

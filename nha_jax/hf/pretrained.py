@@ -11,11 +11,11 @@ from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import Original, from_hf_config
 from nha_jax.hf.families import HYBRIDS, NATIVE
-from nha_jax.hf.hybrid import read_hybrid
-from nha_jax.hf.native import read_native
+from nha_jax.hf.published import read_native
+from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
-from nha_jax.serialization import ORIGINAL_CONFIG_FILE, companions_of
-from nha_jax.weights import Shardings, WeightSource, build_model
+from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, companions_of
+from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
 Windows = int | tuple[int | None, ...] | None
 
@@ -89,7 +89,7 @@ def from_pretrained(
     """A model of transformers (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE) as one of ours.
 
     The checkpoints published with Native Hybrid Attention are read too: what was trained from
-    scratch (`nha_jax.hf.native`), and what was hybridised (`nha_jax.hf.hybrid`).
+    scratch (`nha_jax.hf.published`), and what was hybridised (`nha_jax.hf.published_hybrid`).
 
     With window None in every layer, as is the default, its logits are the original's. The gates,
     of which the original has none, start from its key projection: the rows of a head's, averaged

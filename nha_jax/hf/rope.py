@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, cast, get_args
 
-from nha_jax.features import RopeScaling, RopeScalingKind
+from nha_jax.config_parts import RopeScaling, RopeScalingKind
 
 DEFAULT_THETA = 10000.0
 

@@ -20,7 +20,7 @@ from nha_jax.ops import (
     nha_attention,
     resize_state,
 )
-from nha_jax.ops.sharding import shard_tokens
+from nha_jax.ops.mesh.division import shard_tokens
 
 Projections = tuple[jax.Array, jax.Array, jax.Array]
 

@@ -9,7 +9,7 @@ from nha_jax.layers.experts import MixtureOfExperts
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient
-from nha_jax.ops.sharding import shard_tokens
+from nha_jax.ops.mesh.division import shard_tokens
 
 
 class Block(nnx.Module):

@@ -8,9 +8,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from nha_jax.config import ModelConfig
+from nha_jax.layers.grouped_matmul import grouped_dot
 from nha_jax.layers.parameters import partitioned
-from nha_jax.ops.grouped import grouped_dot
-from nha_jax.ops.sharding import divide_over_mesh
+from nha_jax.ops.mesh.division import divide_over_mesh
 
 
 class MixtureOfExperts(nnx.Module):
@@ -18,7 +18,7 @@ class MixtureOfExperts(nnx.Module):
 
     A softmax over all experts, computed in float32, says which `per_token` of them a token goes
     through, and how much each counts. None has a capacity: no token is dropped, whatever the
-    others chose. There is no loss that balances their loads; see `nha_jax.features.Experts`.
+    others chose. There is no loss that balances their loads; see `nha_jax.config_parts.Experts`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):

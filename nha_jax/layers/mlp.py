@@ -5,7 +5,7 @@ from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.parameters import linear
-from nha_jax.ops.sharding import shard_tokens
+from nha_jax.ops.mesh.division import shard_tokens
 
 
 class SwiGLU(nnx.Module):

@@ -2,8 +2,8 @@
 
 from nha_jax.ops.api import Implementation, nha_attention
 from nha_jax.ops.decode import decode_step
+from nha_jax.ops.mesh.division import use_mesh_axes
 from nha_jax.ops.rope import Rope, apply_rope, rope_tables
-from nha_jax.ops.sharding import use_mesh_axes
 from nha_jax.ops.state import NHAState, init_state, resize_state
 from nha_jax.ops.types import NHAOutput, SlotWeightGradient
 

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nha_jax.ops.chunked import chunked_attention
-from nha_jax.ops.gpu import gpu_attention
-from nha_jax.ops.gpu_support import compiling_for_gpus
+from nha_jax.ops.gpu.attention import gpu_attention
+from nha_jax.ops.gpu.support import compiling_for_gpus
+from nha_jax.ops.mesh.division import over_mesh
 from nha_jax.ops.reference import reference_attention
 from nha_jax.ops.rope import Rope
-from nha_jax.ops.sharding import over_mesh
 from nha_jax.ops.state import NHAState
-from nha_jax.ops.tpu import can_compile_for_tpus, tpu_attention, tpu_unsupported
+from nha_jax.ops.tpu.attention import can_compile_for_tpus, tpu_attention, tpu_unsupported
 from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap, SlotWeightGradient
 from nha_jax.ops.validation import validate_arrays, validate_rest
+from nha_jax.ops.xla.chunked import chunked_attention
 from pallas.tpu import BlockSizes
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
@@ -123,8 +123,9 @@ def nha_attention(
       implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
         serves this call on the platform it is compiled for (on GPUs "xla", until someone has
         measured). Kernels run interpreted, and slowly, on other platforms than their own, and need
-        `jax.set_mesh` where a mesh divides the arrays: see `nha_jax.ops.sharding`. "pallas_gpu" is
-        for Hopper and bfloat16; what it does not serve runs as "xla", with a warning that says why.
+        `jax.set_mesh` where a mesh divides the arrays: see `nha_jax.ops.mesh.division`.
+        "pallas_gpu" is for Hopper and bfloat16; what it does not serve runs as "xla", with a
+        warning that says why.
       block_sizes: how the TPU kernels cut their work; None: as suits the chip.
 
     Returns:

@@ -11,15 +11,15 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from nha_jax.ops.gpu_support import compiling_for_gpus, not_hopper
+from nha_jax.ops.gpu.support import compiling_for_gpus, not_hopper
+from nha_jax.ops.mesh.division import divide_over_mesh
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.sharding import divide_over_mesh
 from nha_jax.ops.state import NHAState, Tokens
-from nha_jax.ops.tpu import can_compile_for_tpus
+from nha_jax.ops.tpu.attention import can_compile_for_tpus
 from nha_jax.ops.types import EmptySlots, Options, SlotFeatureMap, compute_dtype
 from nha_jax.ops.validation import check_state, validate_arrays, validate_rest
 from pallas.decode_types import DecodeState, DecodeToken, SlotState, SlotToken
-from pallas.gpu import decode as gpu_decode
+from pallas.gpu.decode import launch as gpu_decode
 from pallas.tpu import decode as tpu_decode
 
 DecodeImplementation = Literal["xla", "pallas_gpu"]
@@ -178,7 +178,7 @@ def decode_gpu(
 ) -> tuple[jax.Array, NHAState]:
     """`decode_xla` in one GPU kernel, in place if the state is donated. interpret: on the CPU.
 
-    A long ring of window_size=None takes a second, small step: see `pallas.gpu.decode`.
+    A long ring of window_size=None takes a second, small step: see `pallas.gpu.decode.launch`.
     """
     if interpret is True:
         interpret = plgpu.InterpretGPUParams()

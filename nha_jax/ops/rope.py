@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nha_jax.features import RopeScaling
+from nha_jax.config_parts import RopeScaling
 
 Rope = tuple[jax.Array, jax.Array]
 """(cos, sin), each [T, K/2] or [B, T, K/2], float32."""

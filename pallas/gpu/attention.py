@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas.gpu.backward import Saved, backward, facts_of, rotation_of, slots_input
+from pallas.gpu.backward.backward import Saved, backward, facts_of, rotation_of, slots_input
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.gates import end_gates
-from pallas.gpu.output_pass import output_pass
+from pallas.gpu.forward.gates import end_gates
+from pallas.gpu.forward.output_pass import output_pass
+from pallas.gpu.forward.state_pass import state_pass
 from pallas.gpu.spec import Spec
-from pallas.gpu.state_pass import state_pass
 
 Arrays = dict[str, jax.Array]
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas.tpu.backward import backward
-from pallas.tpu.band import band_backward, band_forward
 from pallas.tpu.block_sizes import BlockSizes
 from pallas.tpu.forward import forward
 from pallas.tpu.launch import Arrays
 from pallas.tpu.spec import Spec
+from pallas.tpu.wide_window import band_backward, band_forward
 
 RESIDUAL_NAMES = ("nha_out", "nha_lse", "nha_starts", "nha_slot_weight")
 """`jax.ad_checkpoint.checkpoint_name`s of what the backward needs of the forward."""

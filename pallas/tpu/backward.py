@@ -11,11 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu.arithmetic import apply_feature_map
 from pallas.tpu.backward_chunk import Chunk, Step
+from pallas.tpu.chunk_tokens import Tokens, emit, own_blocks, rotated_keys, written_decays
 from pallas.tpu.gates import turned_decays
 from pallas.tpu.grid import Grid
 from pallas.tpu.launch import Arrays, launch, like
 from pallas.tpu.spec import Spec
-from pallas.tpu.tokens import Tokens, emit, own_blocks, rotated_keys, written_decays
 
 
 def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret: bool) -> Arrays:

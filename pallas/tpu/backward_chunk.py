@@ -49,12 +49,7 @@ from pallas.tpu.arithmetic import (
     to_row,
     widen,
 )
-from pallas.tpu.gates import Gates, floor_of
-from pallas.tpu.launch import Arrays
-from pallas.tpu.masks import Masks
-from pallas.tpu.segments import where_written
-from pallas.tpu.spec import Spec
-from pallas.tpu.tokens import (
+from pallas.tpu.chunk_tokens import (
     Tokens,
     chunk_facts,
     rotated_queries,
@@ -62,6 +57,11 @@ from pallas.tpu.tokens import (
     stack_heads,
     unstack_heads,
 )
+from pallas.tpu.gates import Gates, floor_of
+from pallas.tpu.launch import Arrays
+from pallas.tpu.masks import Masks
+from pallas.tpu.segments import where_written
+from pallas.tpu.spec import Spec
 
 
 @dataclasses.dataclass

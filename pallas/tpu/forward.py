@@ -34,12 +34,7 @@ from pallas.tpu.arithmetic import (
     to_row,
     widen,
 )
-from pallas.tpu.gates import Gates
-from pallas.tpu.grid import Grid
-from pallas.tpu.launch import Arrays, Output, launch
-from pallas.tpu.masks import Masks
-from pallas.tpu.spec import Spec
-from pallas.tpu.tokens import (
+from pallas.tpu.chunk_tokens import (
     Tokens,
     chunk_facts,
     emit,
@@ -49,6 +44,11 @@ from pallas.tpu.tokens import (
     stack_heads,
     unstack_heads,
 )
+from pallas.tpu.gates import Gates
+from pallas.tpu.grid import Grid
+from pallas.tpu.launch import Arrays, Output, launch
+from pallas.tpu.masks import Masks
+from pallas.tpu.spec import Spec
 
 
 def forward(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.train.tiny_run import Nha
+from tests.support.train.tiny_run import Nha
 
 
 @pytest.fixture(scope="session")
@@ -93,7 +93,7 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer of all bytes and what follows from 125 documents."""
     from tokenizers import pre_tokenizers  # of the extra `data`
 
-    from tests.train.raw_files import train_tokenizer
+    from tests.support.train.raw_files import train_tokenizer
 
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     return train_tokenizer(tmp_path_factory.mktemp("bpe") / "tokenizer.json", 330, alphabet)

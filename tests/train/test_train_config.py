@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from pallas.tpu import BlockSizes
-from tests.train.tiny_run import Nha
+from tests.support.paths import ROOT
+from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.commands.train import parse_overrides
 from train.config import TrainConfig
-from train.config_loader import keys, load_config
+from train.devices.mesh import make_mesh
 from train.errors import ConfigError
-from train.mesh import make_mesh
+from train.load_config import keys, load_config
 
 # (arguments, what the line must contain)
 MISTAKES = [
@@ -157,7 +158,7 @@ def test_sections_check_themselves_without_a_file(nha: Nha) -> None:
 
 
 def test_quickstart_is_valid() -> None:
-    root = Path(__file__).parents[2]
+    root = ROOT
     config = load_config(str(root / "configs" / "quickstart.yaml"))
     assert config.data.corpus == "stdlib"
     assert 0.5e6 < config.model.num_parameters < 1e6

@@ -83,7 +83,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.data.prepare import PrepareOptions, prepare
+    from train.data.prepare.prepare import PrepareOptions, prepare
     from train.data.prepared import Prepared
 
     fields = [field.name for field in dataclasses.fields(PrepareOptions)]

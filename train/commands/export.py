@@ -12,7 +12,7 @@ from train.errors import ConfigError
 if TYPE_CHECKING:
     from nha_jax import ModelConfig
     from nha_jax.hf.export import Export
-    from nha_jax.weights import WeightSource
+    from nha_jax.storage.weights import WeightSource
 
 _DESCRIPTION = """\
 Writes a model as a folder for PyTorch: config.json, .safetensors and the files of its tokenizer.
@@ -61,10 +61,10 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf.export import check_exportable, plan_export, write_export
-    from nha_jax.serialization import companions_of
-    from nha_jax.weights import weight_bytes
-    from train.bytes_bar import bytes_bar
-    from train.layout import read_layout
+    from nha_jax.storage.saved_model import companions_of
+    from nha_jax.storage.weights import weight_bytes
+    from train.report.bytes_bar import bytes_bar
+    from train.windows import read_layout
 
     shard_bytes = _read_size(options.shard_size)
     layout = None if options.windows is None else read_layout(options.windows, "--windows")
@@ -97,9 +97,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
     """A saved model as it lies on the disk; of a run, its newest checkpoint."""
-    from nha_jax.serialization import WEIGHTS_FILE, open_saved
-    from nha_jax.weights import ModelSource, abstract_parameters, check_weights
-    from train.text import load_model
+    from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
+    from nha_jax.storage.weights import ModelSource, abstract_parameters, check_weights
+    from train.text.completion import load_model
 
     if (Path(path) / WEIGHTS_FILE).exists():
         config, source = open_saved(path)
@@ -120,8 +120,8 @@ def _read_size(text: str) -> int:
 
 def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -> str:
     """What the folder will be, a line each, and what the user should know about it."""
-    from nha_jax.serialization import ORIGINAL_CONFIG_FILE
-    from train.layout import format_layout
+    from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
+    from train.windows import format_layout
 
     beside = ", ".join(name for name in files if name != ORIGINAL_CONFIG_FILE)
     lines = [

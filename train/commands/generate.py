@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nha_jax import Engine, SamplingOptions
-    from train.chat import ChatTemplate
-    from train.data.tokenizer import Tokenizer
-    from train.text import Piece
+    from train.data.tokenizer.tokenizer import Tokenizer
+    from train.text.chat import ChatTemplate
+    from train.text.completion import Piece
 
 SAMPLING = {
     "max_new_tokens": "tokens to write at most (bytes, of a model of bytes)",
@@ -88,10 +88,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
     from nha_jax import Engine
-    from nha_jax.engine import chunk_for
-    from train.chat import ChatTemplate
-    from train.layout import read_layout
-    from train.text import load_model, load_tokenizer_of
+    from nha_jax.generation.engine import chunk_for
+    from train.text.chat import ChatTemplate
+    from train.text.completion import load_model, load_tokenizer_of
+    from train.windows import read_layout
 
     tokenizer = load_tokenizer_of(options.folder)
     template = ChatTemplate.of(Path(options.folder)) if options.chat else None
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _choose_sampling(options: argparse.Namespace, tokenizer: "Tokenizer") -> "SamplingOptions":
     """As the options say, or else the model's authors; says what came from them."""
     from nha_jax import SamplingOptions
-    from train.generation_defaults import GenerationDefaults
+    from train.text.generation_defaults import GenerationDefaults
 
     defaults = GenerationDefaults.of(Path(options.folder))
     given = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
@@ -146,7 +146,7 @@ def _read_prompt(
 ) -> "np.ndarray":
     import numpy as np
 
-    from train.text import read_text
+    from train.text.completion import read_text
 
     if option == "--prompt-tokens":
         if template:
@@ -168,7 +168,7 @@ def _write(
     sampling: "SamplingOptions", options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Streams one text, or prints several in the order of the prompts; then says how fast."""
-    from train.text import continue_texts
+    from train.text.completion import continue_texts
 
     streams = len(prompts) == 1 and not options.json
     compile_seconds = _warm_up(engine, sampling)

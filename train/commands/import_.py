@@ -66,8 +66,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf import open_pretrained
-    from nha_jax.serialization import check_replaceable
-    from train.layout import read_layout
+    from nha_jax.storage.saved_model import check_replaceable
+    from train.windows import read_layout
 
     windows: Any = "original"
     if options.windows is not None:
@@ -94,9 +94,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
     """All or nothing, with a bar for what takes a while."""
-    from nha_jax.serialization import write_folder
-    from nha_jax.weights import weight_bytes
-    from train.bytes_bar import bytes_bar
+    from nha_jax.storage.saved_model import write_folder
+    from nha_jax.storage.weights import weight_bytes
+    from train.report.bytes_bar import bytes_bar
 
     with bytes_bar(weight_bytes(pretrained.source.shapes)) as bar:
         write_folder(
@@ -118,9 +118,9 @@ def _next(pretrained: "Pretrained", out: Path) -> str:
 def _summary(pretrained: "Pretrained") -> str:
     """What the model is, a line each, and what the user should know about it."""
     from nha_jax.hf.families import FAMILIES
-    from nha_jax.serialization import ORIGINAL_CONFIG_FILE
-    from nha_jax.weights import weight_bytes
-    from train.layout import format_layout
+    from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
+    from nha_jax.storage.weights import weight_bytes
+    from train.windows import format_layout
 
     config, family = pretrained.config, pretrained.original.family
     period = config.window_period

@@ -15,7 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
             "Reads a text and shows, by layer, head and position, the slot share omega (the "
             "softmax mass on the slots), and the slots' half-lives. Prints a table; writes a "
             "picture and, beside it under the same name with .json, all its numbers (the keys: "
-            "train/inspection.py, class Inspection)."
+            "train/inspect/inspection.py, class Inspection)."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -51,10 +51,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
     picture = _output_path(options)
 
-    from train.inspection import format_table, inspect
-    from train.layout import read_layout
-    from train.run_folder import write_atomically
-    from train.text import load_model, load_tokenizer_of, read_tokens
+    from train.inspect.inspection import format_table, inspect
+    from train.storage.run_folder import write_atomically
+    from train.text.completion import load_model, load_tokenizer_of, read_tokens
+    from train.windows import read_layout
 
     tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)
     model = load_model(options.run)
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         )
     inspection = inspect(model, tokens, options.context)
 
-    from train.inspection_figure import draw
+    from train.inspect.figure import draw
 
     text = Path(options.text).name
     title = f"{Path(options.run).resolve().name} reading {text}, {inspection.tokens} tokens"

@@ -86,7 +86,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.search_run import SearchOptions, run_search
+    from train.search.run import SearchOptions, run_search
 
     fields = [field.name for field in dataclasses.fields(SearchOptions)]
     try:

@@ -28,11 +28,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     overrides = parse_overrides(rest)
 
-    from train.config_loader import load_config
+    from train.load_config import load_config
 
     config = load_config(options.config, overrides)
 
-    from train.loop import train
+    from train.loop.train import train
 
     return train(config)
 
@@ -72,7 +72,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _config_help() -> str:
     """Every configuration key with its type, default and meaning."""
-    from train.config_loader import describe, keys
+    from train.load_config import describe, keys
 
     lines = [
         "Keys of CONFIG, and --key=value to replace them (the value is read as YAML):",

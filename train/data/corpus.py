@@ -9,12 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
+from train.config import DataConfig
 from train.data.hashing import in_fraction
 from train.data.input_files import find_files, walk
 from train.data.prepared import Prepared, is_prepared, is_unfinished
-from train.data.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, join_documents
+from train.data.tokenizer.tokenizer import END_OF_DOCUMENT, ByteTokenizer, Tokenizer, join_documents
 from train.errors import ConfigError
-from train.sections import DataConfig
 
 STDLIB = "stdlib"
 

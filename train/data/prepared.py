@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 
 from train.data.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord, replacing
-from train.data.tokenizer import Tokenizer, load_tokenizer
-from train.data.tokenizer_files import TOKENIZER_FILE
+from train.data.tokenizer.files import TOKENIZER_FILE
+from train.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from train.errors import DataError
 
 MANIFEST_FILE = "manifest.json"

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.config_loader import load_config
+from train.load_config import load_config
 from train.plan.advice import Overrides, as_arguments, find_advice
 from train.plan.compiling import CompiledStep, compile_step
 from train.plan.report import as_json, table

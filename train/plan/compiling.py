@@ -12,17 +12,17 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from nha_jax import ModelConfig
-from nha_jax.ops.gpu_support import gpu_unsupported, served_by_cudnn
-from nha_jax.ops.tpu import tpu_unsupported
+from nha_jax.ops.gpu.support import gpu_unsupported, served_by_cudnn
+from nha_jax.ops.tpu.attention import tpu_unsupported
 from nha_jax.ops.types import Options
 from train.config import TrainConfig
-from train.initial_model import model_to_learn_from
-from train.mesh import make_mesh
+from train.devices.mesh import make_mesh
 from train.plan.costs import Costs, KernelCost, count_costs
 from train.plan.hlo import Program
 from train.plan.kernels import calls_of_jaxpr
 from train.plan.topology import Topology, needed_memory
-from train.step import Steps
+from train.step.update import Steps
+from train.storage.initial_model import model_to_learn_from
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class CompiledStep:
 
 
 def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
-    """Compiles `train.step.Steps.update`, as `nha train` would run it there.
+    """Compiles `train.step.update.Steps.update`, as `nha train` would run it there.
 
     Raises:
         ConfigError: the mesh does not fit the machine, or the configuration the mesh.

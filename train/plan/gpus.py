@@ -8,7 +8,7 @@ class Gpu:
     """One kind; numbers as its driver gives them.
 
     Attributes:
-        device_kind: jax's name of it, as in `train.chips.CHIPS`.
+        device_kind: jax's name of it, as in `train.devices.chips.CHIPS`.
         capability: major and minor version of its instruction set.
         cores: streaming multiprocessors.
         fpus_per_core: float32 units of each.

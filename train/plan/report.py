@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from train.chips import GIB
-from train.flops import training_flops_per_token
+from train.devices.chips import GIB
 from train.plan.compiling import CompiledStep, layer_kinds
+from train.step.flops import training_flops_per_token
 
 SECONDS_A_DAY = 86400
 

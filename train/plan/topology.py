@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from train.chips import GIB, Chip, chip_of
+from train.devices.chips import GIB, Chip, chip_of
 from train.errors import ConfigError
 from train.plan.gpus import GPUS
 

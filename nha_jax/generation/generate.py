@@ -1,0 +1,124 @@
+"""Continuing prompts in one call."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import numpy as np
+
+from nha_jax.arguments import check_lengths
+from nha_jax.generation.engine import Engine, chunk_for
+from nha_jax.generation.sampling import SamplingOptions
+from nha_jax.model import Model
+
+_ROOM_MULTIPLE = 64  # of tokens in caches: not every length is compiled anew
+_STEPS_PER_CALL = 16
+
+
+class Generated(NamedTuple):
+    """Tokens [B, max_new_tokens] int32 and their natural log-probabilities [B, max_new_tokens]."""
+
+    tokens: np.ndarray
+    log_probabilities: np.ndarray  # float32; the model's own; 0 after the end of a text
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: jax.typing.ArrayLike | Sequence[Any],
+    *,
+    max_new_tokens: int,
+    lengths: jax.typing.ArrayLike | None = None,
+    return_log_probabilities: Literal[False] = False,
+    **options: Any,
+) -> np.ndarray: ...
+
+
+@overload
+def generate(
+    model: Model,
+    prompt: jax.typing.ArrayLike | Sequence[Any],
+    *,
+    max_new_tokens: int,
+    lengths: jax.typing.ArrayLike | None = None,
+    return_log_probabilities: Literal[True],
+    **options: Any,
+) -> Generated: ...
+
+
+def generate(
+    model,
+    prompt,
+    *,
+    max_new_tokens,
+    lengths=None,
+    return_log_probabilities=False,
+    seed=0,
+    **options,
+):
+    """Continues each prompt by sampling from the model.
+
+    Row b's tokens depend on the seed, on b and on its own prompt, not on the rows around it.
+    Compiled functions are kept for calls with the same model config and batch size, and prompts
+    that are about as long. For prompts that come and go, or to see tokens as they are drawn, use
+    `Engine`.
+
+    Args:
+        model: the model.
+        prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of 512 tokens at most.
+        max_new_tokens: how many tokens each row gets.
+        lengths: [B] integers in [1, T], for prompts of different lengths: row b is
+            prompt[b, :lengths[b]], and what follows is not read.
+        return_log_probabilities: return `Generated`, not the tokens alone.
+        seed: of the random numbers.
+        options: temperature, top_k, top_p, min_p, repetition_penalty and stop_tokens, as of
+            `SamplingOptions`. After a stop token the rest of the row is filled with it.
+
+    Returns:
+        [B, max_new_tokens] int32, or [max_new_tokens] for a prompt [T]; without the prompt.
+
+    Raises:
+        ValueError, TypeError: an argument has a wrong value, shape or dtype; the message names it.
+    """
+    prompts = _split(prompt, lengths)
+    common = SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **options)
+    longest = max(map(len, prompts))
+    engine = Engine(
+        model,
+        batch_size=len(prompts),
+        max_length=-(-(longest + max_new_tokens) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE,
+        prefill_rows=len(prompts),
+        prefill_chunk=chunk_for(longest),
+        steps_per_call=_STEPS_PER_CALL,
+    )
+    for row, tokens in enumerate(prompts):
+        engine.submit(tokens, common.for_row(row))
+    shape = (len(prompts), max_new_tokens)
+    generated = Generated(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+    position = [0] * len(prompts)
+    for event in engine.run():
+        row, column = event.request, position[event.request]
+        generated.tokens[row, column:] = event.token
+        generated.log_probabilities[row, column] = event.log_probability
+        position[row] += 1
+    if np.ndim(prompt) == 1:
+        generated = Generated(*(x[0] for x in generated))
+    return generated if return_log_probabilities else generated.tokens
+
+
+def _split(
+    prompt: jax.typing.ArrayLike | Sequence[Any], lengths: jax.typing.ArrayLike | None
+) -> Sequence[np.ndarray]:
+    """The rows of the prompt, each as long as it is."""
+    tokens = np.asarray(prompt)
+    if tokens.ndim not in (1, 2) or not tokens.size:
+        raise ValueError(
+            f"prompt must be [time] or [batch, time] and not empty, got shape {tokens.shape}"
+        )
+    if lengths is None:
+        return list(np.atleast_2d(tokens))
+    if tokens.ndim == 1:
+        raise ValueError("lengths belongs to a prompt [batch, time]; cut the prompt [time] instead")
+    batch_size, num_tokens = tokens.shape
+    checked = np.asarray(check_lengths(lengths, batch_size, num_tokens, least=1))
+    return [row[:length] for row, length in zip(tokens, checked, strict=True)]

@@ -1,0 +1,144 @@
+"""Pretrained models that the authors of Native Hybrid Attention hybridised, in their format.
+
+It is that of the model's family in transformers, with a gate projection in every layer, as
+JusenD/NHA writes and reads it. What its code does beside the paper is not followed:
+
+- a full layer there sees the last 2048 tokens; here it sees all;
+- a full layer of its Qwen2 does not attend to empty slots; here all layers do, or none.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from nha_jax.config import DType, ModelConfig
+from nha_jax.hf.config import Original, from_hf_config, listed, to_hf_config
+from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS
+from nha_jax.hf.published_windows import (
+    KEYS,
+    full_layers_notice,
+    read_layout,
+    shortest,
+    write_layout,
+)
+from nha_jax.hf.tensors import hybrid_table
+
+GATE_LOGIT_NORMALIZER = 8
+"""A constant of the authors' code."""
+
+# rand_window matters in training; empty_slots is ours, and nothing to the authors' code.
+_OWN_KEYS = {"num_slots", *KEYS, "rand_window", "empty_slots"}
+
+
+def read_hybrid(
+    fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
+) -> Original:
+    """What the config.json of a hybridised model says; see `from_hf_config`.
+
+    Slots and windows are the original's, unless other windows are chosen; empty slots are attended
+    to, as its authors' code does, unless the file (one of ours) says "empty_slots": "mask".
+    """
+    family = HYBRIDS[str(fields.get("model_type"))]
+    values = {**family.defaults, **fields}
+    architectures = values.get("architectures") or []
+    problems = []
+    if architectures not in ([], [family.architecture]):
+        problems.append(f"architectures = {architectures!r}: expected {family.architecture!r}")
+    problems += fixed_slots(values["num_slots"], chosen)
+    layers = values.get("num_hidden_layers")
+    windows, wrong = read_layout(values, layers if isinstance(layers, int) else 1)
+    problems += wrong
+    if problems:
+        raise ValueError(listed(problems))
+    own = {
+        "num_slots": values["num_slots"],
+        "window_size": windows,
+        "empty_slots": values.get("empty_slots", "attend"),
+        "gate_logit_normalizer": GATE_LOGIT_NORMALIZER,
+    }
+    original = from_hf_config(without_gates(fields), param_dtype=param_dtype, **own | chosen)
+    config = dataclasses.replace(original.config, window_size=shortest(original.config))
+    notices = (*original.notices, *hybrid_notices(config, family.model_type))
+    return Original(family, config, hybrid_table, notices)
+
+
+def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of the same model before it was hybridised."""
+    plain = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
+    family = FAMILIES[str(fields["model_type"]).removesuffix(HYBRID_SUFFIX)]
+    return plain | {"model_type": family.model_type, "architectures": [family.architecture]}
+
+
+def fixed_slots(num_slots: object, chosen: Mapping[str, Any]) -> list[str]:
+    """What is wrong with the slots of a checkpoint that has its gates, or with those chosen."""
+    if not isinstance(num_slots, int) or num_slots < 1:
+        return [f"num_slots = {num_slots!r}: expected at least 1"]
+    if chosen.get("num_slots", num_slots) != num_slots:
+        return [f"num_slots = {chosen['num_slots']} was chosen, and the gates are of {num_slots}"]
+    return []
+
+
+def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a hybridised model, from that of the same model at window None.
+
+    Args:
+        config: of the model.
+        plain: as `to_hf_config` gives it.
+
+    Raises:
+        ValueError: the authors' code cannot compute this; one line names every field in the way.
+    """
+    if plain["model_type"] + HYBRID_SUFFIX not in HYBRIDS:  # a Mistral, which is a Llama too
+        own = ("architectures", "model_type")
+        plain = {**plain, **{key: to_hf_config(config)[key] for key in own}}
+    family = HYBRIDS[plain["model_type"] + HYBRID_SUFFIX]
+    problems = unpublished(config)
+    if config.gate_logit_normalizer != GATE_LOGIT_NORMALIZER:
+        problems.append(
+            f"gate_logit_normalizer = {config.gate_logit_normalizer}: expected "
+            f"{GATE_LOGIT_NORMALIZER}"
+        )
+    if family.model_type == "llama_nha" and config.attention_bias != "none":
+        problems.append(f"attention_bias = {config.attention_bias!r}: expected 'none'")
+    width = config.num_query_heads * config.key_dim
+    if family.model_type == "qwen2_nha" and width != config.hidden_size:
+        problems.append(f"key_dim = {config.key_dim}: expected hidden_size / num_query_heads")
+    if problems:
+        raise ValueError(f"the authors' code cannot compute this model: {'; '.join(problems)}")
+    return {
+        **plain,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "num_slots": config.num_slots,
+        **write_layout(config.windows),
+        "rand_window": False,
+        "empty_slots": config.empty_slots,
+    }
+
+
+def hybrid_notices(config: ModelConfig, model_type: str) -> tuple[str, ...]:
+    """Where the authors' code computes otherwise than the model."""
+    notices = full_layers_notice(config.windows)
+    if notices and model_type == "qwen2_nha" and config.empty_slots == "attend":
+        notices += ("in those of a Qwen2 it does not attend to empty slots, as this model does",)
+    return notices + empty_slots_notice(config)
+
+
+def empty_slots_notice(config: ModelConfig) -> tuple[str, ...]:
+    """Of a model whose tokens do not attend to slots that are still empty."""
+    if config.empty_slots == "attend":
+        return ()
+    return (
+        "the authors' code lets the first tokens attend to empty slots, which this model masks: "
+        "its outputs there are other than the model's",
+    )
+
+
+def unpublished(config: ModelConfig) -> list[str]:
+    """The fields that neither of the authors' formats can express."""
+    problems = []
+    if config.slot_feature_map != "identity":
+        problems.append(f"slot_feature_map = {config.slot_feature_map!r}: expected 'identity'")
+    if not config.num_slots:
+        problems.append("num_slots = 0: expected at least 1")
+    return problems

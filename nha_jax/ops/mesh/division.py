@@ -1,0 +1,249 @@
+"""The operator on every device of the mesh: XLA cannot divide a kernel's call, so the call is.
+
+Rows of the batch, and key/value heads with the query heads they serve, need nothing of each other;
+the parts of a sequence do: see `nha_jax.ops.mesh.sequence`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from nha_jax.ops.mesh.sequence import Devices, attend_in_context
+from nha_jax.ops.rope import Rope
+from nha_jax.ops.state import NHAState
+from nha_jax.ops.types import NHAOutput, Options
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """Names of the mesh axes that arrays are divided over; names the mesh lacks count not.
+
+    Fields:
+      batch: of B.
+      heads: of Hkv, and with it Hq; in a model also of the vocabulary and the SwiGLU.
+      sequence: of T.
+    """
+
+    batch: tuple[str, ...] = ("data", "fsdp")
+    heads: tuple[str, ...] = ("tensor", "model")
+    sequence: tuple[str, ...] = ("context",)
+
+
+_DEFAULT = MeshAxes()
+_mesh_axes = contextvars.ContextVar("mesh_axes", default=_DEFAULT)
+
+
+@contextlib.contextmanager
+def use_mesh_axes(
+    *,
+    batch: Sequence[str] = MeshAxes.batch,
+    heads: Sequence[str] = MeshAxes.heads,
+    sequence: Sequence[str] = MeshAxes.sequence,
+) -> Iterator[None]:
+    """What is traced within divides its arrays over these axes of the mesh (`jax.set_mesh`).
+
+    It is read when a function is traced: what `jax.jit` has compiled before stays as it is.
+
+        with jax.set_mesh(mesh), use_mesh_axes(batch=["replica"], heads=["heads"]):
+            train_step(...)
+    """
+    token = _mesh_axes.set(MeshAxes(tuple(batch), tuple(heads), tuple(sequence)))
+    try:
+        yield
+    finally:
+        _mesh_axes.reset(token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """Which axes of the mesh divide a call's rows, its heads and its tokens.
+
+    Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...] or [B, T, heads * size],
+    and of a state.
+    """
+
+    sizes: dict[str, int]  # of all axes of `AxisType.Auto`
+    batch: tuple[str, ...]
+    heads: tuple[str, ...]
+    sequence: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> Any:
+        return P(self.batch)
+
+    @property
+    def places(self) -> Any:
+        """Of [B, T], and of what lies whole on each device beyond that."""
+        return P(self.batch, self.sequence)
+
+    @property
+    def tokens(self) -> Any:
+        return P(self.batch, self.sequence, self.heads)
+
+    @property
+    def devices_of_sequence(self) -> Devices:
+        return Devices(self.sequence, math.prod(self.sizes[name] for name in self.sequence))
+
+    @property
+    def state(self) -> Any:
+        slots: Any = P(self.batch, self.heads)
+        return NHAState(
+            slot_key=slots,
+            slot_value=slots,
+            window_key=self.tokens,
+            window_rotated_key=self.tokens,
+            window_value=self.tokens,
+            window_log_decay=self.tokens,
+            length=self.rows,
+            segment_id=self.rows,
+        )
+
+    def local_shapes(self, tree: Any, specs: Any) -> Any:
+        """What a device gets of each array."""
+
+        def local(x, spec):
+            shape = list(x.shape)
+            for axis, names in enumerate(spec):
+                names = (names,) if isinstance(names, str) else names or ()
+                shape[axis] //= math.prod(self.sizes[name] for name in names)
+            return jax.ShapeDtypeStruct(shape, x.dtype)
+
+        return jax.tree.map(local, tree, specs)
+
+    def map(
+        self, function: Callable[..., Any], in_specs: Any, out_specs: Any
+    ) -> Callable[..., Any]:
+        """`function` on each device's part; as it is where there is but one device."""
+        if math.prod(self.sizes.values()) == 1:
+            return function
+        return jax.shard_map(
+            function,
+            in_specs=in_specs,
+            out_specs=out_specs,
+            axis_names=set(self.sizes),
+            check_vma=False,  # kernels do not say over which axes their results vary
+        )
+
+    def place(self, tree: Any, specs: Any) -> Any:
+        """The arrays, divided by the specs."""
+        if math.prod(self.sizes.values()) == 1:
+            return tree
+        return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+
+
+def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = None) -> Division:
+    """Of a call of B rows, Hkv heads and T tokens, over the mesh of `jax.set_mesh`.
+
+    Only axes of `AxisType.Auto` count: manual ones (inside a `jax.shard_map`) have been divided
+    over, explicit ones are the caller's. Axes whose sizes divide nothing do the same work several
+    times over.
+
+    Args:
+      num_tokens: None: a sequence is not divided.
+    """
+    sizes, axes = _auto_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
+    return Division(
+        sizes,
+        _dividing(axes.batch, sizes, batch_size),
+        _dividing(axes.heads, sizes, num_heads),
+        () if num_tokens is None else _dividing(axes.sequence, sizes, num_tokens),
+    )
+
+
+def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
+    """Divides [B, T] or [B, T, features] over the mesh as the operator divides its arrays.
+
+    Args:
+      heads: the features are so many equal parts, which stay whole; 1: all of them do.
+    """
+    division = divide_over_mesh(x.shape[0], heads, x.shape[1])
+    return division.place(x, division.tokens if x.ndim == 3 else division.places)
+
+
+def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Divides [vocabulary, features] over the axes of heads, to look up tokens [B, T].
+
+    Only where sequences are divided: were the features divided over an axis that divides the
+    tokens too, every device would look up all tokens. Elsewhere XLA finds a way that needs less
+    memory by itself.
+    """
+    division = divide_over_mesh(tokens.shape[0], table.shape[0], tokens.shape[1])
+    if division.devices_of_sequence.count == 1:
+        return table
+    return division.place(table, P(division.heads))
+
+
+def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
+    """`attend`, an implementation of the operator, on each device's rows, heads and tokens.
+
+    It takes what came before as `carried`; this takes it as `initial_state`. With a state, given or
+    asked for, sequences stay whole.
+    """
+
+    def attend_over_mesh(
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        log_decay: jax.Array,
+        *,
+        rope: Rope | None,
+        segment_ids: jax.Array | None,
+        initial_state: NHAState | None,
+        options: Options,
+    ) -> NHAOutput:
+        whole = options.return_state or initial_state is not None
+        B, T, H = key.shape[:3]
+        division = divide_over_mesh(B, H, None if whole else T)
+
+        def local(arrays, rope, segment_ids, initial_state):
+            rest = {"rope": rope, "segment_ids": segment_ids, "options": options}
+            devices = division.devices_of_sequence
+            if devices.count > 1:
+                return attend_in_context(attend, devices, *arrays, **rest)
+            carried = None if initial_state is None else initial_state.carried
+            return attend(*arrays, **rest, carried=carried)
+
+        rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
+        of_every_row = P(division.sequence)
+        divided = division.map(
+            local,
+            in_specs=(
+                division.tokens,
+                rope and tuple(division.places if x.ndim == 3 else of_every_row for x in rope),
+                division.places,
+                None if initial_state is None else division.state,
+            ),
+            out_specs=NHAOutput(
+                out=division.tokens,
+                state=division.state if options.return_state else None,
+                slot_weight=division.tokens if options.return_slot_weight else None,
+            ),
+        )
+        return divided((query, key, value, log_decay), rope, segment_ids, initial_state)
+
+    return attend_over_mesh
+
+
+def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
+    """Name and size of the axes that are ours to divide over: `AxisType.Auto`."""
+    return {
+        name: size
+        for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
+        if kind is AxisType.Auto
+    }
+
+
+def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tuple[str, ...]:
+    """Those of the axes, taken in turn, over all of which `length` can be divided."""
+    chosen: tuple[str, ...] = ()
+    for name in names:
+        if name in sizes and length % (math.prod(sizes[x] for x in chosen) * sizes[name]) == 0:
+            chosen += (name,)
+    return chosen

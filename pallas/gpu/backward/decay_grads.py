@@ -1,0 +1,151 @@
+"""The warpgroup of `slot_tokens` that finds the decays' gradients inside the chunk."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.backward.slot_worker import SIDES, Worker
+from pallas.gpu.forward.gates import FLOOR
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW
+from pallas.gpu.warpgroup.in_chunk import gate_block, iota, of_own_block
+from pallas.gpu.warpgroup.row_sums import store_zeros
+
+FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # e / s; at less, nothing inside a chunk goes by the decay
+
+
+class DecayGrads(Worker):
+    """Finds the first line of dg: R is summed in shared memory, sY in registers, of which R would
+    be too much, and adds the second, of which `TokenGrads` leaves the products.
+    """
+
+    FALLS = (2, 3)
+
+    def run(self) -> None:
+        shared = self.shared
+        self.build_falls()
+        sums = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
+        shared["row_sums"][...] = sums
+        for side in range(len(SIDES)):
+            plgpu.barrier_wait(shared["side_loaded"])
+            self.forget_addresses()
+            sums = self.over_heads(side, self._head, sums)
+            if self.added[side]:
+                self.leave(self.wait_for(self.first_item(side) + self.spec.group))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared["side_read"])
+        self._store(sums)
+
+    def _head(self, item, sums: jax.Array) -> jax.Array:
+        """sY with one more head, and R, in its place."""
+        stage = self.wait_for(item)
+        self._add_rows(stage)
+        sums = self._of_tokens(stage, sums)
+        self.leave(stage)
+        return sums
+
+    def _add_rows(self, stage) -> None:
+        """R. A row's block is that of its warp: of the four products each warp's rows need one."""
+        shared = self.shared
+        scores = self.matmul(
+            lambda: [(shared["rows"].at[stage], self.operand("tokens").T)], (CHUNK, CHUNK)
+        )
+        blocks = self.masked_blocks(scores, turned=False)
+
+        def operands():
+            for block in range(GATE_BLOCKS):
+                mine = gate_block(GATE_ROWS) == block
+                for tokens in range(block + 1):
+                    rows = jnp.where(mine, blocks[tokens], jnp.bfloat16(0))
+                    of_tokens = pl.ds(tokens * GATE_ROWS, GATE_ROWS)
+                    yield rows, shared["falls"].at[self.zero + block, of_tokens]
+
+        spread = self.matmul(lambda: list(operands()), self.gates_shape)
+        spread *= self.wide(shared["rise"].at[stage])
+        shared["row_sums"][...] = self._load("row_sums") + spread
+        carried = self.matmul(
+            lambda: [(shared["rows"].at[stage], self.operand("slots"))], self.gates_shape
+        )
+        carried *= self._from_start() * self.wide(shared["rise"].at[stage])
+        shared["row_sums"][...] = self._load("row_sums") + carried
+
+    def _from_start(self) -> jax.Array:
+        """exp(G'), G' of the row's block, in the rows that read the slots at the chunk's start."""
+        shared = self.shared
+
+        def reference(block):
+            reference = self.reference(self.zero + block)
+            return self.in_rows(plgpu.load(reference, layout=COLUMN))
+
+        decay = jnp.exp2(of_own_block(reference, self.width))
+        if self.spec.masked:
+            reads = plgpu.load(shared["reads"], layout=ROW)
+            reads = lax.broadcast_in_dim(reads, self.gates_shape, [0])
+            decay = jnp.where(reads > 1, decay, 0.0)
+        return decay
+
+    def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
+        shared = self.shared
+        scores = self.matmul(
+            lambda: [(self.operand("tokens"), shared["rows"].at[stage].T)], (CHUNK, CHUNK)
+        )
+        for block, columns in enumerate(self.masked_blocks(scores, turned=True)):
+            sums += self._of_block(block, stage, columns)
+        return sums
+
+    def _of_block(self, block: int, stage, scores: jax.Array) -> jax.Array:
+        rows = pl.ds(block * GATE_ROWS, GATE_ROWS)
+        pulled = self.matmul(
+            lambda: [(scores, self.shared["rise"].at[stage, rows])], self.gates_shape
+        )
+        return pulled * self.wide(self.shared["falls"].at[self.zero + block])
+
+    def _store(self, of_tokens: jax.Array) -> None:
+        """dg: its sums in the place of R and of wS E, for registers are short."""
+        shared, odds = self.shared, lambda: self.wide(shared["odds"])
+        self.forget_addresses()
+        plgpu.barrier_wait(shared["ends_ready"])  # and the other needs no more of the slots
+        shared["row_sums"][...] = self._load("row_sums") - of_tokens
+        through = plgpu.load(shared["through"], layout=COLUMN)
+        through *= plgpu.load(shared["total"], layout=COLUMN)
+        ending = self._load("cumulative")
+        inside = jnp.where(odds() > FLOOR_ODDS, of_tokens, 0.0)
+        shared["cumulative"][...] = self.in_rows(through) - odds() * (inside + ending)
+        later = self._sum_rows(ending, parts=2, earlier=True)
+        shared["cumulative"][...] = self._load("cumulative") + later
+        inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
+        inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
+        shared["cumulative"][...] = self._load("cumulative") + inside
+        pl.when(self.first < self.spec.ahead)(lambda: store_zeros(shared["cumulative"]))
+        plgpu.commit_smem()
+        target = self.refs["decay_grad"].at[self.b, self.own_tokens, self.h, self.columns]
+        plgpu.copy_smem_to_gmem(shared["cumulative"], target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _load(self, name: str) -> jax.Array:
+        return plgpu.load(self.shared[name], layout=LOGITS)
+
+    def _sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
+        """[C, slots]: for each row the sum over the earlier rows, or over the later.
+
+        parts: bfloat16 numbers that make up one of x. They lie in the slots' place.
+        """
+        row, other = iota(CHUNK, 0), iota(CHUNK, 1)
+        triangle = jnp.where(other < row if earlier else other > row, 1.0, 0.0)
+        triangle = triangle.astype(jnp.bfloat16)
+        place = self.zero, pl.ds(0, CHUNK)
+        total: jax.Array | None = None
+        for _ in range(parts):
+            part = x.astype(jnp.bfloat16)
+            x = x - part.astype(jnp.float32)
+            plgpu.commit_smem()  # all have multiplied what lay there
+            self.shared["slots"].at[place][...] = part
+            plgpu.commit_smem()
+            total = self.matmul(
+                lambda: [(triangle, self.shared["slots"].at[place])], self.gates_shape, total
+            )
+        assert total is not None
+        return total

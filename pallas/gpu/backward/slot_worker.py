@@ -1,0 +1,133 @@
+"""What the two warpgroups of `slot_tokens`, whose docstring has the formulas, have in common.
+
+X^T and L^T are computed, with tokens for rows: the 16 rows of a gate block are then columns, and
+its products have 16 columns or contract 16, not the whole chunk with zeros. A contraction may be
+as short as a tile of shared memory is wide, so all operands lie 16 columns to a tile.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+from pallas.gpu.warpgroup.in_chunk import MAX_EXPONENT, iota
+from pallas.gpu.warpgroup.matmul import Matmul
+
+SIDES = ("key", "value")
+
+
+class Worker:
+    """A warpgroup at some slots of a chunk and KV head.
+
+    Items come and go in stages: of each side the rows of its heads, then, if it has been `added`,
+    what its gradient is added to.
+    """
+
+    FALLS: tuple[int, ...]  # the gate blocks whose falls it builds
+
+    def __init__(
+        self, refs: dict, shared: dict, spec: Spec, matmul: Matmul, added: tuple[bool, ...]
+    ):
+        self.refs, self.shared, self.spec, self.matmul = refs, shared, spec, matmul
+        self.added = added
+        self.stages, _, self.D = shared["rows"].shape
+        self.width = shared["rise"].shape[2]
+        self.b, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
+        panels = jnp.int32(refs["cumulative"].shape[3] // self.width)
+        self.panel = lax.rem(lax.axis_index("panel"), panels)
+        self.h = lax.div(lax.axis_index("panel"), panels)
+        self.first = self.chunk * CHUNK
+        self.own = pl.ds(self.first, CHUNK)
+        # What is of no token takes the place of the last tokens', which never enter.
+        own_tokens = self.first - spec.ahead
+        own_tokens += jnp.where(own_tokens < 0, refs["decay_grad"].shape[1], 0)
+        self.own_tokens = pl.ds(own_tokens, CHUNK)
+        self.columns = pl.ds(self.panel * self.width, self.width)
+        self.gates_shape = CHUNK, self.width
+        self.zero: int | jax.Array = 0
+
+    def forget_addresses(self) -> None:
+        """See `addresses.py`."""
+        self.zero = self.shared["zero"][0]
+
+    def operand(self, name: str):
+        """An array of products' operands, of which there is one."""
+        return self.shared[name].at[self.zero]
+
+    def reference(self, block):
+        return self.shared["references"].at[block, pl.ds(0, self.width)]
+
+    def build_falls(self) -> None:
+        shared = self.shared
+        plgpu.barrier_wait(shared["gates_loaded"])
+        G = plgpu.load(shared["cumulative"], layout=LOGITS)
+        write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
+        for block in self.FALLS:
+            reference = plgpu.load(self.reference(block), layout=COLUMN)
+            exponent = self.in_rows(reference) - G
+            fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
+            shared["falls"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(shared["falls_ready"])
+        plgpu.barrier_wait(shared["falls_ready"])
+
+    def first_item(self, side: int) -> int:
+        return side * self.spec.group + sum(self.added[:side])
+
+    def over_heads(self, side: int, head: Callable, start: jax.Array) -> jax.Array:
+        """start, as head(item, start) changes it; right after `forget_addresses`.
+
+        A loop even over one head, which would else be laid out among what surrounds it.
+        """
+        group, first = self.spec.group, self.first_item(side)
+        begin = 0 if group > 1 else self.zero
+        return lax.fori_loop(begin, group, lambda i, x: head(first + i, x), start)
+
+    def wait_for(self, item):
+        """An item's stage."""
+        stage = lax.rem(jnp.int32(item), jnp.int32(self.stages))
+        plgpu.barrier_wait(self.shared["item_loaded"].at[stage])
+        self.forget_addresses()
+        return stage + self.zero
+
+    def leave(self, stage) -> None:
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(self.shared["item_read"].at[stage])
+
+    def entered(self, block: int, *, turned: bool) -> jax.Array:
+        """[C, 16], which of a gate block's tokens are in a row's slots.
+
+        turned: of tokens and a gate block's rows.
+        """
+        ahead = iota(GATE_ROWS, 0) - iota(GATE_ROWS, 1)
+        first = block * GATE_ROWS
+        entered = ahead <= first if turned else ahead >= first
+        if self.spec.masked:
+            names = ("visible", "query_run") if turned else ("query_run", "visible")
+            of_rows = plgpu.load(self.shared[names[0]], layout=ROW)
+            of_columns = self.shared[names[1]].at[pl.ds(first, GATE_ROWS)]
+            of_columns = plgpu.load(of_columns, layout=COLUMN)
+            shape = CHUNK, GATE_ROWS
+            of_rows = lax.broadcast_in_dim(of_rows, shape, [0])
+            entered &= of_rows == lax.broadcast_in_dim(of_columns, shape, [1])
+        return entered
+
+    def masked_blocks(self, scores: jax.Array, *, turned: bool) -> list[jax.Array]:
+        """[C, C] in four of [C, 16] bfloat16, zeros where nothing entered."""
+        blocks = []
+        for block in range(GATE_BLOCKS):
+            first = block * GATE_ROWS
+            columns = lax.slice(scores, (0, first), (CHUNK, first + GATE_ROWS))
+            columns = jnp.where(self.entered(block, turned=turned), columns, 0.0)
+            blocks.append(columns.astype(jnp.bfloat16))
+        return blocks
+
+    def wide(self, ref) -> jax.Array:
+        return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
+
+    def in_rows(self, x: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(x, self.gates_shape, [1])

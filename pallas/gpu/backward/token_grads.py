@@ -1,0 +1,182 @@
+"""The warpgroup of `slot_tokens` that finds the tokens' gradients, and fetches for both."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.backward.slot_worker import SIDES, Worker
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
+from pallas.gpu.warpgroup.addresses import store_zero
+from pallas.gpu.warpgroup.masks import iota
+
+
+class TokenGrads(Worker):
+    """Fetches what both read; finds dx, and the products of dg by way of the chunk's end."""
+
+    FALLS = (0, 1)
+
+    def run(self) -> None:
+        shared = self.shared
+        self._load_gates()
+        self._load_states(0)
+        self._load_tokens(0)
+        for item in range(self.stages):
+            self._load_item(jnp.int32(item), item)
+        store_zero(shared["zero"])
+        self.build_falls()
+        for side, name in enumerate(SIDES):
+            plgpu.barrier_wait(shared["side_loaded"])
+            self.forget_addresses()
+            self._to_end(side)
+            grad = self.matmul(
+                lambda: [(self.operand("to_end"), self.operand("slot_grads").T)],
+                (CHUNK, self.D),
+            )
+            grad = self.over_heads(side, self._head, grad)
+            if self.spec.ahead:  # nothing ahead of the tokens has a gradient
+                grad = jnp.where(iota(self.D, 0) + self.first >= self.spec.ahead, grad, 0.0)
+            if self.added[side]:
+                grad = self._add(self.first_item(side) + self.spec.group, grad)
+            plgpu.barrier_wait(shared["side_read"])
+            self.forget_addresses()
+            more = side + 1 < len(SIDES)
+            if more:
+                self._load_states(side + 1)
+            self.operand("tokens")[...] = grad.astype(jnp.bfloat16)  # in their place
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(self.operand("tokens"), self._grad(name))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if more:
+                self._load_tokens(side + 1)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _to_end(self, side: int) -> None:
+        """S0 . dS and wS E with one more side, in the place of G the latter."""
+        shared = self.shared
+
+        def add_features(block, products):
+            place = self.zero, pl.ds(block * CHUNK, CHUNK)
+            slots, grads = (self.wide(shared[x].at[place]) for x in ("slots", "slot_grads"))
+            return products + slots * grads
+
+        products = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
+        products = lax.fori_loop(0, self.D // CHUNK, add_features, products)
+        through = products.sum(axis=0)
+        ending = self.matmul(
+            lambda: [(self.operand("tokens"), self.operand("slot_grads"))],
+            self.gates_shape,
+        )
+        ending *= self.wide(self.operand("to_end"))
+        if side:
+            through += plgpu.load(shared["through"], layout=COLUMN)
+            ending += plgpu.load(shared["cumulative"], layout=LOGITS)
+        shared["through"][...] = through
+        shared["cumulative"][...] = ending
+        if side:
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(shared["ends_ready"])
+
+    def _head(self, item, grad: jax.Array) -> jax.Array:
+        """dx with one more head."""
+        stage = self.wait_for(item)
+        for block in range(GATE_BLOCKS):
+            grad = self._of_block(block, stage, grad)
+        self._leave(item, stage)
+        return grad
+
+    def _add(self, item, grad: jax.Array) -> jax.Array:
+        """dx with what it is added to: by a product with 1, for which nothing more is held."""
+        stage = self.wait_for(item)
+        one = jnp.where(iota(CHUNK, 0) == iota(CHUNK, 1), 1.0, 0.0).astype(jnp.bfloat16)
+        grad = self.matmul(lambda: [(one, self.shared["rows"].at[stage])], (CHUNK, self.D), grad)
+        self._leave(item, stage)
+        return grad
+
+    def _leave(self, item, stage) -> None:
+        """And fetch what takes its place."""
+        self.leave(stage)
+        plgpu.barrier_wait(self.shared["item_read"].at[stage])
+        more = item + self.stages < self.first_item(len(SIDES))
+        pl.when(more)(lambda: self._load_item(item + self.stages, stage))
+
+    def _of_block(self, block: int, stage, grad: jax.Array) -> jax.Array:
+        """dx with the rows of one more gate block."""
+        shared, rows = self.shared, pl.ds(block * GATE_ROWS, GATE_ROWS)
+        gathered = self.matmul(
+            lambda: [(shared["falls"].at[self.zero + block], shared["rise"].at[stage, rows].T)],
+            (CHUNK, GATE_ROWS),
+        )
+        gathered = jnp.where(self.entered(block, turned=True), gathered, 0.0)
+        gathered = gathered.astype(jnp.bfloat16)
+        return self.matmul(
+            lambda: [(gathered, shared["rows"].at[stage, rows])], (CHUNK, self.D), grad
+        )
+
+    def _load_gates(self) -> None:
+        refs, shared, b, h = self.refs, self.shared, self.b, self.h
+        loaded = shared["gates_loaded"]
+        targets = {
+            "cumulative": shared["cumulative"],
+            "to_end": shared["to_end"].at[0],
+            "odds": shared["odds"],
+        }
+        for name, target in targets.items():
+            gate = refs[name].at[b, self.own, h, self.columns]
+            plgpu.copy_gmem_to_smem(gate, target, loaded)
+        total = refs["total"].at[b, h, self.chunk, self.columns]
+        plgpu.copy_gmem_to_smem(total, shared["total"], loaded)
+        for block in range(GATE_BLOCKS):
+            middle = self.first + block * GATE_ROWS + GATE_ROWS // 2 - 1
+            reference = refs["cumulative"].at[b, middle, h, self.columns]
+            plgpu.copy_gmem_to_smem(reference, self.reference(block), loaded)
+        if self.spec.masked:
+            plgpu.copy_gmem_to_smem(refs["query_run"].at[b, self.own], shared["query_run"], loaded)
+            plgpu.copy_gmem_to_smem(refs["reads"].at[b, self.own], shared["reads"], loaded)
+            visible = refs["visible"].at[b, self._token_rows()]
+            plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
+
+    def _load_states(self, side: int) -> None:
+        loaded = self.shared["side_loaded"]
+        for source, target in (("start_", "slots"), ("end_", "slot_grads")):
+            states = self.refs[source + SIDES[side]].at[self.b, self.h, self.chunk]
+            states = states.at[pl.ds(0, self.D), self.columns]
+            plgpu.copy_gmem_to_smem(states, self.shared[target].at[0], loaded)
+
+    def _load_tokens(self, side: int) -> None:
+        tokens = self.refs[SIDES[side]].at[self.b, self._token_rows(), self.h]
+        plgpu.copy_gmem_to_smem(tokens, self.operand("tokens"), self.shared["side_loaded"])
+
+    def _token_rows(self):
+        return pl.ds(jnp.maximum(self.first - self.spec.ahead, 0), CHUNK)
+
+    def _grad(self, name: str):
+        """In the device's memory."""
+        return self.refs[name + "_grad"].at[self.panel, self.b, self.own_tokens, self.h]
+
+    def _load_item(self, item, stage) -> None:
+        shared, group = self.shared, self.spec.group
+        loaded = shared["item_loaded"].at[stage]
+
+        def load_head(index, rows, rise):
+            head = self.h * group + index
+            source = self.refs[rows].at[self.b, self.own, head]
+            plgpu.copy_gmem_to_smem(source, shared["rows"].at[stage], loaded)
+            source = self.refs[rise].at[self.b, self.own, head, self.columns]
+            plgpu.copy_gmem_to_smem(source, shared["rise"].at[stage], loaded)
+
+        def load_grad(name):
+            for half in range(2):  # a stage waits for two copies
+                rows = pl.ds(half * (CHUNK // 2), CHUNK // 2)
+                target = shared["rows"].at[stage, rows]
+                plgpu.copy_gmem_to_smem(self._grad(name).at[rows], target, loaded)
+
+        for side, arrays in enumerate((("query", "logits"), ("out_grad", "weights"))):
+            index = item - self.first_item(side)
+            is_head = (index >= 0) & (index < group)
+            pl.when(is_head)(functools.partial(load_head, index, *arrays))
+            if self.added[side]:
+                pl.when(index == group)(functools.partial(load_grad, SIDES[side]))

@@ -1,0 +1,361 @@
+"""The gradients of the window's keys and values.
+
+With the symbols of `window_queries.py`, sums over the rows that see token j, of all G query heads:
+
+    dv_j = sum_r p_rj do_r
+    dk_j = scale * sum_r ds_rj q_r
+
+A thread block has 64 tokens of one KV head: two warpgroups walk the chunks of rows that see them,
+with tokens down and rows across, so that what they have in registers needs no transposing. One
+finds p and dv, and leaves p in shared memory for the other, which finds ds and dk: two products
+each, none of them twice, and a sum of 64 rows of D in registers. Each fetches what its own sum
+reads last, a chunk's output gradients or queries, which the other has read some time before.
+
+If the kernel rotates, dv's warpgroup rotates the keys, which only it reads, once. The other has
+no exponentials to find, and rotates the queries, ahead of its sum, and dk back.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas.gpu.backward.window_queries import window_inputs
+from pallas.gpu.block_sizes import BlockSizes
+from pallas.gpu.forward.gates import LOG2E
+from pallas.gpu.forward.output_pass import Facts
+from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
+from pallas.gpu.warpgroup.addresses import ZERO, store_zero
+from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
+from pallas.gpu.warpgroup.masks import by_column, by_row, in_window, iota
+from pallas.gpu.warpgroup.matmul import Matmul
+from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
+
+
+class WindowTokens(NamedTuple):
+    """Gradients, [B, P, H, D] bfloat16."""
+
+    window_key: jax.Array
+    value: jax.Array
+
+
+def window_tokens(
+    window_query: jax.Array,
+    window_key: jax.Array,
+    value: jax.Array,
+    out_grad: jax.Array,
+    log_mass: jax.Array,
+    delta: jax.Array,
+    facts: Facts | None,
+    rotation: Rotation | None,
+    *,
+    spec: Spec,
+    block_sizes: BlockSizes,
+    interpret: Any = False,
+) -> WindowTokens:
+    """The kernel's call; arguments as for `window_queries`."""
+    N, D = window_query.shape[1], window_query.shape[3]
+    B, P, H, _ = value.shape
+    grad = jax.ShapeDtypeStruct((B, P, H, D), jnp.bfloat16)
+    modes = {"rotates": rotation is not None, "interpret": bool(interpret)}
+    grads = launch(
+        functools.partial(_kernel, spec=spec, chunks=N // CHUNK, interpret=bool(interpret)),
+        window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts, rotation),
+        {"key_grad": grad, "value_grad": grad},
+        _scratch(spec, block_sizes.window_stages, D, **modes),
+        grid={"block": P // CHUNK, "head": H, "batch": B},
+        warpgroups=2,
+        name="nha_window_tokens",
+        interpret=interpret,
+    )
+    return WindowTokens(*grads)
+
+
+def _scratch(spec: Spec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:
+    narrow, wide = jnp.bfloat16, jnp.float32
+    tiles = tile(D)
+    turned = halves_tile(D, _columns(D)) if rotates else tiles
+    scratch = {
+        "window_key": plgpu.SMEM((CHUNK, D), narrow, transforms=turned),
+        "value": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
+        "window_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=turned),  # then dk
+        "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),  # then dv
+        "log_mass": plgpu.SMEM((stages, CHUNK), wide),
+        "delta": plgpu.SMEM((stages, CHUNK), wide),
+        "p": plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4)),  # of tokens and rows
+        "zero": ZERO,
+        "key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked),
+        "value_loaded": plgpu.Barrier(),
+        "queries_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
+        "out_grads_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "queries_read": plgpu.Barrier(num_barriers=stages),  # by dv's warpgroup
+        "out_grads_read": plgpu.Barrier(num_barriers=stages),  # by dk's
+        "p_ready": plgpu.Barrier(),
+        "p_read": plgpu.Barrier(),
+    }
+    if rotates:
+        scratch["window_query_copied"] = plgpu.Barrier(num_barriers=stages)
+    if spec.masked:
+        scratch["query_run"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+        scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    check_shared_memory(scratch, "window_stages", stages)
+    if interpret:
+        scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
+    return scratch
+
+
+def _columns(D: int) -> int:
+    """Of half a head, rotated at a time: so few that the largest heads' sums fit registers beside
+    them, and the smallest heads' registers a multiprocessor twice.
+    """
+    return min(D // 4, 32)
+
+
+class _Place:
+    """Tokens of a thread block, and the chunks of rows that see some of them.
+
+    Attributes:
+      batch, head: indices.
+      tokens: the block's rows in the arrays, and in tables of rotation.
+      first_token: the first of them on the timeline.
+      items: how many pairs of a query head and a chunk there are.
+    """
+
+    def __init__(self, spec: Spec, chunks: int):
+        self.batch, self.head, block = (lax.axis_index(x) for x in ("batch", "head", "block"))
+        self.tokens = pl.ds(block * CHUNK, CHUNK)
+        self.first_token = block * CHUNK + spec.ahead
+        block += spec.ahead // CHUNK
+        if spec.blocks is None:
+            first, last = block - (spec.offset + CHUNK - 1) // CHUNK, jnp.int32(chunks - 1)
+        else:
+            first, last = block - (spec.blocks - 1), jnp.minimum(block, chunks - 1)
+        self._first = jnp.maximum(first, 0)
+        self._chunks = jnp.maximum(last - self._first + 1, 0)
+        self._group = spec.group
+        self._before = spec.offset - spec.ahead
+        self.items = self._chunks * spec.group
+
+    def head_and_chunk(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """A query head's chunks come one after the other."""
+        head = self.head * self._group + lax.div(item, self._chunks)
+        return head, self._first + lax.rem(item, self._chunks)
+
+    def positions(self, item: jax.Array):
+        """The rows of an item's queries in tables of rotation."""
+        _, chunk = self.head_and_chunk(item)
+        return pl.ds(chunk * CHUNK + self._before, CHUNK)
+
+
+def _kernel(refs: Refs, shared: Refs, *, spec: Spec, chunks: int, interpret: bool) -> None:
+    me = lax.axis_index("wg")
+    matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
+    place = _Place(spec, chunks)
+    for i, worker in enumerate((_ValueGrad, _KeyGrad)):
+        pl.when(me == i)(worker(refs, shared, place, spec, matmul).run)
+
+
+class _Worker:
+    """A warpgroup, with a sum [C, D] over the items in registers.
+
+    Attributes:
+      ROWS: whose barriers say that what it fetches of an item's rows is loaded, and that the other
+        warpgroup has read it.
+      PLACE: the largest of that, whose place its sum takes when all items are read.
+      GRAD: the sum, among the outputs.
+    """
+
+    ROWS: str
+    PLACE: str
+    GRAD: str
+
+    def __init__(self, refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul):
+        self.refs, self.shared, self.place, self.spec = refs, shared, place, spec
+        self.matmul = matmul
+        self.stages, _, D = shared["window_query"].shape
+        self.columns = _columns(D)
+        self.square, self.sum_shape = (CHUNK, CHUNK), (CHUNK, D)  # [tokens, rows], [tokens, D]
+
+    def run(self) -> None:
+        self._fetch_tokens()
+        for stage in range(self.stages):
+            fetch = functools.partial(self._fetch, jnp.int32(stage), stage)
+            pl.when(stage < self.place.items)(fetch)
+        zeros = plgpu.layout_cast(jnp.zeros(self.sum_shape, jnp.float32), LOGITS)
+        total = self._walk(zeros)
+        result, target = self.shared[self.PLACE].at[0], self._of_tokens(self.GRAD)
+        plgpu.commit_smem()  # all warps have read the last item
+        result[...] = total.astype(jnp.bfloat16)
+        if self.PLACE + "_copied" in self.shared:  # a sum of rotated rows
+            self._rotate_tokens(result, back=True)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(result, target)
+        plgpu.wait_smem_to_gmem(0)
+
+    def _fetch_tokens(self) -> None:
+        raise NotImplementedError
+
+    def _rows(self, head, rows) -> Refs:
+        """What it fetches of an item, by name."""
+        raise NotImplementedError
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        return lax.fori_loop(0, self.place.items, self._step, total)
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        """The sum with one more item."""
+        raise NotImplementedError
+
+    def _step(self, item, total: jax.Array) -> jax.Array:
+        stage = lax.rem(item, jnp.int32(self.stages))
+        total = self._add(item, stage, total)
+        plgpu.barrier_wait(self.shared[self.ROWS + "_read"].at[stage])
+        plgpu.commit_smem()  # all warps have multiplied, before a copy touches the operand
+        more = item + self.stages < self.place.items
+        pl.when(more)(lambda: self._fetch(item + self.stages, stage))
+        return total
+
+    def _fetch(self, item, stage) -> None:
+        head, chunk = self.place.head_and_chunk(item)
+        loaded = self.shared[self.ROWS + "_loaded"]
+        for name, source in self._rows(head, pl.ds(chunk * CHUNK, CHUNK)).items():
+            copied = arrival(self.shared, name, loaded).at[stage]
+            plgpu.copy_gmem_to_smem(source, self.shared[name].at[stage], copied)
+
+    def _rotate_tokens(self, x: Any, *, back: bool = False) -> None:
+        where = self.place.batch, self.place.tokens
+        rotate(x, self.refs, *where, columns=self.columns, back=back)
+
+    def _of_tokens(self, name: str):
+        return self.refs[name].at[self.place.batch, self.place.tokens, self.place.head]
+
+
+class _ValueGrad(_Worker):
+    """Finds p, and dv."""
+
+    ROWS = "out_grads"
+    PLACE, GRAD = "out_grad", "value_grad"
+
+    def _fetch_tokens(self) -> None:
+        loaded = self.shared["value_loaded"]
+        plgpu.copy_gmem_to_smem(self._of_tokens("value"), self.shared["value"].at[0], loaded)
+
+    def _rows(self, head, rows) -> Refs:
+        refs, b = self.refs, self.place.batch
+        return {
+            "out_grad": refs["out_grad"].at[b, rows, head],
+            "delta": refs["delta"].at[b, head, rows],
+        }
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        plgpu.barrier_wait(self.shared["key_loaded"])
+        if "cos" in self.refs:
+            self._rotate_tokens(self.shared["window_key"])
+            plgpu.commit_smem()
+        total = super()._walk(total)
+        plgpu.barrier_wait(self.shared["p_read"])  # every completion must be waited for
+        return total
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        shared = self.shared
+        plgpu.barrier_wait(shared["queries_loaded"].at[stage])
+        b = self.matmul(
+            lambda: [(shared["window_key"], shared["window_query"].at[stage].T)], self.square
+        )
+        seen = self._seen(item, stage)
+        log_mass = plgpu.load(shared["log_mass"].at[stage], layout=COLUMN) * LOG2E
+        plgpu.barrier_arrive(shared["queries_read"].at[stage])
+        exponent = b * (self.spec.scale * LOG2E) - by_column(log_mass)
+        p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
+        plgpu.barrier_wait(shared["p_read"])  # the item before
+        shared["p"][...] = p
+        plgpu.barrier_arrive(shared["p_ready"])
+        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        return self.matmul(
+            lambda: [(p.astype(jnp.bfloat16), shared["out_grad"].at[stage])], self.sum_shape, total
+        )
+
+    def _seen(self, item, stage) -> jax.Array:
+        """[tokens, rows]."""
+        _, chunk = self.place.head_and_chunk(item)
+        row = iota(CHUNK, 1) + chunk * CHUNK
+        seen = in_window(self.spec, row, iota(CHUNK, 0) + self.place.first_token)
+        if self.spec.masked:
+            run = plgpu.load(self.shared["query_run"].at[stage], layout=COLUMN)
+            visible = plgpu.load(self.shared["visible"], layout=ROW)
+            seen &= by_column(run) == by_row(visible, CHUNK)
+        return seen
+
+
+class _KeyGrad(_Worker):
+    """Finds ds, and dk."""
+
+    ROWS = "queries"
+    PLACE, GRAD = "window_query", "key_grad"
+
+    def _fetch_tokens(self) -> None:
+        shared, place = self.shared, self.place
+        loaded = shared["key_loaded"]
+        plgpu.copy_gmem_to_smem(self._of_tokens("window_key"), shared["window_key"], loaded)
+        if self.spec.masked:
+            visible = self.refs["visible"].at[place.batch, place.tokens]
+            plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
+
+    def _rows(self, head, rows) -> Refs:
+        refs, b = self.refs, self.place.batch
+        sources = {"window_query": refs["window_query"].at[b, rows, head]}
+        sources |= {"log_mass": refs["log_mass"].at[b, head, rows]}
+        if self.spec.masked:
+            sources["query_run"] = refs["query_run"].at[b, rows]
+        return sources
+
+    def _walk(self, total: jax.Array) -> jax.Array:
+        for item in range(self.lead):
+            self._rotate_queries(jnp.int32(item))
+        store_zero(self.shared["zero"])
+        plgpu.barrier_wait(self.shared["value_loaded"])
+        plgpu.barrier_arrive(self.shared["p_read"])  # its place is free
+        return super()._walk(total)
+
+    def _add(self, item, stage, total: jax.Array) -> jax.Array:
+        shared, scale = self.shared, self.spec.scale
+        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        zero = shared["zero"][0]
+        dp = self.matmul(
+            lambda: [(shared["value"].at[zero], shared["out_grad"].at[stage].T)], self.square
+        )
+        delta = plgpu.load(shared["delta"].at[stage], layout=COLUMN)
+        plgpu.barrier_arrive(shared["out_grads_read"].at[stage])
+        plgpu.barrier_wait(shared["p_ready"])
+        p = plgpu.load(shared["p"], layout=LOGITS)
+        plgpu.barrier_arrive(shared["p_read"])
+        ds = p * (dp * scale - by_column(delta * scale))
+        plgpu.barrier_wait(shared["queries_loaded"].at[stage])
+        return self.matmul(
+            lambda: [(ds.astype(jnp.bfloat16), shared["window_query"].at[stage])],
+            self.sum_shape,
+            total,
+        )
+
+    def _step(self, item, total: jax.Array) -> jax.Array:
+        total = super()._step(item, total)
+        self._rotate_queries(item + self.lead)
+        return total
+
+    @property
+    def lead(self) -> int:
+        """Items from the sum to what is rotated; the copies since may still be under way."""
+        return max(self.stages - 1, 1)
+
+    def _rotate_queries(self, item) -> None:
+        stage = lax.rem(item, jnp.int32(self.stages))
+
+        @pl.when(item < self.place.items)
+        def _():
+            x = self.refs, self.shared, "window_query", stage
+            where, loaded = self.place.positions(item), self.shared["queries_loaded"]
+            rotate_copied(*x, self.place.batch, where, loaded, columns=self.columns)

@@ -1,0 +1,227 @@
+"""Continuous batching: every text as if it were alone, whatever comes, goes and waits around it."""
+
+import collections
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nha_jax import Engine, Model, ModelConfig, SamplingOptions
+from tests.support.paths import ROOT
+
+VOCAB = 24
+LAYOUTS = {"window": 4, "slots": 0, "full": None, "mixed": (4, None)}
+
+
+def tiny_model(window_size=(4, None), **overrides) -> Model:
+    sizes = {
+        "vocab_size": VOCAB,
+        "num_layers": 2,
+        "hidden_size": 16,
+        "num_query_heads": 2,
+        "num_slots": 4,
+        "mlp_size": 24,
+        "dtype": "float32",
+        "initializer_range": 0.5,
+    }
+    return Model(ModelConfig(window_size=window_size, **(sizes | overrides)), rngs=nnx.Rngs(3))
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return tiny_model()
+
+
+def texts(engine: Engine, requests: list[int]) -> dict[int, list[int]]:
+    found = collections.defaultdict(list)
+    for event in engine.run():
+        found[event.request].append(event.token)
+    return {request: found[request] for request in requests}
+
+
+@pytest.mark.parametrize("window_size", LAYOUTS.values(), ids=LAYOUTS)
+def test_greedy_equals_recomputation_for_512_tokens(window_size):
+    """Each token is the likeliest of the full forward over all tokens before it."""
+    model = tiny_model(window_size)
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 11)
+    engine = Engine(model, batch_size=2, max_length=600, prefill_chunk=4)
+    request = engine.submit(prompt, SamplingOptions(max_new_tokens=512, temperature=0))
+    found = texts(engine, [request])[request]
+    text = jnp.asarray([*prompt, *found])[None]
+    logits = jax.jit(Model.__call__)(model, text)[0, len(prompt) - 1 : -1]
+    np.testing.assert_array_equal(logits.argmax(axis=-1), found)
+
+
+# One shape for all examples: what is compiled for the first serves the others.
+SHAPE = {"batch_size": 3, "max_length": 64, "prefill_rows": 2, "prefill_chunk": 4}
+
+some_requests = st.lists(
+    st.tuples(
+        st.integers(1, 20),  # tokens of the prompt
+        st.integers(1, 12),  # new tokens
+        st.sampled_from([0.0, 0.8]),  # temperature
+        st.sampled_from([None, 3]),  # top_k
+        st.integers(0, 4),  # steps of the engine before it comes
+        st.booleans(),  # whether it is cancelled two steps later
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(requests=some_requests, seed=st.integers(0, 99))
+def test_a_text_does_not_depend_on_the_others(model, requests, seed):
+    rng = np.random.default_rng(seed)
+    engine, alone, found, cancelled = Engine(model, **SHAPE), {}, collections.defaultdict(list), []
+
+    def steps(count):
+        for event in (event for _ in range(count) for event in engine.step()):
+            found[event.request].append(event.token)
+
+    for length, count, temperature, top_k, wait, cancels in requests:
+        steps(wait)
+        options = SamplingOptions(
+            max_new_tokens=count, temperature=temperature, top_k=top_k, seed=length + 100 * count
+        )
+        prompt = rng.integers(0, VOCAB, length)
+        alone[engine.submit(prompt, options)] = prompt, options
+        if cancels:
+            steps(2)
+            engine.cancel(max(alone))
+            cancelled.append(max(alone))
+    while engine.busy:
+        steps(1)
+    for request, (prompt, options) in alone.items():
+        single = Engine(model, **SHAPE)
+        expected = texts(single, [single.submit(prompt, options)])[0]
+        if request in cancelled:
+            expected = expected[: len(found[request])]
+        assert found[request] == expected, (request, prompt, options)
+
+
+def test_nothing_is_compiled_anew_when_prompts_come_and_go(monkeypatch):
+    model, traces = tiny_model(num_slots=5), []
+    for name in ("prefill", "decode_step", "init_cache"):
+        method = getattr(Model, name)
+
+        def traced(self, *arguments, _method=method, _name=name, **options):
+            traces.append(_name)
+            return _method(self, *arguments, **options)
+
+        monkeypatch.setattr(Model, name, traced)
+    engine = Engine(model, **SHAPE)
+    texts(engine, [engine.submit([1, 2, 3], SamplingOptions(max_new_tokens=3))])
+    assert set(traces) == {"prefill", "decode_step", "init_cache"}
+    traces.clear()
+    requests = [
+        engine.submit(np.arange(1, 2 + i) % VOCAB, SamplingOptions(max_new_tokens=2 + i, seed=i))
+        for i in range(9)
+    ]
+    assert [len(text) for text in texts(engine, requests).values()] == list(range(2, 11))
+    assert traces == []
+
+
+def test_a_finished_text_says_why(model):
+    engine = Engine(model, **SHAPE)
+    options = SamplingOptions(max_new_tokens=6, temperature=0)
+    tokens = texts(engine, [engine.submit([1, 2], options)])[0]
+    request = engine.submit(
+        [1, 2], SamplingOptions(max_new_tokens=6, temperature=0, stop_tokens=[tokens[3]])
+    )
+    events = list(engine.run())
+    assert {event.request for event in events} == {request}
+    place = tokens.index(tokens[3])
+    assert [event.token for event in events] == tokens[: place + 1]
+    assert [event.finished for event in events] == [None] * place + ["stop"]
+    engine.submit([1, 2], options)
+    assert [event.finished for event in engine.run()] == [None] * 5 + ["length"]
+
+
+def test_the_cache_is_updated_in_place(model):
+    engine = Engine(model, **SHAPE)
+    engine.submit([1, 2], SamplingOptions(max_new_tokens=20))
+    while not engine.step():
+        pass
+    before = engine._rows.cache
+    engine.step()
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+
+
+def test_the_models_later_changes_do_not_count():
+    model = tiny_model()
+    engine, options = Engine(model, **SHAPE), SamplingOptions(max_new_tokens=8, temperature=0)
+    before = texts(engine, [engine.submit([1, 2, 3], options)])[0]
+    model.embed.embedding[...] = model.embed.embedding[...][::-1]
+    assert texts(engine, [engine.submit([1, 2, 3], options)])[1] == before
+    changed = Engine(model, **SHAPE)
+    assert texts(changed, [changed.submit([1, 2, 3], options)])[0] != before
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda engine: engine.submit([]), ValueError, "prompt must be .* not empty"),
+        (lambda engine: engine.submit([[1]]), ValueError, r"got shape \(1, 1\)"),
+        (lambda engine: engine.submit([0.5]), TypeError, "got dtype float64"),
+        (lambda engine: engine.submit([3, 24]), ValueError, r"within \[0, 24\), got 3 to 24"),
+        (
+            lambda engine: engine.submit([1] * 60, SamplingOptions(max_new_tokens=5)),
+            ValueError,
+            "60 tokens and max_new_tokens=5 need 65 entries .* max_length=64",
+        ),
+    ],
+    ids=["empty", "shape", "dtype", "unknown", "long"],
+)
+def test_a_wrong_request_is_refused(model, call, error, message):
+    with pytest.raises(error, match=message):
+        call(Engine(model, **SHAPE))
+
+
+def test_full_attention_needs_max_length(model):
+    with pytest.raises(ValueError, match="max_length=None: layers with full attention"):
+        Engine(model, batch_size=1)
+    with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
+        Engine(model, batch_size=1, max_length=4, prefill_chunk=0)
+
+
+ON_A_MESH = """
+import jax, numpy as np
+from jax.sharding import AxisType, PartitionSpec
+from tests.nha_jax.generation.test_engine import tiny_model
+from nha_jax import Engine, generate
+
+model = tiny_model(num_kv_heads=2, conv_width=4)
+prompt = np.random.default_rng(0).integers(0, 24, (4, 9))
+wanted = generate(model, prompt, max_new_tokens=20, seed=1)
+mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+with jax.set_mesh(mesh):
+    cache = Engine(model, batch_size=4, max_length=64)._rows.cache
+    for layer in cache.layers:
+        assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
+        ring = layer.attention.window_value.sharding.spec
+        assert ring == PartitionSpec("data", None, "tensor"), ring
+    found = generate(model, prompt, max_new_tokens=20, seed=1)
+np.testing.assert_array_equal(found, wanted)
+print(len(jax.devices()), "devices agree")
+"""
+
+
+def test_a_batch_divided_over_eight_devices_gives_the_same_texts():
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    result = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "8 devices agree" in result.stdout

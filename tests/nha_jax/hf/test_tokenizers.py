@@ -1,0 +1,36 @@
+"""Prompts and chats become the tokens that transformers makes of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.train.pretrained_tokenizer import CONFIG, END, TEMPLATE, tokenizer_json
+from train.data.tokenizer.tokenizer import load_tokenizer
+from train.text.chat import ChatTemplate
+
+pytestmark = pytest.mark.hf
+
+
+@pytest.mark.parametrize("template", [None, "<begin> $A", "<begin> $A <end>", "$A <end>"])
+def test_tokens_are_those_of_transformers(tmp_path: Path, template: str | None) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "tokenizer.json").write_bytes(tokenizer_json(template))
+    config = CONFIG | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    loop = "{% for n in range(3) %}{% if n == 1 %}{% continue %}{% endif %}{{ n }}{% endfor %}"
+    rest = "{{ tools is none }}{{ messages | tojson }}{{ strftime_now('%Y') }}"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE + loop + rest)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    expected = theirs("naïve <b>").input_ids
+    if template and template.endswith("<end>"):
+        assert expected.pop() == END  # a prompt goes on
+    assert ours.encode_prompt("naïve <b>").tolist() == expected
+
+    messages = [{"role": "user", "content": " <turn> é <b> "}]
+    chat = {"add_generation_prompt": True, "return_dict": False}
+    text = ChatTemplate.of(tmp_path).render(" <turn> é <b> ")
+    assert text == theirs.apply_chat_template(messages, tokenize=False, **chat)
+    tokens = ours.encode_prompt(text, chat=True).tolist()
+    assert tokens == theirs.apply_chat_template(messages, **chat)

@@ -1,0 +1,234 @@
+"""Every implementation of the operator against the float64 reference: values and gradients."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.ops.cases import (
+    GATES,
+    WINDOWS,
+    Case,
+    Tolerance,
+    assert_close,
+    gates,
+    make_inputs,
+    relative_error,
+    rounded,
+    run,
+)
+
+TOLERANCE = {
+    ("reference", "float32"): Tolerance(5e-6, 5e-6),
+    ("xla", "float32"): Tolerance(5e-6, 5e-6),
+    ("xla", "bfloat16"): Tolerance(1e-2, 1e-2),
+    ("pallas_tpu", "float32"): Tolerance(1e-4, 5e-4),
+    ("pallas_tpu", "bfloat16"): Tolerance(5e-3, 2e-2),
+    ("pallas_gpu", "bfloat16"): Tolerance(5e-3, 2e-2),
+    ("pallas_gpu", "float32"): Tolerance(5e-6, 5e-6),  # it falls back to xla
+}
+
+
+def grid() -> list[Case]:
+    """Every length with every window; the other options take turns, each at its own pace."""
+    heads, slots = (1, 4, 8), (16, 48, 64, 80)
+    dims = ((64, 64), (60, 64), (128, 64), (64, 128), (60, 60))
+    cases = []
+    for i, (T, window) in enumerate(itertools.product((1, 2, 63, 64, 65, 200), WINDOWS)):
+        K, V = dims[i % 5]
+        cases.append(Case(
+            T=T, window=window, G=heads[i % 3], M=slots[i % 4], K=K, V=V, H=1 + i % 2,
+            gate=GATES[(3 * i + i // 8) % 8],
+            rope=("tokens", "rows", None)[i // 2 % 3],
+            segments=i // 3 % 2 == 1,
+            state=i // 5 % 2 == 1,
+            empty_slots=("attend", "mask")[i // 7 % 2],
+            slot_feature_map=("identity", "identity", "silu", "relu")[i // 4 % 4],
+        ))  # fmt: skip
+    return cases
+
+
+def gate_cases() -> list[Case]:
+    """Every kind of gate in the regimes that treat it differently."""
+    return [
+        Case(T=200, window=window, M=48, K=64, V=64, gate=gate, segments=window == "16")
+        for gate, window in itertools.product(GATES, ("0", "16"))
+    ]
+
+
+def check(case: Case, implementation: str, dtype: str, inputs: dict) -> None:
+    """Holds an implementation against the float64 reference on the same, rounded, inputs."""
+    tolerance = TOLERANCE[implementation, dtype]
+    inputs = rounded(inputs, dtype)
+    expected = run(case, "reference", "float64", inputs)
+    exceptions = {}
+    if dtype == "float32" and nearly_equal_slots(case):
+        plain = run(case, "reference", "float32", inputs)["gradient/query"]
+        error = relative_error(plain, expected["gradient/query"])
+        exceptions["gradient/query"] = max(tolerance.gradients, 4 * error)
+    result = run(case, implementation, dtype, inputs)
+    assert_close(result, expected, tolerance, exceptions)
+    if implementation == "pallas_tpu":
+        jax.clear_caches()  # interpreted kernels are large: some dozens of them exhaust a process
+
+
+def nearly_equal_slots(case: Case) -> bool:
+    """Slots only, and gates so strong that all of them hold nearly the last token.
+
+    The query's gradient is then a small difference of large, nearly equal terms: the definition
+    itself, in float32, is 5e-6 to 6e-5 off, and no implementation can be held to less.
+    """
+    return case.window == "0" and case.gate == "normaliser-0.1"
+
+
+def wide_cases() -> list[Case]:
+    """Windows beyond the reach of the TPU's fused kernel."""
+    options = (
+        {},
+        {"segments": True, "gate": "mixed", "slot_feature_map": "silu"},
+        {"rope": "rows", "empty_slots": "mask", "G": 4},
+    )
+    return [Case(T=300, window="150", K=64, V=64, **more) for more in options]
+
+
+SUITE = grid() + gate_cases() + wide_cases()
+
+
+def kernel_cases() -> list[Case]:
+    """One of each kind that the kernels treat in their own way, for every run of the tests."""
+    return [
+        Case(T=65, window="0", G=2, M=20, K=60, V=40, state=True, gate="-inf"),
+        Case(T=130, window="1", M=48, slot_feature_map="relu", rope="rows", empty_slots="mask"),
+        Case(
+            T=200, window="64", G=4, K=128, V=128, H=2, B=1, M=64, rope="yarn", small_blocks=False
+        ),
+        Case(T=200, window="100", segments=True, gate="mixed", empty_slots="mask"),
+        Case(T=140, window="16", segments=True, state=True, gate="-1000", rope=None),
+        Case(T=300, window="150", segments=True, G=2, slot_feature_map="silu", rope="yarn"),
+        Case(T=64, window="None", segments=True, M=64),
+    ]
+
+
+def some_cases() -> list[Case]:
+    """For every run: a third of the grid, each length and each window with every third of them."""
+    chosen = [case for i, case in enumerate(grid()) if (i + 2 * (i // len(WINDOWS))) % 3 == 0]
+    return chosen + gate_cases()[::2] + wide_cases()
+
+
+def more_kernels(*values):
+    return pytest.param(*values, marks=pytest.mark.tpu_full)
+
+
+def every_case(cases: list[Case], for_every_run: list[Case]) -> list:
+    """Each case for xla, and for pallas_tpu behind a marker: its interpreter is slow."""
+
+    def parameter(case: Case, implementation: str):
+        more = pytest.mark.tpu_full if implementation == "pallas_tpu" else pytest.mark.slow
+        marks = () if implementation == "xla" and case in for_every_run else (more,)
+        return pytest.param(case, implementation, id=f"{case}-{implementation}", marks=marks)
+
+    return [parameter(case, name) for name in ("xla", "pallas_tpu") for case in cases]
+
+
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE, some_cases()))
+def test_matches_float64_reference(case, implementation):
+    check(case, implementation, "float32", make_inputs(case))
+
+
+@pytest.mark.parametrize(("case", "implementation"), every_case(SUITE[::3], SUITE[::9]))
+def test_bfloat16_matches_float64_reference(case, implementation):
+    check(case, implementation, "bfloat16", make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [
+        ("xla", Case(T=65, window="0")),
+        (
+            "xla",
+            Case(
+                T=90, window="16", G=2, segments=True, empty_slots="mask", state=True, rope="yarn"
+            ),
+        ),
+        ("xla", Case(T=64, window="None")),
+        ("pallas_tpu", Case(T=90, window="16", G=2, segments=True, state=True)),
+        more_kernels("pallas_tpu", Case(T=300, window="150", B=1)),
+        more_kernels("pallas_tpu", Case(T=64, window="None")),
+    ],
+    ids=str,
+)
+def test_slot_weight_that_pulls_the_slots_only(implementation, case):
+    case = dataclasses.replace(case, slot_weight_gradient="slots")
+    check(case, implementation, "float32", make_inputs(case))
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [
+        *((case, "float32") for case in kernel_cases()),
+        *((case, "bfloat16") for case in kernel_cases()[:2]),
+        *(more_kernels(case, "bfloat16") for case in kernel_cases()[2:]),
+    ],
+    ids=str,
+)
+def test_tpu_kernels_match_float64_reference(case, dtype):
+    check(case, "pallas_tpu", dtype, make_inputs(case))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_tpu_kernels_gate_gradient_at_strong_decay(dtype):
+    """Its true value is nearly 0, the difference of sums that are not."""
+    case = Case(T=256, window="64", B=1, M=64, K=128, V=128)
+    inputs = make_inputs(case)
+    pre = np.random.default_rng(0).normal(-20, 20, inputs["arrays"]["log_decay"].shape)
+    inputs["arrays"]["log_decay"] = gates("normaliser-8", pre, None).astype(np.float32)
+    check(case, "pallas_tpu", dtype, inputs)
+
+
+@pytest.mark.parametrize("case", SUITE[::8], ids=str)
+def test_reference_in_float32(case):
+    check(case, "reference", "float32", make_inputs(case))
+
+
+@st.composite
+def any_case(draw) -> Case:
+    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
+    return Case(
+        T=draw(st.integers(1, 40)),
+        window=pick("0", "1", "3", "7", "16", "T", "T+5", "None"),
+        B=pick(1, 2),
+        H=pick(1, 2),
+        G=pick(1, 2, 3),
+        M=draw(st.integers(1, 9)),
+        K=2 * draw(st.integers(1, 5)),
+        V=draw(st.integers(1, 9)),
+        gate=pick(*GATES),
+        rope=pick(None, "tokens", "rows", "yarn"),
+        segments=pick(False, True),
+        state=pick(False, True),
+        empty_slots=pick("attend", "mask"),
+        slot_feature_map=pick("identity", "silu", "relu"),
+    )
+
+
+@given(case=any_case(), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_any_shape_and_option(case, seed):
+    check(case, "xla", "float32", make_inputs(case, seed))
+
+
+@pytest.mark.parametrize(
+    "implementation",
+    [
+        pytest.param("xla", marks=pytest.mark.slow),
+        pytest.param("pallas_tpu", marks=pytest.mark.tpu_full),
+    ],
+)
+@given(case=any_case(), seed=st.integers(0, 99))
+@settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_shape_and_option_more(implementation, case, seed):
+    check(case, implementation, "float32", make_inputs(case, seed))

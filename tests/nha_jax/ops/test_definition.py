@@ -1,0 +1,176 @@
+"""The reference against the operator's formulas written out, and its two limits."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nha_jax.ops import nha_attention
+from tests.support.ops.cases import BLOCK_SIZES, Case, make_inputs, relative_error, run
+
+
+def written_out(query, key, value, log_decay, case: Case, rope, ids):
+    """Output and slot weight by sums over all tokens, in float64, for one key/value head."""
+    B, T, Hq, _K = query.shape
+    W = case.window_size
+    ids = np.ones((B, T), int) if ids is None else ids
+    out, weight = np.zeros((B, T, Hq, case.V)), np.zeros((B, T, Hq))
+    feature = {
+        "identity": lambda x: x,
+        "silu": lambda x: x / (1 + np.exp(-x)),
+        "relu": lambda x: np.maximum(x, 0),
+    }[case.slot_feature_map]
+
+    def rotate(x, b, t):
+        if rope is None:
+            return x
+        cos, sin = (table[b, t] if table.ndim == 3 else table[t] for table in rope)
+        first, second = np.split(x, 2)
+        return np.concatenate([first * cos - second * sin, second * cos + first * sin])
+
+    for b, t in itertools.product(range(B), range(T)):
+        if ids[b, t] == 0:
+            continue
+        first = t
+        while first > 0 and ids[b, first - 1] == ids[b, t]:
+            first -= 1
+        inside = range(first if W is None else max(first, t - W + 1), t + 1)
+        entered = range(first, t + 1 - len(inside) if W else t + 1) if W is not None else range(0)
+        slot_key, slot_value = np.zeros((case.M, case.K)), np.zeros((case.M, case.V))
+        for j in entered:
+            kept = np.exp(sum(log_decay[b, i, 0] for i in entered if i > j))
+            share = (kept * (1 - np.exp(log_decay[b, j, 0])))[:, None]
+            slot_key += share * feature(key[b, j, 0])
+            slot_value += share * value[b, j, 0]
+        for h in range(Hq):
+            q, rotated = query[b, t, h], rotate(query[b, t, h], b, t)
+            a = list(slot_key @ feature(q)) if entered or case.empty_slots == "attend" else []
+            logits = a + [rotated @ rotate(key[b, j, 0], b, j) for j in inside]
+            p = np.exp(np.array(logits) * case.K**-0.5)
+            p /= p.sum()
+            values = list(slot_value) if a else []
+            out[b, t, h] = p @ np.array(values + [value[b, j, 0] for j in inside])
+            weight[b, t, h] = p[: len(a)].sum()
+    return out, weight
+
+
+@pytest.mark.parametrize("empty_slots", ["attend", "mask"])
+@pytest.mark.parametrize("window", ["0", "1", "4", "T", "T+5", "None"])
+@pytest.mark.parametrize("segments", [False, True], ids=["one-document", "packed"])
+def test_reference_is_the_formula(window, empty_slots, segments):
+    feature_map = {"0": "silu", "1": "relu"}.get(window, "identity")
+    rope = "rows" if segments else "tokens"
+    case = Case(
+        T=23, window=window, G=2, M=5, K=6, V=4, gate="mixed", rope=rope, segments=segments,
+        empty_slots=empty_slots, slot_feature_map=feature_map,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    arrays = {name: x.astype(np.float64) for name, x in inputs["arrays"].items()}
+    out, weight = written_out(
+        **arrays, case=case, rope=inputs["rest"]["rope"], ids=inputs["rest"]["segment_ids"]
+    )
+    result = run(case, "reference", "float64", inputs)
+    assert relative_error(result["out"], out) < 1e-7  # the rope tables are float32
+    assert np.max(np.abs(result["slot_weight"] - weight)) < 1e-7
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_whole_past_with_masked_slots_is_softmax_attention(implementation):
+    inputs = make_inputs(Case(T=70, window="None", G=2, H=2, K=16, V=16, rope=None))["arrays"]
+    arrays = {name: jnp.asarray(x) for name, x in inputs.items()}
+
+    def loss(attention):
+        def value(query, key, value):
+            return jnp.sum(jnp.sin(attention(query, key, value)))
+
+        names = ("query", "key", "value")
+        return jax.value_and_grad(value, (0, 1, 2))(*(arrays[name] for name in names))
+
+    ours = loss(
+        lambda q, k, v: nha_attention(
+            q,
+            k,
+            v,
+            arrays["log_decay"],
+            window_size=None,
+            empty_slots="mask",
+            implementation=implementation,
+        )
+    )
+    softmax = loss(lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=True))
+    for x, expected in zip(jax.tree.leaves(ours), jax.tree.leaves(softmax), strict=True):
+        assert relative_error(np.asarray(x), np.asarray(expected)) < 5e-6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_no_window_is_gated_slot_attention(implementation):
+    """arXiv 2409.07146: two gated recurrences joined by a softmax over the slots."""
+    case = Case(T=70, window="0", K=16, V=12, M=10, B=1, rope=None)
+    arrays = make_inputs(case)["arrays"]
+    query, key, value, gate = (
+        arrays[name][0, :, 0].astype(np.float64) for name in ("query", "key", "value", "log_decay")
+    )
+    alpha = np.exp(gate)[:, :, None]
+    slot_key, slot_value = np.zeros((10, 16)), np.zeros((10, 12))
+    expected = []
+    for t in range(case.T):
+        slot_key = alpha[t] * slot_key + (1 - alpha[t]) * key[t]
+        slot_value = alpha[t] * slot_value + (1 - alpha[t]) * value[t]
+        scores = np.exp(slot_key @ query[t] / 4)
+        expected.append(scores / scores.sum() @ slot_value)
+    out = nha_attention(
+        *map(jnp.asarray, arrays.values()), window_size=0, implementation=implementation
+    )
+    assert relative_error(np.asarray(out[0, :, 0]), np.array(expected)) < 5e-6
+
+
+def test_slot_weight_of_the_slots_only_leaves_the_window_alone():
+    """Rotation reaches the window's logits only, decays the slots' only."""
+    case = Case(T=20, window="4", G=2)
+    inputs = make_inputs(case)
+
+    def gradients(kind):
+        def loss(log_decay, rope):
+            arrays = inputs["arrays"] | {"log_decay": log_decay}
+            result = nha_attention(
+                **arrays, window_size=4, rope=rope, return_slot_weight=True,
+                slot_weight_gradient=kind, implementation="reference",
+            )  # fmt: skip
+            return jnp.vdot(result.slot_weight, inputs["cotangents"]["slot_weight"])
+
+        return jax.grad(loss, (0, 1))(inputs["arrays"]["log_decay"], inputs["rest"]["rope"])
+
+    with jax.enable_x64():
+        (every_decay, every_rope), (decay, rope) = gradients("all"), gradients("slots")
+    np.testing.assert_allclose(decay, every_decay, rtol=1e-5, atol=1e-8)
+    assert all(np.abs(table).max() > 1e-3 for table in every_rope)
+    assert all(np.abs(table).max() == 0 for table in rope)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla", "pallas_tpu"])
+def test_without_slots_is_sliding_window_attention(implementation):
+    B, T, H, K, W = 2, 70, 2, 16, 9
+    rng = np.random.default_rng(0)
+    query, cotangent = (jnp.asarray(rng.standard_normal((B, T, 2 * H, K))) for _ in range(2))
+    key, value = (jnp.asarray(rng.standard_normal((B, T, H, K))) for _ in range(2))
+    empty = jnp.zeros((B, T, H, 0))
+
+    def loss(attend):
+        return jax.value_and_grad(
+            lambda *arrays: jnp.vdot(attend(*arrays), cotangent), argnums=(0, 1, 2)
+        )(query, key, value)
+
+    found = loss(
+        lambda *arrays: nha_attention(
+            *arrays, empty, window_size=W, implementation=implementation, block_sizes=BLOCK_SIZES
+        )
+    )
+    wanted = loss(
+        lambda *arrays: jax.nn.dot_product_attention(
+            *arrays, is_causal=True, local_window_size=(W - 1, 0)
+        )
+    )
+    for x, expected in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+        assert relative_error(np.asarray(x), np.asarray(expected)) < 5e-6

@@ -1,0 +1,234 @@
+"""ModelConfig: what it accepts, what it derives, and what it counts."""
+
+import dataclasses
+import json
+
+import pytest
+
+from nha_jax import ModelConfig
+from nha_jax.config_parts import Experts, RopeScaling
+from pallas.tpu import BlockSizes
+
+SMALL = {"vocab_size": 50, "num_layers": 4, "hidden_size": 96, "num_query_heads": 6}
+
+
+def small(**overrides) -> ModelConfig:
+    return ModelConfig.from_dict(SMALL | overrides)
+
+
+def test_sizes_left_out_follow_from_the_others():
+    config = small()
+    assert (config.num_kv_heads, config.key_dim, config.value_dim) == (6, 16, 16)
+    assert config.mlp_size == 256  # 8/3 x 96, already a multiple of 64
+    assert small(hidden_size=108).mlp_size == 320  # 288, rounded up
+    assert small(key_dim=8).value_dim == 8
+
+
+@pytest.mark.parametrize(
+    ("window_size", "windows", "period"),
+    [
+        pytest.param(16, (16, 16, 16, 16), (16,), id="one-int"),
+        pytest.param(None, (None,) * 4, (None,), id="full"),
+        pytest.param((8, None), (8, None, 8, None), (8, None), id="pattern"),
+        pytest.param([8, 0], (8, 0, 8, 0), (8, 0), id="list"),
+        pytest.param((8, 8, 8, 8), (8, 8, 8, 8), (8,), id="longer-than-its-period"),
+        pytest.param((8, 8, 8, 4), (8, 8, 8, 4), (8, 8, 8, 4), id="no-repetition"),
+    ],
+)
+def test_windows(window_size, windows, period):
+    config = small(window_size=window_size)
+    assert config.windows == windows
+    assert config.window_period == period
+
+
+def _fields(value: object) -> str:
+    """A test id of the arguments: name=value."""
+    if isinstance(value, dict):
+        return "-".join(f"{name}={entry}" for name, entry in value.items())
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size=0 must be an integer of at least 1"),
+        ({"num_layers": 2.0}, "num_layers=2.0 must be an integer"),
+        ({"num_slots": True}, "num_slots=True must be an integer"),
+        ({"hidden_size": 97}, "hidden_size=97 is not a multiple of num_query_heads=6"),
+        ({"num_kv_heads": 4}, "num_kv_heads=4 must divide num_query_heads=6"),
+        ({"num_kv_heads": 0}, "num_kv_heads=0 must be an integer of at least 1"),
+        ({"key_dim": 15}, "key_dim=15 must be even"),
+        ({"window_size": -1}, "window_size=-1 must be an integer of at least 0, None"),
+        ({"window_size": "8"}, "window_size='8' must be an integer"),
+        ({"window_size": ()}, r"window_size=\(\) must be"),
+        ({"window_size": (8, 8, 0)}, "a pattern of 3 layers, which does not divide num_layers=4"),
+        ({"num_slots": 0, "window_size": 0}, "window_size=0 has a layer without a window"),
+        ({"num_slots": -1}, "num_slots=-1 must be an integer of at least 0"),
+        ({"conv_width": -1}, "conv_width=-1 must be an integer of at least 0"),
+        ({"conv_width": 1}, "conv_width=1 has no past tap"),
+        ({"gate_logit_normalizer": 0.0}, "gate_logit_normalizer=0.0 must be a finite number"),
+        ({"norm_eps": float("nan")}, "norm_eps=nan must be a finite number"),
+        ({"rope_theta": "1e4"}, "rope_theta='1e4' must be a finite number"),
+        ({"remat": True}, "remat=True must be one of 'none', 'full', 'operator', 'dots'"),
+        ({"dtype": "float8"}, "dtype='float8' must be one of 'bfloat16', 'float32'"),
+        ({"empty_slots": "drop"}, "empty_slots='drop' must be one of 'attend', 'mask'"),
+        ({"slot_feature_map": "elu"}, "slot_feature_map='elu' must be one of 'identity'"),
+        ({"implementation": "cuda"}, "implementation='cuda' must be one of 'reference', 'xla'"),
+        ({"block_sizes": {"chunk": 7}}, r"block_sizes=\{'chunk': 7\}.*32, 64 or 128, got 7"),
+        ({"block_sizes": {"chunks": 7}}, "block_sizes=.*'chunks'"),
+        ({"block_sizes": 64}, "block_sizes=64 must be a BlockSizes"),
+        ({"value_activation": "gelu"}, "value_activation='gelu' must be one of 'silu', 'identity'"),
+        ({"attention_bias": True}, "attention_bias=True must be one of 'none', 'qkv', 'all'"),
+        ({"output_norm": 1}, "output_norm=1 must be true or false"),
+        ({"qk_norm": None}, "qk_norm=None must be true or false"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be a RopeScaling, a mapping"),
+        ({"rope_scaling": {"kind": "linear"}}, "rope_scaling=.* does not fit: .*'factor'"),
+        ({"rope_scaling": {"kind": "linear", "by": 2}}, "rope_scaling=.* does not fit: .*'by'"),
+        ({"experts": 8}, "experts=8 must be an Experts, a mapping of its fields, or None"),
+        (
+            {"experts": {"count": 8, "per_token": 9, "size": 16}},
+            "experts=.* does not fit: per_token=9 must be at most count=8",
+        ),
+        ({"num_slot": 3}, "unknown field 'num_slot'; did you mean 'num_slots'?"),
+        ({"qwertz": 3}, "unknown field 'qwertz'$"),
+    ],
+    ids=_fields,
+)
+def test_a_wrong_value_is_one_line_that_names_it(overrides, message):
+    with pytest.raises(ValueError, match=message) as error:
+        small(**overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "ntk"}, "kind='ntk' must be one of 'linear', 'llama3', 'yarn'"),
+        ({"factor": 0.5}, "factor=0.5 must be a finite number of at least 1"),
+        ({"factor": True}, "factor=True must be a finite number"),
+        ({"kind": "llama3"}, "original_length=None must be at least 1: kind='llama3' needs it"),
+        ({"kind": "yarn", "original_length": 0}, "original_length=0 must be at least 1"),
+        ({"low_frequency_factor": 0}, "low_frequency_factor=0 must be a finite number above 0"),
+        (
+            {"low_frequency_factor": 4},
+            "high_frequency_factor=4.0 must be .* low_frequency_factor=4",
+        ),
+        ({"beta_slow": 40.0}, "beta_fast=32.0 must be a finite number above beta_slow=40.0"),
+        (
+            {"attention_factor": 0.0},
+            "attention_factor=0.0 must be a finite number above 0, or None",
+        ),
+        ({"truncate": 1}, "truncate=1 must be true or false"),
+    ],
+    ids=_fields,
+)
+def test_a_wrong_scaling_is_one_line_that_names_it(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        RopeScaling(**{"kind": "linear", "factor": 2.0} | fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"count": 0}, "count=0 must be an integer of at least 1"),
+        ({"per_token": 2.0}, "per_token=2.0 must be an integer of at least 1"),
+        ({"size": True}, "size=True must be an integer of at least 1"),
+        ({"count": 3, "per_token": 4}, "per_token=4 must be at most count=3"),
+        ({"normalize": "yes"}, "normalize='yes' must be true or false"),
+    ],
+    ids=_fields,
+)
+def test_a_wrong_mixture_is_one_line_that_names_it(fields, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        Experts(**{"count": 4, "per_token": 2, "size": 8} | fields)
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(ValueError, match="missing num_layers, num_query_heads"):
+        ModelConfig.from_dict({"vocab_size": 5, "hidden_size": 8})
+
+
+def test_dictionary_survives_json():
+    config = small(
+        window_size=(8, None),
+        num_kv_heads=2,
+        implementation="xla",
+        block_sizes={"chunk": 128},
+        rope_scaling={"kind": "yarn", "factor": 4, "original_length": 32, "truncate": False},
+        experts={"count": 8, "per_token": 2, "size": 32, "normalize": False},
+    )
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.to_dict()["window_size"] == [8, None]
+    assert config.block_sizes == BlockSizes(chunk=128)
+    assert config.rope_scaling == RopeScaling(
+        kind="yarn", factor=4, original_length=32, truncate=False
+    )
+    assert config.experts == Experts(count=8, per_token=2, size=32, normalize=False)
+    assert hash(config) == hash(dataclasses.replace(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "untied"),
+    [("nha-340m", 347.4, 380.2), ("nha-1.3b", 1311.4, 1376.9), ("nha-tiny", 0.702, 0.735)],
+)
+def test_presets_have_the_sizes_in_their_names(name, millions, untied):
+    assert ModelConfig.preset(name).num_parameters / 1e6 == pytest.approx(millions, rel=1e-3)
+    config = ModelConfig.preset(name, tie_embeddings=False)
+    assert config.num_parameters / 1e6 == pytest.approx(untied, rel=1e-3)
+
+
+def test_llama_preset_is_llama_and_its_gates():
+    published, gates = 8_030_261_248, 32 * 4096 * 8 * 64
+    assert ModelConfig.preset("llama-3-8b").num_parameters == published + gates
+
+
+def test_preset_overrides_reach_derived_sizes():
+    config = ModelConfig.preset("nha-tiny", num_query_heads=4)
+    assert (config.num_kv_heads, config.key_dim) == (4, 32)
+    with pytest.raises(ValueError, match="no preset 'nha-2b'; there are 'nha-tiny', 'nha-20m'"):
+        ModelConfig.preset("nha-2b")
+
+
+def test_flops_of_one_layer_counted_by_hand():
+    config = ModelConfig(
+        vocab_size=10,
+        num_layers=1,
+        hidden_size=4,
+        num_query_heads=2,
+        num_kv_heads=1,
+        key_dim=2,
+        value_dim=4,
+        num_slots=3,
+        window_size=2,
+        mlp_size=5,
+        conv_width=4,
+    )
+    # q 2x2, k 2, v 4, f 3, o 2x4 columns or rows of 4; SwiGLU three times 4 x 5; head 4 x 10.
+    matrices = 4 * (4 + 2 + 4 + 3 + 8) + 3 * 4 * 5 + 4 * 10
+    convolution = 4 * (4 + 2 + 4)
+    # T=4, W=2: tokens see 1, 2, 2, 2 keys; the last two find something in the slots.
+    window = 2 * 2 * (2 + 4) * 7 / 4
+    slots = (2 * 2 + 3 * 1) * (2 + 4) * 3 * 2 / 4
+    expected = 2 * (matrices + convolution) + window + slots
+    assert config.flops_per_token(4) == pytest.approx(expected)
+    assert config.training_flops_per_token(4) == pytest.approx(3 * expected)
+
+
+def test_of_experts_those_that_a_token_goes_through_are_counted():
+    one = small(mlp_size=32)
+    several = small(experts={"count": 8, "per_token": 3, "size": 32})
+    swiglu, router = 3 * 96 * 32, 96 * 8
+    growth = several.flops_per_token(64) - one.flops_per_token(64)
+    assert growth == pytest.approx(4 * 2 * (2 * swiglu + router))  # layers, multiply and add
+    assert several.num_parameters - one.num_parameters == 4 * (7 * swiglu + router)
+
+
+def test_flops_are_flat_for_windows_and_grow_for_full_attention():
+    window, full = small(window_size=16), small(window_size=None)
+    assert window.flops_per_token(2**16) == pytest.approx(window.flops_per_token(2**13), rel=0.01)
+    per_key = 4 * 2 * 6 * 32  # layers, multiply and add, heads, K + V
+    growth = full.flops_per_token(2048) - full.flops_per_token(1024)
+    assert growth == pytest.approx(per_key * 512)
+    assert small(window_size=100).flops_per_token(64) == full.flops_per_token(64)
+    with pytest.raises(ValueError, match="sequence_length=0 must be"):
+        full.flops_per_token(0)

@@ -1,0 +1,435 @@
+"""The whole model: forward, prefill and decode, packed documents, depth, and parameter axes."""
+
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from nha_jax import Model, ModelConfig
+from nha_jax.layers import LOGICAL_AXES
+from nha_jax.ops import rope_tables
+from tests.support.paths import ROOT
+
+LAYOUTS = {
+    "window": 8,
+    "wide-window": (32,),
+    "slots-only": 0,
+    "full": None,
+    "mixed": (8, 0, None),
+}
+# What a pretrained model that is converted may have, all of it at once.
+CONVERTED = {
+    "window_size": (8, 0, None),
+    "empty_slots": "mask",
+    "conv_width": 0,
+    "value_activation": "identity",
+    "output_norm": False,
+    "qk_norm": True,
+    "attention_bias": "all",
+    "rope_scaling": {"kind": "yarn", "factor": 4.0, "original_length": 6},
+    "experts": {"count": 6, "per_token": 2, "size": 10},
+}
+
+
+def tiny_config(**overrides) -> ModelConfig:
+    sizes = {
+        "vocab_size": 40,
+        "num_layers": 3,
+        "hidden_size": 16,
+        "num_query_heads": 4,
+        "num_kv_heads": 2,
+        "key_dim": 8,
+        "value_dim": 6,
+        "num_slots": 4,
+        "window_size": 8,
+        "mlp_size": 24,
+        "dtype": "float32",
+        "initializer_range": 0.2,
+    }
+    return ModelConfig.from_dict(sizes | overrides)
+
+
+def tiny_model(**overrides) -> Model:
+    return Model(tiny_config(**overrides), rngs=nnx.Rngs(0))
+
+
+def random_tokens(*shape: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(7), shape, 0, 40)
+
+
+forward = jax.jit(Model.__call__)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *({"window_size": layout} for layout in LAYOUTS.values()),
+        {"window_size": (4, None, 4), "num_slots": 0},
+        CONVERTED,
+    ],
+    ids=[*LAYOUTS, "no-slots", "converted"],
+)
+@pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
+def test_prefill_and_decode_equal_the_forward(overrides, lengths):
+    model = tiny_model(**overrides)
+    tokens = random_tokens(3, 24)
+    expected = forward(model, tokens)
+    starts = jnp.asarray(lengths or (17, 17, 17))
+    prompt = jnp.where(jnp.arange(17) < starts[:, None], tokens[:, :17], 39)
+
+    @jax.jit
+    def prefill(model, prompt):
+        return model.prefill(prompt, lengths=lengths and starts, max_length=24)
+
+    step = jax.jit(Model.decode_step)
+    logits, cache = prefill(model, prompt)
+    for distance in range(7):
+        index = (starts + distance)[:, None]
+        wanted = jnp.take_along_axis(expected, index[..., None] - 1, axis=1)[:, 0]
+        chex.assert_trees_all_close(logits, wanted, atol=2e-5, rtol=1e-5)
+        logits, cache = step(model, jnp.take_along_axis(tokens, index, axis=1)[:, 0], cache)
+    np.testing.assert_array_equal(cache.length, starts + 7)
+
+
+@pytest.mark.parametrize("conv_width", [0, 4])
+def test_prompts_read_in_chunks_equal_prompts_read_at_once(conv_width):
+    model = tiny_model(window_size=LAYOUTS["mixed"], conv_width=conv_width)
+    tokens, lengths = np.asarray(random_tokens(3, 32)), np.array([30, 11, 1])
+    prefill = jax.jit(Model.prefill, static_argnames="max_length")
+    expected, whole = prefill(model, tokens, lengths=lengths, max_length=40)
+    cache, logits = model.init_cache(3, max_length=40), jnp.zeros_like(expected)
+    for start in range(0, 32, 8):
+        present = np.clip(lengths - start, 0, 8)
+        chunk = tokens[:, start : start + 8]
+        found, cache = prefill(model, chunk, lengths=present, cache=cache)
+        logits = jnp.where((present > 0)[:, None], found, logits)
+    chex.assert_trees_all_close(logits, expected, rtol=1e-4, atol=1e-5)
+    following = logits.argmax(-1)
+    step, active = jax.jit(Model.decode_step), jnp.array([True, False, True])
+    found, after = step(model, following, cache, active=active)
+    expected, _ = step(model, following, whole)
+    chex.assert_trees_all_close(found[::2], expected[::2], rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_equal(after.length, jnp.array([31, 11, 2]))
+    waiting = lambda cache: jax.tree.map(lambda leaf: leaf[1], cache)  # noqa: E731
+    chex.assert_trees_all_equal(waiting(after), waiting(cache))
+
+
+def test_the_cache_of_finite_windows_does_not_grow():
+    model = tiny_model(window_size=(8, 0, 4))
+    shapes = [
+        jax.eval_shape(lambda m, t: m.prefill(t)[1], model, random_tokens(2, length))
+        for length in (3, 48)
+    ]
+    chex.assert_trees_all_equal_shapes_and_dtypes(*shapes)
+    one_more = jax.eval_shape(Model.decode_step, model, random_tokens(2), shapes[0])[1]
+    chex.assert_trees_all_equal_shapes_and_dtypes(one_more, shapes[0])
+
+
+DOCUMENTS = (9, 1, 14)
+PADDING = 4
+SEGMENT_IDS = jnp.repeat(
+    jnp.asarray([3, 1, 3, 0]), jnp.asarray([*DOCUMENTS, PADDING]), total_repeat_length=28
+)[None]
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "window_size", "implementation"),
+    [(2, (4, None), "reference"), (1, 4, "xla")],
+    ids=["mixed-reference", "window-xla"],
+)
+def test_packed_documents_equal_documents_alone(num_layers, window_size, implementation):
+    model = tiny_model(
+        num_layers=num_layers, window_size=window_size, implementation=implementation
+    )
+    tokens = random_tokens(1, 28)
+    weights = jax.random.normal(jax.random.key(1), (1, 28, 40)) * (SEGMENT_IDS != 0)[..., None]
+
+    @nnx.jit
+    @nnx.value_and_grad(has_aux=True)
+    def loss(model, tokens, segment_ids, weights):
+        logits = model(tokens, segment_ids)
+        return (logits * weights).sum(), logits
+
+    # Each document alone in a row; what follows it there is neither compared nor weighted.
+    starts = np.cumsum([0, *DOCUMENTS[:-1]])
+    index = starts[:, None] + np.arange(max(DOCUMENTS))
+    inside = (np.arange(max(DOCUMENTS)) < np.asarray(DOCUMENTS)[:, None])[..., None]
+    (_, alone), wanted = loss(model, tokens[0, index], None, weights[0, index] * inside)
+    (_, packed), found = loss(model, tokens, SEGMENT_IDS, weights)
+    chex.assert_trees_all_close(packed[0, index] * inside, alone * inside, atol=2e-5, rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
+        assert jnp.linalg.norm(other - one) <= 1e-5 * jnp.linalg.norm(one)
+
+
+def test_positions_only_matter_through_their_differences():
+    model = tiny_model(num_layers=1)
+    tokens = random_tokens(2, 12)
+    expected = forward(model, tokens)
+    rows = jnp.broadcast_to(jnp.arange(12), (2, 12))
+    shifted = forward(model, tokens, None, rows + jnp.asarray([[5], [70]]))
+    chex.assert_trees_all_close(shifted, expected, atol=2e-5)
+    stretched = forward(model, tokens, None, 3 * rows)
+    assert jnp.abs(stretched - expected).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"num_layers": 4, "window_size": (8, None)},
+        pytest.param({"num_layers": 2, "experts": CONVERTED["experts"]}, marks=pytest.mark.slow),
+    ],
+    ids=["groups-of-two", "experts"],
+)
+def test_scan_over_groups_equals_a_loop_over_layers(sizes):
+    sizes = {"conv_width": 0, "implementation": "reference", **sizes}
+    model = tiny_model(**sizes)
+    tokens = random_tokens(2, 20)
+
+    def loop(model, tokens):
+        graph, stack = nnx.split(model.blocks)
+        hidden = model.embed(tokens)
+        rope = rope_tables(jnp.arange(20), 8)
+        for layer, window_size in enumerate(model.config.windows):
+            block = nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], stack))  # noqa: B023
+            hidden = block(hidden, window_size=window_size, rope=rope)
+        return model.head(model.norm(hidden))
+
+    def loss(forward):
+        return nnx.jit(nnx.value_and_grad(lambda model, x: jnp.sin(forward(model, x)).sum()))
+
+    wanted, found = loss(loop)(model, tokens), loss(Model.__call__)(model, tokens)
+    chex.assert_trees_all_close(found, wanted, rtol=2e-4, atol=2e-4)
+    kept = forward(tiny_model(remat="none", **sizes), tokens)
+    chex.assert_trees_all_close(kept, forward(model, tokens), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("window_size", [8, (8, None)], ids=["window", "pattern"])
+def test_program_size_does_not_depend_on_depth(window_size):
+    def lines(num_layers):
+        model = tiny_model(num_layers=num_layers, window_size=window_size)
+        gradient = nnx.grad(lambda model, x: model(x).sum())
+        programs = [
+            jax.make_jaxpr(gradient)(model, random_tokens(1, 8)),
+            jax.make_jaxpr(lambda m, x: m.prefill(x, max_length=9))(model, random_tokens(1, 8)),
+        ]
+        return [str(program).count("\n") for program in programs]
+
+    (gradient, prefill), (deep_gradient, deep_prefill) = lines(4), lines(8)
+    assert deep_gradient == gradient
+    # But for the arrays of the cache, which every layer has for itself.
+    assert (deep_prefill - prefill) / 4 < prefill / 50
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"tie_embeddings": True, "conv_width": 0},
+        {"num_kv_heads": 4, "window_size": None, "num_layers": 1},
+        {"conv_width": 2, "mlp_size": None, "value_dim": 8},
+        {"attention_bias": "qkv"},
+        CONVERTED,
+    ],
+    ids=["gqa", "tied-no-convolution", "one-layer", "default-mlp", "biases", "converted"],
+)
+def test_parameters_are_counted_by_the_config_and_name_their_axes(overrides):
+    config = tiny_config(**overrides)
+    model = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
+    parameters = nnx.to_flat_state(nnx.state(model))
+    assert sum(parameter.size for _, parameter in parameters) == config.num_parameters
+    for path, parameter in parameters:
+        names = parameter.get_metadata()["out_sharding"]
+        assert len(names) == parameter.ndim, path
+        assert set(names) <= set(LOGICAL_AXES), path
+        if path[0] == "blocks":
+            assert names[0] == "layers", path
+            assert parameter.shape[0] == config.num_layers, path
+
+
+def test_layers_start_different():
+    kernel = tiny_model().blocks.attention.q_proj.kernel[...]
+    assert jnp.abs(kernel[0] - kernel[1]).max() > 0.01
+
+
+def test_bfloat16_compute_stays_near_float32():
+    tokens = random_tokens(2, 24)
+    expected = forward(tiny_model(), tokens)
+    logits = forward(tiny_model(dtype="bfloat16"), tokens)
+    assert logits.dtype == jnp.float32
+    error = jnp.linalg.norm(logits - expected) / jnp.linalg.norm(expected)
+    assert 1e-5 < error < 3e-2
+
+
+def test_loss_falls_when_the_model_is_fitted():
+    model = tiny_model(num_layers=2, window_size=(4, None), implementation="reference")
+    tokens = random_tokens(2, 16)
+
+    @nnx.jit
+    @nnx.value_and_grad
+    def loss(model, tokens):
+        logprobs = jax.nn.log_softmax(model(tokens[:, :-1]))
+        return -jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1).mean()
+
+    first, _ = loss(model, tokens)
+    for _ in range(30):
+        value, gradient = loss(model, tokens)
+        step = jax.tree.map(lambda p, g: p - 0.03 * jnp.sign(g), nnx.state(model), gradient)
+        nnx.update(model, step)
+    assert value < 0.3 * first
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda m: m(jnp.zeros(3, int)), ValueError, r"tokens must be \[batch, time\], got shape"),
+        (lambda m: m(jnp.zeros((1, 3))), TypeError, "tokens must be integers, got dtype float32"),
+        (
+            lambda m: m(random_tokens(1, 3), jnp.ones((1, 4), int)),
+            ValueError,
+            r"segment_ids must have the tokens' shape \(1, 3\), got \(1, 4\)",
+        ),
+        (
+            lambda m: m(random_tokens(1, 3), None, jnp.arange(2)),
+            ValueError,
+            r"positions must be \[time\] or \[batch, time\]",
+        ),
+        (lambda m: m.prefill(random_tokens(1, 3)), ValueError, "max_length=None: layers with full"),
+        (
+            lambda m: m.prefill(random_tokens(1, 3), max_length=2),
+            ValueError,
+            "at least the prompt's 3",
+        ),
+        (
+            lambda m: m.prefill(random_tokens(2, 3), lengths=[1, 4], max_length=9),
+            ValueError,
+            r"lengths must be within \[1, 3\], got \[1, 4\]",
+        ),
+        (
+            lambda m: m.prefill(random_tokens(2, 3), lengths=[1], max_length=9),
+            ValueError,
+            r"lengths must be \[batch\] = \(2,\)",
+        ),
+        (
+            lambda m: m.decode_step(
+                random_tokens(3, 1), m.prefill(random_tokens(3, 2), max_length=3)[1]
+            ),
+            ValueError,
+            r"tokens must be \[batch\] as in the cache",
+        ),
+    ],
+    ids=[
+        "tokens-rank",
+        "tokens-dtype",
+        "segments-shape",
+        "positions-shape",
+        "no-max-length",
+        "small-max-length",
+        "lengths-range",
+        "lengths-shape",
+        "step-rank",
+    ],
+)
+def test_a_wrong_argument_is_named(call, error, message):
+    model = tiny_model(num_layers=1, window_size=None, implementation="reference")
+    with pytest.raises(error, match=message):
+        call(model)
+
+
+ON_A_MESH = """
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tests.nha_jax.test_model import tiny_config, random_tokens
+from nha_jax import Model
+
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": "data"}
+mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+config = tiny_config(num_layers=2, window_size=4, implementation="reference")
+tokens = random_tokens(4, 12)
+forward = jax.jit(Model.__call__)
+wanted = forward(Model(config, rngs=nnx.Rngs(0)), tokens)
+with jax.set_mesh(mesh):
+    model = Model(config, rngs=nnx.Rngs(0))
+
+    def place(parameter):
+        names = parameter.get_metadata()["out_sharding"]
+        sharding = NamedSharding(mesh, PartitionSpec(*map(RULES.get, names)))
+        return parameter.replace(jax.device_put(parameter[...], sharding))
+
+    state = jax.tree.map(place, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
+    nnx.update(model, state)
+    kernel = model.blocks.attention.q_proj.kernel[...]
+    assert kernel.sharding.spec == PartitionSpec(None, "data", "model"), kernel.sharding
+    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
+    found = jax.device_get(forward(model, tokens))
+assert jnp.allclose(wanted, found, atol=1e-5, rtol=1e-4), abs(wanted - found).max()
+print(len(jax.devices()), "devices agree")
+"""
+
+
+def test_sharded_over_eight_devices_equals_one():
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True
+    )
+    assert done.stdout == "8 devices agree\n", done.stderr
+
+
+def test_importing_the_library_imports_no_training_stack():
+    program = (
+        "import sys, nha_jax; assert nha_jax.__version__; "
+        "heavy = {'grain', 'orbax', 'train', 'pydantic', 'tensorboardX', 'matplotlib'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_with_windows_shares_the_parameters():
+    model = Model(tiny_config(window_size=4), rngs=nnx.Rngs(0))
+    num_layers = model.config.num_layers
+    layout = [None, *range(num_layers - 1)]
+    other = model.with_windows(layout)
+    assert other.config.windows == tuple(layout)
+    assert other.embed.embedding is model.embed.embedding
+    same = Model(tiny_config(window_size=layout), rngs=nnx.Rngs(0))
+    tokens = random_tokens(1, 20)
+    chex.assert_trees_all_equal(other(tokens), same(tokens))
+    with pytest.raises(ValueError, match="window_size"):
+        model.with_windows([4] * (num_layers + 1))
+
+
+def test_layers_one_by_one_make_up_the_model():
+    model = tiny_model(window_size=(8, 0, None))
+    tokens = random_tokens(1, 28)
+    apply_layer = jax.jit(Model.apply_layer, static_argnums=3)
+    hidden = model.embed_tokens(tokens)
+    for index, window_size in enumerate(model.config.windows):
+        hidden = apply_layer(model, index, hidden, window_size, segment_ids=SEGMENT_IDS)
+    found = model.logits(model.norm(hidden))
+    chex.assert_trees_all_close(found, forward(model, tokens, SEGMENT_IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("index", "shape", "message"),
+    [
+        (3, (1, 4, 16), "index=3"),
+        (-1, (1, 4, 16), "index=-1"),
+        (0, (1, 4, 17), "hidden must be"),
+        (0, (4, 16), "hidden must be"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_refused(index, shape, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model().apply_layer(index, jnp.zeros(shape), 8)

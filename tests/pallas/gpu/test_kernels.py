@@ -1,0 +1,103 @@
+"""The operator on the GPU kernels against the float64 reference, in their interpreter."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from nha_jax.layers.remat import remat_policy
+from nha_jax.ops import nha_attention
+from pallas.gpu import BlockSizes
+from pallas.gpu.backward.window_queries import window_queries
+from pallas.gpu.backward.window_tokens import window_tokens
+from tests.nha_jax.ops import test_attention
+from tests.support.gpu import gates, slot_queries, slot_tokens, window_grads
+from tests.support.gpu.interpreted import CASES, ORDINARY
+from tests.support.gpu.process import HOPPER, THREADS, run_cases
+from tests.support.ops.cases import Case, make_inputs
+
+run_suite = functools.partial(run_cases, module="tests.support.gpu.interpreted")
+
+
+@pytest.fixture(scope="module")
+def ordinary_results() -> dict[int, str]:
+    """One process for all of them: starting it takes as long as a case."""
+    return run_suite(list(range(len(ORDINARY))))
+
+
+@pytest.mark.parametrize("index", range(len(ORDINARY)), ids=map(str, ORDINARY))
+def test_matches_float64_reference(index, ordinary_results):
+    assert ordinary_results[index] == "ok"
+
+
+def test_float32_runs_xla_and_says_so():
+    case = Case(T=12, window="4", segments=True)
+    with pytest.warns(UserWarning, match="multiply in bfloat16, got query of float32"):
+        test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
+
+
+@pytest.mark.gpu_full
+@pytest.mark.parametrize(
+    "index", range(len(ORDINARY), len(CASES)), ids=map(str, CASES[len(ORDINARY) :])
+)
+def test_whole_suite_matches_float64_reference(index):
+    assert run_suite([index]) == {index: "ok"}
+
+
+@pytest.mark.gpu_full
+@pytest.mark.parametrize(
+    ("module", "index"),
+    [
+        pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
+        for module in (gates, slot_queries, slot_tokens, window_grads)
+        for index in range(len(module.CASES))
+    ],
+)
+def test_kernels_of_the_backward_match_float64(module, index):
+    assert run_cases([index], module.__name__) == {index: "ok"}
+
+
+@pytest.mark.parametrize("kernel", [window_queries, window_tokens], ids=lambda x: x.__name__)
+def test_stages_that_do_not_fit_are_refused_by_name(kernel):
+    case = window_grads.Case(D=256)
+    inputs = window_grads.make_inputs(case)
+    with pytest.raises(ValueError, match=r"window_stages of 3 takes 2\d+ KB of shared memory"):
+        kernel(*inputs, spec=case.spec, block_sizes=BlockSizes(window_stages=3))
+
+
+@pytest.mark.gpu_full
+def test_saved_names_spare_a_rematerialised_layer_the_forward():
+    @functools.partial(jax.checkpoint, policy=remat_policy("operator"))
+    def layer(query, key, log_decay):
+        arrays = query, key, key, log_decay
+        return query + nha_attention(*arrays, window_size=16, implementation="pallas_gpu")
+
+    def loss(*inputs):
+        return jnp.sum(layer(*inputs).astype(jnp.float32))
+
+    wide = jax.ShapeDtypeStruct((1, 128, 2, 64), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((1, 128, 2, 16), jnp.float32)
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        traced = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).trace(wide, wide, log_decay)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"nha_(\w+)_mosaic_gpu", program)
+    forward = ["gates", "states", "output"]  # once each
+    backward = ["gates", "window_queries", "window_tokens"]
+    backward += ["slot_queries", "state_grads", "slot_tokens"]
+    assert sorted(calls) == sorted(forward + backward)
+
+
+@pytest.mark.gpu_full
+def test_two_warpgroups_and_the_softmax_denominator():
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.support.gpu.warpgroups"],
+        env=os.environ | THREADS,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]

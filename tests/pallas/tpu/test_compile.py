@@ -1,0 +1,239 @@
+"""Every kernel compiles to machine code for every TPU, as do decoding and a training step.
+
+uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests/tpu     # a few minutes
+uv run --isolated --extra tpu pytest -n 2 -m tpu_full tests/tpu    # all combinations, hours
+"""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from nha_jax import ModelConfig
+from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
+from nha_jax.ops.mesh.division import divide_over_mesh
+from pallas.tpu import RESIDUAL_NAMES
+from tests.support.tpu_topology import CHIPS, compile_for, devices, make_mesh, relayouts
+from train.config import DataConfig, MeshConfig, TrainConfig
+from train.devices.mesh import make_mesh as make_training_mesh
+from train.step.update import Steps
+
+HEADS, GROUP = 4, 2
+# So large that XLA does not bring whole arrays into VMEM ahead of a kernel: that would hide copies.
+BATCH, TOKENS = 16, 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """K = V head dim, M slots, W window."""
+
+    chip: str
+    K: int
+    M: int
+    W: int
+    segments: bool
+
+    def __str__(self) -> str:
+        return f"{self.chip}-K{self.K}-M{self.M}-W{self.W}" + "-segments" * self.segments
+
+
+# Each value of each field with several of the others'.
+SMALL = [
+    Case("v5e", K=128, M=64, W=64, segments=False),
+    Case("v5e", K=64, M=32, W=0, segments=True),
+    Case("v5e", K=256, M=128, W=1024, segments=False),
+    Case("v5p", K=128, M=64, W=100, segments=True),
+    Case("v5p", K=256, M=32, W=64, segments=False),
+    Case("v5p", K=64, M=128, W=1024, segments=True),
+    Case("v6e", K=128, M=64, W=64, segments=True),
+    Case("v6e", K=64, M=64, W=100, segments=False),
+    Case("v6e", K=128, M=128, W=0, segments=False),
+    Case("tpu7x", K=128, M=64, W=64, segments=False),
+    Case("tpu7x", K=256, M=64, W=0, segments=True),
+    Case("tpu7x", K=128, M=32, W=1024, segments=True),
+]
+PRODUCT = list(
+    itertools.product(CHIPS, (64, 128, 256), (32, 64, 128), (0, 64, 100, 1024), (False, True))
+)
+
+
+def parameters(small: list[Case]) -> list:
+    """All cases, in the small run or only in the full one."""
+    cases = [Case(*values) for values in PRODUCT]
+    mark = lambda case: pytest.mark.tpu_aot if case in small else pytest.mark.tpu_full  # noqa: E731
+    return [pytest.param(case, marks=mark(case), id=str(case)) for case in cases]
+
+
+def attention(case: Case):
+    """The operator on arrays as a layer has them; log_decay as [B, H, M, T], as the kernel does."""
+
+    def run(query, key, value, log_decay, segment_ids):
+        out = nha_attention(
+            query.reshape(BATCH, TOKENS, HEADS * GROUP, case.K),
+            key.reshape(BATCH, TOKENS, HEADS, case.K),
+            value.reshape(BATCH, TOKENS, HEADS, case.K),
+            log_decay.transpose(0, 3, 1, 2),
+            window_size=case.W,
+            rope=rope_tables(jnp.arange(TOKENS), case.K),
+            segment_ids=segment_ids,
+        )
+        return out.reshape(query.shape)
+
+    return run
+
+
+def arguments(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    query = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * GROUP * case.K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * case.K), jnp.bfloat16)
+    log_decay = jax.ShapeDtypeStruct((BATCH, HEADS, case.M, TOKENS), jnp.float32)
+    segment_ids = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.int32) if case.segments else None
+    return query, key, key, log_decay, segment_ids
+
+
+def check(case: Case, compiled: jax.stages.Compiled) -> None:
+    assert "tpu_custom_call" in compiled.as_text()
+    if case.K == 128:
+        assert relayouts(compiled, BATCH * TOKENS * HEADS * case.K) == []
+
+
+@pytest.mark.parametrize(
+    "case", parameters([case for case in SMALL if (case.K, case.M) == (128, 64)])
+)
+def test_forward(case: Case) -> None:
+    check(case, compile_for(case.chip, attention(case), *arguments(case)))
+
+
+@pytest.mark.parametrize("case", parameters(SMALL))
+def test_gradients(case: Case) -> None:
+    def gradients(query, key, value, log_decay, segment_ids, cotangent):
+        run = lambda *inputs: attention(case)(*inputs, segment_ids)  # noqa: E731
+        return jax.vjp(run, query, key, value, log_decay)[1](cotangent)
+
+    query, *rest = arguments(case)
+    check(case, compile_for(case.chip, gradients, query, *rest, query))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(("saved", "forwards"), [((), 2), (RESIDUAL_NAMES, 1)], ids=str)
+def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -> None:
+    case = Case("v5e", K=128, M=64, W=64, segments=False)
+    policy = jax.checkpoint_policies.save_only_these_names(*saved)
+
+    def loss(query, key, value, log_decay):
+        @functools.partial(jax.checkpoint, policy=policy, prevent_cse=False)
+        def layer(hidden, _):
+            return jnp.tanh(hidden + attention(case)(hidden, key, value, log_decay, None)), None
+
+        return jnp.sum(jax.lax.scan(layer, query, length=2)[0].astype(jnp.float32))
+
+    *inputs, _ = arguments(case)
+    compiled = compile_for(case.chip, jax.grad(loss, argnums=(0, 1, 2, 3)), *inputs)
+    calls = re.findall(r"%nha_(forward|backward)[.\d]* = .* custom-call\(", compiled.as_text())
+    assert sorted(calls) == ["backward"] + ["forward"] * forwards
+
+
+def decode_program(B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16):
+    """A step and its abstract arguments, the state the last; 1024 tokens of full attention."""
+    M = 64
+
+    def decode(query, key, value, log_decay, state: NHAState):
+        rope = rope_tables(state.length[:, None], K)
+        return decode_step(query, key, value, log_decay, state, window_size=window_size, rope=rope)
+
+    state = jax.eval_shape(
+        lambda: init_state(
+            B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=K,
+            window_size=window_size, dtype=dtype, max_length=1024,
+        )
+    )  # fmt: skip
+    query = jax.ShapeDtypeStruct((B, 1, H * GROUP, K), dtype)
+    token = jax.ShapeDtypeStruct((B, 1, H, K), dtype)
+    log_decay = jax.ShapeDtypeStruct((B, 1, H, M), jnp.float32)
+    return decode, (query, token, token, log_decay, state)
+
+
+def check_decode(compiled: jax.stages.Compiled, state: NHAState, devices: int) -> None:
+    """The kernel, and each device's part of the state updated in place: no ring is copied."""
+    assert "nha_decode" in compiled.as_text()
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+    assert compiled.memory_analysis().alias_size_in_bytes >= state_bytes // devices
+    ring = state.window_log_decay if state.window_log_decay.size else state.window_value
+    assert relayouts(compiled, ring.size // devices) == []
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("window_size", [64, 1024, None], ids="W{}".format)
+def test_decode(chip: str, window_size: int | None) -> None:
+    decode, arguments = decode_program(64, 8, window_size)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize(("heads", "window_size"), [(4, 32), (4, None), (2, 128)])
+def test_decode_with_few_heads(chip: str, dtype, heads: int, window_size: int | None) -> None:
+    """Four heads of 256 and W=32 are the published 340M model's."""
+    decode, arguments = decode_program(64, heads, window_size, K=256, dtype=dtype)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize("window_size", [64, None], ids="W{}".format)
+def test_decode_over_a_mesh(window_size: int | None) -> None:
+    """Two halves of the batch by two of the heads; nothing is exchanged."""
+    decode, arguments = decode_program(128, 16, window_size)
+    mesh = make_mesh("v5e", (2, 2), ("data", "tensor"))
+    with jax.set_mesh(mesh):
+        division = divide_over_mesh(128, 16)
+        specs = (*(division.tokens,) * 4, division.state)
+        arguments = jax.tree.map(
+            lambda spec, leaf: with_sharding(leaf, NamedSharding(mesh, spec)), specs, arguments
+        )
+        compiled = jax.jit(decode, donate_argnums=4).lower(*arguments).compile()
+    check_decode(compiled, arguments[-1], devices=4)
+    exchanges = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    assert not re.search(rf" ({exchanges})", compiled.as_text())
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(MeshConfig(), marks=pytest.mark.tpu_full, id="one device"),
+        pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.tpu_aot, id="data 2, fsdp 2"),
+        pytest.param(
+            MeshConfig(fsdp=2, context=2), marks=pytest.mark.tpu_aot, id="fsdp 2, context 2"
+        ),
+    ],
+)
+def test_training_step(mesh: MeshConfig) -> None:
+    """An update of the published 340M model at its context length, in one chip's memory."""
+    config = TrainConfig(
+        run="unused",
+        steps=10,
+        batch_size=8,
+        model=ModelConfig.preset("nha-340m"),
+        data=DataConfig(corpus="unused", sequence_length=2048),
+        mesh=mesh,
+    )
+    count = max(mesh.data, 1) * mesh.fsdp * mesh.context
+    placed = make_training_mesh(config, devices("v5e")[:count])
+    with jax.set_mesh(placed):
+        compiled = Steps(config, placed).trace_update().lower().compile()
+    assert "nha_backward" in compiled.as_text()
+    memory = compiled.memory_analysis()
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9
+
+
+def with_sharding(tree, sharding: NamedSharding):
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )

@@ -1,0 +1,88 @@
+"""The operator's suite on the GPU kernels, values and gradients. See process.py.
+
+python -m tests.support.gpu.interpreted INDEX...    of `CASES`
+"""
+
+import jax
+import jax.numpy as jnp
+
+from tests.nha_jax.ops import test_attention
+from tests.support.gpu.process import HOPPER, report
+from tests.support.ops import cases
+from tests.support.ops.cases import Case
+
+ORDINARY = [
+    Case(T=128, window="64", G=2, M=20, K=64, V=40, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
+    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="-inf", state=True),
+]
+# Heads that are not padded, and windows of up to 128: the kernels rotate.
+ROTATED = [
+    Case(T=130, window="1", M=48, K=64, V=64, rope="rows", empty_slots="mask"),
+    Case(T=190, window="64", G=2, M=64, K=128, V=128, rope="rows", gate="mixed", segments=True),
+    Case(T=130, window="16", K=64, V=40, slot_feature_map="silu", rope="yarn", segments=True),
+    Case(T=256, window="128", M=128, K=128, V=64, B=1),
+    Case(T=200, window="100", G=4, H=2, M=20, K=64, V=64, B=1, gate="-inf", rope="yarn"),
+    Case(T=130, window="100", M=0, K=64, V=64, rope="rows"),
+    Case(T=128, window="64", G=2, M=128, K=256, V=256, B=1, gate="mixed", rope="rows"),
+    Case(T=100, window="32", G=2, M=20, K=256, V=200, B=1, rope="yarn", segments=True),
+    Case(T=128, window="64", M=64, K=128, V=128, B=1, slot_weight_gradient="slots"),
+]
+MORE = [
+    Case(T=128, window="64", G=2, M=20, K=60, V=40, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=70, window="16", G=2, M=20, K=60, V=40, B=1, gate="-inf", segments=True, state=True),
+    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="normaliser-0.1"),
+    Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=128, window="64", M=64, K=64, V=64, B=1, gate="mixed", rope="yarn"),
+    Case(T=130, window="64", G=4, K=128, V=128, B=1, M=128, gate="-1000", rope="yarn"),
+    Case(T=90, window="16", M=0, state=True),
+    Case(T=90, window="16", M=0, slot_weight_gradient="slots"),
+    Case(T=90, window="16", G=2, M=32, state=True, slot_weight_gradient="slots"),
+    Case(T=90, window="None", G=2, slot_weight_gradient="slots"),
+    Case(T=66, window="0", M=64, K=128, V=64, segments=True, slot_weight_gradient="slots"),
+    Case(T=100, window="32", M=64, K=256, V=256, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=128, window="64", G=2, M=128, K=256, V=200, B=1, gate="-1000"),
+    Case(T=66, window="0", M=20, K=160, V=192, B=1, gate="normaliser-1", state=True),
+    Case(T=90, window="None", G=2, M=64, K=192, V=250, B=1, segments=True),
+    # All slots nearly equal: the gradients of their logits are what is left of a difference.
+    Case(
+        T=128,
+        window="1",
+        M=48,
+        K=60,
+        V=64,
+        B=1,
+        gate="normaliser-0.1",
+        segments=True,
+        empty_slots="mask",
+        slot_feature_map="silu",
+        rope=None,
+    ),
+]
+CASES = ORDINARY + MORE + ROTATED + test_attention.SUITE
+
+
+def lower_for_cuda(case: Case, inputs: dict) -> None:
+    """The interpreter knows no layouts: what it runs may still not compile."""
+    is_wide = {"log_decay", "window_log_decay", "slot_key", "slot_value"}
+    arrays = {
+        name: jnp.asarray(x, jnp.float32 if name in is_wide else jnp.bfloat16)
+        for name, x in inputs["arrays"].items()
+    }
+    rest = jax.tree.map(jnp.asarray, inputs["rest"])
+    cotangents = jax.tree.map(jnp.asarray, inputs["cotangents"])
+    with jax.sharding.use_abstract_mesh(HOPPER):
+        traced = cases._run.trace(arrays, rest, cotangents, case=case, implementation="pallas_gpu")
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in program or "__cudnn$fmha" in program
+    jax.clear_caches()
+
+
+def check(case: Case) -> None:
+    inputs = cases.make_inputs(case)
+    lower_for_cuda(case, inputs)
+    test_attention.check(case, "pallas_gpu", "bfloat16", inputs)
+
+
+if __name__ == "__main__":
+    report(CASES, check)

@@ -1,0 +1,158 @@
+"""The token side of the slots' backward against its formulas in float64. See process.py.
+
+python -m tests.support.gpu.slot_tokens INDEX...    of `CASES`
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas.gpu import default_block_sizes
+from pallas.gpu.backward.slot_tokens import SlotTokens, slot_tokens
+from pallas.gpu.backward.state_grads import StateGrads, state_grads
+from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
+from tests.support.gpu.process import report
+from tests.support.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
+from tests.support.ops.cases import GPU_INTERPRETER, relative_error
+
+TOLERANCE = 5e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
+
+ORDINARY = [
+    Case(M=16, slots=12, G=2, ahead=0, masked=True, state=True, gate="mixed"),
+    Case(D=128, gate="normaliser-0.1"),
+]
+SIZES = [
+    Case(M=128, slots=128, G=4, gate="-1000"),
+    Case(D=128, M=128, slots=100, G=2, masked=True, gate="-inf"),
+    Case(D=128, M=32, slots=32, state=True, gate="0", ahead=0),
+    Case(H=2, G=2, B=2, gate="holes", ahead=0),
+    Case(G=2, N=192, masked=True, state=True, gate="normaliser-1"),
+    Case(M=16, slots=16, gate="normaliser-0.1", state=True),
+]
+WIDE = [
+    Case(D=256, G=2, masked=True, state=True, gate="-inf"),
+    Case(D=192, M=128, slots=100, G=2, masked=True, ahead=0, gate="-1000"),
+    Case(D=256, M=128, slots=128, gate="normaliser-0.1", state=True),
+    Case(D=192, G=2, gate="mixed"),
+    Case(D=256, M=16, slots=16, masked=True, gate="normaliser-1"),
+]
+ADDED = [
+    Case(G=2, N=192, masked=True, added=("key", "value")),
+    Case(M=16, slots=16, H=2, ahead=0, gate="-inf", added=("key", "value")),
+    Case(D=128, M=128, slots=128, B=2, gate="-1000", added=("key", "value")),
+    Case(D=128, H=2, G=2, B=2, gate="mixed", added=("value",)),
+    Case(D=256, G=2, masked=True, ahead=0, state=True, added=("key", "value")),
+]
+CASES = ORDINARY + SIZES + WIDE + ADDED
+
+
+def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
+    """The gradient of the decays [B, N, H, M], as the docstring of `slot_tokens` has it."""
+    decay = chunks.tokens(inputs.log_decay)
+    to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
+    after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
+    written = 1.0 if inputs.written is None else chunks.tokens(inputs.written[..., None, None])
+    rows, tokens, at_end, state = (np.zeros(decay.shape) for _ in range(4))
+    tokens = tokens[:, :, :, None]  # by the rows' blocks
+    for side, (rise, start) in enumerate(
+        (
+            (queries.logits_rise, queries.logits_start),
+            (queries.weights_rise, queries.weights_start),
+        )
+    ):
+        rise, start = chunks.rows(rise), chunks.rows(start)
+        x, scores, slots = chunks.left[side], chunks.scores[side], chunks.starts[side]
+        rows = rows + np.sum(rise * chunks.spread(scores) + start * (x @ slots), axis=3)
+        split = (*rise.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
+        by_block = np.einsum("bnhgkrj,bnhgkrm->bnhkjm", scores.reshape(split), rise.reshape(split))
+        tokens = tokens + by_block
+        end = np.asarray(ends[side], np.float64).swapaxes(1, 2)
+        at_end = at_end + chunks.right[side] @ end
+        total = chunks.total.swapaxes(1, 2)[..., None, :]
+        state += total * np.sum(slots[:, :, :, 0] * end, axis=-2, keepdims=True)
+    entered = np.sum(chunks.fall * tokens, axis=3)
+    state += np.cumsum(chunks.to_end * at_end, -2) - chunks.to_end * at_end
+    state -= np.exp(decay + after) * written * at_end
+    inside = np.flip(np.cumsum(np.flip(rows - entered, -2), -2), -2)
+    reached = np.where(tokens == 0, 0, chunks.bare_fall)  # a later token's fall is infinite
+    inside = inside - np.exp(decay) * np.sum(reached * tokens, axis=3)
+    grad = np.where(decay > -8, inside, 0) + state
+    B, n, H, _, C = chunks.shape
+    return grad.swapaxes(2, 3).reshape(B, n * C, H, -1)
+
+
+def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
+    """Both kernels, each on the reference's inputs: rounded `Queries`, gradients of the states."""
+    sizes = default_block_sizes(case.D, case.M)
+    options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
+    states = state_grads(
+        inputs.query, inputs.out_grad, queries.logits_start, queries.weights_start,
+        inputs.gates, inputs.end_grad, **options,
+    )  # fmt: skip
+    tokens = slot_tokens(
+        inputs.query, inputs.out_grad, inputs.key, inputs.value,
+        queries.logits_rise, queries.weights_rise,
+        inputs.gates, inputs.starts, ends, inputs.facts,
+        {x: y for x, y in inputs.window_grads.items() if x != "query"},
+        **options,
+    )  # fmt: skip
+    return states, tokens
+
+
+def _with_windows(case: Case, inputs: Inputs, of_slots: Side) -> Side:
+    """The gradients by the arrays' rows [B, P, H, D], of the window too where they are given."""
+    P = inputs.key.shape[1]
+    sums = []
+    for name, grad in zip(("key", "value"), of_slots, strict=True):
+        total = np.zeros((grad.shape[0], P, *grad.shape[2:]))
+        total[:, : case.N - case.ahead] = grad[:, case.ahead :]  # rows before hold nothing
+        if name in case.added:
+            total += np.asarray(inputs.window_grads[name], np.float64)
+        sums.append(total)
+    return sums[0], sums[1]
+
+
+def check(case: Case) -> None:
+    inputs = make_inputs(case)
+    end_grad: Any = inputs.end_grad
+    chunks = Chunks(inputs, case.spec)
+    narrow: Any = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
+    queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.rest)))
+    expected = chunks.states(queries, end_grad)
+    ends = narrow(expected.ends[0]), narrow(expected.ends[1])
+    arguments = inputs, queries, ends
+
+    def kernels(interpret):
+        return jax.jit(lambda *x: run(case, interpret, *x))
+
+    text = kernels(False).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"nha_{name}_mosaic_gpu" in text for name in ("state_grads", "slot_tokens"))
+    results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
+    states, tokens = StateGrads(*results[0]), SlotTokens(*results[1])
+    key, value = _with_windows(case, inputs, chunks.tokens_of(queries, ends))
+    decays = decays_of(chunks, inputs, queries, ends)
+    entering = slice(case.ahead, None)  # rows before hold nothing
+    pairs: dict[str, Any] = {
+        "end_key": (states.key, expected.ends[0]),
+        "end_value": (states.value, expected.ends[1]),
+        "key": (tokens.key, key),
+        "value": (tokens.value, value),
+        "log_decay": (tokens.log_decay[:, : case.N - case.ahead], decays[:, entering]),
+    }
+    if case.state:
+        pairs["start_key"] = states.start_key, expected.start[0]
+        pairs["start_value"] = states.start_value, expected.start[1]
+    errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
+    assert not np.any(tokens.log_decay[:, case.N - case.ahead :])
+    for name in ("key", "value"):
+        grad, of_window = getattr(tokens, name), inputs.window_grads.get(name, 0.0 * inputs.key)
+        unread = slice(case.N - case.ahead, None)
+        assert np.array_equal(grad[:, unread], of_window[:, unread]), name
+    for name, error in errors.items():
+        assert error <= TOLERANCE, (name, errors)
+
+
+if __name__ == "__main__":
+    report(CASES, check)

@@ -1,0 +1,65 @@
+"""A run from a converted model on eight devices; for test_hybridize.py.
+
+Usage: hybridize_on_a_mesh.py CONFIG WHAT. What is printed, as JSON: `read`, of each parameter the
+entries of the largest part that was read, and of the whole; `train`, the metrics of three updates.
+"""
+
+import json
+import math
+import sys
+from collections import Counter
+
+import jax
+import numpy as np
+
+from nha_jax.storage.weights import Index, WeightSource
+from train.devices.mesh import make_mesh
+from train.load_config import load_config
+from train.step.update import Steps
+from train.storage.initial_model import InitialModel, model_to_learn_from
+
+
+class Recorded:
+    """A source that remembers the entries of the largest part that was read of each parameter."""
+
+    def __init__(self, source: WeightSource):
+        self.name, self.shapes = source.name, source.shapes
+        self.largest: Counter[str] = Counter()
+        self._source = source
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        part = self._source.read(name, index)
+        self.largest[name] = max(self.largest[name], part.size)
+        return part
+
+
+def main(config_file: str, what: str) -> None:
+    mesh_sizes = [("mesh.data", "1"), ("mesh.fsdp", "8")]
+    config = load_config(config_file, [*mesh_sizes, ("loss.distillation", "1")])
+    mesh = make_mesh(config)
+    assert mesh.devices.size == 8
+    with jax.set_mesh(mesh):
+        initial = InitialModel.open(config.initial_model or "")
+        source = Recorded(initial.source(config.model))
+        steps = Steps(config, mesh, model_to_learn_from(config))
+        state, original = steps.initial_state(source), steps.read_original(source)
+        if what == "read":
+            shapes = {name: math.prod(shape.shape) for name, shape in source.shapes.items()}
+            print(json.dumps({name: (source.largest[name], shapes[name]) for name in shapes}))
+            return
+        tokens = np.random.default_rng(0).integers(0, 256, (8, 33), np.int32)
+        batch = {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "segment_ids": np.ones((8, 32), np.int32),
+            "loss_mask": np.ones((8, 32), bool),
+        }
+        rows = []
+        for _ in range(3):
+            state, metrics = steps.update(state, batch, original)
+            rows.append({name: float(x) for name, x in metrics.items()})
+        print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

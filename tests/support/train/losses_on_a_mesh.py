@@ -1,0 +1,43 @@
+"""Prints the losses of a run's first steps and of those after a checkpoint, on all devices.
+
+Usage: losses_on_a_mesh.py CONFIG CHECKPOINTS
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from train.checkpoint.checkpoints import Checkpoints, Progress
+from train.data.batches import Windows, training_batches
+from train.data.corpus import load_corpus
+from train.devices.mesh import make_mesh
+from train.load_config import load_config
+from train.step.update import Steps, TrainState
+
+
+def main(config_file: str, folder: str) -> None:
+    config = load_config(config_file, [("mesh.fsdp", "2")])
+    windows = Windows(load_corpus(config.data).training, config.data.sequence_length)
+    mesh = make_mesh(config)
+    losses = {}
+
+    def follow(state: TrainState, progress: Progress, count: int) -> None:
+        batches = training_batches(windows, config.batch_size, config.seed, progress.next_batch)
+        for step in range(progress.step + 1, progress.step + count + 1):
+            state, metrics = steps.update(state, next(batches))
+            losses[step] = float(metrics["loss"])
+
+    with jax.set_mesh(mesh), Checkpoints(Path(folder), config.checkpoint) as checkpoints:
+        steps = Steps(config, mesh)
+        follow(steps.initial_state(), Progress(), 3)
+        restored = checkpoints.restore(steps.abstract_state, steps.shardings)
+        assert restored is not None
+        follow(*restored, 5)
+    assert mesh.devices.size == 8
+    print(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,52 @@
+"""One update by parts on eight devices against one of the whole batch; for test_losses.py.
+
+Prints the largest differences, relative to the largest entry, as JSON. XLA warns on stderr.
+"""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+
+from tests.support.train.gradients_on_meshes import make_batch, make_config
+from train.config import LossConfig, OptimizerConfig, TrainConfig
+from train.devices.mesh import make_mesh
+from train.step.update import Steps
+
+
+def update(config: TrainConfig) -> tuple[dict[str, float], list[np.ndarray]]:
+    """Metrics and state after one update."""
+    mesh = make_mesh(config)
+    with jax.set_mesh(mesh):
+        steps = Steps(config, mesh)
+        state, metrics = steps.update(steps.initial_state(), make_batch())
+        return jax.device_get(metrics), jax.tree.leaves(jax.device_get(state))
+
+
+def main() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)
+    config = dataclasses.replace(
+        make_config("from-scratch", {"data": 2, "fsdp": 2, "context": 2}),
+        loss=LossConfig(z_loss=1e-2, slot_loss=1e-1),
+        # An update that is smooth in the gradient, near 0 too.
+        optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1),
+    )
+    metrics, state = update(config)
+    metrics_by_parts, state_by_parts = update(
+        dataclasses.replace(config, micro_batches=2, head_parts=4)
+    )
+    differences = {
+        name: abs(metrics_by_parts[name] / metrics[name] - 1)
+        for name in metrics_by_parts
+        if metrics[name]
+    }
+    differences["state"] = max(
+        float(np.abs(x - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+        for x, wanted in zip(state_by_parts, state, strict=True)
+    )
+    print(json.dumps({name: float(value) for name, value in differences.items()}))
+
+
+if __name__ == "__main__":
+    main()

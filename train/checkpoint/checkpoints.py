@@ -1,0 +1,334 @@
+"""Saving and restoring everything a run needs to go on, with Orbax."""
+
+import contextlib
+import functools
+import itertools
+import logging
+import math
+import re
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import jax
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+
+from train.checkpoint.checksums import find_damage, has_checksums, write_checksums
+from train.config import CheckpointConfig
+from train.devices import processes
+from train.differences import differences
+from train.errors import CheckpointError, ConfigError
+from train.step.update import TrainState
+
+_METRIC = "held_out_loss"
+
+
+class Progress(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        step: updates done, skipped ones included.
+        next_batch: index of the batch to draw next.
+        skipped: updates skipped so far because something was not finite.
+    """
+
+    step: int = 0
+    next_batch: int = 0
+    skipped: int = 0
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that waits for the last save.
+
+    Each holds four parts, which can be loaded one by one: `model`, `optimizer`, `data` (the
+    position) and `step`. A save that was cut off counts for nothing and is removed when the
+    folder is opened next. A finished one gets checksums, in the background; when it is restored,
+    they are compared, and a damaged checkpoint gives way to the one before it.
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig):
+        policies = ocp.training.save_decision_policies
+        logging.getLogger("absl").addFilter(_raises_nothing)
+        self._folder = folder
+        self._checkpointer = ocp.training.Checkpointer(
+            folder,
+            save_decision_policy=policies.FixedIntervalPolicy(config.every),
+            preservation_policy=_preservation_policy(config),
+            cleanup_tmp_directories=True,
+        )
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        try:
+            self.wait()
+        except CheckpointError:
+            if error is None:  # otherwise that one says more
+                raise
+        finally:
+            self._background.shutdown()
+            with contextlib.suppress(Exception):  # what went wrong has been raised by wait
+                self._checkpointer.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest finished checkpoint, None if there is none."""
+        latest = self._checkpointer.latest
+        return latest.step if latest else None
+
+    def is_due(self, step: int) -> bool:
+        """Whether the save policy asks for a checkpoint after `step` updates.
+
+        Raises:
+            CheckpointError: the last save has failed meanwhile.
+        """
+        if self._saving and self._saving.done():
+            self.wait()
+        return self._checkpointer.should_save(step)
+
+    def save(self, state: TrainState, progress: Progress, held_out: float | None = None) -> None:
+        """Starts a save; returns once `state` may be donated. Waits for the save before it.
+
+        An existing checkpoint of the same step is left as it is.
+
+        Args:
+            state: what to save.
+            progress: where the run stands.
+            held_out: the held-out loss of this very state if it was measured: only checkpoints
+                that have one compete for `keep_best`.
+
+        Raises:
+            CheckpointError: this save or the last cannot be written, e.g. for want of space.
+        """
+        self.wait()
+        if self.latest_step == progress.step:
+            return
+        measured = held_out is not None and math.isfinite(held_out)
+        with self._one_line_errors():
+            response = self._checkpointer.save_checkpointables_async(
+                progress.step,
+                {
+                    "model": nnx.to_pure_dict(state.model),
+                    "optimizer": nnx.to_pure_dict(state.optimizer),
+                    "data": {"next_batch": progress.next_batch},
+                    "step": {"step": progress.step, "skipped": progress.skipped},
+                },
+                metrics={_METRIC: held_out} if measured else None,
+                force=True,
+            )
+        self._saving = self._background.submit(self._finish, response, progress.step)
+
+    def wait(self) -> None:
+        """Returns when every save that was started is on disk, with its checksums.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with self._one_line_errors():
+                saving.result()
+
+    def restore(
+        self, abstract: TrainState, shardings: TrainState
+    ) -> tuple[TrainState, Progress] | None:
+        """The newest undamaged checkpoint on the devices `shardings` says; None if there is none.
+
+        Damaged ones that are newer are set aside as `damaged-STEP`, so that their steps can be
+        saved again, and reported on stderr.
+
+        Args:
+            abstract: shapes and dtypes of the state.
+            shardings: of the same structure, a sharding per variable.
+
+        Raises:
+            ConfigError: the stored parts have other names or shapes; all of them are named.
+            CheckpointError: there are checkpoints, and all are damaged; nothing is changed.
+        """
+        targets = {
+            part: _abstract_arrays(getattr(abstract, part), getattr(shardings, part))
+            for part in TrainState._fields
+        }
+
+        def load(step: int) -> dict[str, Any]:
+            stored = self._checkpointer.checkpointables_metadata(step).metadata
+            for part, target in targets.items():
+                _check_shapes(part, stored[part], target)
+            return self._checkpointer.load_checkpointables(
+                step, {**targets, "data": None, "step": None}
+            )
+
+        loaded, damaged = _newest_undamaged(self._folder, load)
+        if loaded is None:
+            return None
+        processes.on_first(lambda: self._set_aside(damaged))
+        if damaged:
+            self._checkpointer.reload()
+        state = TrainState(
+            *(_fill(getattr(abstract, part), loaded[part]) for part in TrainState._fields)
+        )
+        step, skipped = int(loaded["step"]["step"]), int(loaded["step"]["skipped"])
+        return state, Progress(step, int(loaded["data"]["next_batch"]), skipped)
+
+    def _finish(self, response: Any, step: int) -> None:
+        """Waits for a save and adds its checksums; runs in the background."""
+        response.result()
+        if processes.is_first():
+            write_checksums(self._folder / str(step))
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        for step, damage in damaged.items():
+            place = self._folder / f"damaged-{step}"
+            copies = itertools.count(2)
+            while place.exists():
+                place = self._folder / f"damaged-{step}-{next(copies)}"
+            (self._folder / str(step)).rename(place)
+            print(f"nha: {damage}; set aside as {place.name}", file=sys.stderr)
+
+    @contextlib.contextmanager
+    def _one_line_errors(self) -> Iterator[None]:
+        """Whatever goes wrong in Orbax or in its threads as a CheckpointError."""
+        try:
+            yield
+        except Exception as error:
+            raise CheckpointError(
+                f"{self._folder}: cannot save a checkpoint: {_reason(error)}; those before it are "
+                "as they were, and the same command resumes"
+            ) from error
+
+
+def load_model_state(folder: Path, abstract: Any) -> Any:
+    """The model's state from the newest undamaged checkpoint in `folder`, on the default device.
+
+    Damaged ones that are newer are reported on stderr and left as they are.
+
+    Raises:
+        ConfigError: there is no finished checkpoint.
+        CheckpointError: all are damaged.
+    """
+    if not folder.is_dir():  # which a Checkpointer would create
+        raise ConfigError(f"{folder.parent}: the run has no checkpoint yet")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = _abstract_arrays(abstract, jax.tree.map(lambda _: device, abstract))
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        loaded, damaged = _newest_undamaged(
+            folder, lambda step: checkpointer.load_checkpointables(step, {"model": target})
+        )
+    if loaded is None:
+        raise ConfigError(f"{folder.parent}: the run has no finished checkpoint yet")
+    for damage in damaged.values():
+        print(f"nha: {damage}; reading the one before it", file=sys.stderr)
+    return _fill(abstract, loaded["model"])
+
+
+def _raises_nothing(record: logging.LogRecord) -> bool:
+    """False for what Orbax logs with its traceback: it raises that as well, a moment later."""
+    return not record.exc_info
+
+
+def _preservation_policy(config: CheckpointConfig) -> Any:
+    policies = ocp.training.preservation_policies
+    kept: list[Any] = [policies.LatestN(config.keep)]
+    if config.keep_every is not None:
+        kept.append(policies.EveryNSteps(config.keep_every))
+    if config.keep_best:
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics[_METRIC],
+            reverse=True,  # it keeps the last of those it has sorted
+            n=config.keep_best,
+            keep_checkpoints_without_metrics=False,
+        )
+        kept.append(best)
+    return policies.AnyPreservationPolicy(kept)
+
+
+def _newest_undamaged(
+    folder: Path, load: Callable[[int], dict[str, Any]]
+) -> tuple[dict[str, Any] | None, dict[int, str]]:
+    """What `load` makes of the newest good step, and what is wrong with each that is newer.
+
+    (None, {}) if there is no checkpoint.
+
+    Raises:
+        CheckpointError: none of them is good.
+    """
+    damaged: dict[int, str] = {}
+    for step in _stored_steps(folder):
+        path = folder / str(step)
+        damage = processes.on_first(functools.partial(find_damage, path))
+        if damage is None:
+            loaded, damage = _try_to_load(load, step, has_checksums(path))
+            if loaded is not None:
+                return loaded, damaged
+        damaged[step] = f"{path}: damaged: {damage}"
+    if damaged:
+        raise CheckpointError(f"no checkpoint is whole: {'; '.join(damaged.values())}")
+    return None, {}
+
+
+def _stored_steps(folder: Path) -> list[int]:
+    """Newest first. From the names: Orbax leaves out one that has lost its metadata."""
+    names = processes.on_first(lambda: [path.name for path in folder.iterdir()])
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def _try_to_load(
+    load: Callable[[int], dict[str, Any]], step: int, checked: bool
+) -> tuple[dict[str, Any] | None, str | None]:
+    """What was loaded, or why it could not be. If its files are right, so is raising."""
+    loaded, damage = None, None
+    try:
+        loaded = load(step)
+    except Exception as error:  # Orbax finds arrays missing, truncated, of other shapes, ...
+        if checked:
+            raise
+        damage = _reason(error)
+    if processes.any_process(damage is not None):
+        return None, damage or "another process cannot load it"
+    return loaded, None
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said if it is in there, else the first line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    message = str(error).strip() or type(error).__name__
+    found = re.search(r"([^:]+?) *\[os_error_code", message)  # TensorStore's way to put it
+    return found[1].strip() if found else message.splitlines()[0][:300]
+
+
+def _abstract_arrays(abstract: Any, shardings: Any) -> dict[str, Any]:
+    """A pure dict of ShapeDtypeStructs with shardings."""
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        nnx.to_pure_dict(abstract),
+        nnx.to_pure_dict(shardings),
+    )
+
+
+def _fill(abstract: Any, arrays: dict[str, Any]) -> Any:
+    """An nnx state like `abstract` that holds `arrays`."""
+    state = jax.tree.map(lambda leaf: leaf, abstract)
+    nnx.replace_by_pure_dict(state, arrays)
+    return state
+
+
+def _check_shapes(part: str, stored: Any, target: Any) -> None:
+    old, new = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="."): array.shape
+            for path, array in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (stored, target)
+    )
+    differing = differences(old, new, lambda shape: "absent" if shape is None else str(shape))
+    if differing:
+        raise ConfigError(
+            f"the checkpoint's {part} does not fit this program's: {'; '.join(differing)}"
+        )

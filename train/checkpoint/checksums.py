@@ -1,0 +1,69 @@
+"""Sizes and checksums of a folder's files, to tell later whether they are as they were written."""
+
+import json
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from train.storage.run_folder import write_atomically
+
+CHECKSUMS_FILE = "checksums.json"
+
+_READ_BYTES = 1 << 20
+_THREADS = 4
+
+
+def write_checksums(folder: Path) -> None:
+    """Notes size and CRC-32 of every file below `folder` in its CHECKSUMS_FILE, atomically.
+
+    Raises:
+        OSError: a file cannot be read, or the list not be written.
+    """
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_THREADS) as pool:
+        entries = pool.map(lambda path: [path.stat().st_size, _crc32(path)], files)
+        names = (path.relative_to(folder).as_posix() for path in files)
+        record = dict(zip(names, entries, strict=True))
+    write_atomically(folder / CHECKSUMS_FILE, json.dumps(record, indent=1) + "\n")
+
+
+def has_checksums(folder: Path) -> bool:
+    """Whether the checksums of `folder` have been written."""
+    return (folder / CHECKSUMS_FILE).exists()
+
+
+def find_damage(folder: Path) -> str | None:
+    """The first file of `folder` that is not as it was written, and in what; None if all are.
+
+    A folder without checksums, whose writer was killed just before, passes.
+    """
+    if not has_checksums(folder):
+        return None
+    try:
+        record = json.loads((folder / CHECKSUMS_FILE).read_bytes())
+        expected = {name: (int(size), int(crc)) for name, (size, crc) in record.items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        return f"{CHECKSUMS_FILE} is not readable"
+    with ThreadPoolExecutor(_THREADS) as pool:
+        faults = list(pool.map(lambda name: _fault(folder / name, *expected[name]), expected))
+    found = (f"{name} {fault}" for name, fault in zip(expected, faults, strict=True) if fault)
+    return next(found, None)
+
+
+def _fault(path: Path, size: int, crc: int) -> str | None:
+    try:
+        if path.stat().st_size != size:
+            return f"has {path.stat().st_size:,} bytes instead of {size:,}"
+        return None if _crc32(path) == crc else "has changed (its checksum differs)"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def _crc32(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            checksum = zlib.crc32(piece, checksum)  # lets other threads run meanwhile
+    return checksum

@@ -1,0 +1,323 @@
+"""From a YAML file and `--dotted.key value` arguments to a checked `TrainConfig`.
+
+Every mistake is a `ConfigError` of one line: the dotted key, the value, what was expected.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import itertools
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import yaml
+
+from nha_jax import ModelConfig
+from train.config import TrainConfig
+from train.errors import ConfigError
+from train.storage.initial_model import has_config, read_config
+from train.storage.run_folder import RunFolder
+from train.windows import LAYOUT_KEY, read_layout
+
+PRESET_KEY = "preset"
+INITIAL_MODEL_KEY = "initial_model"
+_ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """One key of the configuration.
+
+    Attributes:
+        name: dotted, e.g. `optimizer.learning_rate`
+        annotation: its Python type
+        default: its default, or dataclasses.MISSING
+        help: one line from the docstring, empty if there is none
+    """
+
+    name: str
+    annotation: Any
+    default: Any
+    help: str
+
+    @property
+    def is_section(self) -> bool:
+        """Whether the key holds further keys."""
+        return self.section is not None
+
+    @property
+    def section(self) -> type | None:
+        """The dataclass of the keys that it holds; the key may be null all the same."""
+        members = (self.annotation, *typing.get_args(self.annotation))
+        is_section = lambda x: isinstance(x, type) and dataclasses.is_dataclass(x)  # noqa: E731
+        return next(filter(is_section, members), None)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 3e-4 is a number, and a repeated key is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key} appears twice (line {line})"
+                )
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML follows, reads 3e-4 as a string for want of a dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
+    """Reads, overrides and checks a configuration.
+
+    Args:
+        path: a YAML file.
+        overrides: (dotted key, YAML text) pairs, applied in order.
+
+    Raises:
+        ConfigError: one line naming the key and the value.
+    """
+    values = _read(path)
+    for name, text in overrides:
+        _override(values, name, _parse(text, f"--{name}={text}"))
+    _check_names(values, TrainConfig, "")
+    values = {key: value for key, value in values.items() if value is not None}
+    return _validate(_fill_model(_read_layout_file(values)))
+
+
+def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
+    """Every key below `section` in order, sections before what they hold."""
+    hints = typing.get_type_hints(section)
+    descriptions = _attribute_lines(section.__doc__ or "")
+    for entry in dataclasses.fields(section):
+        if not entry.init:
+            continue
+        default = entry.default
+        if entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        annotation = hints[entry.name]
+        key = Key(prefix + entry.name, annotation, default, descriptions.get(entry.name, ""))
+        yield key
+        if key.section:
+            yield from keys(key.section, f"{key.name}.")
+
+
+def describe(annotation: Any) -> str:
+    """A type in words, e.g. `an integer, null or a list of integers`."""
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+    if annotation in words:
+        return words[annotation]
+    if annotation in (None, types.NoneType):
+        return "null"
+    if dataclasses.is_dataclass(annotation):
+        return "a section of keys"
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return "one of " + ", ".join(str(argument) for argument in arguments)
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(describe(argument) for argument in arguments)
+    if origin is dict:
+        return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
+    if origin in (tuple, list):
+        return f"a list (each {describe(arguments[0])})"
+    return str(annotation)
+
+
+def _attribute_lines(docstring: str) -> dict[str, str]:
+    """What a docstring's `Attributes:` or `Fields:` part says of each name, on one line each.
+
+    An entry is `name: text` or `name, name: text`; deeper indented lines continue it.
+    """
+    lines = inspect.cleandoc(docstring).splitlines()
+    heading = next((n for n, line in enumerate(lines) if line in _ATTRIBUTE_HEADINGS), None)
+    if heading is None:
+        return {}
+    part = itertools.takewhile(lambda line: line.startswith(" "), lines[heading + 1 :])
+    entries: list[tuple[list[str], str]] = []
+    for line in textwrap.dedent("\n".join(part)).splitlines():
+        names, _, text = line.partition(": ")
+        if not line.startswith(" "):
+            entries.append((names.split(", "), text))
+        else:
+            names_before, text_before = entries[-1]
+            entries[-1] = (names_before, f"{text_before} {line.strip()}")
+    return {name: text for names, text in entries for name in names}
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: the configuration is not UTF-8 text") from None
+    values = _parse(text, path)
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {values!r:.60}")
+    return values
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def _override(values: dict[str, Any], name: str, value: Any) -> None:
+    *parents, last = name.split(".")
+    for parent in parents:
+        child = values.get(parent)
+        if child is None:
+            child = values[parent] = {}
+        if not isinstance(child, dict):
+            raise _unknown_key(name, value)
+        values = child
+    values[last] = value
+
+
+def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
+    """Raises ConfigError for a key that `section` does not have, at any depth."""
+    known = {key.name.removeprefix(prefix): key for key in keys(section, prefix)}
+    for name, value in values.items():
+        if prefix == "model." and name == PRESET_KEY:
+            continue
+        key = known.get(name) if "." not in str(name) else None
+        if key is None:
+            raise _unknown_key(f"{prefix}{name}", value)
+        if key.section and isinstance(value, dict):
+            _check_names(value, key.section, f"{key.name}.")
+
+
+def _unknown_key(name: str, value: Any) -> ConfigError:
+    known = [key.name for key in keys() if not (key.is_section and "." in name)]
+    known.append(f"model.{PRESET_KEY}")
+    parent, _, last = name.rpartition(".")
+    by_last = {key.rpartition(".")[2]: key for key in known}
+    close = [by_last[last]] if last in by_last else []
+    close = close or difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    close = close or [by_last[m] for m in difflib.get_close_matches(last, by_last, n=1, cutoff=0.7)]
+    siblings = [key.removeprefix(f"{parent}.") for key in known if key.startswith(f"{parent}.")]
+    if close:
+        hint = f"did you mean {close[0]}?"
+    elif siblings:
+        hint = f"{parent} has {', '.join(siblings)}"
+    else:
+        hint = "`nha train --help` lists them all"
+    return ConfigError(f"{name} = {_show(value)}: there is no such key; {hint}")
+
+
+def _read_layout_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a `model.window_size` that names the result of an `nha search` by its layout."""
+    model = values.get("model")
+    if not isinstance(model, dict):
+        return values
+    path = model.get(LAYOUT_KEY)
+    if not isinstance(path, str) or not path.endswith(".json"):
+        return values
+    layout = read_layout(path, f"model.{LAYOUT_KEY}")
+    return {**values, "model": {**model, LAYOUT_KEY: layout}}
+
+
+def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
+    """Adds to the `model` section what it is based on; keys that are there win.
+
+    That is `model.preset`, which is left out, or else the configuration of `initial_model`.
+    """
+    model, initial = values.get("model") or {}, values.get(INITIAL_MODEL_KEY)
+    if not isinstance(model, dict):
+        return values
+    overrides = dict(model)
+    preset = overrides.pop(PRESET_KEY, None)
+    try:
+        if PRESET_KEY in model:
+            _check_preset(preset)
+            filled = ModelConfig.preset(preset, **overrides)
+        elif isinstance(initial, str):
+            filled = ModelConfig.from_dict(_initial_config(initial, values.get("run")) | overrides)
+        else:
+            return values
+    except ValueError as error:
+        raise _explain_value_error(error, "model") from None
+    return {**values, "model": filled.to_dict()}
+
+
+def _check_preset(name: Any) -> None:
+    if not isinstance(name, str):
+        raise ConfigError(f"model.{PRESET_KEY} = {_show(name)}: expected the name of a preset")
+    try:
+        ModelConfig.preset(name)
+    except ValueError as error:
+        raise ConfigError(f"model.{PRESET_KEY} = {_show(name)}: {error}") from None
+
+
+def _initial_config(name: str, run: Any) -> dict[str, Any]:
+    """From the folder; once a run has begun, from what it wrote down if that is gone."""
+    if not has_config(name) and isinstance(run, str):
+        stored = RunFolder(run).config() or {}
+        if stored.get(INITIAL_MODEL_KEY) == name:
+            return stored["model"]
+    return read_config(name).to_dict()
+
+
+def _validate(values: dict[str, Any]) -> TrainConfig:
+    # Through JSON, since pydantic's strict mode takes lists for tuples only from there.
+    text = json.dumps(values, default=str)
+    try:
+        return pydantic.TypeAdapter(TrainConfig).validate_json(text, strict=True)
+    except pydantic.ValidationError as error:
+        raise _explain(error.errors()[0], values) from None
+
+
+def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
+    """The first of pydantic's errors as one line about one key."""
+    known = {key.name: key for key in keys()}
+    name = ""
+    value: Any = values
+    for part in error["loc"]:
+        deeper = f"{name}.{part}".lstrip(".")
+        if deeper not in known:  # an index, or the member of a union that did not fit
+            break
+        name = deeper
+        value = value.get(part) if isinstance(value, Mapping) else value
+    if error["type"] == "missing":
+        key = known[name]
+        hint = f" ({key.help.rstrip('.')})" if key.help and not key.is_section else ""
+        return ConfigError(f"{name}: missing; expected {describe(key.annotation)}{hint}")
+    if error["type"] == "value_error":
+        return _explain_value_error(error["ctx"]["error"], name)
+    return ConfigError(f"{name} = {_show(value)}: expected {describe(known[name].annotation)}")
+
+
+def _explain_value_error(error: ValueError, section: str) -> ConfigError:
+    """A section's own complaint, with the dotted name of the key it starts with."""
+    message = " ".join(str(error).split())
+    message = message.removeprefix("ModelConfig: ").removeprefix("BlockSizes: ")
+    known = {key.name for key in keys()}
+    starts_with_key = f"{section}.{re.split('[^a-z0-9_]', message)[0]}" in known
+    separator = "." if starts_with_key else ": "
+    return ConfigError(f"{section}{separator}{message}" if section else message)
+
+
+def _show(value: Any) -> str:
+    """A value as it would stand in YAML, on one short line."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

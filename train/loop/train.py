@@ -1,0 +1,105 @@
+"""The training loop: from a configuration to a run folder with a trained model."""
+
+import signal
+from collections.abc import Mapping
+
+import jax
+
+from train.checkpoint.checkpoints import Checkpoints
+from train.config import TrainConfig
+from train.data.corpus import Corpus, load_corpus
+from train.devices import processes
+from train.devices.compilation_cache import use_compilation_cache
+from train.devices.mesh import make_mesh
+from train.loop.interruption import Interruption
+from train.loop.trainer import Trainer
+from train.report.wandb_reporter import check_wandb
+from train.step.trainable import Trainable
+from train.storage.initial_model import InitialModel
+from train.storage.result import Result
+from train.storage.run_folder import RunFolder, write_atomically
+
+
+def train(config: TrainConfig) -> int:
+    """Trains, or resumes, or says that the run is finished.
+
+    Returns:
+        The exit code: 0, or 128 + the signal that stopped the run (130 Ctrl-C, 143 SIGTERM).
+
+    Raises:
+        ConfigError: corpus, devices, run folder, initial model or wandb do not fit; nothing was
+            written.
+        TrainingError: the loss stays non-finite, or a file cannot be written.
+        CheckpointError: no checkpoint is whole, or none can be saved.
+    """
+    check_wandb(config.logging.wandb)
+    use_compilation_cache(config.compilation_cache)
+    processes.join(config)
+    try:
+        return _train(config)
+    except Exception as error:
+        if jax.process_count() > 1:
+            processes.leave_after(error)
+        raise
+
+
+def _train(config: TrainConfig) -> int:
+    corpus = load_corpus(config.data)
+    corpus.check_vocabulary(config.model.vocab_size)
+    mesh = make_mesh(config)
+    Trainable.match(config.trainable, config.model)
+    folder = RunFolder(config.run)
+    initial = _initial_model(config, corpus, folder)
+    with (
+        folder.open(config, corpus.fingerprint),
+        jax.set_mesh(mesh),
+        Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
+    ):
+        if initial is not None:
+            processes.on_first(lambda: initial.remember(folder.path))
+        if processes.is_first():
+            _write_companions(folder, config, corpus, initial)
+        done = checkpoints.latest_step or 0
+        result = Result.read(folder.result)
+        if done < config.steps or result is None or result.step != done:
+            trainer = Trainer(config, corpus, mesh, folder, checkpoints, initial)
+            with Interruption() as interruption:
+                number = trainer.run(interruption)
+            if number is not None:
+                if processes.is_first():
+                    name = signal.Signals(number).name
+                    print(f"Stopped by {name} at step {trainer.progress.step}.")
+                    print("Everything is saved; the same command resumes.")
+                return 128 + number
+            result = trainer.finish()
+        elif processes.is_first():
+            print(f"This run is finished: {done} of {config.steps} steps; raise steps to go on.")
+    if processes.is_first():
+        print(result)
+        print(f"\nIn {folder.path}: loss.png, slot_share.png, metrics.jsonl,")
+        print("tensorboard, checkpoints, model")
+    return 0
+
+
+def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:
+    """What the run starts from or learns from; None if there is none, or it is needed no more."""
+    name = config.initial_model
+    if name is None or (folder.has_checkpoint and not config.loss.distillation):
+        return None
+    initial = InitialModel.open(name)
+    initial.source(config.model)
+    initial.check_tokenizer(corpus.tokenizer, corpus.name)
+    return initial
+
+
+def _write_companions(
+    folder: RunFolder, config: TrainConfig, corpus: Corpus, initial: InitialModel | None
+) -> None:
+    """Puts into the run's folder what `nha_jax.save` will put beside the model."""
+    files: Mapping[str, bytes] = {}
+    if initial is not None:
+        files = initial.companions(corpus.tokenizer)
+    elif config.initial_model is None:  # else they are there since the run began
+        files = corpus.tokenizer.files
+    for name, content in files.items():
+        write_atomically(folder.path / name, content)

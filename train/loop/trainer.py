@@ -1,0 +1,221 @@
+"""One run in progress: its steps, evaluations and saves."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+import nha_jax
+from nha_jax.storage.saved_model import companions_of
+from train.checkpoint.checkpoints import Checkpoints, Progress
+from train.config import TrainConfig
+from train.data.batches import Windows, training_batches
+from train.data.corpus import Corpus
+from train.devices import processes
+from train.devices.mesh import MESH_AXES, rows_of_process
+from train.errors import TrainingError
+from train.loop.interruption import Interruption
+from train.loop.profiling import Profiler
+from train.report.reporting import Reporting, fetch, plot_run
+from train.step.evaluation import HeldOut, gzip_references, measure_held_out
+from train.step.update import Steps, TrainState
+from train.storage.initial_model import InitialModel, model_to_learn_from
+from train.storage.result import Result
+from train.storage.run_folder import RunFolder
+from train.text.completion import complete
+
+Metrics = dict[str, jax.Array]
+"""What an update returns beside the state, still on the devices."""
+
+
+class Trainer:
+    """One run in progress.
+
+    Attributes:
+        state: parameters and optimizer, on the devices.
+        progress: where the run stands.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        mesh: Mesh,
+        folder: RunFolder,
+        checkpoints: Checkpoints,
+        initial: InitialModel | None = None,
+    ):
+        """Restores the newest checkpoint, or starts afresh: from `initial` if there is one."""
+        self._config = config
+        self._corpus = corpus
+        self._folder = folder
+        self._checkpoints = checkpoints
+        self._training = Windows(corpus.training, config.data.sequence_length)
+        self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._rows = rows_of_process(mesh, config.batch_size)
+        self._initial = initial
+        self._steps = Steps(config, mesh, model_to_learn_from(config))
+        self.state: TrainState
+        source = None if initial is None else initial.source(config.model)
+        restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
+        self.state, self.progress = restored or (self._steps.initial_state(source), Progress())
+        self._original = None
+        if config.loss.distillation and source is not None:
+            self._original = self._steps.read_original(source)
+        self._mesh = mesh
+        self._vote = processes.StopVote(mesh)
+        self._skipped_in_row = 0
+        if processes.is_first():
+            self._print_header()
+
+    def run(self, interruption: Interruption) -> int | None:
+        """Trains up to the last step or an interruption; the state is then on disk.
+
+        Returns:
+            The signal that stopped this process or another of the run; None at the last step.
+        """
+        config, first = self._config, self.progress.step
+        per_target = self._training.bytes_per_target
+        batches = training_batches(
+            self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
+        )
+        with (
+            Reporting(config, self._folder, self._mesh, first, per_target) as reporting,
+            Profiler(config.logging.profile, self._folder.profile) as profiler,
+        ):
+            unreported: dict[int, Metrics] = {}
+            for step in range(first + 1, config.steps + 1):
+                profiler.before(step)
+                self.state, metrics = self._steps.update(self.state, next(batches), self._original)
+                profiler.after(step, metrics)
+                # The step before is fetched while the devices work on this one.
+                self._report_steps(unreported, reporting)
+                unreported = {step: metrics}
+                stop = self._vote.cast(interruption.signal) is not None or step == config.steps
+                evaluate = step % config.evaluation.every == 0 or step == config.steps
+                save = self._checkpoints.is_due(step) or stop
+                held_out = None
+                if evaluate or save:
+                    jax.block_until_ready(metrics)
+                    with reporting.clock.paused():
+                        if evaluate:
+                            held_out = self._evaluate(config.evaluation.windows)
+                    self._report_steps(unreported, reporting, held_out)
+                    unreported = {}
+                if save:
+                    with reporting.clock.paused():
+                        loss = held_out.bits_per_byte if held_out else None
+                        self._checkpoints.save(self.state, self.progress, loss)
+                if stop:
+                    break
+            self._checkpoints.wait()
+        if processes.is_first():
+            plot_run(self._folder, self._references())
+        return self._vote.last(interruption.signal)
+
+    def finish(self) -> Result | None:
+        """Measures the finished model, saves it for `nha_jax.load`, lets it write.
+
+        Of several processes all measure; the first alone does the rest and has the result.
+        """
+        held_out = self._evaluate(self._config.evaluation.final_windows)
+        if jax.process_count() == 1:
+            return self._write_result(held_out, self.state.model)
+        everywhere = processes.whole(self.state.model, self._mesh)
+        if not processes.is_first():
+            return None
+        # A mesh of its own: the others take no part any more.
+        here = jax.make_mesh(
+            (1,) * len(MESH_AXES),
+            MESH_AXES,
+            axis_types=(AxisType.Auto,) * len(MESH_AXES),
+            devices=jax.local_devices()[:1],
+        )
+        with jax.set_mesh(here):
+            local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
+            return self._write_result(held_out, local)
+
+    def _write_result(self, held_out: HeldOut, model_state: Any) -> Result:
+        config = self._config
+        model = self._steps.model(model_state)
+        sample = complete(
+            model,
+            self._corpus.tokenizer,
+            config.sample.prompt,
+            nha_jax.SamplingOptions(
+                max_new_tokens=config.sample.max_new_tokens,
+                temperature=config.sample.temperature,
+                seed=config.seed,
+            ),
+        )
+        files = companions_of(self._folder.path)
+        nha_jax.save(self._folder.model, model, overwrite=True, files=files)
+        step, references = self.progress.step, self._references()
+        result = Result(
+            step,
+            held_out.bits_per_byte,
+            held_out.perplexity,
+            references,
+            config.sample.prompt,
+            sample,
+        )
+        result.write(self._folder.result)
+        return result
+
+    def _report_steps(
+        self, steps: dict[int, Metrics], reporting: Reporting, held_out: HeldOut | None = None
+    ) -> None:
+        """Fetches the metrics of steps (at most one), waiting for it; counts and reports."""
+        for step, arrays in steps.items():
+            metrics = fetch(arrays)
+            skipped = metrics["skipped"] > 0
+            self.progress = Progress(step, step, self.progress.skipped + skipped)
+            self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
+            reporting.step(step, metrics, self.progress.skipped, held_out)
+            self._stop_if_lost(metrics)
+
+    def _stop_if_lost(self, metrics: Mapping[str, float]) -> None:
+        if self._skipped_in_row < self._config.optimizer.max_skipped_updates:
+            return
+        raise TrainingError(
+            f"stopped at step {self.progress.step}: the last {self._skipped_in_row} updates were "
+            f"not finite and were skipped (loss {metrics['loss']}, gradient norm "
+            f"{metrics['gradient_norm']}); try a lower optimizer.learning_rate, a longer "
+            "optimizer.warmup_steps or model.dtype=float32 in another run folder"
+        )
+
+    def _evaluate(self, windows: int) -> HeldOut:
+        return measure_held_out(
+            self._steps,
+            self.state.model,
+            self._held_out,
+            self._config.batch_size,
+            windows,
+            self._rows,
+        )
+
+    def _references(self) -> dict[str, float]:
+        return gzip_references(self._corpus.held_out)
+
+    def _print_header(self) -> None:
+        model, data = self._config.model, self._config.data
+        flops = model.flops_per_token(data.sequence_length)
+        shape = " ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
+        print(f"run      {self._folder.path}")
+        print(f"model    {model.num_parameters:,} parameters, {flops / 1e6:.2f} MFLOPs a token")
+        if self._initial is not None:
+            changes = "; ".join(self._initial.changes(model)) or "as it is"
+            print(f"from     {self._initial.folder}: {changes}")
+        if self._steps.num_trained < model.num_parameters:
+            print(f"trained  {self._steps.num_trained:,} parameters")
+        for name, part in (
+            ("training", self._corpus.training),
+            ("held out", self._corpus.held_out),
+        ):
+            amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            print(f"{name} {amount} of {data.corpus}")
+        print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
+        if self.progress.step:
+            print(f"resuming after step {self.progress.step} of {self._config.steps}")
+        print(flush=True)

@@ -1,0 +1,142 @@
+"""What the steps of a run become for people: rows, a progress bar, speed and plots."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+from jax.sharding import Mesh
+
+from train.config import TrainConfig
+from train.devices import processes
+from train.devices.chips import chip_of
+from train.report.clock import Clock
+from train.report.metrics import MetricsLog, ProgressBar, Reporter, Row, read_rows
+from train.report.plots import plot_loss_curve, plot_slot_share
+from train.report.wandb_reporter import WeightsAndBiases
+from train.step.evaluation import HeldOut
+from train.step.flops import training_flops_per_token
+from train.storage.run_folder import RunFolder, config_values
+
+
+class Reporting:
+    """Reports one run's steps while it is open; a context manager.
+
+    Of several processes the first alone does.
+
+    Attributes:
+        clock: paused by whoever does something that is not training.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        mesh: Mesh,
+        after_step: int,
+        bytes_per_target: float,
+    ):
+        """Opens the log to continue after a step.
+
+        Args:
+            config: of the run.
+            folder: of the run.
+            mesh: its devices.
+            after_step: the last step that counts as done.
+            bytes_per_target: of the training text, in the mean.
+        """
+        self.clock = Clock(config.batch_size * config.data.sequence_length)
+        self._config = config
+        self._devices = mesh.devices.size
+        self._chip = chip_of(mesh.devices.flat[0].device_kind)
+        self._flops = training_flops_per_token(config)
+        self._bytes_per_target = bytes_per_target
+        more: list[Reporter] = []
+        if config.logging.wandb is not None and processes.is_first():
+            more.append(
+                WeightsAndBiases(
+                    config.logging.wandb, folder.wandb, folder.path, config_values(config)
+                )
+            )
+        self._log: MetricsLog | None = None
+        if processes.is_first():
+            self._log = MetricsLog(folder.metrics, folder.tensorboard, after_step, more)
+        self._bar = ProgressBar(config.steps, after_step, shown=processes.is_first())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.__exit__(*exception)
+        if self._log is not None:
+            self._log.__exit__(*exception)
+
+    def step(
+        self,
+        step: int,
+        metrics: Mapping[str, float],
+        skipped_updates: int,
+        held_out: HeldOut | None,
+    ) -> None:
+        """Shows a step, and logs it if it is due or has an evaluation.
+
+        Args:
+            step: its number.
+            metrics: as `train.step.update.Steps.update` returns them, fetched.
+            skipped_updates: so far.
+            held_out: the evaluation after it, if there was one.
+        """
+        shown = {"loss": f"{metrics['loss']:.3f}"}
+        if held_out is not None:
+            shown["held-out bits/byte"] = f"{held_out.bits_per_byte:.3f}"
+            shown["perplexity"] = f"{held_out.perplexity:.4g}"
+        if step % self._config.logging.every == 0 or held_out is not None:
+            speed = self._speed(step)
+            if speed:
+                shown["tokens/s"] = f"{speed['tokens_per_second']:.0f}"
+            if "mfu" in speed:
+                shown["MFU"] = f"{speed['mfu']:.1%}"
+            row = self._row(step, metrics, held_out)
+            if self._log is not None:
+                self._log.write({**row, "skipped_updates": skipped_updates, **speed})
+        self.clock.start_once(step)
+        self._bar.advance(**shown)
+
+    def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
+        names = ("z_loss", "slot_loss", "distillation")
+        terms = {name: metrics[name] for name in names if name in metrics}
+        row: Row = {
+            "step": step,
+            "loss": metrics["loss"],
+            "bits_per_byte": metrics["loss"] / math.log(2) / self._bytes_per_target,
+            **terms,
+            "gradient_norm": metrics["gradient_norm"],
+            "learning_rate": metrics["learning_rate"],
+        }
+        if held_out is not None:
+            row["held_out_bits_per_byte"] = held_out.bits_per_byte
+            row["held_out_perplexity"] = held_out.perplexity
+            row["slot_share"] = list(held_out.slot_share)
+        return row
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Tokens a second, and model FLOPs utilisation where the chip's peak is known."""
+        rate = self.clock.tokens_per_second(step)
+        if rate is None:
+            return {}
+        speed = {"tokens_per_second": rate, "tokens_per_second_per_chip": rate / self._devices}
+        if self._chip is not None:
+            speed["mfu"] = rate * self._flops / (self._devices * self._chip.flops)
+        return speed
+
+
+def plot_run(folder: RunFolder, references: Mapping[str, float]) -> None:
+    """Draws the run's pictures from its rows; references as for `plot_loss_curve`."""
+    rows = read_rows(folder.metrics)
+    plot_loss_curve(rows, dict(references), folder.curve)
+    plot_slot_share(rows, folder.slot_share)
+
+
+def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
+    """Scalars of the devices as numbers, in one go; waits for them."""
+    return {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}

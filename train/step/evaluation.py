@@ -1,0 +1,101 @@
+"""What held-out text says of a model, and gzip's bits per byte beside it."""
+
+import gzip
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from train.data.batches import Windows, evaluation_batches
+from train.data.corpus import Part
+from train.step.losses import LossSum
+from train.step.update import Steps
+
+REFERENCE_TOKENS = 4_000_000
+"""Text of so many tokens is compressed for comparison: seconds, and gzip looks back 32 KiB only."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What held-out text says of a model.
+
+    Attributes:
+        bits_per_target: cross-entropy, in bits.
+        bytes_per_target: of the text, in the mean; see `train.data.corpus.Part`.
+        slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
+    """
+
+    bits_per_target: float
+    bytes_per_target: float
+    slot_share: tuple[float, ...]
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.bits_per_target / self.bytes_per_target
+
+    @property
+    def perplexity(self) -> float:
+        """Of a token; infinite if it is more than a float holds."""
+        return 2**self.bits_per_target if self.bits_per_target < 1024 else math.inf
+
+
+def measure_held_out(
+    steps: Steps,
+    model_state: Any,
+    windows: Windows,
+    batch_size: int,
+    count: int,
+    rows: np.ndarray | None = None,
+) -> HeldOut:
+    """Measures `count` windows spread over the held-out text.
+
+    Each window is read on its own, from an empty state; a document's first token is given, and
+    its end counts like any other. `rows` are those of a batch that this process holds; None: all.
+    """
+    batches = jax.device_get(
+        [
+            steps.evaluate(model_state, batch)
+            for batch in evaluation_batches(windows, batch_size, count, rows)
+        ]
+    )
+    shares = sum(int(batch.shares) for batch in batches)
+    slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
+    return HeldOut(
+        bits_per_target([batch.loss for batch in batches]),
+        windows.bytes_per_target,
+        tuple((slot_share / max(shares, 1)).tolist()),
+    )
+
+
+def bits_per_target(sums: Sequence[LossSum]) -> float:
+    """The cross-entropy of all batches together; on bytes, bits per byte."""
+    nats = math.fsum(float(total.nats) for total in sums)
+    return nats / max(sum(int(total.targets) for total in sums), 1) / math.log(2)
+
+
+def gzip_bits_per_byte(text: bytes, window: int | None = None) -> float:
+    """What `gzip -9` needs for `text`, headers included.
+
+    Args:
+        text: what to compress.
+        window: compress independent pieces of so many bytes; None: all of it in one.
+    """
+    size = window or len(text)
+    pieces = (text[start : start + size] for start in range(0, len(text), size))
+    return 8 * sum(len(gzip.compress(piece, 9, mtime=0)) for piece in pieces) / len(text)
+
+
+def gzip_references(part: Part) -> dict[str, float]:
+    """Bits per byte by what was compressed, of four million tokens' text at most.
+
+    A thousand bytes are about what a small model sees at once, and too few for gzip to find
+    many repeats; all the text at once is the other extreme.
+    """
+    text = part.text(REFERENCE_TOKENS)
+    return {
+        "gzip -9, 1000 bytes at a time": gzip_bits_per_byte(text, 1000),
+        "gzip -9, all of it at once": gzip_bits_per_byte(text),
+    }

@@ -1,0 +1,194 @@
+"""The model that a run starts from, and may learn from: a folder with its weights."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from nha_jax import ModelConfig
+from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, companions_of
+from nha_jax.storage.weights import SafetensorsSource, abstract_parameters, differences
+from train.config import TrainConfig
+from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
+from train.data.tokenizer.tokenizer import Tokenizer
+from train.errors import ConfigError
+from train.storage.run_folder import write_atomically
+
+_RECORD = "initial_model.json"
+
+# How a model is computed, rather than what it computes.
+_COMPUTATION = ("dtype", "param_dtype", "remat", "implementation", "block_sizes")
+
+_SAMPLES, _SAMPLE_BYTES = 256, 4096
+
+
+@dataclass(frozen=True)
+class InitialModel:
+    """The folder that `initial_model` names.
+
+    Attributes:
+        name: as it was given.
+        folder: of config.json and model.safetensors.
+        config: the model's.
+    """
+
+    name: str
+    folder: Path
+    config: ModelConfig
+
+    @classmethod
+    def open(cls, name: str) -> Self:
+        """Reads the configuration alone.
+
+        Raises:
+            ConfigError: there is no model in the folder, or its configuration is not valid.
+        """
+        folder = _find(name)
+        return cls(name, folder, read_config(name))
+
+    def source(self, model: ModelConfig) -> SafetensorsSource:
+        """The weights, for a model of another configuration with the same parameters.
+
+        Raises:
+            ConfigError: they are not the same; the line names every one that differs.
+        """
+        try:
+            source = SafetensorsSource(self.folder / WEIGHTS_FILE)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"initial_model = {self.name!r}: {error}") from None
+        stored = dataclasses.replace(model, param_dtype=self.config.param_dtype)
+        problems = differences(abstract_parameters(stored), source.shapes)
+        if problems:
+            raise ConfigError(
+                f"initial_model = {self.name!r}: its weights do not fit the keys of model: "
+                f"{'; '.join(problems)}"
+            )
+        return source
+
+    def check_tokenizer(self, tokenizer: Tokenizer, corpus: str) -> None:
+        """Raises ConfigError if the folder has a tokenizer, and the corpus was read by another."""
+        file = self.folder / TOKENIZER_FILE
+        if not file.exists() or _checksum(file.read_bytes()) == tokenizer.name:
+            return
+        used = "bytes as tokens" if tokenizer.name == "bytes" else "another tokenizer"
+        raise ConfigError(
+            f"data.corpus = {corpus}: it has {used}, and initial_model = {self.name!r} the one in "
+            f"{file}; prepare it with --tokenizer {file}"
+        )
+
+    def companions(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+        """Name and content of what goes beside the trained model.
+
+        Where the corpus's tokenizer says something else, such as how a text ends, that counts.
+
+        Raises:
+            DataError: the folder's tokenizer_config.json is damaged.
+        """
+        files, name = companions_of(self.folder), TOKENIZER_CONFIG_FILE
+        both = [x[name] for x in (files, tokenizer.files) if name in x]
+        files |= tokenizer.files
+        if len(both) == 2:
+            old, new = (read_object(content, self.folder / name) for content in both)
+            files[name] = (json.dumps(old | new, indent=2, ensure_ascii=False) + "\n").encode()
+        return files
+
+    def remember(self, run: Path) -> None:
+        """Notes in a run's folder what its initial model is.
+
+        Raises:
+            ConfigError: when the run began, it was another.
+        """
+        fingerprint = self.fingerprint()
+        record = run / _RECORD
+        if not record.exists():
+            content = {"initial_model": self.name, "fingerprint": fingerprint}
+            write_atomically(record, json.dumps(content, indent=2) + "\n")
+        elif json.loads(record.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            raise ConfigError(
+                f"initial_model = {self.name!r}: it is not the one any more that the run in {run} "
+                "began with; put that one back, or choose another run"
+            )
+
+    def fingerprint(self) -> str:
+        """Hash of the configuration, of the weights' size and header, and of samples of them.
+
+        Of a large file it reads a megabyte.
+        """
+        digest = hashlib.sha256((self.folder / CONFIG_FILE).read_bytes())
+        with (self.folder / WEIGHTS_FILE).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            file.seek(0)
+            header = int.from_bytes(file.read(8), "little")
+            digest.update(file.read(header))
+            for sample in range(_SAMPLES):
+                file.seek(8 + header + sample * (size - 8 - header) // _SAMPLES)
+                digest.update(file.read(_SAMPLE_BYTES))
+        return digest.hexdigest()[:16]
+
+    def changes(self, model: ModelConfig) -> list[str]:
+        """`key: initial -> present` of what a model has otherwise."""
+        old, new = self.config.to_dict(), model.to_dict()
+        return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
+
+
+def model_to_learn_from(config: TrainConfig) -> ModelConfig | None:
+    """The initial model's configuration if there is distillation; computed as the run's model is.
+
+    For a plan the folder need not be there: it is then the run's model with full attention.
+
+    Raises:
+        ConfigError: the folder's configuration is not valid.
+    """
+    name, model = config.initial_model, config.model
+    if name is None or not config.loss.distillation:
+        return None
+    if not has_config(name):
+        return dataclasses.replace(model, window_size=None, empty_slots="mask")
+    same = {field: getattr(model, field) for field in _COMPUTATION}
+    return dataclasses.replace(read_config(name), **same)
+
+
+def has_config(name: str) -> bool:
+    """Whether the folder that `initial_model` names is there."""
+    return (_find(name) / CONFIG_FILE).is_file()
+
+
+def read_config(name: str) -> ModelConfig:
+    """The configuration of the model in the folder that `initial_model` names.
+
+    Raises:
+        ConfigError: there is none, or it is not valid.
+    """
+    folder = _find(name)
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        if "model_type" in values:  # as other libraries write it
+            raise ConfigError(
+                f"initial_model = {name!r}: a model of another library; `nha import {name} FOLDER` "
+                "first, and give that folder"
+            )
+        return ModelConfig.from_dict(values)
+    except OSError:
+        raise ConfigError(
+            f"initial_model = {name!r}: no model in this folder; expected one that `nha import` "
+            "or `nha_jax.save` wrote, or a finished run"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"initial_model = {name!r}: {CONFIG_FILE} is not valid: {reason}"
+        ) from None
+
+
+def _find(name: str) -> Path:
+    folder = Path(name).expanduser()
+    model_of_run = folder / "model"
+    return folder if (folder / CONFIG_FILE).exists() or not model_of_run.is_dir() else model_of_run
+
+
+def _checksum(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

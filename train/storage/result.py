@@ -1,0 +1,53 @@
+"""What a finished run reached."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Self
+
+from train.storage.run_folder import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Held-out bits per byte and a sample; `str` of it is what the user reads at the end.
+
+    Attributes:
+        step: updates done.
+        held_out_bits_per_byte: the model's, over evaluation.final_windows.
+        held_out_perplexity: likewise, of a token.
+        references: bits per byte of other compressors, by name.
+        prompt: what the sample continues.
+        sample: what the model wrote.
+    """
+
+    step: int
+    held_out_bits_per_byte: float
+    held_out_perplexity: float
+    references: dict[str, float]
+    prompt: str
+    sample: str
+
+    @classmethod
+    def read(cls, path: Path) -> Self | None:
+        """The result written to `path`, None if there is none."""
+        if not path.exists():
+            return None
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    def write(self, path: Path) -> None:
+        """Writes the result as JSON."""
+        write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        compared = {"this model": self.held_out_bits_per_byte, **self.references}
+        width = max(map(len, compared))
+        return "\n".join(
+            [
+                f"\nHeld-out bits per byte after {self.step} steps (lower is better)",
+                *(f"  {name:<{width}}  {value:.3f}" for name, value in compared.items()),
+                f"Perplexity of a token: {self.held_out_perplexity:.2f}",
+                f"\nThe model continues {self.prompt!r}:\n",
+                self.prompt + self.sample,
+            ]
+        )

@@ -1,0 +1,192 @@
+"""The folder of one run: who may write in it, and for which configuration."""
+
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any, Self
+
+from train.config import TrainConfig
+from train.devices import processes
+from train.differences import differences
+from train.errors import ConfigError, TrainingError
+
+# What may differ when a run is resumed: none of it changes the updates already made. A name
+# that is a section stands for all of its keys.
+CHANGEABLE = frozenset(
+    {"run", "steps", "micro_batches", "head_parts", "evaluation", "checkpoint", "logging", "mesh"}
+    | {"sample", "distributed", "compilation_cache"}
+)
+
+# What a process killed while it made the folder leaves behind.
+_UNFINISHED_FILES = {".lock", ".run.json.tmp"}
+
+_CORPUS_KEY = "contents of data.corpus"
+
+
+class RunFolder:
+    """A run's folder, locked against other processes while it is open.
+
+    Attributes:
+        path: the folder.
+        checkpoints: folder of the whole states, one per step.
+        metrics: JSON lines, one per logged step.
+        tensorboard: folder of the events.
+        curve: the loss curve, a PNG.
+        slot_share: the slots' share of every layer, a PNG.
+        profile: folder of the profiler's trace.
+        wandb: folder of Weights & Biases, and the name of its run.
+        model: the finished model, for `nha_jax.load`.
+        result: JSON, what the finished run reached.
+    """
+
+    def __init__(self, path: str):
+        self.path = Path(path).expanduser().absolute()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+        self.tensorboard = self.path / "tensorboard"
+        self.curve = self.path / "loss.png"
+        self.slot_share = self.path / "slot_share.png"
+        self.profile = self.path / "profile"
+        self.wandb = self.path / "wandb"
+        self.model = self.path / "model"
+        self.result = self.path / "result.json"
+        self._record = self.path / "run.json"
+        self._lock: IO[str] | None = None
+
+    def check(self, config: TrainConfig, fingerprint: str) -> None:
+        """Raises ConfigError if the folder holds something other than this very run.
+
+        Args:
+            config: the present configuration.
+            fingerprint: of the present corpus.
+        """
+        name = f"run = {config.run!r}"
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise ConfigError(f"{name}: exists and is no folder; choose another")
+        if not self._record.exists():
+            foreign = sorted(set(os.listdir(self.path)) - _UNFINISHED_FILES)
+            if foreign:
+                raise ConfigError(
+                    f"{name}: the folder exists and holds {foreign[0]!r}, but no run; "
+                    "choose another"
+                )
+            return
+        differing = _differences(self._read_record(), _record(config, fingerprint))
+        if differing:
+            raise ConfigError(
+                f"{name}: the folder holds a run of another configuration: "
+                f"{'; '.join(differing)}; choose another folder, or the old values to resume"
+            )
+
+    def open(self, config: TrainConfig, fingerprint: str) -> Self:
+        """Makes and locks the folder and writes down the configuration; use with `with`.
+
+        Of several processes of one run, the first does, and the others compare. An OSError inside
+        the `with`, such as a full disk, comes out of it as a TrainingError.
+
+        Raises:
+            ConfigError: see `check`; or another run has the folder open.
+        """
+        processes.on_first(lambda: self._open(config, fingerprint))
+        if not processes.is_first():
+            if not self._record.exists():
+                raise ConfigError(
+                    f"run = {config.run!r}: what the first process wrote there is not to be seen "
+                    "by another; expected a folder on a disk that all of them share"
+                )
+            self.check(config, fingerprint)
+        return self
+
+    def _open(self, config: TrainConfig, fingerprint: str) -> None:
+        self.check(config, fingerprint)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise ConfigError(
+                f"run = {config.run!r}: cannot write there: {error.strerror}"
+            ) from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise ConfigError(
+                f"run = {config.run!r}: another process is training in this folder"
+            ) from None
+        write_atomically(self._record, json.dumps(_record(config, fingerprint), indent=2) + "\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if self._lock is not None:
+            self._lock.close()
+        if isinstance(error, OSError):
+            raise TrainingError(
+                f"{error.filename or self.path}: {error.strerror or error}; the checkpoints are as "
+                "they were, and the same command resumes"
+            ) from error
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from, damaged or not."""
+        folder = self.checkpoints
+        return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
+
+    def model_config(self) -> dict[str, Any]:
+        """The stored run's model section.
+
+        Raises:
+            ConfigError: the folder holds no run.
+        """
+        config = self.config()
+        if config is None:
+            raise ConfigError(f"{self.path}: no run and no saved model in this folder")
+        return config["model"]
+
+    def config(self) -> dict[str, Any] | None:
+        """The stored run's configuration, section by section; None if the folder holds no run."""
+        return self._read_record()["config"] if self._record.exists() else None
+
+    def _read_record(self) -> dict[str, Any]:
+        return json.loads(self._record.read_text(encoding="utf-8"))
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file that is either the old one or the whole new one, whenever it is read."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)
+
+
+def config_values(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as JSON gives it back, section by section: lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
+    return {"config": config_values(config), "corpus": fingerprint}
+
+
+def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """`key: old -> new` for everything that has to be equal and is not."""
+
+    def fixed(record: dict[str, Any]) -> dict[str, Any]:
+        values = _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
+        return {key: x for key, x in values.items() if key.split(".")[0] not in CHANGEABLE}
+
+    return differences(fixed(stored), fixed(present), json.dumps)
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,111 @@
+"""A model's chat template: what a user says, as the text that the model was trained on."""
+
+import contextlib
+import datetime
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+from nha_jax.storage.saved_model import companions_of
+from train.data.input_files import import_extra
+from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
+from train.errors import ConfigError, DataError
+
+TEMPLATE_FILE = "chat_template.jinja"
+
+
+class ChatTemplate:
+    """A Jinja template as Hugging Face's tokenizers carry it, run in a sandbox."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], where: str):
+        """Reads the template.
+
+        Args:
+            source: its text.
+            special_tokens: "bos_token" and "eos_token", which templates write.
+            where: what errors call it.
+
+        Raises:
+            ConfigError: it is no template, or the package jinja2 is not installed.
+        """
+        sandbox = import_extra("jinja2.sandbox", extra="chat")
+        self._where = where
+        # As the templates are written for: lines of statements leave nothing behind.
+        environment = sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= special_tokens
+        environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
+        with self._errors():
+            self._template = environment.from_string(source)
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The template of a folder: chat_template.jinja, or in tokenizer_config.json.
+
+        Raises:
+            ConfigError: there is none, or it is none.
+            DataError: a file of the tokenizer is damaged.
+        """
+        files = companions_of(folder)
+        settings = read_objects(files, folder)
+        where, source = folder / TEMPLATE_FILE, files.get(TEMPLATE_FILE, b"").decode()
+        if TEMPLATE_FILE not in files:
+            where = folder / TOKENIZER_CONFIG_FILE
+            source = _named_template(settings.get(TOKENIZER_CONFIG_FILE, {}), where)
+        names = ("bos_token", "eos_token")
+        tokens = {kind: name for kind in names if (name := special_token(settings, kind))}
+        return cls(source, tokens, str(where))
+
+    def render(self, message: str) -> str:
+        """The text of a talk with this one message of the user, up to where the model answers.
+
+        Raises:
+            ConfigError: the template cannot be filled in.
+        """
+        with self._errors():
+            return self._template.render(
+                messages=[{"role": "user", "content": message}],
+                add_generation_prompt=True,
+                tools=None,
+                documents=None,
+            )
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # a template is a program, and may raise anything
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"{self._where}: cannot use the chat template: {reason}") from None
+
+
+def _named_template(settings: Mapping[str, Any], where: Path) -> str:
+    """The template of a tokenizer_config.json: a text, or that called "default" of several."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        try:
+            template = {each["name"]: each["template"] for each in template}.get("default")
+        except (KeyError, TypeError):
+            raise DataError(f"{where}: damaged: chat_template is no list of templates") from None
+    if not isinstance(template, str):
+        raise ConfigError(
+            f"{where.parent}: no chat template; expected {TEMPLATE_FILE}, or chat_template in "
+            f"{TOKENIZER_CONFIG_FILE}. Leave --chat out for a model that was not trained to chat"
+        )
+    return template
+
+
+def _to_json(value: object, **options: Any) -> str:
+    # Jinja's own escapes < and > for web pages.
+    return json.dumps(value, **{"ensure_ascii": False} | options)
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
