@@ -10,6 +10,9 @@ OUT, LSE, STARTS, SLOT_WEIGHT = RESIDUAL_NAMES = (
     "nha_starts",
     "nha_slot_weight",
 )
-"""The `jax.ad_checkpoint.checkpoint_name`s of what a backward pass needs of its forward: the output,
-the log-sum-exp of each row's logits, the slots at the start of each chunk or grid step, and the slot
-weight. A `jax.checkpoint` policy that saves them spares a rematerialised layer its forward."""
+"""The `jax.ad_checkpoint.checkpoint_name`s of what a backward pass needs of its forward.
+
+They are the output, the log-sum-exp of each row's logits, the slots at the start of each chunk or
+grid step, and the slot weight. A `jax.checkpoint` policy that saves them spares a rematerialised
+layer its forward.
+"""
