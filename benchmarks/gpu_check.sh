@@ -27,7 +27,7 @@ else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
     # Several processes share the device, and the definition is computed on the host.
     export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
-    numerics=(timeout 270 $python -m pytest -m gpu -n "${WORKERS:-12}" -v --tb=short -rf tests/gpu)
+    numerics=(timeout 270 $python -m pytest -m gpu -n "${WORKERS:-12}" -v --tb=short -rf tests/pallas/gpu)
 fi
 "${numerics[@]}" 2>&1 | tee "$folder/numerics.log" || failed=1
 

@@ -120,14 +120,14 @@ def some_cases() -> list[Case]:
 
 
 def more_kernels(*values):
-    return pytest.param(*values, marks=pytest.mark.tpu_full)
+    return pytest.param(*values, marks=pytest.mark.full)
 
 
 def every_case(cases: list[Case], for_every_run: list[Case]) -> list:
     """Each case for xla, and for pallas_tpu behind a marker: its interpreter is slow."""
 
     def parameter(case: Case, implementation: str):
-        more = pytest.mark.tpu_full if implementation == "pallas_tpu" else pytest.mark.slow
+        more = pytest.mark.full if implementation == "pallas_tpu" else pytest.mark.slow
         marks = () if implementation == "xla" and case in for_every_run else (more,)
         return pytest.param(case, implementation, id=f"{case}-{implementation}", marks=marks)
 
@@ -225,7 +225,7 @@ def test_any_shape_and_option(case, seed):
     "implementation",
     [
         pytest.param("xla", marks=pytest.mark.slow),
-        pytest.param("pallas_tpu", marks=pytest.mark.tpu_full),
+        pytest.param("pallas_tpu", marks=pytest.mark.full),
     ],
 )
 @given(case=any_case(), seed=st.integers(0, 99))

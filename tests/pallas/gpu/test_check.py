@@ -12,7 +12,7 @@ from tests.support.paths import ROOT
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 def test_the_check_runs_at_toy_size(tmp_path):
     finished = subprocess.run(
         ["bash", str(SCRIPT), "--toy", str(tmp_path)],

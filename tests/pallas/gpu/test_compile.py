@@ -1,6 +1,6 @@
 """Every kernel compiles for Hopper, within its shared memory, and spills no registers.
 
-JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/gpu     # half an hour
+JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/pallas/gpu  # half an hour
 """
 
 import itertools

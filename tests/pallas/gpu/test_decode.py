@@ -22,7 +22,7 @@ def test_steps_match_xla():
     assert run_steps([0]) == {0: "ok"}
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 @pytest.mark.parametrize("index", range(1, len(CASES)), ids=map(str, CASES[1:]))
 def test_all_steps_match_xla(index):
     assert run_steps([index]) == {index: "ok"}

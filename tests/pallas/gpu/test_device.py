@@ -1,7 +1,7 @@
 """The operator's suite and the decode step on a GPU, compiled, against the host's arithmetic:
 values and gradients of the operator in float64.
 
-benchmarks/gpu_check.sh runs it: pytest -m gpu tests/gpu
+benchmarks/gpu_check.sh runs it: pytest -m gpu tests/pallas/gpu
 """
 
 import functools

@@ -41,7 +41,7 @@ def test_float32_runs_xla_and_says_so():
         test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 @pytest.mark.parametrize(
     "index", range(len(ORDINARY), len(CASES)), ids=map(str, CASES[len(ORDINARY) :])
 )
@@ -49,7 +49,7 @@ def test_whole_suite_matches_float64_reference(index):
     assert run_suite([index]) == {index: "ok"}
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("module", "index"),
     [
@@ -70,7 +70,7 @@ def test_stages_that_do_not_fit_are_refused_by_name(kernel):
         kernel(*inputs, spec=case.spec, block_sizes=BlockSizes(window_stages=3))
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 def test_saved_names_spare_a_rematerialised_layer_the_forward():
     @functools.partial(jax.checkpoint, policy=remat_policy("operator"))
     def layer(query, key, log_decay):
@@ -92,7 +92,7 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward():
     assert sorted(calls) == sorted(forward + backward)
 
 
-@pytest.mark.gpu_full
+@pytest.mark.full
 def test_two_warpgroups_and_the_softmax_denominator():
     finished = subprocess.run(
         [sys.executable, "-m", "tests.support.gpu.warpgroups"],

@@ -1,7 +1,7 @@
 """Every kernel compiles to machine code for every TPU, as do decoding and a training step.
 
-uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests/tpu     # a few minutes
-uv run --isolated --extra tpu pytest -n 2 -m tpu_full tests/tpu    # all combinations, hours
+uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests/pallas/tpu     # a few minutes
+uv run --isolated --extra tpu pytest -n 2 -m full tests/pallas/tpu        # all combinations, hours
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ PRODUCT = list(
 def parameters(small: list[Case]) -> list:
     """All cases, in the small run or only in the full one."""
     cases = [Case(*values) for values in PRODUCT]
-    mark = lambda case: pytest.mark.tpu_aot if case in small else pytest.mark.tpu_full  # noqa: E731
+    mark = lambda case: pytest.mark.tpu_aot if case in small else pytest.mark.full  # noqa: E731
     return [pytest.param(case, marks=mark(case), id=str(case)) for case in cases]
 
 
@@ -207,7 +207,7 @@ def test_decode_over_a_mesh(window_size: int | None) -> None:
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(MeshConfig(), marks=pytest.mark.tpu_full, id="one device"),
+        pytest.param(MeshConfig(), marks=pytest.mark.full, id="one device"),
         pytest.param(MeshConfig(data=2, fsdp=2), marks=pytest.mark.tpu_aot, id="data 2, fsdp 2"),
         pytest.param(
             MeshConfig(fsdp=2, context=2), marks=pytest.mark.tpu_aot, id="fsdp 2, context 2"

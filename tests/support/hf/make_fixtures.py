@@ -1,7 +1,7 @@
 """Tiny random models of every family, made by transformers, and what they compute.
 
 Run by hand, where torch and transformers are installed: `python -m tests.support.hf.make_fixtures`
-writes tests/hf/fixtures/. The ordinary tests read what lies there and need neither package.
+writes tests/support/hf/fixtures/. The ordinary tests read what lies there and need neither package.
 """
 
 import shutil

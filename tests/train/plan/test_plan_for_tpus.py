@@ -1,7 +1,7 @@
 """`nha plan` for machines that are not there.
 
 JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -m tpu_aot tests/train/plan
-JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -m tpu_full tests/train/plan
+JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -m full tests/train/plan
 """
 
 import json
@@ -86,7 +86,7 @@ def test_a_converted_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> N
     assert figures["layers"] == {"window 64: fused TPU kernels": 2, full: 2}
 
 
-@pytest.mark.tpu_full
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("config", "topology", "arguments", "devices"),
     [
