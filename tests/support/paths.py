@@ -4,3 +4,4 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
+FIXTURES = ROOT / "tests" / "support" / "fixtures"

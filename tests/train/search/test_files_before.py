@@ -1,0 +1,43 @@
+"""The result and the losses of a search that an earlier version made are read."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.paths import FIXTURES
+from train.cli import main
+from train.search.layerwise import LayerwiseLoss
+from train.windows import read_layout
+
+
+@pytest.fixture
+def before(tmp_path: Path) -> Path:
+    return shutil.copytree(FIXTURES / "search_before", tmp_path / "before")
+
+
+def test_the_result_is_windows_for_a_model(before: Path) -> None:
+    assert read_layout(str(before / "search.json")) == (4, None, None)
+
+
+def test_the_losses_are_not_measured_again(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+    original = LayerwiseLoss.bits_per_byte
+
+    def bits_per_byte(self: LayerwiseLoss, candidates: Any) -> Any:
+        measured.extend(candidates)
+        yield from original(self, candidates)
+
+    monkeypatch.setattr(LayerwiseLoss, "bits_per_byte", bits_per_byte)
+    old = json.loads((before / "search.json").read_text())
+    corpus = FIXTURES / "shards_before" / "bytes"
+    command = ["search", str(before / "model"), f"--corpus={corpus}", "--sequence-length=16"]
+    assert main([*command, "--windows-count=4", "--full-layers=2"]) == 0
+    assert measured == []
+    new = json.loads((before / "search.json").read_text())
+    for key in ("window_size", "bits_per_byte", "budget", "settings", "comparison", "history"):
+        assert new[key] == old[key]
+    assert main([*command, "--windows-count=4", "--full-layers=3"]) == 0
+    assert measured == []  # every choice of three layers was among them
