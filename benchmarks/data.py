@@ -125,7 +125,7 @@ def loader_table(folder: Path, seconds: float) -> None:
     # Here: the workers of `prepare_table` import this file, and need neither jax nor grain.
     import nha_jax
     from train.config import DataConfig
-    from train.data.batches import Windows
+    from train.data.batches import Sequences
     from train.data.corpus import load_corpus
 
     print(
@@ -135,12 +135,12 @@ def loader_table(folder: Path, seconds: float) -> None:
     for name in ("bytes", "BPE"):
         config = DataConfig(corpus=str(folder / f"{name}-1"), sequence_length=SEQUENCE_LENGTH)
         corpus = load_corpus(config)
-        windows = Windows(corpus.training, SEQUENCE_LENGTH)
-        first = tokens_per_second(windows, seconds, len(windows) // BATCH_SIZE)
-        for source in windows.sources:
+        sequences = Sequences(corpus.training, SEQUENCE_LENGTH)
+        first = tokens_per_second(sequences, seconds, len(sequences) // BATCH_SIZE)
+        for source in sequences.sources:
             for index in range(len(source)):
                 source[index]
-        again = tokens_per_second(windows, seconds, 1 << 30)
+        again = tokens_per_second(sequences, seconds, 1 << 30)
         print(f"| {name}, {corpus.training.num_tokens / 1e6:.0f}M tokens | {first} | {again} |")
     print("\nWhat training takes, million tokens/s:")
     for preset in ("nha-340m", "nha-1.3b"):
@@ -148,10 +148,10 @@ def loader_table(folder: Path, seconds: float) -> None:
         print(f"- {preset}, one v5e at {MFU:.0%} MFU: {MFU * V5E_FLOPS / flops / 1e6:.3f}")
 
 
-def tokens_per_second(windows: Any, seconds: float, most: int) -> str:
+def tokens_per_second(sequences: Any, seconds: float, most: int) -> str:
     from train.data.batches import training_batches
 
-    batches = training_batches(windows, BATCH_SIZE, seed=0, first=0)
+    batches = training_batches(sequences, BATCH_SIZE, seed=0, first=0)
     start, cpu_start = time.perf_counter(), time.process_time()
     for count, _ in enumerate(batches, 1):
         wall, cpu = time.perf_counter() - start, time.process_time() - cpu_start

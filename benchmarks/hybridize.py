@@ -21,7 +21,7 @@ from nha_jax.storage.saved_model import WEIGHTS_FILE
 from nha_jax.storage.weights import Index, SafetensorsSource, WeightSource, build_model
 from train.cli import main as nha
 from train.config import TrainConfig
-from train.data.batches import Windows
+from train.data.batches import Sequences
 from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
@@ -45,14 +45,14 @@ ORIGINAL = {
     "model.output_norm": "false",
     "model.empty_slots": "mask",
     "data.sequence_length": "512",
-    "evaluation.final_windows": "512",
+    "evaluation.final_sequences": "512",
 }
 FINE_TUNE = {
     "trainable": "[blocks.attention.*]",
     "data.sequence_length": "512",
     "optimizer.learning_rate": "2e-3",
     "optimizer.weight_decay": "0",
-    "evaluation.final_windows": "512",
+    "evaluation.final_sequences": "512",
 }
 
 Overrides = dict[str, str]
@@ -81,14 +81,14 @@ def _run(run: Path, steps: int, overrides: Overrides) -> Overrides:
 
 def _held_out(config: TrainConfig) -> float:
     corpus, mesh = load_corpus(config.data), make_mesh(config)
-    windows = Windows(corpus.held_out, config.data.sequence_length)
+    sequences = Sequences(corpus.held_out, config.data.sequence_length)
     with jax.set_mesh(mesh):
         steps = Steps(config, mesh)
         state = steps.initial_state(
             InitialModel.open(config.initial_model or "").source(config.model)
         )
-        count = config.evaluation.final_windows
-        found = measure_held_out(steps, state.model, windows, config.batch_size, count)
+        count = config.evaluation.final_sequences
+        found = measure_held_out(steps, state.model, sequences, config.batch_size, count)
     return found.bits_per_byte
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
-from train.data.batches import Windows, training_batches
+from train.data.batches import Sequences, training_batches
 from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
@@ -52,8 +52,8 @@ class Turns:
         mesh, corpus = make_mesh(config), load_corpus(config.data)
         self._trainer = Trainer(config, corpus, mesh, RunFolder(config.run), checkpoints)
         self._steps = Steps(config, mesh)
-        windows = Windows(corpus.training, config.data.sequence_length)
-        batch = next(training_batches(windows, config.batch_size, config.seed, 0))
+        sequences = Sequences(corpus.training, config.data.sequence_length)
+        batch = next(training_batches(sequences, config.batch_size, config.seed, 0))
         self._batch = self._steps.place(batch)
         self._state = self._steps.initial_state()
 

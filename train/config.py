@@ -3,13 +3,64 @@
 The `Attributes` part of each docstring is what `nha train --help` prints.
 """
 
+import copy
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nha_jax import ModelConfig
 from nha_jax.config import DType
+
+RENAMED_KEYS = {
+    "evaluation.windows": "evaluation.sequences",
+    "evaluation.final_windows": "evaluation.final_sequences",
+}
+"""Old dotted keys -> what they are called now. Files and options with the old ones still work."""
+
+
+def rename_key(name: str) -> str:
+    """The present name of a dotted key, or of one that lies below a renamed key."""
+    for old, new in RENAMED_KEYS.items():
+        if name == old or name.startswith(f"{old}."):
+            return new + name.removeprefix(old)
+    return name
+
+
+def rename_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Gives the keys of a nested configuration their present names.
+
+    Args:
+        values: a whole configuration as YAML or JSON has it; it is left as it is.
+
+    Returns:
+        The renamed configuration, and the old dotted keys that were in it.
+
+    Raises:
+        ValueError: a key is there under both of its names.
+    """
+    renamed = copy.deepcopy(dict(values))
+    found = []
+    for old, new in RENAMED_KEYS.items():
+        section, key = _find_section(renamed, old)
+        if key not in section:
+            continue
+        found.append(old)
+        target, new_key = _find_section(renamed, new)
+        if new_key in target:
+            raise ValueError(f"{old} is the old name of {new}, and both are given; remove {old}")
+        target[new_key] = section.pop(key)
+    return renamed, found
+
+
+def _find_section(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds, or would hold, a dotted key, and the last part of the key."""
+    *parents, last = name.split(".")
+    section: Any = values
+    for parent in parents:
+        section = section.get(parent) if isinstance(section, dict) else None
+    return (section if isinstance(section, dict) else {}), last
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -136,16 +187,16 @@ class EvaluationConfig:
 
     Attributes:
         every: steps between evaluations
-        windows: held-out windows in each of them
-        final_windows: held-out windows in the one after the last step
+        sequences: held-out sequences in each of them
+        final_sequences: held-out sequences in the one after the last step
     """
 
     every: int = 250
-    windows: int = 64
-    final_windows: int = 512
+    sequences: int = 64
+    final_sequences: int = 512
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "every", "windows", "final_windows")
+        require_at_least(self, 1, "every", "sequences", "final_sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +298,7 @@ class TrainConfig:
         run: folder of this run: checkpoints, metrics and the model; made if missing
         steps: optimizer updates in all; raising it continues a finished run (the
             learning rate then follows the longer schedule)
-        batch_size: windows per step over all devices
+        batch_size: sequences per step over all devices
         micro_batches: parts of the batch that go through the model in turn, their gradients added
             up: as many times less memory for activations, for the same update
         head_parts: parts of every sequence that go through the head and the loss in turn, the

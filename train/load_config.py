@@ -9,6 +9,7 @@ import inspect
 import itertools
 import json
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -20,7 +21,7 @@ import pydantic
 import yaml
 
 from nha_jax import ModelConfig
-from train.config import TrainConfig
+from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
 from train.errors import ConfigError
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
@@ -92,9 +93,10 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     Raises:
         ConfigError: one line naming the key and the value.
     """
-    values = _read(path)
+    values = _rename(_read(path))
     for name, text in overrides:
-        _override(values, name, _parse(text, f"--{name}={text}"))
+        _override(values, _rename_option(name), _parse(text, f"--{name}={text}"))
+    values = _rename(values)  # an override may have given a whole section
     _check_names(values, TrainConfig, "")
     values = {key: value for key, value in values.items() if value is not None}
     return _validate(_fill_model(_read_layout_file(values)))
@@ -180,6 +182,29 @@ def _parse(text: str, where: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
         raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
+
+
+def _rename(values: dict[str, Any]) -> dict[str, Any]:
+    """Gives keys their present names, and warns of each old one."""
+    try:
+        renamed, found = rename_keys(values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    for old in found:
+        _warn_of_old_name(old, RENAMED_KEYS[old])
+    return renamed
+
+
+def _rename_option(name: str) -> str:
+    """Gives the key of an override its present name, and warns if it has the old one."""
+    new = rename_key(name)
+    if new != name:
+        _warn_of_old_name(name, new)
+    return new
+
+
+def _warn_of_old_name(old: str, new: str) -> None:
+    print(f"nha: {old} is now called {new}; the old name still works", file=sys.stderr)
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.commands.train import parse_overrides
-from train.config import TrainConfig
+from train.config import RENAMED_KEYS, EvaluationConfig, TrainConfig
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.load_config import keys, load_config
@@ -131,6 +131,30 @@ def test_overrides_are_yaml(nha: Nha) -> None:
     assert config.model.window_size == (4,)
     assert config.optimizer.clip_norm is None
     assert parse_overrides(["--a.b=c=d", "--e", "-1"]) == [("a.b", "c=d"), ("e", "-1")]
+
+
+def test_old_names_of_keys_still_work(nha: Nha, capsys: pytest.CaptureFixture[str]) -> None:
+    text = nha.config_file.read_text()
+    for old, new in RENAMED_KEYS.items():
+        text = text.replace(f"{new.split('.')[-1]}:", f"{old.split('.')[-1]}:")
+    nha.config_file.write_text(text)
+    assert nha.config().evaluation == EvaluationConfig(every=20, sequences=16, final_sequences=32)
+    warnings = capsys.readouterr().err.splitlines()
+    assert (
+        "nha: evaluation.windows is now called evaluation.sequences; the old name still works"
+        in warnings
+    )
+    # The name in the file decides nothing about an override.
+    for name in ("windows", "sequences"):
+        assert nha.config(**{f"evaluation__{name}": 3}).evaluation.sequences == 3
+    section = nha.config(evaluation={"windows": 5}).evaluation
+    assert (section.every, section.sequences) == (250, 5)
+
+
+def test_a_key_under_both_names_is_refused(nha: Nha) -> None:
+    message = "evaluation.windows is the old name of evaluation.sequences, and both are given"
+    with pytest.raises(ConfigError, match=message):
+        nha.config(evaluation={"windows": 5, "sequences": 6})
 
 
 def test_numbers_with_an_exponent_are_numbers(nha: Nha) -> None:

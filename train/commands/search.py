@@ -71,11 +71,14 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="tokens read at once, from an empty state (default: the run's own)",
     )
     parser.add_argument(
-        "--windows-count",
+        "--sequences",
         type=int,
         metavar="N",
         help="how many of these to measure, evenly spread over the held-out text (default: the "
-        "run's evaluation.final_windows)",
+        "run's evaluation.final_sequences)",
+    )
+    parser.add_argument(  # what --sequences was called before
+        "--windows-count", dest="sequences", type=int, help=argparse.SUPPRESS
     )
     parser.add_argument(
         "--output",

@@ -1,4 +1,4 @@
-"""Fixed windows of token streams, and batches as a pure function of the step."""
+"""Fixed sequences of token streams, and batches as a pure function of the step."""
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -9,11 +9,11 @@ import numpy as np
 from train.data.corpus import Part, TokenSource
 
 Batch = dict[str, np.ndarray]
-"""One batch [B, T] (or one window [T]) of each of:
+"""One batch [B, T] (or one sequence [T]) of each of:
 
 - `tokens` int32: the model's input.
 - `targets` int32: the token after each of them.
-- `segment_ids` int32: 1, 2, ... for the documents in a window; 0 is padding.
+- `segment_ids` int32: 1, 2, ... for the documents in a sequence; 0 is padding.
 - `loss_mask` bool: whether the target is in the token's own document.
 """
 
@@ -22,11 +22,11 @@ _BATCHES_AHEAD = 8
 _THREADS = 4
 
 
-class SourceWindows:
-    """A token stream cut into windows of T inputs and their targets.
+class SourceSequences:
+    """A token stream cut into sequences of T inputs and their targets.
 
-    A window holds T + 1 tokens and shares its last with the next one's first, so that every
-    token but a document's first is a target exactly once. The last window is padded.
+    A sequence holds T + 1 tokens and shares its last with the next one's first, so that every
+    token but a document's first is a target exactly once. The last sequence is padded.
     """
 
     def __init__(self, source: TokenSource, sequence_length: int):
@@ -53,17 +53,17 @@ class SourceWindows:
         }
 
 
-class Windows:
-    """The windows of a part of a corpus, source by source.
+class Sequences:
+    """The sequences of a part of a corpus, source by source.
 
     Attributes:
-        sources: the windows of each of the part's sources.
-        weights: the share of each among the windows that are drawn.
+        sources: the sequences of each of the part's sources.
+        weights: the share of each among the sequences that are drawn.
         bytes_per_target: see `train.data.corpus.Part`.
     """
 
     def __init__(self, part: Part, sequence_length: int):
-        self.sources = tuple(SourceWindows(source, sequence_length) for source in part.sources)
+        self.sources = tuple(SourceSequences(source, sequence_length) for source in part.sources)
         self.weights = part.weights
         self.bytes_per_target = part.bytes_per_target
 
@@ -98,13 +98,13 @@ class Mixture:
 class _Batches:
     """Batch n, as a random-access source for Grain."""
 
-    def __init__(self, windows: Windows, batch_size: int, seed: int, rows: Sequence[int]):
-        seeds = _seeds(seed, len(windows.sources))
+    def __init__(self, sequences: Sequences, batch_size: int, seed: int, rows: Sequence[int]):
+        seeds = _seeds(seed, len(sequences.sources))
         self._orders = [
             grain.MapDataset.source(source).shuffle(seed=each).repeat()
-            for source, each in zip(windows.sources, seeds, strict=True)
+            for source, each in zip(sequences.sources, seeds, strict=True)
         ]
-        self._mixture = Mixture(windows.weights)
+        self._mixture = Mixture(sequences.weights)
         self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
@@ -116,7 +116,7 @@ class _Batches:
 
 
 def training_batches(
-    windows: Windows,
+    sequences: Sequences,
     batch_size: int,
     seed: int,
     first: int,
@@ -124,12 +124,12 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Endless batches; the n-th ever is a function of the arguments but `first`, and n.
 
-    Every source goes through all of its windows, then again in another order, and so on; with
-    several sources, their windows take turns by weight. Batches are read ahead by threads.
+    Every source goes through all of its sequences, then again in another order, and so on; with
+    several sources, their sequences take turns by weight. Batches are read ahead by threads.
 
     Args:
-        windows: what to draw from.
-        batch_size: windows per batch.
+        sequences: what to draw from.
+        batch_size: sequences per batch.
         seed: of the order.
         first: n of the first batch returned: 0, or the position of a checkpoint.
         rows: those of every batch that are wanted, ascending; None: all.
@@ -138,7 +138,7 @@ def training_batches(
         DataError: when a batch is drawn, if a file is missing or damaged.
     """
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
-    batches = _Batches(windows, batch_size, seed, chosen)
+    batches = _Batches(sequences, batch_size, seed, chosen)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     grain.experimental.set_next_index(iterator, first)
@@ -146,25 +146,25 @@ def training_batches(
 
 
 def evaluation_batches(
-    windows: Windows,
+    sequences: Sequences,
     batch_size: int,
     count: int,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The same `count` windows (fewer if there are not as many), evenly spread, in batches.
+    """The same `count` sequences (fewer if there are not as many), evenly spread, in batches.
 
     Of several sources, each gives its weight's share. The last batch is filled up with padding,
     which no loss counts.
 
     Args:
-        windows: what to take them from.
-        batch_size: windows per batch.
-        count: how many windows.
+        sequences: what to take them from.
+        batch_size: sequences per batch.
+        count: how many sequences.
         rows: those of every batch that are wanted, ascending; None: all.
     """
     chosen = [
         (source, int(index))
-        for source, number in zip(windows.sources, _shares(windows, count), strict=True)
+        for source, number in zip(sequences.sources, _shares(sequences, count), strict=True)
         for index in np.unique(np.linspace(0, len(source) - 1, number).round())
     ]
     wanted = range(batch_size) if rows is None else [int(row) for row in rows]
@@ -175,11 +175,11 @@ def evaluation_batches(
         yield _stack([chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in places])
 
 
-def _shares(windows: Windows, count: int) -> list[int]:
-    """How many of `count` windows come from each source: the first draws of the mixture."""
-    mixture = Mixture(windows.weights)
-    drawn = np.bincount([mixture[n][0] for n in range(count)], minlength=len(windows.sources))
-    return [min(int(n), len(source)) for n, source in zip(drawn, windows.sources, strict=True)]
+def _shares(sequences: Sequences, count: int) -> list[int]:
+    """How many of `count` sequences come from each source: the first draws of the mixture."""
+    mixture = Mixture(sequences.weights)
+    drawn = np.bincount([mixture[n][0] for n in range(count)], minlength=len(sequences.sources))
+    return [min(int(n), len(source)) for n, source in zip(drawn, sequences.sources, strict=True)]
 
 
 def _seeds(seed: int, count: int) -> list[int]:

@@ -10,7 +10,7 @@ import nha_jax
 from nha_jax.storage.saved_model import companions_of
 from train.checkpoint.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
-from train.data.batches import Windows, training_batches
+from train.data.batches import Sequences, training_batches
 from train.data.corpus import Corpus
 from train.devices import processes
 from train.devices.mesh import MESH_AXES, rows_of_process
@@ -51,8 +51,8 @@ class Trainer:
         self._corpus = corpus
         self._folder = folder
         self._checkpoints = checkpoints
-        self._training = Windows(corpus.training, config.data.sequence_length)
-        self._held_out = Windows(corpus.held_out, config.data.sequence_length)
+        self._training = Sequences(corpus.training, config.data.sequence_length)
+        self._held_out = Sequences(corpus.held_out, config.data.sequence_length)
         self._rows = rows_of_process(mesh, config.batch_size)
         self._initial = initial
         self._steps = Steps(config, mesh, model_to_learn_from(config))
@@ -100,7 +100,7 @@ class Trainer:
                     jax.block_until_ready(metrics)
                     with reporting.clock.paused():
                         if evaluate:
-                            held_out = self._evaluate(config.evaluation.windows)
+                            held_out = self._evaluate(config.evaluation.sequences)
                     self._report_steps(unreported, reporting, held_out)
                     unreported = {}
                 if save:
@@ -119,7 +119,7 @@ class Trainer:
 
         Of several processes all measure; the first alone does the rest and has the result.
         """
-        held_out = self._evaluate(self._config.evaluation.final_windows)
+        held_out = self._evaluate(self._config.evaluation.final_sequences)
         if jax.process_count() == 1:
             return self._write_result(held_out, self.state.model)
         everywhere = processes.whole(self.state.model, self._mesh)
@@ -185,13 +185,13 @@ class Trainer:
             "optimizer.warmup_steps or model.dtype=float32 in another run folder"
         )
 
-    def _evaluate(self, windows: int) -> HeldOut:
+    def _evaluate(self, count: int) -> HeldOut:
         return measure_held_out(
             self._steps,
             self.state.model,
             self._held_out,
             self._config.batch_size,
-            windows,
+            count,
             self._rows,
         )
 

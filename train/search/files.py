@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from train.config import rename_keys
 from train.errors import ConfigError
 from train.search.strategies import Budget, Trial
 from train.storage.run_folder import write_atomically
@@ -16,6 +17,8 @@ EVENLY_SPACED = "evenly spaced full layers"
 """The name in `SearchResult.comparison` of what the search has to beat."""
 
 _LOSS_KEY = "bits_per_byte"
+_RENAMED = {"windows_count": "sequences"}
+"""Keys of a log's header as an earlier version wrote them -> as they are now."""
 
 
 class LossLog:
@@ -220,4 +223,5 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             continue
     if not rows or not isinstance(rows[0], dict) or LAYOUT_KEY in rows[0]:
         raise ConfigError(f"{path}: holds no losses of a search; choose another --output")
-    return rows
+    header, _ = rename_keys(rows[0])
+    return [{_RENAMED.get(key, key): value for key, value in header.items()}, *rows[1:]]

@@ -12,7 +12,7 @@ from flax import nnx
 
 import nha_jax
 from train.config import DataConfig, EvaluationConfig, require
-from train.data.batches import Windows, evaluation_batches
+from train.data.batches import Sequences, evaluation_batches
 from train.data.corpus import Corpus, load_corpus
 from train.errors import ConfigError
 from train.report.metrics import ProgressBar
@@ -42,7 +42,7 @@ class SearchOptions:
     beam: int = 1
     corpus: str | None = None
     sequence_length: int | None = None
-    windows_count: int | None = None
+    sequences: int | None = None
     output: str | None = None
 
 
@@ -61,16 +61,16 @@ def run_search(options: SearchOptions) -> int:
     space = _space(options, model.config, data.sequence_length)
     corpus = load_corpus(data)
     corpus.check_vocabulary(model.config.vocab_size)
-    windows = Windows(corpus.held_out, data.sequence_length)
-    count = min(count, len(windows))
+    sequences = Sequences(corpus.held_out, data.sequence_length)
+    count = min(count, len(sequences))
     measured_on = _measured_on(model, corpus, data, count)
     print(f"base      {format_layout(space.base)}")
     print(f"budget    {space.budget.limit:g} {space.budget.unit}")
     length = data.sequence_length
-    print(f"held out  {count} windows of {length} tokens of {data.corpus}\n", flush=True)
+    print(f"held out  {count} sequences of {length} tokens of {data.corpus}\n", flush=True)
     batch_size = min(count, max(1, _TOKENS_PER_BATCH // length))
-    batches = evaluation_batches(windows, batch_size, count)
-    evaluation = LayerwiseLoss(model, batches, windows.bytes_per_target)
+    batches = evaluation_batches(sequences, batch_size, count)
+    evaluation = LayerwiseLoss(model, batches, sequences.bytes_per_target)
     with (
         LossLog(output.with_suffix(".jsonl"), measured_on) as log,
         ProgressBar(0, 0, "layout") as bar,
@@ -130,7 +130,7 @@ def _output(options: SearchOptions) -> Path:
 
 
 def _data(options: SearchOptions) -> tuple[DataConfig, int]:
-    """The held-out text, and how many windows of it: as told, or else as the run has it."""
+    """The held-out text, and how many sequences of it: as told, or else as the run has it."""
     stored = RunFolder(options.run).config() or {}
     fields = dict(stored.get("data", {}))
     for name in ("corpus", "sequence_length"):
@@ -140,10 +140,10 @@ def _data(options: SearchOptions) -> tuple[DataConfig, int]:
         if name not in fields:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: missing; {options.run} is no run that would say it")
-    count = options.windows_count
+    count = options.sequences
     if count is None:
-        count = EvaluationConfig(**stored.get("evaluation", {})).final_windows
-    require(count >= 1, "windows_count", count, "at least 1")
+        count = EvaluationConfig(**stored.get("evaluation", {})).final_sequences
+    require(count >= 1, "sequences", count, "at least 1")
     return DataConfig(**fields), count
 
 
@@ -224,7 +224,7 @@ def _measured_on(
         "corpus": corpus.fingerprint,
         "held_out_fraction": data.held_out_fraction,
         "sequence_length": data.sequence_length,
-        "windows_count": count,
+        "sequences": count,
         "platform": jax.default_backend(),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from train.data.batches import Windows, evaluation_batches
+from train.data.batches import Sequences, evaluation_batches
 from train.data.corpus import Part
 from train.step.losses import LossSum
 from train.step.update import Steps
@@ -45,27 +45,27 @@ class HeldOut:
 def measure_held_out(
     steps: Steps,
     model_state: Any,
-    windows: Windows,
+    sequences: Sequences,
     batch_size: int,
     count: int,
     rows: np.ndarray | None = None,
 ) -> HeldOut:
-    """Measures `count` windows spread over the held-out text.
+    """Measures `count` sequences spread over the held-out text.
 
-    Each window is read on its own, from an empty state; a document's first token is given, and
+    Each sequence is read on its own, from an empty state; a document's first token is given, and
     its end counts like any other. `rows` are those of a batch that this process holds; None: all.
     """
     batches = jax.device_get(
         [
             steps.evaluate(model_state, batch)
-            for batch in evaluation_batches(windows, batch_size, count, rows)
+            for batch in evaluation_batches(sequences, batch_size, count, rows)
         ]
     )
     shares = sum(int(batch.shares) for batch in batches)
     slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
     return HeldOut(
         bits_per_target([batch.loss for batch in batches]),
-        windows.bytes_per_target,
+        sequences.bytes_per_target,
         tuple((slot_share / max(shares, 1)).tolist()),
     )
 
@@ -76,14 +76,14 @@ def bits_per_target(sums: Sequence[LossSum]) -> float:
     return nats / max(sum(int(total.targets) for total in sums), 1) / math.log(2)
 
 
-def gzip_bits_per_byte(text: bytes, window: int | None = None) -> float:
+def gzip_bits_per_byte(text: bytes, piece_bytes: int | None = None) -> float:
     """What `gzip -9` needs for `text`, headers included.
 
     Args:
         text: what to compress.
-        window: compress independent pieces of so many bytes; None: all of it in one.
+        piece_bytes: compress independent pieces of this many bytes; None: all of it in one.
     """
-    size = window or len(text)
+    size = piece_bytes or len(text)
     pieces = (text[start : start + size] for start in range(0, len(text), size))
     return 8 * sum(len(gzip.compress(piece, 9, mtime=0)) for piece in pieces) / len(text)
 

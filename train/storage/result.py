@@ -14,7 +14,7 @@ class Result:
 
     Attributes:
         step: updates done.
-        held_out_bits_per_byte: the model's, over evaluation.final_windows.
+        held_out_bits_per_byte: the model's, over evaluation.final_sequences.
         held_out_perplexity: likewise, of a token.
         references: bits per byte of other compressors, by name.
         prompt: what the sample continues.

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import IO, Any, Self
 
-from train.config import TrainConfig
+from train.config import TrainConfig, rename_keys
 from train.devices import processes
 from train.differences import differences
 from train.errors import ConfigError, TrainingError
@@ -153,7 +153,10 @@ class RunFolder:
         return self._read_record()["config"] if self._record.exists() else None
 
     def _read_record(self) -> dict[str, Any]:
-        return json.loads(self._record.read_text(encoding="utf-8"))
+        """What `_record` wrote; keys that an earlier version wrote get their present names."""
+        record = json.loads(self._record.read_text(encoding="utf-8"))
+        config, _ = rename_keys(record["config"])
+        return {**record, "config": config}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from train.checkpoint.checkpoints import Checkpoints, Progress
-from train.data.batches import Windows, training_batches
+from train.data.batches import Sequences, training_batches
 from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
@@ -19,12 +19,12 @@ from train.step.update import Steps, TrainState
 
 def main(config_file: str, folder: str) -> None:
     config = load_config(config_file, [("mesh.fsdp", "2")])
-    windows = Windows(load_corpus(config.data).training, config.data.sequence_length)
+    sequences = Sequences(load_corpus(config.data).training, config.data.sequence_length)
     mesh = make_mesh(config)
     losses = {}
 
     def follow(state: TrainState, progress: Progress, count: int) -> None:
-        batches = training_batches(windows, config.batch_size, config.seed, progress.next_batch)
+        batches = training_batches(sequences, config.batch_size, config.seed, progress.next_batch)
         for step in range(progress.step + 1, progress.step + count + 1):
             state, metrics = steps.update(state, next(batches))
             losses[step] = float(metrics["loss"])

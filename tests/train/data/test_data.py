@@ -1,4 +1,4 @@
-"""Corpora, windows and batches."""
+"""Corpora, sequences and batches."""
 
 import itertools
 from pathlib import Path
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import DataConfig
-from train.data.batches import Batch, Mixture, Windows, evaluation_batches, training_batches
+from train.data.batches import Batch, Mixture, Sequences, evaluation_batches, training_batches
 from train.data.corpus import Documents, Part, is_held_out, load_corpus
 from train.data.tokenizer.tokenizer import END_OF_DOCUMENT
 
@@ -29,22 +29,22 @@ def documents(*lengths: int) -> Part:
     return Part((stream(list(lengths)),))
 
 
-def test_windows_know_their_documents() -> None:
-    windows = Windows(documents(3, 2, 4), sequence_length=4).sources[0]
-    assert len(windows) == 2
-    first, last = windows[0], windows[1]
+def test_sequences_know_their_documents() -> None:
+    sequences = Sequences(documents(3, 2, 4), sequence_length=4).sources[0]
+    assert len(sequences) == 2
+    first, last = sequences[0], sequences[1]
     assert first["tokens"].tolist() == [0, 1, 2, 3]
     assert first["targets"].tolist() == [1, 2, 3, 4]
     assert first["segment_ids"].tolist() == [1, 1, 1, 2]
     assert first["loss_mask"].tolist() == [True, True, False, True]
-    # The last token of a window is the first of the next.
+    # The last token of a sequence is the first of the next.
     assert last["tokens"].tolist() == [4, 5, 6, 7]
     assert last["segment_ids"].tolist() == [1, 2, 2, 2]
     assert last["loss_mask"].tolist() == [False, True, True, True]
 
 
-def test_the_last_window_is_padded() -> None:
-    last = Windows(documents(6), sequence_length=4).sources[0][1]
+def test_the_last_sequence_is_padded() -> None:
+    last = Sequences(documents(6), sequence_length=4).sources[0][1]
     assert last["tokens"].tolist() == [4, 5, 0, 0]
     assert last["segment_ids"].tolist() == [1, 1, 0, 0]
     assert last["loss_mask"].tolist() == [True, False, False, False]
@@ -53,9 +53,9 @@ def test_the_last_window_is_padded() -> None:
 @pytest.mark.parametrize("length", [2, 3, 5, 8, 64])
 def test_every_token_but_a_documents_first_is_a_target_once(length: int) -> None:
     lengths = [5, 1, 9, 2, 14]
-    (windows,) = Windows(documents(*lengths), length).sources
+    (sequences,) = Sequences(documents(*lengths), length).sources
     targets = np.concatenate(
-        [windows[n]["targets"][windows[n]["loss_mask"]] for n in range(len(windows))]
+        [sequences[n]["targets"][sequences[n]["loss_mask"]] for n in range(len(sequences))]
     )
     first = {0, *np.cumsum(lengths).tolist()}
     assert sorted(targets.tolist()) == [token for token in range(31) if token not in first]
@@ -63,38 +63,38 @@ def test_every_token_but_a_documents_first_is_a_target_once(length: int) -> None
 
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=12), length=st.integers(2, 9))
-def test_windows_are_what_their_definition_says(lengths: list[int], length: int) -> None:
+def test_sequences_are_what_their_definition_says(lengths: list[int], length: int) -> None:
     total = sum(lengths)
     owner = np.repeat(np.arange(len(lengths)), lengths)
-    (windows,) = Windows(documents(*lengths), length).sources
-    assert len(windows) == -(-(total - 1) // length)
-    for n in range(len(windows)):
-        window = windows[n]
+    (sequences,) = Sequences(documents(*lengths), length).sources
+    assert len(sequences) == -(-(total - 1) // length)
+    for n in range(len(sequences)):
+        sequence = sequences[n]
         for i, position in enumerate(range(n * length, (n + 1) * length)):
             inside, has_target = position < total, position + 1 < total
-            assert window["tokens"][i] == (position if inside else 0)
-            assert window["targets"][i] == (position + 1 if has_target else 0)
+            assert sequence["tokens"][i] == (position if inside else 0)
+            assert sequence["targets"][i] == (position + 1 if has_target else 0)
             segment = owner[position] - owner[n * length] + 1 if inside else 0
-            assert window["segment_ids"][i] == segment
+            assert sequence["segment_ids"][i] == segment
             same = has_target and owner[position] == owner[position + 1]
-            assert window["loss_mask"][i] == same
+            assert sequence["loss_mask"][i] == same
 
 
 def test_batch_is_a_function_of_its_index() -> None:
-    windows = Windows(documents(100), 4)
-    stream = training_batches(windows, batch_size=3, seed=7, first=0)
+    sequences = Sequences(documents(100), 4)
+    stream = training_batches(sequences, batch_size=3, seed=7, first=0)
     batches = [next(stream) for _ in range(40)]
     for first in (0, 1, 17, 39):
-        resumed = next(training_batches(windows, batch_size=3, seed=7, first=first))
+        resumed = next(training_batches(sequences, batch_size=3, seed=7, first=first))
         for name, array in resumed.items():
             np.testing.assert_array_equal(array, batches[first][name])
-    other = next(training_batches(windows, batch_size=3, seed=8, first=0))
+    other = next(training_batches(sequences, batch_size=3, seed=8, first=0))
     assert (other["tokens"] != batches[0]["tokens"]).any()
 
 
 def test_each_epoch_covers_everything_in_another_order() -> None:
-    windows = Windows(documents(101), 4)  # 25 windows, five batches of five
-    stream = training_batches(windows, batch_size=5, seed=0, first=0)
+    sequences = Sequences(documents(101), 4)  # 25 sequences, five batches of five
+    stream = training_batches(sequences, batch_size=5, seed=0, first=0)
     epochs = [np.concatenate([next(stream)["tokens"][:, 0] for _ in range(5)]) for _ in range(3)]
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(0, 100, 4))
@@ -102,34 +102,34 @@ def test_each_epoch_covers_everything_in_another_order() -> None:
     assert (epochs[1] != epochs[2]).any()
 
 
-def test_evaluation_windows_are_spread_and_padded() -> None:
-    windows = Windows(documents(101), 4)
-    batches = list(evaluation_batches(windows, batch_size=4, count=6))
+def test_evaluation_sequences_are_spread_and_padded() -> None:
+    sequences = Sequences(documents(101), 4)
+    batches = list(evaluation_batches(sequences, batch_size=4, count=6))
     assert [batch["tokens"].shape for batch in batches] == [(4, 4), (4, 4)]
     starts = np.concatenate([batch["tokens"][:, 0] for batch in batches])
     assert starts[:6].tolist() == [0, 20, 40, 56, 76, 96]
     assert not batches[1]["loss_mask"][2:].any()
-    everything = list(evaluation_batches(windows, batch_size=4, count=1000))
+    everything = list(evaluation_batches(sequences, batch_size=4, count=1000))
     assert sum(int(batch["loss_mask"].sum()) for batch in everything) == 100
 
 
 @pytest.fixture
-def mixed() -> Windows:
-    """Three sources of 30, 50 and 8 windows of 4 tokens, told apart by their thousands."""
+def mixed() -> Sequences:
+    """Three sources of 30, 50 and 8 sequences of 4 tokens, told apart by their thousands."""
     counts = (30, 50, 8)
     sources = tuple(stream([4 * n + 1], 1000 * i) for i, n in enumerate(counts))
-    return Windows(Part(sources, (0.5, 0.3, 0.2)), 4)
+    return Sequences(Part(sources, (0.5, 0.3, 0.2)), 4)
 
 
-def test_a_mixture_gives_each_source_its_share_and_its_own_epochs(mixed: Windows) -> None:
+def test_a_mixture_gives_each_source_its_share_and_its_own_epochs(mixed: Sequences) -> None:
     batches = training_batches(mixed, batch_size=10, seed=3, first=0)
     tokens = np.concatenate([next(batches)["tokens"][:, 0] for _ in range(40)])
-    for source, (count, windows) in enumerate([(200, 30), (120, 50), (80, 8)]):
+    for source, (count, sequences) in enumerate([(200, 30), (120, 50), (80, 8)]):
         starts = tokens[tokens // 1000 == source] % 1000 // 4
         assert len(starts) == count
-        epochs = [starts[n : n + windows] for n in range(0, count, windows)]
-        for epoch in epochs[: count // windows]:
-            assert sorted(epoch) == list(range(windows))
+        epochs = [starts[n : n + sequences] for n in range(0, count, sequences)]
+        for epoch in epochs[: count // sequences]:
+            assert sorted(epoch) == list(range(sequences))
         assert (epochs[0] != epochs[1]).any()
 
 
@@ -140,7 +140,7 @@ def test_shares_of_a_mixture_are_exact(weights: list[float], start: int) -> None
     counts = np.zeros(len(weights), int)
     for n in range(300):
         source, index = mixture[n]
-        assert index == counts[source]  # no window is left out or drawn twice
+        assert index == counts[source]  # no sequence is left out or drawn twice
         counts[source] += 1
         exact = np.array(weights) / sum(weights) * (n + 1)
         assert np.abs(counts - exact).max() <= len(weights)
@@ -155,7 +155,7 @@ def test_shares_of_a_mixture_are_exact(weights: list[float], start: int) -> None
 
 @pytest.mark.parametrize("processes", [1, 2, 8])
 @pytest.mark.parametrize("kind", ["training", "evaluation"])
-def test_processes_together_have_the_batch(mixed: Windows, kind: str, processes: int) -> None:
+def test_processes_together_have_the_batch(mixed: Sequences, kind: str, processes: int) -> None:
     def batches(**options: Any) -> list[Batch]:
         if kind == "evaluation":
             return list(evaluation_batches(mixed, 16, 41, **options))
@@ -172,7 +172,7 @@ def test_processes_together_have_the_batch(mixed: Windows, kind: str, processes:
             np.testing.assert_array_equal(joined, array)
 
 
-def test_evaluation_of_a_mixture_takes_each_by_its_weight(mixed: Windows) -> None:
+def test_evaluation_of_a_mixture_takes_each_by_its_weight(mixed: Sequences) -> None:
     batches = list(evaluation_batches(mixed, batch_size=5, count=20))
     tokens = np.concatenate([batch["tokens"][:, 0] for batch in batches])
     assert np.bincount(tokens // 1000).tolist() == [10, 6, 4]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from train.cli import main
 from train.config import DataConfig
-from train.data.batches import Windows, training_batches
+from train.data.batches import Sequences, training_batches
 from train.data.corpus import load_corpus
 from train.data.prepare.prepare import PrepareOptions, prepare
 from train.data.prepared import MANIFEST_FILE, Manifest, Prepared, ShardedTokens
@@ -50,18 +50,18 @@ def prepared(original: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def training_windows(folder: Path) -> Windows:
-    return Windows(load_corpus(DataConfig(corpus=str(folder), sequence_length=64)).training, 64)
+def training_sequences(folder: Path) -> Sequences:
+    return Sequences(load_corpus(DataConfig(corpus=str(folder), sequence_length=64)).training, 64)
 
 
 def read_everything(folder: Path) -> None:
-    """What a training run does, as long as it takes to have seen every window."""
-    draw_all(training_windows(folder))
+    """What a training run does, as long as it takes to have seen every sequence."""
+    draw_all(training_sequences(folder))
 
 
-def draw_all(windows: Windows) -> None:
-    batches = training_batches(windows, batch_size=16, seed=0, first=0)
-    for _ in range(-(-len(windows) // 16)):
+def draw_all(sequences: Sequences) -> None:
+    batches = training_batches(sequences, batch_size=16, seed=0, first=0)
+    for _ in range(-(-len(sequences) // 16)):
         next(batches)
 
 
@@ -172,10 +172,10 @@ def test_a_folder_that_lost_its_manifest_is_not_taken_for_text(prepared: Path) -
 @pytest.mark.parametrize("damage", [Path.unlink, truncate, flip], ids=lambda f: f.__name__)
 def test_damage_while_it_is_read(prepared: Path, damage: Callable[[Path], None]) -> None:
     """A shard is gone, or is another, before its first token was read."""
-    windows = training_windows(prepared)
+    sequences = training_sequences(prepared)
     damage(prepared / "training-00001.tokens")
     with pytest.raises(DataError, match=r"training-00001\.tokens: "):
-        draw_all(windows)
+        draw_all(sequences)
 
 
 def test_a_shard_cut_off_after_it_was_opened_does_not_kill_the_process(prepared: Path) -> None:
@@ -224,6 +224,6 @@ def test_a_mixture_is_its_folders(original: Path, prepared: Path) -> None:
     assert one.training.num_tokens == 2 * len(Prepared.open(original).training)
     assert sorted(one.training.weights) == [0.25, 0.75]
     first, second = (
-        next(training_batches(Windows(corpus.training, 64), 8, 0, 3)) for corpus in (one, other)
+        next(training_batches(Sequences(corpus.training, 64), 8, 0, 3)) for corpus in (one, other)
     )
     np.testing.assert_array_equal(first["tokens"], second["tokens"])

@@ -72,7 +72,7 @@ def hybrid(
         "model": {"window_size": [4, None]},
         "steps": 6,
         "optimizer": {"learning_rate": 3e-3, "schedule": "constant"},
-        "evaluation": {"every": 6, "windows": 8, "final_windows": 8},
+        "evaluation": {"every": 6, "sequences": 8, "final_sequences": 8},
         "checkpoint": {"every": 100},
     }
     return Nha(tmp_path, values, environment)

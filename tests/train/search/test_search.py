@@ -68,7 +68,7 @@ def saved_model(model: nha_jax.Model, tmp_path: Path) -> Path:
 @pytest.fixture
 def arguments(saved_model: Path, corpus: Path) -> list[str]:
     """`nha search` but for the budget."""
-    data = [f"--corpus={corpus}", "--sequence-length=24", "--windows-count=4"]
+    data = [f"--corpus={corpus}", "--sequence-length=24", "--sequences=4"]
     return ["search", str(saved_model), *data]
 
 
@@ -305,8 +305,8 @@ def test_losses_of_something_else_are_refused(
     assert main([*arguments, "--full-layers=1"]) == 0
     losses = saved_model.parent / "search.jsonl"
     before = losses.read_text()
-    assert main([*arguments, "--full-layers=1", "--windows-count=3"]) == 2
-    assert "search.jsonl: its losses were measured with another windows_count" in (
+    assert main([*arguments, "--full-layers=1", "--sequences=3"]) == 2
+    assert "search.jsonl: its losses were measured with another sequences" in (
         capsys.readouterr().err
     )
     nha_jax.save(saved_model, nha_jax.Model(CONFIG, rngs=nnx.Rngs(1)), overwrite=True)
@@ -348,7 +348,7 @@ def test_the_result_is_a_layout_to_train_with(
         (["--cache-bytes=9", "--context=48"], "base = '4,4,4': expected a layout within 9 bytes"),
         (["--cache-bytes=nan"], "cache_bytes = nan: expected a number above 0"),
         (["--cache-bytes=500", "--context=0"], "context = 0: expected at least 1"),
-        (["--full-layers=1", "--windows-count=0"], "windows_count = 0: expected at least 1"),
+        (["--full-layers=1", "--sequences=0"], "sequences = 0: expected at least 1"),
         (["--full-layers=1", "--sequence-length=1"], "sequence_length = 1: expected at least 2"),
         (["--full-layers=1", "--corpus=/nowhere"], "'/nowhere': no such folder"),
         (["--full-layers=1", "--output=layout.yaml"], "--output = 'layout.yaml': expected a name"),
