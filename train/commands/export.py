@@ -99,7 +99,7 @@ def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
     """A saved model as it lies on the disk; of a run, its newest checkpoint."""
     from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
     from nha_jax.storage.weights import ModelSource, abstract_parameters, check_weights
-    from train.text.completion import load_model
+    from train.text.loading import load_model
 
     if (Path(path) / WEIGHTS_FILE).exists():
         config, source = open_saved(path)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from nha_jax import Engine, SamplingOptions
     from train.data.tokenizer.tokenizer import Tokenizer
-    from train.text.chat import ChatTemplate
-    from train.text.completion import Piece
+    from train.text.chat_template import ChatTemplate
+    from train.text.continuation import WrittenToken
 
 SAMPLING = {
     "max_new_tokens": "tokens to write at most (bytes, of a model of bytes)",
@@ -89,8 +89,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from nha_jax import Engine
     from nha_jax.generation.engine import chunk_for
-    from train.text.chat import ChatTemplate
-    from train.text.completion import load_model, load_tokenizer_of
+    from train.text.chat_template import ChatTemplate
+    from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_layout
 
     tokenizer = load_tokenizer_of(options.folder)
@@ -146,7 +146,7 @@ def _read_prompt(
 ) -> "np.ndarray":
     import numpy as np
 
-    from train.text.completion import read_text
+    from train.text.user_texts import read_text
 
     if option == "--prompt-tokens":
         if template:
@@ -168,19 +168,19 @@ def _write(
     sampling: "SamplingOptions", options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Streams one text, or prints several in the order of the prompts; then says how fast."""
-    from train.text.completion import continue_texts
+    from train.text.continuation import continue_texts
 
     streams = len(prompts) == 1 and not options.json
     compile_seconds = _warm_up(engine, sampling)
     printed, start, first = 0, time.perf_counter(), 0.0
     tokens = [prompt.tokens for prompt in prompts]
-    for piece in continue_texts(engine, tokenizer, tokens, sampling, options.stop):
+    for token in continue_texts(engine, tokenizer, tokens, sampling, options.stop):
         if not first:
             first = time.perf_counter() - start
             print(prompts[0].shown if streams else "", end="")
-        prompts[piece.prompt].add(piece)
+        prompts[token.prompt].add(token)
         if streams:
-            print(piece.text, end="", flush=True)
+            print(token.text, end="", flush=True)
         while not streams and printed < len(prompts) and prompts[printed].finished:
             print(prompts[printed].show(printed, as_json=options.json), flush=True)
             printed += 1
@@ -215,10 +215,10 @@ class _Prompted:
         self.text = ""
         self.finished: str | None = None
 
-    def add(self, piece: "Piece") -> None:
-        self.written.append(piece.token)
-        self.log_probabilities.append(round(piece.log_probability, 6))
-        self.text, self.finished = self.text + piece.text, piece.finished
+    def add(self, token: "WrittenToken") -> None:
+        self.written.append(token.token)
+        self.log_probabilities.append(round(token.log_probability, 6))
+        self.text, self.finished = self.text + token.text, token.finished
 
     def show(self, index: int, *, as_json: bool) -> str:
         if as_json:

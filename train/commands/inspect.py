@@ -15,7 +15,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
             "Reads a text and shows, by layer, head and position, the slot share omega (the "
             "softmax mass on the slots), and the slots' half-lives. Prints a table; writes a "
             "picture and, beside it under the same name with .json, all its numbers (the keys: "
-            "train/inspect/inspection.py, class Inspection)."
+            "train/inspect/measure.py, class Inspection)."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
@@ -51,9 +51,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
     picture = _output_path(options)
 
-    from train.inspect.inspection import format_table, inspect
+    from train.inspect.measure import format_table, inspect
     from train.storage.run_folder import write_atomically
-    from train.text.completion import load_model, load_tokenizer_of, read_tokens
+    from train.text.loading import load_model, load_tokenizer_of
+    from train.text.user_texts import read_tokens
     from train.windows import read_layout
 
     tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)

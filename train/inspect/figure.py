@@ -1,27 +1,27 @@
-"""The picture of an `Inspection`: who reads the slots, where, and how long they remember."""
+"""Draws an `Inspection`: which heads read the slots, at which positions, and their half-lives."""
 
 import io
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from train.inspect.inspection import PERCENTILES, Inspection, LayerSummary
+from train.inspect.measure import PERCENTILES, Inspection, LayerSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = "viridis"
 SHORTEST, LONGEST = 0.1, 1e6
-"""Half-lives beyond these, in tokens, are drawn at them."""
+"""Half-lives outside this range, in tokens, are drawn at its ends."""
 
 MAX_CONTEXT_MARKS = 32
 
 
 def draw(inspection: Inspection, title: str) -> bytes:
-    """A PNG of three panels.
+    """Draws three panels and returns them as a PNG.
 
-    Above, a heat map of the slots' share of the softmax, a row a head and a column a bin of
-    positions, and right of it each row's mean; below, every slot's half-life, by layer.
+    Above is a heat map of the slot weight, with a row for each head and a column for each bin of
+    positions, and to the right of it each row's mean. Below is every slot's half-life, by layer.
     """
     from matplotlib.figure import Figure  # half a second, and only needed here
 
@@ -43,7 +43,7 @@ def draw(inspection: Inspection, title: str) -> bytes:
 
 
 def _draw_heat(axes: "Axes", inspection: Inspection) -> Any:
-    """Rows are layers, and within a layer its heads, from the top down."""
+    """Draws the slot weight; rows are the heads, layer by layer, from the top down."""
     num_layers, num_heads, num_bins = inspection.slot_weight.shape
     image = axes.pcolormesh(
         inspection.bin_edges,
@@ -72,7 +72,7 @@ def _draw_heat(axes: "Axes", inspection: Inspection) -> Any:
 
 
 def _draw_means(axes: "Axes", inspection: Inspection) -> None:
-    """A bar beside each row of the heat map, and each layer's mean as a number."""
+    """Draws a bar beside each row of the heat map, and writes each layer's mean."""
     num_heads = inspection.mean_slot_weight.shape[1]
     total = inspection.mean_slot_weight.ravel()
     empty = inspection.mean_empty_slot_weight.ravel()
@@ -96,7 +96,7 @@ def _draw_means(axes: "Axes", inspection: Inspection) -> None:
 
 
 def _draw_half_lives(axes: "Axes", inspection: Inspection) -> None:
-    """A column of dots a head, a dot a slot; the middle 80% and the median; the layer's window."""
+    """Draws for each head a dot a slot, their median and middle 80%, and the layer's window."""
     num_layers, num_heads, _ = inspection.half_life.shape
     summaries = inspection.layers()
     for summary, half_life in zip(summaries, inspection.half_life, strict=True):
@@ -124,7 +124,7 @@ def _draw_half_lives(axes: "Axes", inspection: Inspection) -> None:
 
 
 def _draw_layer(axes: "Axes", summary: LayerSummary, half_life: np.ndarray) -> None:
-    """half_life: [Hkv, M]."""
+    """Draws a layer's key/value heads side by side; `half_life` is [Hkv, M]."""
     num_heads, num_slots = half_life.shape
     layer, width = summary.layer, 0.7 / num_heads
     colour = "silver" if summary.beyond_window is None else "C0"
@@ -146,5 +146,6 @@ def _draw_layer(axes: "Axes", summary: LayerSummary, half_life: np.ndarray) -> N
 
 
 def _layer_names(inspection: Inspection, separator: str) -> list[str]:
+    """Names each layer by its index and its window."""
     windows = ("full" if window is None else window for window in inspection.windows)
     return [f"{layer}{separator}{window}" for layer, window in enumerate(windows)]

@@ -23,7 +23,7 @@ from train.step.update import Steps, TrainState
 from train.storage.initial_model import InitialModel, model_to_learn_from
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder
-from train.text.completion import complete
+from train.text.continuation import complete
 
 Metrics = dict[str, jax.Array]
 """What an update returns beside the state, still on the devices."""

@@ -20,7 +20,7 @@ from train.search.files import EVENLY_SPACED, LossLog, SearchResult
 from train.search.layerwise import LayerwiseLoss
 from train.search.strategies import Budget, CacheBytes, FullLayers, SearchSpace, Trial, best, search
 from train.storage.run_folder import RunFolder
-from train.text.completion import load_model
+from train.text.loading import load_model
 from train.windows import Layout, Window, format_layout, read_layout
 
 _TOKENS_PER_BATCH = 8192

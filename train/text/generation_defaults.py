@@ -1,4 +1,4 @@
-"""How a model's authors want it sampled: `generation_config.json`."""
+"""The sampling that a model's authors recommend, from `generation_config.json`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from train.errors import DataError
 
 @dataclass(frozen=True)
 class GenerationDefaults:
-    """What `generation_config.json` says of sampling.
+    """The sampling options of a `generation_config.json`.
 
     Attributes:
-        sampling: fields of `nha_jax.SamplingOptions` and their values.
-        stop_tokens: each of which ends a text.
+        sampling: values by field of `nha_jax.SamplingOptions`.
+        stop_tokens: tokens that end a text.
     """
 
     sampling: Mapping[str, float]
@@ -23,10 +23,10 @@ class GenerationDefaults:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """Those of a folder; empty if it has no such file, or the file says nothing.
+        """Reads a folder's defaults; they are empty if it has no such file or the file sets none.
 
         Raises:
-            DataError: the file is damaged.
+            DataError: the file is damaged or cannot be read.
         """
         path = folder / GENERATION_CONFIG_FILE
         if not path.is_file():
@@ -39,13 +39,13 @@ class GenerationDefaults:
 
 
 def _sampling(values: Mapping[str, Any], path: Path) -> dict[str, float]:
-    """The options that are told and do something; a file may spell out that they do nothing."""
-    nothing = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
-    told = {name: values.get(name) for name in ("temperature", *nothing)}
+    """Selects the options that have an effect: files also list options at their neutral values."""
+    neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
+    given = {name: values.get(name) for name in ("temperature", *neutral)}
     if values.get("do_sample") is False:
-        penalty = told["repetition_penalty"]
-        told = {"temperature": 0, "repetition_penalty": penalty}
-    for name, x in told.items():
+        penalty = given["repetition_penalty"]
+        given = {"temperature": 0, "repetition_penalty": penalty}
+    for name, x in given.items():
         if x is not None and (not isinstance(x, int | float) or isinstance(x, bool)):
             raise DataError(f"{path}: {name} = {x!r}: expected a number")
-    return {name: x for name, x in told.items() if x is not None and x != nothing.get(name)}
+    return {name: x for name, x in given.items() if x is not None and x != neutral.get(name)}

@@ -7,7 +7,7 @@ import pytest
 
 from tests.support.train.pretrained_tokenizer import CONFIG, END, TEMPLATE, tokenizer_json
 from train.data.tokenizer.tokenizer import load_tokenizer
-from train.text.chat import ChatTemplate
+from train.text.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.hf
 

@@ -12,7 +12,7 @@ import nha_jax
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.data.tokenizer.tokenizer import END_OF_DOCUMENT, ByteTokenizer
-from train.text.completion import _Text
+from train.text.continuation import _GrowingText
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -109,7 +109,8 @@ def test_what_is_wrong_is_said_in_one_line(generate, arguments: list[str], messa
 
 def written(tokens: list[int], *stop_strings: str) -> tuple[list[str], str | None]:
     """What is shown after each token, and why the text ended."""
-    text, pieces, finished = _Text(0, ByteTokenizer(), np.array(list(b"x")), stop_strings), [], None
+    text = _GrowingText(0, ByteTokenizer(), np.array(list(b"x")), stop_strings)
+    pieces, finished = [], None
     for i, token in enumerate(tokens):
         event = nha_jax.Event(0, token, 0.0, "length" if i == len(tokens) - 1 else None)
         piece, finished = text.add(event)

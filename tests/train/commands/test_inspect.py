@@ -12,7 +12,7 @@ import nha_jax
 from train.cli import main
 from train.errors import ConfigError
 from train.inspect.figure import draw
-from train.inspect.inspection import Inspection, format_table, half_life, inspect
+from train.inspect.measure import Inspection, format_table, half_life, inspect
 
 WINDOWS = (4, 0, None)
 CONTEXT = 32

@@ -32,7 +32,7 @@ from train.data.corpus import TokenSource, load_corpus
 from train.data.hashing import in_fraction
 from train.data.prepared import Manifest, Prepared
 from train.errors import DataError
-from train.text.completion import load_tokenizer_of
+from train.text.loading import load_tokenizer_of
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])

@@ -32,7 +32,7 @@ from train.step.losses import kl_divergence
 from train.step.trainable import Trainable
 from train.step.update import Steps, TrainState
 from train.storage.initial_model import InitialModel, model_to_learn_from
-from train.text.completion import load_model
+from train.text.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from train.cli import main
 from train.data.prepared import Prepared
 from train.data.tokenizer.tokenizer import FileTokenizer, load_tokenizer
 from train.errors import ConfigError, DataError
-from train.text.chat import ChatTemplate
+from train.text.chat_template import ChatTemplate
 
 
 def write(folder: Path, **files: Any) -> Path:

@@ -21,7 +21,7 @@ from train.report.plots import plot_loss_curve
 from train.step.evaluation import gzip_bits_per_byte
 from train.step.update import Steps
 from train.storage.run_folder import RunFolder
-from train.text.completion import load_model
+from train.text.loading import load_model
 
 
 def test_another_configuration_is_refused_and_every_difference_named(

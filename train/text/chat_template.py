@@ -1,4 +1,4 @@
-"""A model's chat template: what a user says, as the text that the model was trained on."""
+"""A model's chat template, which writes a user's message as the model saw messages in training."""
 
 import contextlib
 import datetime
@@ -16,22 +16,23 @@ TEMPLATE_FILE = "chat_template.jinja"
 
 
 class ChatTemplate:
-    """A Jinja template as Hugging Face's tokenizers carry it, run in a sandbox."""
+    """A Jinja template as Hugging Face's tokenizers carry it; it is run in a sandbox."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str):
-        """Reads the template.
+        """Compiles the template.
 
         Args:
-            source: its text.
-            special_tokens: "bos_token" and "eos_token", which templates write.
-            where: what errors call it.
+            source: the template's text.
+            special_tokens: the texts of "bos_token" and "eos_token", which templates refer to.
+            where: the file that errors name.
 
         Raises:
-            ConfigError: it is no template, or the package jinja2 is not installed.
+            ConfigError: the text is no template, or the package jinja2 is not installed.
         """
         sandbox = import_extra("jinja2.sandbox", extra="chat")
         self._where = where
-        # As the templates are written for: lines of statements leave nothing behind.
+        # Templates are written for these settings: a line that only holds a statement leaves no
+        # empty line behind.
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -43,10 +44,10 @@ class ChatTemplate:
 
     @classmethod
     def of(cls, folder: Path) -> Self:
-        """The template of a folder: chat_template.jinja, or in tokenizer_config.json.
+        """Reads a folder's template, from chat_template.jinja or else tokenizer_config.json.
 
         Raises:
-            ConfigError: there is none, or it is none.
+            ConfigError: the folder has no template, or what it has is none.
             DataError: a file of the tokenizer is damaged.
         """
         files = companions_of(folder)
@@ -60,7 +61,7 @@ class ChatTemplate:
         return cls(source, tokens, str(where))
 
     def render(self, message: str) -> str:
-        """The text of a talk with this one message of the user, up to where the model answers.
+        """Writes a conversation of one user message, up to where the model's answer begins.
 
         Raises:
             ConfigError: the template cannot be filled in.
@@ -83,7 +84,7 @@ class ChatTemplate:
 
 
 def _named_template(settings: Mapping[str, Any], where: Path) -> str:
-    """The template of a tokenizer_config.json: a text, or that called "default" of several."""
+    """Finds the template in tokenizer_config.json: a text, or of a list the one named "default"."""
     template = settings.get("chat_template")
     if isinstance(template, list):
         try:
@@ -99,7 +100,7 @@ def _named_template(settings: Mapping[str, Any], where: Path) -> str:
 
 
 def _to_json(value: object, **options: Any) -> str:
-    # Jinja's own escapes < and > for web pages.
+    # Jinja's own filter escapes < and >, for web pages.
     return json.dumps(value, **{"ensure_ascii": False} | options)
 
 

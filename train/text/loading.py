@@ -1,0 +1,70 @@
+"""The model and the tokenizer of a folder that a user names: a run's, or a saved model's."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+import nha_jax
+from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
+from train.checkpoint.checkpoints import load_model_state
+from train.data.tokenizer.files import TOKENIZER_FILE
+from train.data.tokenizer.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
+from train.errors import ConfigError
+from train.storage.run_folder import RunFolder
+
+
+def load_model(path: str) -> nha_jax.Model:
+    """Loads a model that `nha_jax.save` wrote, or the newest undamaged checkpoint of a run.
+
+    Raises:
+        ConfigError: the folder is missing or holds neither, or the saved model is damaged.
+        CheckpointError: all of the run's checkpoints are damaged.
+    """
+    _check_folder(path)
+    if (Path(path) / WEIGHTS_FILE).exists():
+        with _as_config_error():
+            return nha_jax.load(path)
+    folder = RunFolder(path)
+    config = nha_jax.ModelConfig.from_dict(folder.model_config())
+    graph, state = jax.eval_shape(lambda: nnx.split(nha_jax.Model(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, load_model_state(folder.checkpoints, state))
+
+
+def load_tokenizer_of(path: str) -> Tokenizer:
+    """Loads the tokenizer that a folder's model was trained with; that of bytes if it has no files.
+
+    Raises:
+        ConfigError: the folder is missing, the package tokenizers is not installed, or the model
+            was imported without its tokenizer.
+        DataError: the tokenizer's files are damaged.
+    """
+    _check_folder(path)
+    folder = Path(path)
+    tokenizer = load_tokenizer(folder)
+    imported = (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists()
+    if tokenizer.name == "bytes" and imported:
+        with _as_config_error():
+            size = open_saved(path)[0].vocab_size
+        if size != BYTE_VOCABULARY:
+            raise ConfigError(
+                f"{path}: it was imported without its tokenizer, and its {size} tokens are no "
+                f"bytes; put the original's {TOKENIZER_FILE} into this folder"
+            )
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _as_config_error() -> Iterator[None]:
+    """Turns what is wrong with a saved model into an error of one line."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+
+
+def _check_folder(path: str) -> None:
+    if not Path(path).is_dir():
+        raise ConfigError(f"{path}: no such folder; expected a run or a saved model")
