@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 from nha_jax.config_parts import Experts, RopeScaling
 from nha_jax.ops import Implementation
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
+from nha_jax.presets import PRESETS
 from pallas.tpu import BlockSizes
 
 if TYPE_CHECKING:
@@ -223,9 +224,9 @@ class ModelConfig:
         Raises:
             ValueError: no preset has this name; the message lists those there are.
         """
-        if name not in _PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, _PRESETS))}")
-        return cls.from_dict(_PRESETS[name] | overrides)
+        if name not in PRESETS:
+            raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, PRESETS))}")
+        return cls.from_dict(PRESETS[name] | overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON-able values (a window pattern is a list)."""
@@ -349,53 +350,4 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "attention_bias": get_args(AttentionBias),
     "value_activation": get_args(ValueActivation),
     "implementation": (*get_args(Implementation), None),
-}
-
-_PUBLISHED: dict[str, Any] = {
-    "vocab_size": 32000,
-    "num_layers": 24,
-    "num_query_heads": 4,
-    "num_slots": 64,
-    "window_size": 32,
-    "conv_width": 0,
-    "tie_embeddings": True,
-}
-
-_BYTE_LEVEL: dict[str, Any] = {"vocab_size": 257, "tie_embeddings": True}
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "nha-tiny": {
-        **_BYTE_LEVEL,
-        "num_layers": 3,
-        "hidden_size": 128,
-        "num_query_heads": 2,
-        "num_slots": 32,
-        "window_size": 32,
-    },
-    "nha-20m": {
-        **_BYTE_LEVEL,
-        "num_layers": 10,
-        "hidden_size": 384,
-        "num_query_heads": 6,
-        "num_slots": 64,
-        "window_size": 64,
-    },
-    "nha-340m": {**_PUBLISHED, "hidden_size": 1024, "mlp_size": 2816},
-    "nha-1.3b": {**_PUBLISHED, "hidden_size": 2048, "mlp_size": 5632},
-    "llama-3-8b": {
-        "vocab_size": 128256,
-        "num_layers": 32,
-        "hidden_size": 4096,
-        "num_query_heads": 32,
-        "num_kv_heads": 8,
-        "num_slots": 64,
-        "window_size": None,
-        "mlp_size": 14336,
-        "conv_width": 0,
-        "value_activation": "identity",
-        "output_norm": False,
-        "empty_slots": "mask",
-        "rope_theta": 500000.0,
-        "norm_eps": 1e-5,
-    },
 }

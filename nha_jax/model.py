@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.arguments import check_integers, check_lengths, check_places
+from nha_jax.argument_checks import check_integers, check_lengths, check_segments_and_positions
 from nha_jax.config import ModelConfig, Remat
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.diagnostics import Diagnostics
@@ -173,7 +173,9 @@ class Model(nnx.Module):
                 f"hidden must be [batch, time, hidden_size={self.config.hidden_size}], "
                 f"got shape {hidden.shape}"
             )
-        segment_ids, positions = check_places(hidden.shape[:2], segment_ids, positions)
+        segment_ids, positions = check_segments_and_positions(
+            hidden.shape[:2], segment_ids, positions
+        )
         graph, stack = nnx.split(self.blocks)
         block = nnx.merge(graph, layer_of(stack, index))
         return block(
@@ -369,7 +371,7 @@ class Model(nnx.Module):
         tokens = check_integers("tokens", tokens)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
-        segment_ids, positions = check_places(tokens.shape, segment_ids, positions)
+        segment_ids, positions = check_segments_and_positions(tokens.shape, segment_ids, positions)
         rope = self._rope(positions)
 
         def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nha_jax.arguments import check_prompt
+from nha_jax.argument_checks import check_prompt
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model, ModelCache
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple, overload
 import jax
 import numpy as np
 
-from nha_jax.arguments import check_lengths
+from nha_jax.argument_checks import check_lengths
 from nha_jax.generation.engine import Engine, chunk_for
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model

@@ -21,7 +21,7 @@ from nha_jax.hf.published import native_notices, read_native, write_native
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
 from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table
 from nha_jax.model import Model
-from nha_jax.storage.saved_model import COMPANION_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
+from nha_jax.storage.saved_model import EXTRA_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
 from nha_jax.storage.weights import (
     Index,
     ModelSource,
@@ -70,7 +70,7 @@ def save_pretrained(
             layer, without its gates, which have no part in full attention. "nha": that of the
             paper's authors, with the gates: of a pretrained model, model types such as llama_nha;
             of one of the published architecture, nha. None: "family" where it fits, else "nha".
-        files: name, of `nha_jax.storage.saved_model.COMPANION_FILES`, and content of what goes
+        files: name, of `nha_jax.storage.saved_model.EXTRA_FILES`, and content of what goes
             with the model. Of an imported model, `original_config.json` decides its family and
             whatever else of config.json the model does not.
         shard_bytes: the weights' files are at most this large, or hold one tensor.
@@ -143,8 +143,8 @@ def write_export(
         ValueError, FileExistsError, OSError: as for `save_pretrained`.
     """
     path = Path(path)
-    if wrong := sorted(set(files) - set(COMPANION_FILES)):
-        raise ValueError(f"files={wrong} must be of {', '.join(COMPANION_FILES)}")
+    if wrong := sorted(set(files) - set(EXTRA_FILES)):
+        raise ValueError(f"files={wrong} must be of {', '.join(EXTRA_FILES)}")
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
     check_exportable(path, overwrite=overwrite)
@@ -293,7 +293,7 @@ def _read_object(content: bytes) -> dict[str, Any]:
 
 def _is_export(path: Path) -> bool:
     """Whether nothing but what an export writes is there; downloads have the same file names."""
-    own = {CONFIG_FILE, INDEX_FILE, *COMPANION_FILES}
+    own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES}
     weights = list(path.glob("*.safetensors"))
     if not path.is_dir() or {file.name for file in path.iterdir()} - own - {
         x.name for x in weights

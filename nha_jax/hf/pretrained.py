@@ -14,7 +14,7 @@ from nha_jax.hf.families import HYBRIDS, NATIVE
 from nha_jax.hf.published import read_native
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, companions_of
+from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
 Windows = int | tuple[int | None, ...] | None
@@ -62,7 +62,7 @@ def open_pretrained(
         param_dtype = checkpoint.param_dtype()
     original = understand(fields, param_dtype=param_dtype, **chosen)
     source = ConvertedSource(original.config, checkpoint, original.table(original.config))
-    files = companions_of(folder) | {ORIGINAL_CONFIG_FILE: (folder / CONFIG_FILE).read_bytes()}
+    files = extra_files_of(folder) | {ORIGINAL_CONFIG_FILE: (folder / CONFIG_FILE).read_bytes()}
     return Pretrained(original, source, files)
 
 

@@ -26,7 +26,7 @@ WEIGHTS_FILE = "model.safetensors"
 ORIGINAL_CONFIG_FILE = "original_config.json"
 """Of an imported model, the config.json that it came with."""
 
-COMPANION_FILES = (
+EXTRA_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -55,7 +55,7 @@ def save(
         path: the folder to create; its parents are created too.
         model: the model.
         overwrite: replace a model that is there already.
-        files: name, one of COMPANION_FILES, and content of what goes beside the model.
+        files: name, one of EXTRA_FILES, and content of what goes beside the model.
 
     Raises:
         ValueError: `files` has another name.
@@ -87,8 +87,8 @@ def write_folder(
         OSError: there is too little room on the disk; nothing was written.
     """
     path = Path(path)
-    if set(files) - set(COMPANION_FILES):
-        raise ValueError(f"files={sorted(files)} must be of {', '.join(COMPANION_FILES)}")
+    if set(files) - set(EXTRA_FILES):
+        raise ValueError(f"files={sorted(files)} must be of {', '.join(EXTRA_FILES)}")
     check_replaceable(path, overwrite=overwrite)
     needed = weight_bytes(source.shapes) + sum(map(len, files.values()))
     with replacing_folder(path, needed) as new:
@@ -138,7 +138,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 def _is_saved_model(path: Path) -> bool:
     """Whether nothing but what `save` writes is there; other programs use the same file names."""
-    own = {CONFIG_FILE, WEIGHTS_FILE, *COMPANION_FILES}
+    own = {CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES}
     if not path.is_dir() or {file.name for file in path.iterdir()} - own:
         return False
     try:
@@ -181,9 +181,9 @@ def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSo
     return config, SafetensorsSource(path / WEIGHTS_FILE)
 
 
-def companions_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Name and content of those of COMPANION_FILES that lie in a folder: `files` of `save`."""
-    paths = (Path(folder) / name for name in COMPANION_FILES)
+def extra_files_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Name and content of those of EXTRA_FILES that lie in a folder: `files` of `save`."""
+    paths = (Path(folder) / name for name in EXTRA_FILES)
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 

@@ -61,7 +61,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf.export import check_exportable, plan_export, write_export
-    from nha_jax.storage.saved_model import companions_of
+    from nha_jax.storage.saved_model import extra_files_of
     from nha_jax.storage.weights import weight_bytes
     from train.report.bytes_bar import bytes_bar
     from train.windows import read_layout
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         config, source = _open(options.run)
         if options.windows is not None:
             config = dataclasses.replace(config, window_size=layout)
-        files = companions_of(options.run)
+        files = extra_files_of(options.run)
         export = plan_export(config, files, options.format)
         print(_summary(config, export, files), flush=True)
         with bytes_bar(weight_bytes(source.shapes)) as bar:

@@ -58,7 +58,7 @@ def _train(config: TrainConfig) -> int:
         if initial is not None:
             processes.on_first(lambda: initial.remember(folder.path))
         if processes.is_first():
-            _write_companions(folder, config, corpus, initial)
+            _write_extra_files(folder, config, corpus, initial)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
@@ -92,13 +92,13 @@ def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> In
     return initial
 
 
-def _write_companions(
+def _write_extra_files(
     folder: RunFolder, config: TrainConfig, corpus: Corpus, initial: InitialModel | None
 ) -> None:
     """Puts into the run's folder what `nha_jax.save` will put beside the model."""
     files: Mapping[str, bytes] = {}
     if initial is not None:
-        files = initial.companions(corpus.tokenizer)
+        files = initial.extra_files(corpus.tokenizer)
     elif config.initial_model is None:  # else they are there since the run began
         files = corpus.tokenizer.files
     for name, content in files.items():

@@ -7,7 +7,7 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 import nha_jax
-from nha_jax.storage.saved_model import companions_of
+from nha_jax.storage.saved_model import extra_files_of
 from train.checkpoint.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
 from train.data.batches import Sequences, training_batches
@@ -149,7 +149,7 @@ class Trainer:
                 seed=config.seed,
             ),
         )
-        files = companions_of(self._folder.path)
+        files = extra_files_of(self._folder.path)
         nha_jax.save(self._folder.model, model, overwrite=True, files=files)
         step, references = self.progress.step, self._references()
         result = Result(

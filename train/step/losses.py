@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 import nha_jax
-from nha_jax.arguments import default_positions
+from nha_jax.argument_checks import default_positions
 from nha_jax.ops.mesh.division import shard_tokens
 from train.config import LossConfig
 

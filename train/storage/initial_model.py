@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from nha_jax import ModelConfig
-from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, companions_of
+from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, extra_files_of
 from nha_jax.storage.weights import SafetensorsSource, abstract_parameters, differences
 from train.config import TrainConfig
 from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
@@ -79,7 +79,7 @@ class InitialModel:
             f"{file}; prepare it with --tokenizer {file}"
         )
 
-    def companions(self, tokenizer: Tokenizer) -> dict[str, bytes]:
+    def extra_files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
         """Name and content of what goes beside the trained model.
 
         Where the corpus's tokenizer says something else, such as how a text ends, that counts.
@@ -87,7 +87,7 @@ class InitialModel:
         Raises:
             DataError: the folder's tokenizer_config.json is damaged.
         """
-        files, name = companions_of(self.folder), TOKENIZER_CONFIG_FILE
+        files, name = extra_files_of(self.folder), TOKENIZER_CONFIG_FILE
         both = [x[name] for x in (files, tokenizer.files) if name in x]
         files |= tokenizer.files
         if len(both) == 2:

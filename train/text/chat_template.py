@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from nha_jax.storage.saved_model import companions_of
+from nha_jax.storage.saved_model import extra_files_of
 from train.data.input_files import import_extra
 from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
 from train.errors import ConfigError, DataError
@@ -50,7 +50,7 @@ class ChatTemplate:
             ConfigError: the folder has no template, or what it has is none.
             DataError: a file of the tokenizer is damaged.
         """
-        files = companions_of(folder)
+        files = extra_files_of(folder)
         settings = read_objects(files, folder)
         where, source = folder / TEMPLATE_FILE, files.get(TEMPLATE_FILE, b"").decode()
         if TEMPLATE_FILE not in files:

@@ -15,7 +15,7 @@ from flax import nnx
 import nha_jax
 from nha_jax.hf.export import plan_export, write_export
 from nha_jax.hf.pretrained import Pretrained, from_pretrained, open_pretrained
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, companions_of
+from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, extra_files_of
 from tests.support.hf import published
 from tests.support.hf.originals import FIXTURES, NAMES
 
@@ -63,7 +63,7 @@ def test_an_imported_model_goes_back_as_it_came(tmp_path: Path, name: str) -> No
             fields.pop(key, None)
     assert before.items() <= after.items()
     generation = (FIXTURES / name / "generation_config.json").read_bytes()
-    assert companions_of(tmp_path / "out") == {"generation_config.json": generation}
+    assert extra_files_of(tmp_path / "out") == {"generation_config.json": generation}
 
     again = open_pretrained(tmp_path / "out", num_slots=8)
     assert again.config == original.config

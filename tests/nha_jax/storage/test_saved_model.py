@@ -13,7 +13,7 @@ from flax import nnx
 from nha_jax import Model, ModelConfig, load, save
 from nha_jax.storage import saved_model as serialization
 from nha_jax.storage import weights
-from nha_jax.storage.saved_model import COMPANION_FILES, companions_of
+from nha_jax.storage.saved_model import EXTRA_FILES, extra_files_of
 
 
 def tiny_model(seed: int = 0, **overrides) -> Model:
@@ -129,13 +129,13 @@ def test_saving_does_not_depend_on_where_the_parameters_lie(tmp_path):
     chex.assert_trees_all_equal(nnx.state(load(tmp_path / "model")), nnx.state(model))
 
 
-def test_companions_are_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
+def test_extra_files_are_saved_with_the_model_and_replaced_with_it(tmp_path) -> None:
     path = tmp_path / "model"
-    files = {name: f"{name}, as it came".encode() for name in COMPANION_FILES}
+    files = {name: f"{name}, as it came".encode() for name in EXTRA_FILES}
     save(path, tiny_model(), files=files)
-    assert companions_of(path) == files
+    assert extra_files_of(path) == files
     save(path, tiny_model(1), overwrite=True, files={"tokenizer.json": b"[]"})
-    assert companions_of(path) == {"tokenizer.json": b"[]"}
+    assert extra_files_of(path) == {"tokenizer.json": b"[]"}
     with pytest.raises(ValueError, match=r"other\.txt"):
         save(tmp_path / "new", tiny_model(), files={"other.txt": b""})
 

@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 import nha_jax
-from nha_jax.storage.saved_model import companions_of
+from nha_jax.storage.saved_model import extra_files_of
 from tests.support.hf.originals import FIXTURES
 from tests.support.train.tiny_run import Nha
 from train.cli import main
@@ -57,9 +57,9 @@ def test_with_full_attention_it_is_the_original_again(
     ]
     assert len(list(out.glob("*.safetensors"))) > 1
     chex.assert_trees_all_equal(tensors(out), tensors(FIXTURES / "llama-2"))
-    copied = companions_of(hybrid)
+    copied = extra_files_of(hybrid)
     del copied["original_config.json"]
-    assert companions_of(out) == copied
+    assert extra_files_of(out) == copied
 
 
 def test_a_hybrid_comes_back_as_it_is(run_export, hybrid: Path, tmp_path: Path, capsys) -> None:

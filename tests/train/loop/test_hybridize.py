@@ -402,7 +402,7 @@ def test_what_goes_beside_the_model_is_the_originals_and_the_corpus_s(
     tokenizer = FileTokenizer(files, None, "tokenizer.json")
     initial = InitialModel.open(str(folder))
     initial.check_tokenizer(tokenizer, "corpus")
-    found = initial.companions(tokenizer)
+    found = initial.extra_files(tokenizer)
     assert found.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     told = json.loads(tokenizer.files["tokenizer_config.json"])
     assert told["eos_token"] != "<pad>"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_places(
+def check_segments_and_positions(
     shape: tuple[int, ...], segment_ids: jax.Array | None, positions: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
     """The segment ids and the positions, given or not, of tokens [B, T] of this shape."""
