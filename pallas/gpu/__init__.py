@@ -1,15 +1,16 @@
 """Mosaic GPU kernels of the operator, for Hopper."""
 
-from pallas.gpu.attention import RESIDUAL_NAMES, Fused, fused_attention
+from pallas.constants import RESIDUAL_NAMES
+from pallas.gpu.attention import Fused, fused_attention
 from pallas.gpu.block_sizes import BlockSizes, default_block_sizes
-from pallas.gpu.spec import CHUNK, Spec
+from pallas.gpu.spec import CHUNK, CallSpec
 
 __all__ = [
     "CHUNK",
     "RESIDUAL_NAMES",
     "BlockSizes",
+    "CallSpec",
     "Fused",
-    "Spec",
     "default_block_sizes",
     "fused_attention",
 ]

@@ -6,53 +6,52 @@ from typing import Any, NamedTuple
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas.gpu.backward.backward import Saved, backward, facts_of, rotation_of, slots_input
+from pallas.constants import LSE, OUT, SLOT_WEIGHT, STARTS
+from pallas.gpu.backward.backward import Saved, backward, rotation_of, segments_of, slots_input
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import end_gates
-from pallas.gpu.forward.output_pass import output_pass
-from pallas.gpu.forward.state_pass import state_pass
-from pallas.gpu.spec import Spec
+from pallas.gpu.forward.output import output_pass
+from pallas.gpu.forward.states import state_pass
+from pallas.gpu.spec import CallSpec
 
 Arrays = dict[str, jax.Array]
-
-RESIDUAL_NAMES = ("nha_out", "nha_lse", "nha_starts", "nha_slot_weight")
-"""`jax.ad_checkpoint.checkpoint_name`s of what the backward needs of the forward."""
 
 
 class Fused(NamedTuple):
     """What the kernels return."""
 
-    out: jax.Array  # [B, N, H * G, D] bfloat16
-    log_mass: jax.Array  # [B, H * G, N] float32, natural log of the softmax's denominator
-    slot_weight: jax.Array  # [B, H * G, N] float32; differentiable with spec.weight
-    end: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32 each; with spec.state
+    out: jax.Array  # [B, Tq, Hq, D] bfloat16
+    lse: jax.Array  # [B, Hq, Tq] float32, natural log of the softmax's denominator
+    slot_weight: jax.Array  # [B, Hq, Tq] float32; differentiable with spec.weight
+    end: tuple[jax.Array, jax.Array] | None  # [B, Hkv, D, M] float32 each; with spec.state
 
 
 def fused_attention(
     inputs: Arrays,
     constants: Arrays,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> Fused:
     """The operator: a state pass, which finds the slots at the chunks' starts, and an output pass.
 
-    B rows, N query rows, a multiple of C = 64, P token rows, H KV heads, D 64, 128, 192 or 256, M
-    16 (D up to 192), 32, 64 or 128; symbols as in `spec.py`. The inputs are differentiated, the
-    constants are not, and log_mass has no gradient.
+    B rows, Tq query rows, a multiple of C = 64, Tk token rows, Hq query heads, Hkv KV heads, D 64,
+    128, 192 or 256, M 16 (D up to 192), 32, 64 or 128; symbols as in `spec.py`. The inputs are
+    differentiated, the constants are not, and lse has no gradient.
 
-    inputs: window_query [B, N, H * G, D], window_key and value [B, P, H, D] bfloat16; with
-      spec.slots log_decay [B, N, H, M] float32, whose row r is of the token that enters at row
+    inputs: window_query [B, Tq, Hq, D], window_key and value [B, Tk, Hkv, D] bfloat16; with
+      spec.slots log_decay [B, Tq, Hkv, M] float32, whose row r is of the token that enters at row
       r + spec.ahead (0 where none does), and query and key, where the slots do not read those of
-      the window; with spec.state start_key and start_value, the slots at the start, [B, H, D, M]
+      the window; with spec.state start_key and start_value, the slots at the start, [B, Hkv, D, M]
       float32.
     constants: cos and sin of a `Rotation`, if the kernels are to rotate window_query and
-      window_key; with spec.masked query_run and visible, int32 arrays of `Facts`, and, with slots,
-      reads and the written [B, N] and kept [B, N / C] of `end_gates`.
+      window_key; with spec.masked query_segment and token_segment, int32 arrays of `Segments`,
+      and, with slots, slot_access and the token_reaches_end [B, Tq] and start_reaches_end
+      [B, Tq / C] of `end_gates`.
     interpret: `InterpretGPUParams` run the kernels on the CPU.
 
-    Saved for the backward, beside the inputs: the output, log_mass, the slot weight and the slots
+    Saved for the backward, beside the inputs: the output, lse, the slot weight and the slots
     at the chunks' starts. A `jax.checkpoint` policy that saves `RESIDUAL_NAMES` spares itself the
     forward.
     """
@@ -68,7 +67,11 @@ def _forward(spec, block_sizes, interpret, inputs, constants):
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
     starts = end = None
     if spec.slots:
-        decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
+        decays = (
+            inputs["log_decay"],
+            constants.get("token_reaches_end"),
+            constants.get("start_reaches_end"),
+        )
         gates = end_gates(*decays, ahead=spec.ahead, interpret=interpret)
         start = (inputs["start_key"], inputs["start_value"]) if spec.state else None
         states = state_pass(slots_input(inputs, "key"), inputs["value"], gates, start, **launch)
@@ -83,25 +86,25 @@ def _forward(spec, block_sizes, interpret, inputs, constants):
         inputs["value"],
         inputs.get("log_decay"),
         starts,
-        facts_of(constants),
+        segments_of(constants),
         rotation_of(constants),
         **launch,
     )
-    return Fused(result.out, result.log_mass, result.slot_weight, end), starts
+    return Fused(result.out, result.lse, result.slot_weight, end), starts
 
 
 def _fused_fwd(spec, block_sizes, interpret, inputs, constants):
     fused, starts = _forward(spec, block_sizes, interpret, inputs, constants)
     fused = fused._replace(
-        out=checkpoint_name(fused.out, "nha_out"),
-        log_mass=checkpoint_name(fused.log_mass, "nha_lse"),
-        slot_weight=checkpoint_name(fused.slot_weight, "nha_slot_weight"),
+        out=checkpoint_name(fused.out, OUT),
+        lse=checkpoint_name(fused.lse, LSE),
+        slot_weight=checkpoint_name(fused.slot_weight, SLOT_WEIGHT),
     )
     saved = Saved(
         out=fused.out,
-        log_mass=fused.log_mass,
+        lse=fused.lse,
         slot_weight=fused.slot_weight,
-        starts=jax.tree.map(lambda x: checkpoint_name(x, "nha_starts"), starts),
+        starts=jax.tree.map(lambda x: checkpoint_name(x, STARTS), starts),
     )
     return fused, (inputs, constants, saved)
 

@@ -1,4 +1,4 @@
-"""The static facts of a call, and the symbols of the GPU kernels.
+"""The static segments of a call, and the symbols of the GPU kernels.
 
 For one KV head: C = 64 rows to a chunk, G query heads, M slots, W window, D the size of a head, of
 keys and values alike. Tokens lie on a timeline `offset` rows ahead of the queries: query row t is
@@ -10,8 +10,9 @@ Logits and decays are in units of log 2, the hardware's exponential.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CHUNK = 64  # C: the rows of a warpgroup's matrix product
@@ -26,8 +27,8 @@ COLUMN = LOGITS.reduce(0)  # of [n], a number for each column
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static facts of a call.
+class CallSpec:
+    """The static segments of a call.
 
     Fields:
       group: G, query heads to a KV head.
@@ -38,7 +39,7 @@ class Spec:
       ahead: the token rows that come before the arrays' first; they hold nothing, and what is read
         in their place is masked. A multiple of C.
       scale: of the logits.
-      masked: `Facts` say who sees whom; without, every token after the first `offset` sees all
+      masked: `Segments` say who sees whom; without, every token after the first `offset` sees all
         those before it.
       state: the slots at the start are given, and the slots at the end are asked for.
       weight: what the slot weight's gradient reaches, "all" logits or the "slots" only; None: it
@@ -68,3 +69,19 @@ def tile(columns: int, itemsize: int = 2) -> tuple[Any, ...]:
     tiling: Any = plgpu.TilingTransform  # abstract to mypy
     swizzling: Any = plgpu.SwizzleTransform
     return tiling((8, swizzle // itemsize)), swizzling(swizzle)
+
+
+class Segments(NamedTuple):
+    """Who sees whom, by the numbers of segments (from 0), int32."""
+
+    query: jax.Array  # [B, Tq], of the row's segment; -2 for padding
+    token: jax.Array  # [B, Tk], of the token row's; -1 where there is no token
+    slot_access: jax.Array | None  # [B, Tq], 0: no slots; 1: not those at the chunk's start; 2: all
+
+    def arrays(self, *, slots: bool) -> dict[str, jax.Array]:
+        """What a kernel reads of them, by its name there; slots: it reads slots."""
+        arrays = {"query_segment": self.query, "token_segment": self.token}
+        if slots:
+            assert self.slot_access is not None
+            arrays["slot_access"] = self.slot_access
+        return arrays

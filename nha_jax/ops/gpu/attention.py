@@ -22,7 +22,7 @@ from nha_jax.ops.state import (
 )
 from nha_jax.ops.types import NHAOutput, Options
 from nha_jax.ops.xla.chunked import chunked_attention
-from pallas.gpu import CHUNK, BlockSizes, Spec, default_block_sizes, fused_attention
+from pallas.gpu import CHUNK, BlockSizes, CallSpec, default_block_sizes, fused_attention
 
 Arrays = dict[str, jax.Array]
 
@@ -79,7 +79,7 @@ def _by_kernels(
     nothing_leaves = W is None or (W >= T and carried is None)
     timeline = build_timeline(tokens, segment_ids, carried, None if nothing_leaves else W)
     has_slots = M > 0 and not nothing_leaves
-    spec = Spec(
+    spec = CallSpec(
         group=query.shape[2] // key.shape[2],
         slots=M if has_slots else 0,
         empty_slots=M if nothing_leaves and options.empty_slots == "attend" else 0,
@@ -136,7 +136,7 @@ def _rows_ahead(W: int, T: int) -> int:
 
 
 def _rotated_by_kernels(
-    rope: Rope | None, tokens: Tokens, carried: Carried | None, spec: Spec
+    rope: Rope | None, tokens: Tokens, carried: Carried | None, spec: CallSpec
 ) -> TypeGuard[Rope]:
     """Whether they rotate the window's queries and keys, so that nobody writes rotated copies.
 
@@ -149,7 +149,7 @@ def _rotated_by_kernels(
     return spec.blocks <= ROTATED_BLOCKS and _head_dim(tokens) == K and K in ROTATED_HEADS
 
 
-def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:
+def _rotation(rope: Rope, T: int, spec: CallSpec) -> Arrays:
     """The tables, by the token rows that the kernels read."""
     _, P = _padded_rows(T, spec)
     before = spec.offset - spec.ahead  # rows of nothing
@@ -162,7 +162,7 @@ def _rotation(rope: Rope, T: int, spec: Spec) -> Arrays:
     return {"cos": cos, "sin": sin}
 
 
-def _window_inputs(window_query: jax.Array, source: Tokens, spec: Spec) -> Arrays:
+def _window_inputs(window_query: jax.Array, source: Tokens, spec: CallSpec) -> Arrays:
     """What every call of the kernels reads; N query rows and P token rows, whole chunks."""
     N, P = _padded_rows(window_query.shape[1], spec)
     D = _head_dim(source)
@@ -173,18 +173,18 @@ def _window_inputs(window_query: jax.Array, source: Tokens, spec: Spec) -> Array
     }
 
 
-def _window_facts(timeline: Timeline, T: int, spec: Spec) -> Arrays:
+def _window_facts(timeline: Timeline, T: int, spec: CallSpec) -> Arrays:
     """Who sees whom."""
     N, P = _padded_rows(T, spec)
     query_run = jnp.where(timeline.real, timeline.run, -2)[:, -T:]
     visible = jnp.where(timeline.real, timeline.run, -1)[:, spec.ahead :]
     return {
-        "query_run": _pad(query_run, rows=N, value=-2),
-        "visible": _pad(visible, rows=P, value=-1),
+        "query_segment": _pad(query_run, rows=N, value=-2),
+        "token_segment": _pad(visible, rows=P, value=-1),
     }
 
 
-def _slot_tokens(query: jax.Array, source: Tokens, spec: Spec, options: Options) -> Arrays:
+def _slot_tokens(query: jax.Array, source: Tokens, spec: CallSpec, options: Options) -> Arrays:
     """What the slots read and are made of, where it is not what the window reads."""
     N, P = _padded_rows(query.shape[1], spec)
     D = _head_dim(source)
@@ -199,7 +199,7 @@ def _slot_inputs(
     timeline: Timeline,
     carried: Carried | None,
     T: int,
-    spec: Spec,
+    spec: CallSpec,
     *,
     all_real: bool,
 ) -> Arrays:
@@ -225,7 +225,7 @@ def _slot_inputs(
     return inputs
 
 
-def _slot_facts(timeline: Timeline, T: int, spec: Spec, options: Options) -> Arrays:
+def _slot_facts(timeline: Timeline, T: int, spec: CallSpec, options: Options) -> Arrays:
     """Who reads the slots, and what they hold.
 
     `run`: whose they are once a row's token has entered; `start` and `end`: at the chunks'.
@@ -243,9 +243,9 @@ def _slot_facts(timeline: Timeline, T: int, spec: Spec, options: Options) -> Arr
     carries = own == jnp.repeat(start, CHUNK, axis=1)[:, :T]
     reads = jnp.where(visible, 1 + carries.astype(jnp.int32), 0)
     return {
-        "reads": _pad(reads, rows=N),
-        "written": (run == end[..., None]).reshape(-1, N),
-        "kept": start == end,
+        "slot_access": _pad(reads, rows=N),
+        "token_reaches_end": (run == end[..., None]).reshape(-1, N),
+        "start_reaches_end": start == end,
     }
 
 
@@ -258,7 +258,7 @@ def _empty(tokens: Tokens, M: int) -> Slots:
     return key, value
 
 
-def _padded_rows(T: int, spec: Spec) -> tuple[int, int]:
+def _padded_rows(T: int, spec: CallSpec) -> tuple[int, int]:
     """N and P."""
     N = -(-T // CHUNK) * CHUNK
     if spec.blocks is None:

@@ -23,8 +23,7 @@ from pallas.gpu.backward.window_queries import window_queries
 from pallas.gpu.backward.window_tokens import window_tokens
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import chunk_gates
-from pallas.gpu.forward.output_pass import Facts
-from pallas.gpu.spec import Spec
+from pallas.gpu.spec import CallSpec, Segments
 from pallas.gpu.warpgroup.rotation import Rotation
 
 Arrays = dict[str, jax.Array]
@@ -35,57 +34,57 @@ class Saved(NamedTuple):
     """What the forward leaves; shapes as in `Fused`."""
 
     out: jax.Array
-    log_mass: jax.Array
+    lse: jax.Array
     slot_weight: jax.Array
-    starts: Pair | None  # [B, H, N / C, D, M] bfloat16 each
+    starts: Pair | None  # [B, Hkv, Tq / C, D, M] bfloat16 each
 
 
 def backward(
     inputs: Arrays,
     constants: Arrays,
     saved: Saved,
-    out_grad: jax.Array,
-    weight_grad: jax.Array | None,
-    end_grad: Pair | None,
+    d_out: jax.Array,
+    d_slot_weight: jax.Array | None,
+    d_end: Pair | None,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> Arrays:
     """The gradients of `fused_attention`'s inputs, by their names and in their dtypes.
 
-    out_grad, weight_grad, end_grad: the cotangents of out, of the slot weight, with spec.weight,
+    d_out, d_slot_weight, d_end: the cotangents of out, of the slot weight, with spec.weight,
       and of the slots at the end, with spec.state; shapes as in `Fused`.
     """
     launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
-    delta = _window_delta(saved, out_grad, weight_grad, spec)
-    facts = facts_of(constants)
+    delta = _window_delta(saved, d_out, d_slot_weight, spec)
+    segments = segments_of(constants)
     rotation = rotation_of(constants)
-    grads, rest = _window(inputs, saved.log_mass, delta, facts, rotation, out_grad, launch)
+    grads, rest = _window(inputs, saved.lse, delta, segments, rotation, d_out, launch)
     if saved.starts is not None:
-        if weight_grad is not None:
-            rest -= (1 - saved.slot_weight) * weight_grad
-        grads |= _slots(inputs, constants, saved, grads, rest, facts, out_grad, end_grad, launch)
+        if d_slot_weight is not None:
+            rest -= (1 - saved.slot_weight) * d_slot_weight
+        grads |= _slots(inputs, constants, saved, grads, rest, segments, d_out, d_end, launch)
     unread = {"window_query", "window_key", "value"} - grads.keys()
     return grads | {name: jnp.zeros_like(inputs[name]) for name in unread}
 
 
 def _window(
     inputs: Arrays,
-    log_mass: jax.Array,
+    lse: jax.Array,
     delta: jax.Array,
-    facts: Facts | None,
+    segments: Segments | None,
     rotation: Rotation | None,
-    out_grad: jax.Array,
+    d_out: jax.Array,
     launch: dict[str, Any],
 ) -> tuple[Arrays, jax.Array]:
     """The gradients, if there is a window, and its part of the slots' delta."""
     if launch["spec"].window == 0:
-        return {}, jnp.zeros_like(log_mass)
+        return {}, jnp.zeros_like(lse)
     arrays = inputs["window_query"], inputs["window_key"], inputs["value"]
-    launch = launch | {"log_mass": log_mass, "delta": delta, "facts": facts, "rotation": rotation}
-    query, pulled = window_queries(*arrays, out_grad, **launch)
-    key, value = window_tokens(*arrays, out_grad, **launch)
+    launch = launch | {"lse": lse, "delta": delta, "segments": segments, "rotation": rotation}
+    query, pulled = window_queries(*arrays, d_out, **launch)
+    key, value = window_tokens(*arrays, d_out, **launch)
     return {"window_query": query, "window_key": key, "value": value}, pulled
 
 
@@ -95,9 +94,9 @@ def _slots(
     saved: Saved,
     window: Arrays,
     rest: jax.Array,
-    facts: Facts | None,
-    out_grad: jax.Array,
-    end_grad: Pair | None,
+    segments: Segments | None,
+    d_out: jax.Array,
+    d_end: Pair | None,
     launch: dict[str, Any],
 ) -> Arrays:
     """The gradients of what the slots read; added to the `window`'s, where it reads the same."""
@@ -106,36 +105,40 @@ def _slots(
     names = {x: slots_name(inputs, x) for x in ("query", "key", "value")}
     query, key, value = (inputs[name] for name in names.values())
     window = {x: window[name] for x, name in names.items() if name in window}
-    decays = inputs["log_decay"], constants.get("written"), constants.get("kept")
+    decays = (
+        inputs["log_decay"],
+        constants.get("token_reaches_end"),
+        constants.get("start_reaches_end"),
+    )
     gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
     queries = slot_queries(
         query,
-        out_grad,
+        d_out,
         key,
         value,
-        saved.log_mass,
+        saved.lse,
         saved.slot_weight,
         rest,
         gates,
         starts,
-        facts,
+        segments,
         window.pop("query", None),
         spec=spec,
         interpret=interpret,
     )
-    started = queries.logits_start, queries.weights_start
-    states = state_grads(query, out_grad, *started, gates, end_grad, **launch)
+    started = queries.d_logits_to_start, queries.weights_to_start
+    states = state_grads(query, d_out, *started, gates, d_end, **launch)
     tokens = slot_tokens(
         query,
-        out_grad,
+        d_out,
         key,
         value,
-        queries.logits_rise,
-        queries.weights_rise,
+        queries.d_logits_to_reference,
+        queries.weights_to_reference,
         gates,
         starts,
         (states.key, states.value),
-        facts,
+        segments,
         window,
         **launch,
     )
@@ -160,18 +163,20 @@ def rotation_of(constants: Arrays) -> Rotation | None:
     return Rotation(constants["cos"], constants["sin"]) if "cos" in constants else None
 
 
-def facts_of(constants: Arrays) -> Facts | None:
-    if "query_run" not in constants:
+def segments_of(constants: Arrays) -> Segments | None:
+    if "query_segment" not in constants:
         return None
-    return Facts(constants["query_run"], constants["visible"], constants.get("reads"))
+    return Segments(
+        constants["query_segment"], constants["token_segment"], constants.get("slot_access")
+    )
 
 
 def _window_delta(
-    saved: Saved, out_grad: jax.Array, weight_grad: jax.Array | None, spec: Spec
+    saved: Saved, d_out: jax.Array, d_slot_weight: jax.Array | None, spec: CallSpec
 ) -> jax.Array:
-    """What is subtracted from the window's dp: [B, H * G, N] float32."""
-    product = saved.out.astype(jnp.float32) * out_grad.astype(jnp.float32)
+    """What is subtracted from the window's dp: [B, Hq, Tq] float32."""
+    product = saved.out.astype(jnp.float32) * d_out.astype(jnp.float32)
     delta = jnp.sum(product, -1).swapaxes(1, 2)
-    if weight_grad is not None and spec.weight == "all":
-        delta += saved.slot_weight * weight_grad
+    if d_slot_weight is not None and spec.weight == "all":
+        delta += saved.slot_weight * d_slot_weight
     return delta

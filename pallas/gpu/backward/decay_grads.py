@@ -18,15 +18,15 @@ FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # e / s; at less, nothing inside a chunk go
 
 
 class DecayGrads(Worker):
-    """Finds the first line of dg: R is summed in shared memory, sY in registers, of which R would
-    be too much, and adds the second, of which `TokenGrads` leaves the products.
+    """Finds the decays' gradients: row_sum is summed in shared memory, sY in registers, which have
+    no room for both. Adds the part by way of the chunk's end, whose products `TokenGrads` leaves.
     """
 
-    FALLS = (2, 3)
+    TOKEN_DECAY_BLOCKS = (2, 3)
 
     def run(self) -> None:
         shared = self.shared
-        self.build_falls()
+        self.build_token_decays()
         sums = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
         shared["row_sums"][...] = sums
         for side in range(len(SIDES)):
@@ -40,7 +40,7 @@ class DecayGrads(Worker):
         self._store(sums)
 
     def _head(self, item, sums: jax.Array) -> jax.Array:
-        """sY with one more head, and R, in its place."""
+        """sY with one more head, and row_sum, in its place."""
         stage = self.wait_for(item)
         self._add_rows(stage)
         sums = self._of_tokens(stage, sums)
@@ -48,7 +48,7 @@ class DecayGrads(Worker):
         return sums
 
     def _add_rows(self, stage) -> None:
-        """R. A row's block is that of its warp: of the four products each warp's rows need one."""
+        """Adds to row_sum. A gate block's rows are a warp's, which needs one of four products."""
         shared = self.shared
         scores = self.matmul(
             lambda: [(shared["rows"].at[stage], self.operand("tokens").T)], (CHUNK, CHUNK)
@@ -61,19 +61,19 @@ class DecayGrads(Worker):
                 for tokens in range(block + 1):
                     rows = jnp.where(mine, blocks[tokens], jnp.bfloat16(0))
                     of_tokens = pl.ds(tokens * GATE_ROWS, GATE_ROWS)
-                    yield rows, shared["falls"].at[self.zero + block, of_tokens]
+                    yield rows, shared["token_decays"].at[self.zero + block, of_tokens]
 
         spread = self.matmul(lambda: list(operands()), self.gates_shape)
-        spread *= self.wide(shared["rise"].at[stage])
+        spread *= self.wide(shared["row_weights"].at[stage])
         shared["row_sums"][...] = self._load("row_sums") + spread
-        carried = self.matmul(
+        of_start = self.matmul(
             lambda: [(shared["rows"].at[stage], self.operand("slots"))], self.gates_shape
         )
-        carried *= self._from_start() * self.wide(shared["rise"].at[stage])
-        shared["row_sums"][...] = self._load("row_sums") + carried
+        of_start *= self._from_start() * self.wide(shared["row_weights"].at[stage])
+        shared["row_sums"][...] = self._load("row_sums") + of_start
 
     def _from_start(self) -> jax.Array:
-        """exp(G'), G' of the row's block, in the rows that read the slots at the chunk's start."""
+        """exp(c_ref) of the row's block, in the rows that read the slots at the chunk's start."""
         shared = self.shared
 
         def reference(block):
@@ -82,9 +82,9 @@ class DecayGrads(Worker):
 
         decay = jnp.exp2(of_own_block(reference, self.width))
         if self.spec.masked:
-            reads = plgpu.load(shared["reads"], layout=ROW)
-            reads = lax.broadcast_in_dim(reads, self.gates_shape, [0])
-            decay = jnp.where(reads > 1, decay, 0.0)
+            slot_access = plgpu.load(shared["slot_access"], layout=ROW)
+            slot_access = lax.broadcast_in_dim(slot_access, self.gates_shape, [0])
+            decay = jnp.where(slot_access > 1, decay, 0.0)
         return decay
 
     def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
@@ -99,29 +99,29 @@ class DecayGrads(Worker):
     def _of_block(self, block: int, stage, scores: jax.Array) -> jax.Array:
         rows = pl.ds(block * GATE_ROWS, GATE_ROWS)
         pulled = self.matmul(
-            lambda: [(scores, self.shared["rise"].at[stage, rows])], self.gates_shape
+            lambda: [(scores, self.shared["row_weights"].at[stage, rows])], self.gates_shape
         )
-        return pulled * self.wide(self.shared["falls"].at[self.zero + block])
+        return pulled * self.wide(self.shared["token_decays"].at[self.zero + block])
 
     def _store(self, of_tokens: jax.Array) -> None:
-        """dg: its sums in the place of R and of wS E, for registers are short."""
+        """dg: its sums in the place of row_sum and of wS E, for registers are short."""
         shared, odds = self.shared, lambda: self.wide(shared["odds"])
         self.forget_addresses()
         plgpu.barrier_wait(shared["ends_ready"])  # and the other needs no more of the slots
         shared["row_sums"][...] = self._load("row_sums") - of_tokens
-        through = plgpu.load(shared["through"], layout=COLUMN)
-        through *= plgpu.load(shared["total"], layout=COLUMN)
-        ending = self._load("cumulative")
+        d_total = plgpu.load(shared["d_total"], layout=COLUMN)
+        d_total *= plgpu.load(shared["total"], layout=COLUMN)
+        d_log_to_end = self._load("cumulative")
         inside = jnp.where(odds() > FLOOR_ODDS, of_tokens, 0.0)
-        shared["cumulative"][...] = self.in_rows(through) - odds() * (inside + ending)
-        later = self._sum_rows(ending, parts=2, earlier=True)
+        shared["cumulative"][...] = self.in_rows(d_total) - odds() * (inside + d_log_to_end)
+        later = self._sum_rows(d_log_to_end, parts=2, earlier=True)
         shared["cumulative"][...] = self._load("cumulative") + later
         inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
         inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
         shared["cumulative"][...] = self._load("cumulative") + inside
         pl.when(self.first < self.spec.ahead)(lambda: store_zeros(shared["cumulative"]))
         plgpu.commit_smem()
-        target = self.refs["decay_grad"].at[self.b, self.own_tokens, self.h, self.columns]
+        target = self.refs["d_log_decay"].at[self.b, self.own_tokens, self.h, self.columns]
         plgpu.copy_smem_to_gmem(shared["cumulative"], target)
         plgpu.wait_smem_to_gmem(0)
 

@@ -14,21 +14,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, CallSpec, tile
 from pallas.gpu.warpgroup.addresses import ZERO, store_zero
+from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.in_chunk import InChunk
 from pallas.gpu.warpgroup.launch import Refs
 from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.place import Place
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
 SIDES = ("key", "value")
-GIVEN = ("log_mass", "slot_weight", "rest")  # numbers of each row
+GIVEN = ("lse", "slot_weight", "rest")  # numbers of each row
 NUMBERS = (*GIVEN, "delta")
 
 
-def query_scratch(spec: Spec, D: int, M: int, *, adds: bool, interpret: bool) -> dict[str, Any]:
+def query_scratch(spec: CallSpec, D: int, M: int, *, adds: bool, interpret: bool) -> dict[str, Any]:
     """Shared memory, and barriers whose arrivals are the copies into it.
 
     adds: there is a gradient to add to.
@@ -43,21 +43,21 @@ def query_scratch(spec: Spec, D: int, M: int, *, adds: bool, interpret: bool) ->
     scores = plgpu.SMEM((CHUNK, CHUNK), narrow, transforms=tile(CHUNK))
     copied = plgpu.Barrier(num_arrivals=1, num_barriers=stages)
     scratch = {
-        **dict.fromkeys(("query", "out_grad"), rows),
+        **dict.fromkeys(("query", "d_out"), rows),
         **dict.fromkeys(SIDES, plgpu.RefUnion(tokens, [slots, scores])),
         "numbers": plgpu.SMEM((len(NUMBERS), CHUNK), wide),
         "zero": ZERO,
         "cumulative": plgpu.SMEM((stages, CHUNK, panel), wide, transforms=tile(panel, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, max(M, ALIGNED)), wide),
         "write": plgpu.SMEM((panels, CHUNK, panel), narrow, transforms=tile(panel)),
-        "falls": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
+        "token_decays": plgpu.SMEM((GATE_BLOCKS, CHUNK, panel), narrow, transforms=tile(panel)),
         "loaded": plgpu.Barrier(num_arrivals=7 + GATE_BLOCKS + panels + 3 * spec.masked),
         **dict.fromkeys(("gates_loaded", "slot_keys_loaded", "slot_values_loaded"), copied),
         "loaded_again": plgpu.Barrier(num_arrivals=1 + adds + panels - stages),
     }
     if spec.masked:
-        scratch["query_run"] = scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((1, CHUNK), jnp.int32)
+        scratch["query_segment"] = scratch["slot_access"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["token_segment"] = plgpu.SMEM((1, CHUNK), jnp.int32)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), narrow)
     return scratch
@@ -78,9 +78,16 @@ class QueryPlaces(InChunk):
     """
 
     def __init__(
-        self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, *, adds: bool
+        self,
+        refs: Refs,
+        shared: Refs,
+        index: ChunkIndex,
+        matmul: Matmul,
+        spec: CallSpec,
+        *,
+        adds: bool,
     ):
-        super().__init__(shared | _named(shared), place, matmul, spec)
+        super().__init__(shared | _named(shared), index, matmul, spec)
         self.refs, self.adds = refs, adds
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
@@ -98,36 +105,36 @@ class QueryPlaces(InChunk):
     def _rows(self, name: str):
         return self.shared[name].at[self.zero]
 
-    def _falls(self, block: int, panel):
-        return self.shared["falls"].at[self.zero + block]
+    def _token_decays(self, block: int, panel):
+        return self.shared["token_decays"].at[self.zero + block]
 
     def _numbers(self, name: str):
         return self.shared["numbers"].at[NUMBERS.index(name)]
 
     def _fetch_first(self) -> None:
-        refs, shared, place = self.refs, self.shared, self.place
-        b, head, loaded = place.batch, place.heads, shared["loaded"]
-        for name in ("query", "out_grad"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows, head], self._rows(name), loaded)
+        refs, shared, index = self.refs, self.shared, self.index
+        b, head, loaded = index.batch, index.heads, shared["loaded"]
+        for name in ("query", "d_out"):
+            plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows, head], self._rows(name), loaded)
         for name in SIDES:
             self._fetch_tokens(name, shared[name], loaded)
         for stage in range(self.stages):
             self._fetch_gates(stage)
         for panel in range(self.panels):
-            write = refs["write"].at[b, place.rows, place.kv_head, self._slots(panel)]
+            write = refs["write"].at[b, index.rows, index.kv_head, self._slots(panel)]
             plgpu.copy_gmem_to_smem(write, shared["write"].at[panel], loaded)
         for block in range(GATE_BLOCKS):
-            middle = place.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = refs["cumulative"].at[b, middle, place.kv_head]
+            middle = index.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
+            reference = refs["cumulative"].at[b, middle, index.kv_head]
             target = shared["references"].at[block, pl.ds(0, reference.shape[0])]
             plgpu.copy_gmem_to_smem(reference, target, loaded)
         if self.spec.masked:
-            for name in ("query_run", "reads"):
-                plgpu.copy_gmem_to_smem(refs[name].at[b, place.rows], shared[name], loaded)
-            visible = refs["visible"].at[b, place.token_rows(0)]
-            plgpu.copy_gmem_to_smem(visible, shared["visible"].at[0], loaded)
+            for name in ("query_segment", "slot_access"):
+                plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows], shared[name], loaded)
+            token_segment = refs["token_segment"].at[b, index.token_rows(0)]
+            plgpu.copy_gmem_to_smem(token_segment, shared["token_segment"].at[0], loaded)
         for name in GIVEN:
-            rows = refs[name].at[b, head, place.rows]
+            rows = refs[name].at[b, head, index.rows]
             plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
         store_zero(shared["zero"])
 
@@ -135,14 +142,14 @@ class QueryPlaces(InChunk):
         return pl.ds(panel * self.width, self.width)
 
     def _fetch_tokens(self, name: str, target: Any, loaded: Any) -> None:
-        place = self.place
-        tokens = self.refs[name].at[place.batch, place.token_rows(0), place.kv_head]
+        index = self.index
+        tokens = self.refs[name].at[index.batch, index.token_rows(0), index.kv_head]
         plgpu.copy_gmem_to_smem(tokens, target, loaded)
 
     def _fetch_gates(self, panel) -> None:
-        shared, place, stage = self.shared, self.place, self._stage(panel)
+        shared, index, stage = self.shared, self.index, self._stage(panel)
         slots = self._slots(panel)
-        gates = self.refs["cumulative"].at[place.batch, place.rows, place.kv_head, slots]
+        gates = self.refs["cumulative"].at[index.batch, index.rows, index.kv_head, slots]
         target, loaded = shared["cumulative"].at[stage], shared["gates_loaded"].at[stage]
         plgpu.copy_gmem_to_smem(gates, target, loaded)
 
@@ -152,10 +159,10 @@ class QueryPlaces(InChunk):
             self._fetch_slots_to(f"slot_{side}s", side, panel, loaded)
 
     def _fetch_slots_to(self, where: str, side: str, panel, loaded: Any) -> None:
-        place = self.place
+        index = self.index
         target = self.shared[where].at[self._stage(panel)]
         of_panel = pl.ds(0, target.shape[0]), self._slots(panel)
-        slots = self.refs[f"start_{side}"].at[place.batch, place.kv_head, place.chunk, *of_panel]
+        slots = self.refs[f"start_{side}"].at[index.batch, index.kv_head, index.chunk, *of_panel]
         plgpu.copy_gmem_to_smem(slots, target, loaded)
 
     def _fetch_next(self, turn) -> None:
@@ -170,10 +177,10 @@ class QueryPlaces(InChunk):
     def _fetch_again(self) -> None:
         """What dq is made of and is not here, after the last panel's dp."""
         plgpu.commit_smem()
-        place, again = self.place, self.shared["loaded_again"]
-        self._fetch_tokens("key", self._rows("out_grad"), again)
+        index, again = self.index, self.shared["loaded_again"]
+        self._fetch_tokens("key", self._rows("d_out"), again)
         if self.adds:
-            query_grad = self.refs["query_grad"].at[place.batch, place.rows, place.heads]
-            plgpu.copy_gmem_to_smem(query_grad, self._rows("query"), again)
+            d_query = self.refs["d_query"].at[index.batch, index.rows, index.heads]
+            plgpu.copy_gmem_to_smem(d_query, self._rows("query"), again)
         for panel in range(self.panels - self.stages):
             self._fetch_slots_to("slot_values", "key", panel, again)

@@ -1,9 +1,9 @@
 """The gradients of the tokens that enter the slots, and of their decays.
 
-With symbols as in `spec.py` and `in_chunk.py`, f_j the token's fall, x and y its key and value, S0
-the slots at the chunk's start, dS the gradient of those at its end, wS = s_j exp(G_C - G_j), and of
-a query head the rows' ds' = ds rise and p' = p rise (`slot_queries`), the rise from the reference
-G' of the row's block:
+With symbols as in `spec.py` and `in_chunk.py`, f_j the token's decay (token_decay), x and y its
+key and value, S0 the slots at the chunk's start, dS the gradient of those at its end,
+wS = s_j exp(c_C - c_j), and of a query head the rows' ds' = ds row_decay and p' = p row_decay
+(`slot_queries`), each with the c_ref of the row's gate block:
 
     L_rj = sum_m ds'_rm f_jm,  A_rj = sum_m p'_rm f_jm       j <= r, f by the row's block
     dx = sum_g L^T q + wS dSK,  dy = sum_g A^T do + wS dSV
@@ -11,9 +11,9 @@ G' of the row's block:
 The keys and the values are two sides of one arithmetic. With X = q k^T, or do v^T, the gradient of
 the decay of token j, in parts that are summed over the sides and the heads of the group:
 
-    R_r = ds'_r (sum_j X_rj f_j + exp(G') q_r . S0)
+    row_sum_r = ds'_r (sum_j X_rj f_j + exp(c_ref) q_r . S0)
     sY_j = f_j sum_r X_rj ds'_r,  Y_j = sY_j / s_j,  E_j = k_j . dSK + v_j . dSV
-    dg_j = sum_{r >= j} (R_r - sY_r) - e_j Y_j                          inside the chunk
+    dg_j = sum_{r >= j} (row_sum_r - sY_r) - e_j Y_j                          inside the chunk
            + total (S0 . dS) + sum_{i < j} wS_i E_i - e_j (wS_j / s_j) E_j          to its end
 
 The first sum nearly cancels where decays are strong, so both its terms are made of the very
@@ -46,8 +46,7 @@ from pallas.gpu.backward.slot_worker import SIDES
 from pallas.gpu.backward.token_grads import TokenGrads
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import Gates
-from pallas.gpu.forward.output_pass import Facts
-from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, CallSpec, Segments, tile
 from pallas.gpu.warpgroup.addresses import ZERO
 from pallas.gpu.warpgroup.launch import SHARED_MEMORY, Refs, launch, size_of
 from pallas.gpu.warpgroup.matmul import Matmul
@@ -58,65 +57,64 @@ MOST_SLOTS = 64  # of a block
 class SlotTokens(NamedTuple):
     """Gradients."""
 
-    key: jax.Array  # [B, P, H, D] bfloat16, with the window's, where that is given
+    key: jax.Array  # [B, Tk, Hkv, D] bfloat16, with the window's, where that is given
     value: jax.Array
-    log_decay: jax.Array  # [B, N, H, M] float32, by its rows; 0 for tokens that do not enter
+    log_decay: jax.Array  # [B, Tq, Hkv, M] float32, by its rows; 0 for tokens that do not enter
 
 
 def slot_tokens(
     query: jax.Array,
-    out_grad: jax.Array,
+    d_out: jax.Array,
     key: jax.Array,
     value: jax.Array,
     logits: jax.Array,
     weights: jax.Array,
     gates: Gates,
     starts: tuple[jax.Array, jax.Array],
-    end_grads: tuple[jax.Array, jax.Array],
-    facts: Facts | None,
-    window_grads: Mapping[str, jax.Array],
+    d_ends: tuple[jax.Array, jax.Array],
+    segments: Segments | None,
+    window_gradients: Mapping[str, jax.Array],
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> SlotTokens:
     """The kernel's call.
 
-    query, out_grad: [B, N, H * G, D] bfloat16. key, value: [B, P, H, D] bfloat16, as for the output
-    pass. logits, weights: ds' and p', [B, N, H * G, M] bfloat16. starts, end_grads: of keys and
-    values, [B, H, N / C, D, M] bfloat16, the slots at the chunks' starts and the gradients of those
-    at their ends. window_grads: what is added to the gradients of the "key" and of the "value",
-    [B, P, H, D] bfloat16, as it is; what is not there is not added.
+    query, d_out: [B, Tq, Hq, D] bfloat16. key, value: [B, Tk, Hkv, D] bfloat16, as for the output
+    pass. logits, weights: ds' and p', [B, Tq, Hq, M] bfloat16. starts, d_ends: of keys and
+    values, [B, Hkv, Tq / C, D, M] bfloat16, the slots at the chunks' starts and the gradients of
+    those at their ends. window_gradients: what is added to the gradients of the "key" and of
+    the "value", [B, Tk, Hkv, D] bfloat16, as it is; what is not there is not added.
     interpret: as for `fused_attention`.
     """
-    B, N, _, D = query.shape
-    H, M = gates.cumulative.shape[2:]
+    B, Tq, _, D = query.shape
+    Hkv, M = gates.cumulative.shape[2:]
     width = min(M, MOST_SLOTS)
-    panels, masked = M // width, facts is not None
-    updated = {f"{side}_grad": x[None] for side, x in window_grads.items() if panels == 1}
-    added = tuple(f"{side}_grad" in updated for side in SIDES)
+    panels, masked = M // width, segments is not None
+    updated = {f"d_{side}": x[None] for side, x in window_gradients.items() if panels == 1}
+    added = tuple(f"d_{side}" in updated for side in SIDES)
     items = 2 * spec.group + sum(added)
     stages = min(block_sizes.token_stages, items, _most_stages(D, width, masked))
     inputs = {
-        "query": query, "out_grad": out_grad, "key": key, "value": value,
+        "query": query, "d_out": d_out, "key": key, "value": value,
         "logits": logits, "weights": weights,
         "cumulative": gates.cumulative,
         "to_end": gates.to_end, "total": gates.total, "odds": gates.odds,
         "start_key": starts[0], "start_value": starts[1],
-        "end_key": end_grads[0], "end_value": end_grads[1],
+        "d_end_key": d_ends[0], "d_end_value": d_ends[1],
     }  # fmt: skip
-    if facts is not None:
-        assert facts.reads is not None  # there are slots
-        inputs |= {"query_run": facts.query, "visible": facts.visible, "reads": facts.reads}
-    share = jax.ShapeDtypeStruct((panels, B, N, H, D), jnp.bfloat16)
-    outputs = {x: share for x in ("key_grad", "value_grad") if x not in updated}
-    outputs["decay_grad"] = jax.ShapeDtypeStruct((B, N, H, M), jnp.float32)
+    if segments is not None:
+        inputs |= segments.arrays(slots=True)
+    share = jax.ShapeDtypeStruct((panels, B, Tq, Hkv, D), jnp.bfloat16)
+    outputs = {x: share for x in ("d_key", "d_value") if x not in updated}
+    outputs["d_log_decay"] = jax.ShapeDtypeStruct((B, Tq, Hkv, M), jnp.float32)
     results = launch(
         functools.partial(_kernel, spec=spec, added=added, interpret=bool(interpret)),
         inputs,
         outputs,
         _scratch(stages, D, width, masked, interpret=bool(interpret)),
-        grid={"chunk": N // CHUNK, "panel": H * panels, "batch": B},
+        grid={"chunk": Tq // CHUNK, "panel": Hkv * panels, "batch": B},
         warpgroups=2,
         name="nha_slot_tokens",
         interpret=interpret,
@@ -124,17 +122,17 @@ def slot_tokens(
     )
     grads = dict(zip([*outputs, *updated], results, strict=True))
     if panels > 1:
-        rest = {f"{side}_grad": x for side, x in window_grads.items()}
-        grads |= {x: _sum_shares(grads[x], rest.get(x)) for x in ("key_grad", "value_grad")}
+        rest = {f"d_{side}": x for side, x in window_gradients.items()}
+        grads |= {x: _sum_shares(grads[x], rest.get(x)) for x in ("d_key", "d_value")}
     return SlotTokens(
-        _with_rows(grads["key_grad"][0], key.shape[1]),
-        _with_rows(grads["value_grad"][0], key.shape[1]),
-        grads["decay_grad"],
+        _with_rows(grads["d_key"][0], key.shape[1]),
+        _with_rows(grads["d_value"][0], key.shape[1]),
+        grads["d_log_decay"],
     )
 
 
 def _sum_shares(shares: jax.Array, window_grad: jax.Array | None) -> jax.Array:
-    """[panels, B, N, H, D] -> [1, B, N or P, H, D]."""
+    """[panels, B, Tq, Hkv, D] -> [1, B, Tq or Tk, Hkv, D]."""
     total = shares.sum(0, dtype=jnp.float32)
     if window_grad is not None:
         total = _with_rows(total, window_grad.shape[1]) + window_grad
@@ -142,7 +140,7 @@ def _sum_shares(shares: jax.Array, window_grad: jax.Array | None) -> jax.Array:
 
 
 def _with_rows(x: jax.Array, rows: int) -> jax.Array:
-    """[B, N, H, D] with zeros after, which the slots do not reach."""
+    """[B, Tq, Hkv, D] with zeros after, which the slots do not reach."""
     return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
 
 
@@ -160,36 +158,39 @@ def _scratch(stages: int, D: int, width: int, masked: bool, *, interpret: bool) 
 
     scratch = {
         "rows": tiled(stages, CHUNK, D),  # q, do, or what is added to dx or dy
-        "rise": tiled(stages, CHUNK, width),
+        "row_weights": tiled(stages, CHUNK, width),
         "item_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "item_read": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "tokens": tiled(1, CHUNK, D),
         "slots": tiled(1, D, width),
-        "slot_grads": tiled(1, D, width),
+        "d_slots": tiled(1, D, width),
         "side_loaded": plgpu.Barrier(num_arrivals=3),
         "side_read": plgpu.Barrier(num_arrivals=1),
         "cumulative": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # then wS E
-        "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),  # R
+        "row_sums": plgpu.SMEM((CHUNK, width), wide, transforms=tile(width, 4)),
         "references": plgpu.SMEM((GATE_BLOCKS, max(width, ALIGNED)), wide),
         "total": plgpu.SMEM((width,), wide),
         "to_end": tiled(1, CHUNK, width),
         "odds": tiled(CHUNK, width),
         "gates_loaded": plgpu.Barrier(num_arrivals=4 + GATE_BLOCKS + 3 * masked),
-        "falls": tiled(GATE_BLOCKS, CHUNK, width),
-        "falls_ready": plgpu.Barrier(num_arrivals=2),
-        "through": plgpu.SMEM((width,), wide),  # S0 . dS
+        "token_decays": tiled(GATE_BLOCKS, CHUNK, width),
+        "token_decays_ready": plgpu.Barrier(num_arrivals=2),
+        "d_total": plgpu.SMEM((width,), wide),  # S0 . dS
         "zero": ZERO,
         "ends_ready": plgpu.Barrier(num_arrivals=1),
     }
     if masked:
-        scratch |= {x: plgpu.SMEM((CHUNK,), jnp.int32) for x in ("query_run", "visible", "reads")}
+        scratch |= {
+            x: plgpu.SMEM((CHUNK,), jnp.int32)
+            for x in ("query_segment", "token_segment", "slot_access")
+        }
     if interpret:
         scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
     return scratch
 
 
 def _kernel(
-    refs: Refs, shared: Refs, *, spec: Spec, added: tuple[bool, ...], interpret: bool
+    refs: Refs, shared: Refs, *, spec: CallSpec, added: tuple[bool, ...], interpret: bool
 ) -> None:
     for me, worker in enumerate((TokenGrads, DecayGrads)):
 

@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, CallSpec
 from pallas.gpu.warpgroup.in_chunk import MAX_EXPONENT, iota
 from pallas.gpu.warpgroup.matmul import Matmul
 
@@ -27,15 +27,15 @@ class Worker:
     what its gradient is added to.
     """
 
-    FALLS: tuple[int, ...]  # the gate blocks whose falls it builds
+    TOKEN_DECAY_BLOCKS: tuple[int, ...]  # the gate blocks whose token_decays it builds
 
     def __init__(
-        self, refs: dict, shared: dict, spec: Spec, matmul: Matmul, added: tuple[bool, ...]
+        self, refs: dict, shared: dict, spec: CallSpec, matmul: Matmul, added: tuple[bool, ...]
     ):
         self.refs, self.shared, self.spec, self.matmul = refs, shared, spec, matmul
         self.added = added
         self.stages, _, self.D = shared["rows"].shape
-        self.width = shared["rise"].shape[2]
+        self.width = shared["row_weights"].shape[2]
         self.b, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
         panels = jnp.int32(refs["cumulative"].shape[3] // self.width)
         self.panel = lax.rem(lax.axis_index("panel"), panels)
@@ -44,7 +44,7 @@ class Worker:
         self.own = pl.ds(self.first, CHUNK)
         # What is of no token takes the place of the last tokens', which never enter.
         own_tokens = self.first - spec.ahead
-        own_tokens += jnp.where(own_tokens < 0, refs["decay_grad"].shape[1], 0)
+        own_tokens += jnp.where(own_tokens < 0, refs["d_log_decay"].shape[1], 0)
         self.own_tokens = pl.ds(own_tokens, CHUNK)
         self.columns = pl.ds(self.panel * self.width, self.width)
         self.gates_shape = CHUNK, self.width
@@ -61,19 +61,19 @@ class Worker:
     def reference(self, block):
         return self.shared["references"].at[block, pl.ds(0, self.width)]
 
-    def build_falls(self) -> None:
+    def build_token_decays(self) -> None:
         shared = self.shared
         plgpu.barrier_wait(shared["gates_loaded"])
-        G = plgpu.load(shared["cumulative"], layout=LOGITS)
+        cumulative = plgpu.load(shared["cumulative"], layout=LOGITS)
         write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
-        for block in self.FALLS:
+        for block in self.TOKEN_DECAY_BLOCKS:
             reference = plgpu.load(self.reference(block), layout=COLUMN)
-            exponent = self.in_rows(reference) - G
+            exponent = self.in_rows(reference) - cumulative
             fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
-            shared["falls"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
+            shared["token_decays"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(shared["falls_ready"])
-        plgpu.barrier_wait(shared["falls_ready"])
+        plgpu.barrier_arrive(shared["token_decays_ready"])
+        plgpu.barrier_wait(shared["token_decays_ready"])
 
     def first_item(self, side: int) -> int:
         return side * self.spec.group + sum(self.added[:side])
@@ -107,7 +107,9 @@ class Worker:
         first = block * GATE_ROWS
         entered = ahead <= first if turned else ahead >= first
         if self.spec.masked:
-            names = ("visible", "query_run") if turned else ("query_run", "visible")
+            names = (
+                ("token_segment", "query_segment") if turned else ("query_segment", "token_segment")
+            )
             of_rows = plgpu.load(self.shared[names[0]], layout=ROW)
             of_columns = self.shared[names[1]].at[pl.ds(first, GATE_ROWS)]
             of_columns = plgpu.load(of_columns, layout=COLUMN)

@@ -2,7 +2,7 @@
 
 One block walks the chunks of 64 features of a KV head's keys or values, from the last:
 
-    dS_{n-1} = total_n dS_n + sum over the heads and rows of x_r (p_r exp(G_r))        [64, M]
+    dS_{n-1} = total_n dS_n + sum over the heads and rows of x_r (p_r exp(c_r))        [64, M]
 
 where x is the query and p the logits' gradient for the slots' keys, and x the output's gradient and
 p the softmax for their values; dS_n is of the slots at the end of chunk n. dS stays in registers,
@@ -19,45 +19,45 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import Gates
-from pallas.gpu.forward.state_pass import FEATURES
-from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, Spec, tile
+from pallas.gpu.forward.states import FEATURES
+from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, CallSpec, tile
 from pallas.gpu.warpgroup.matmul import Matmul
 
 
 class StateGrads(NamedTuple):
     """Of the slots' keys and values, features first."""
 
-    key: jax.Array  # [B, H, N / C, D, M] bfloat16, at the chunks' ends
+    key: jax.Array  # [B, Hkv, Tq / C, D, M] bfloat16, at the chunks' ends
     value: jax.Array
-    start_key: jax.Array | None  # [B, H, D, M] float32, before the first chunk; with spec.state
+    start_key: jax.Array | None  # [B, Hkv, D, M] float32, before the first chunk; with spec.state
     start_value: jax.Array | None
 
 
 def state_grads(
     query: jax.Array,
-    out_grad: jax.Array,
-    logits_start: jax.Array,
-    weights_start: jax.Array,
+    d_out: jax.Array,
+    d_logits_to_start: jax.Array,
+    weights_to_start: jax.Array,
     gates: Gates,
-    end_grad: tuple[jax.Array, jax.Array] | None,
+    d_end: tuple[jax.Array, jax.Array] | None,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> StateGrads:
     """The kernel's call.
 
-    query, out_grad: [B, N, H * G, D] bfloat16. logits_start, weights_start: [B, N, H * G, M]
-    bfloat16, the gradient of the slots' logits and their softmax, times exp(G), as `slot_queries`
-    returns them. end_grad: with spec.state, of the slots after the last chunk, [B, H, D, M] float32
+    query, d_out: [B, Tq, Hq, D] bfloat16. d_logits_to_start, weights_to_start: [B, Tq, Hq, M]
+    bfloat16, the gradient of the slots' logits and their softmax, times exp(c), as `slot_queries`
+    returns them. d_end: with spec.state, of the slots after the last chunk, [B, Hkv, D, M] float32
     each; None: zero.
     interpret: as for `fused_attention`.
     """
     B, D, M = query.shape[0], query.shape[3], gates.total.shape[3]
-    H, chunks = gates.total.shape[1:3]
+    Hkv, chunks = gates.total.shape[1:3]
     narrow, wide = jnp.bfloat16, jnp.float32
-    grads = jax.ShapeDtypeStruct((B, H, chunks, D, M), narrow)
-    start = jax.ShapeDtypeStruct((B, H, D, M), wide)
+    grads = jax.ShapeDtypeStruct((B, Hkv, chunks, D, M), narrow)
+    start = jax.ShapeDtypeStruct((B, Hkv, D, M), wide)
     stages = min(block_sizes.state_stages, chunks * spec.group)
     scratch: dict[str, Any] = {
         "rows": plgpu.SMEM((stages, CHUNK, FEATURES), narrow, transforms=tile(min(FEATURES, M))),
@@ -71,13 +71,13 @@ def state_grads(
         scratch["wide_loaded"] = plgpu.Barrier()
     inputs = {
         "query": query,
-        "out_grad": out_grad,
-        "logits": logits_start,
-        "weights": weights_start,
+        "d_out": d_out,
+        "logits": d_logits_to_start,
+        "weights": weights_to_start,
         "total": gates.total,
     }
-    if end_grad is not None:
-        inputs |= {"end_key": end_grad[0], "end_value": end_grad[1]}
+    if d_end is not None:
+        inputs |= {"end_key": d_end[0], "end_value": d_end[1]}
     outputs = {"key": grads, "value": grads}
     if spec.state:
         outputs |= {"start_key": start, "start_value": start}
@@ -89,7 +89,7 @@ def state_grads(
     call = plgpu.kernel(
         entry,
         out_type=list(outputs.values()),
-        grid=(2 * D // FEATURES, H, B),
+        grid=(2 * D // FEATURES, Hkv, B),
         grid_names=("features", "head", "batch"),
         scratch_types=scratch,
         kernel_name="nha_state_grads",
@@ -102,7 +102,7 @@ def state_grads(
 class _Walk:
     """A block's way through the chunks; it loads a head's rows of a chunk at a time."""
 
-    def __init__(self, refs: dict, shared: dict, spec: Spec, chunks: int, matmul: Matmul):
+    def __init__(self, refs: dict, shared: dict, spec: CallSpec, chunks: int, matmul: Matmul):
         self.refs, self.shared, self.spec = refs, shared, spec
         self.chunks, self.matmul = chunks, matmul
         self.b, self.h, self.block = (lax.axis_index(x) for x in ("batch", "head", "features"))
@@ -186,7 +186,7 @@ class _Walk:
             source = weights.at[self.b, own, head]
             plgpu.copy_gmem_to_smem(source, shared["weights"].at[stage], loaded.at[stage])
 
-        self._of_either(load, ("query", "out_grad"), ("logits", "weights"))
+        self._of_either(load, ("query", "d_out"), ("logits", "weights"))
         total = self.refs["total"].at[self.b, self.h, chunk]
         plgpu.copy_gmem_to_smem(total, self._total(stage), loaded.at[stage])
 

@@ -17,7 +17,7 @@ from pallas.gpu.warpgroup.masks import iota
 class TokenGrads(Worker):
     """Fetches what both read; finds dx, and the products of dg by way of the chunk's end."""
 
-    FALLS = (0, 1)
+    TOKEN_DECAY_BLOCKS = (0, 1)
 
     def run(self) -> None:
         shared = self.shared
@@ -27,13 +27,13 @@ class TokenGrads(Worker):
         for item in range(self.stages):
             self._load_item(jnp.int32(item), item)
         store_zero(shared["zero"])
-        self.build_falls()
+        self.build_token_decays()
         for side, name in enumerate(SIDES):
             plgpu.barrier_wait(shared["side_loaded"])
             self.forget_addresses()
             self._to_end(side)
             grad = self.matmul(
-                lambda: [(self.operand("to_end"), self.operand("slot_grads").T)],
+                lambda: [(self.operand("to_end"), self.operand("d_slots").T)],
                 (CHUNK, self.D),
             )
             grad = self.over_heads(side, self._head, grad)
@@ -55,27 +55,27 @@ class TokenGrads(Worker):
         plgpu.wait_smem_to_gmem(0)
 
     def _to_end(self, side: int) -> None:
-        """S0 . dS and wS E with one more side, in the place of G the latter."""
+        """S0 . dS and wS E with one more side, in the place of c the latter."""
         shared = self.shared
 
         def add_features(block, products):
             place = self.zero, pl.ds(block * CHUNK, CHUNK)
-            slots, grads = (self.wide(shared[x].at[place]) for x in ("slots", "slot_grads"))
+            slots, grads = (self.wide(shared[x].at[place]) for x in ("slots", "d_slots"))
             return products + slots * grads
 
         products = plgpu.layout_cast(jnp.zeros(self.gates_shape, jnp.float32), LOGITS)
         products = lax.fori_loop(0, self.D // CHUNK, add_features, products)
-        through = products.sum(axis=0)
-        ending = self.matmul(
-            lambda: [(self.operand("tokens"), self.operand("slot_grads"))],
+        d_total = products.sum(axis=0)
+        d_log_to_end = self.matmul(
+            lambda: [(self.operand("tokens"), self.operand("d_slots"))],
             self.gates_shape,
         )
-        ending *= self.wide(self.operand("to_end"))
+        d_log_to_end *= self.wide(self.operand("to_end"))
         if side:
-            through += plgpu.load(shared["through"], layout=COLUMN)
-            ending += plgpu.load(shared["cumulative"], layout=LOGITS)
-        shared["through"][...] = through
-        shared["cumulative"][...] = ending
+            d_total += plgpu.load(shared["d_total"], layout=COLUMN)
+            d_log_to_end += plgpu.load(shared["cumulative"], layout=LOGITS)
+        shared["d_total"][...] = d_total
+        shared["cumulative"][...] = d_log_to_end
         if side:
             plgpu.commit_smem()
             plgpu.barrier_arrive(shared["ends_ready"])
@@ -107,7 +107,12 @@ class TokenGrads(Worker):
         """dx with the rows of one more gate block."""
         shared, rows = self.shared, pl.ds(block * GATE_ROWS, GATE_ROWS)
         gathered = self.matmul(
-            lambda: [(shared["falls"].at[self.zero + block], shared["rise"].at[stage, rows].T)],
+            lambda: [
+                (
+                    shared["token_decays"].at[self.zero + block],
+                    shared["row_weights"].at[stage, rows].T,
+                )
+            ],
             (CHUNK, GATE_ROWS),
         )
         gathered = jnp.where(self.entered(block, turned=True), gathered, 0.0)
@@ -134,14 +139,18 @@ class TokenGrads(Worker):
             reference = refs["cumulative"].at[b, middle, h, self.columns]
             plgpu.copy_gmem_to_smem(reference, self.reference(block), loaded)
         if self.spec.masked:
-            plgpu.copy_gmem_to_smem(refs["query_run"].at[b, self.own], shared["query_run"], loaded)
-            plgpu.copy_gmem_to_smem(refs["reads"].at[b, self.own], shared["reads"], loaded)
-            visible = refs["visible"].at[b, self._token_rows()]
-            plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
+            plgpu.copy_gmem_to_smem(
+                refs["query_segment"].at[b, self.own], shared["query_segment"], loaded
+            )
+            plgpu.copy_gmem_to_smem(
+                refs["slot_access"].at[b, self.own], shared["slot_access"], loaded
+            )
+            token_segment = refs["token_segment"].at[b, self._token_rows()]
+            plgpu.copy_gmem_to_smem(token_segment, shared["token_segment"], loaded)
 
     def _load_states(self, side: int) -> None:
         loaded = self.shared["side_loaded"]
-        for source, target in (("start_", "slots"), ("end_", "slot_grads")):
+        for source, target in (("start_", "slots"), ("d_end_", "d_slots")):
             states = self.refs[source + SIDES[side]].at[self.b, self.h, self.chunk]
             states = states.at[pl.ds(0, self.D), self.columns]
             plgpu.copy_gmem_to_smem(states, self.shared[target].at[0], loaded)
@@ -155,18 +164,18 @@ class TokenGrads(Worker):
 
     def _grad(self, name: str):
         """In the device's memory."""
-        return self.refs[name + "_grad"].at[self.panel, self.b, self.own_tokens, self.h]
+        return self.refs["d_" + name].at[self.panel, self.b, self.own_tokens, self.h]
 
     def _load_item(self, item, stage) -> None:
         shared, group = self.shared, self.spec.group
         loaded = shared["item_loaded"].at[stage]
 
-        def load_head(index, rows, rise):
+        def load_head(index, rows, row_weights):
             head = self.h * group + index
             source = self.refs[rows].at[self.b, self.own, head]
             plgpu.copy_gmem_to_smem(source, shared["rows"].at[stage], loaded)
-            source = self.refs[rise].at[self.b, self.own, head, self.columns]
-            plgpu.copy_gmem_to_smem(source, shared["rise"].at[stage], loaded)
+            source = self.refs[row_weights].at[self.b, self.own, head, self.columns]
+            plgpu.copy_gmem_to_smem(source, shared["row_weights"].at[stage], loaded)
 
         def load_grad(name):
             for half in range(2):  # a stage waits for two copies
@@ -174,7 +183,7 @@ class TokenGrads(Worker):
                 target = shared["rows"].at[stage, rows]
                 plgpu.copy_gmem_to_smem(self._grad(name).at[rows], target, loaded)
 
-        for side, arrays in enumerate((("query", "logits"), ("out_grad", "weights"))):
+        for side, arrays in enumerate((("query", "logits"), ("d_out", "weights"))):
             index = item - self.first_item(side)
             is_head = (index >= 0) & (index < group)
             pl.when(is_head)(functools.partial(load_head, index, *arrays))

@@ -27,8 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.gpu.backward.window_queries import window_inputs
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import LOG2E
-from pallas.gpu.forward.output_pass import Facts
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, Spec, tile
+from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, CallSpec, Segments, tile
 from pallas.gpu.warpgroup.addresses import ZERO, store_zero
 from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
 from pallas.gpu.warpgroup.masks import by_column, by_row, in_window, iota
@@ -37,7 +36,7 @@ from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate
 
 
 class WindowTokens(NamedTuple):
-    """Gradients, [B, P, H, D] bfloat16."""
+    """Gradients, [B, Tk, Hkv, D] bfloat16."""
 
     window_key: jax.Array
     value: jax.Array
@@ -47,27 +46,27 @@ def window_tokens(
     window_query: jax.Array,
     window_key: jax.Array,
     value: jax.Array,
-    out_grad: jax.Array,
-    log_mass: jax.Array,
+    d_out: jax.Array,
+    lse: jax.Array,
     delta: jax.Array,
-    facts: Facts | None,
+    segments: Segments | None,
     rotation: Rotation | None,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> WindowTokens:
     """The kernel's call; arguments as for `window_queries`."""
-    N, D = window_query.shape[1], window_query.shape[3]
-    B, P, H, _ = value.shape
-    grad = jax.ShapeDtypeStruct((B, P, H, D), jnp.bfloat16)
+    Tq, D = window_query.shape[1], window_query.shape[3]
+    B, Tk, Hkv, _ = value.shape
+    grad = jax.ShapeDtypeStruct((B, Tk, Hkv, D), jnp.bfloat16)
     modes = {"rotates": rotation is not None, "interpret": bool(interpret)}
     grads = launch(
-        functools.partial(_kernel, spec=spec, chunks=N // CHUNK, interpret=bool(interpret)),
-        window_inputs(window_query, window_key, value, out_grad, log_mass, delta, facts, rotation),
-        {"key_grad": grad, "value_grad": grad},
+        functools.partial(_kernel, spec=spec, chunks=Tq // CHUNK, interpret=bool(interpret)),
+        window_inputs(window_query, window_key, value, d_out, lse, delta, segments, rotation),
+        {"d_key": grad, "d_value": grad},
         _scratch(spec, block_sizes.window_stages, D, **modes),
-        grid={"block": P // CHUNK, "head": H, "batch": B},
+        grid={"block": Tk // CHUNK, "head": Hkv, "batch": B},
         warpgroups=2,
         name="nha_window_tokens",
         interpret=interpret,
@@ -75,7 +74,7 @@ def window_tokens(
     return WindowTokens(*grads)
 
 
-def _scratch(spec: Spec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:
+def _scratch(spec: CallSpec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:
     narrow, wide = jnp.bfloat16, jnp.float32
     tiles = tile(D)
     turned = halves_tile(D, _columns(D)) if rotates else tiles
@@ -83,25 +82,25 @@ def _scratch(spec: Spec, stages: int, D: int, *, rotates: bool, interpret: bool)
         "window_key": plgpu.SMEM((CHUNK, D), narrow, transforms=turned),
         "value": plgpu.SMEM((1, CHUNK, D), narrow, transforms=tiles),
         "window_query": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=turned),  # then dk
-        "out_grad": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),  # then dv
-        "log_mass": plgpu.SMEM((stages, CHUNK), wide),
+        "d_out": plgpu.SMEM((stages, CHUNK, D), narrow, transforms=tiles),  # then dv
+        "lse": plgpu.SMEM((stages, CHUNK), wide),
         "delta": plgpu.SMEM((stages, CHUNK), wide),
         "p": plgpu.SMEM((CHUNK, CHUNK), wide, transforms=tile(CHUNK, 4)),  # of tokens and rows
         "zero": ZERO,
         "key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked),
         "value_loaded": plgpu.Barrier(),
         "queries_loaded": plgpu.Barrier(num_arrivals=2 + spec.masked, num_barriers=stages),
-        "out_grads_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+        "d_outs_loaded": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "queries_read": plgpu.Barrier(num_barriers=stages),  # by dv's warpgroup
-        "out_grads_read": plgpu.Barrier(num_barriers=stages),  # by dk's
+        "d_outs_read": plgpu.Barrier(num_barriers=stages),  # by dk's
         "p_ready": plgpu.Barrier(),
         "p_read": plgpu.Barrier(),
     }
     if rotates:
         scratch["window_query_copied"] = plgpu.Barrier(num_barriers=stages)
     if spec.masked:
-        scratch["query_run"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["query_segment"] = plgpu.SMEM((stages, CHUNK), jnp.int32)
+        scratch["token_segment"] = plgpu.SMEM((CHUNK,), jnp.int32)
     check_shared_memory(scratch, "window_stages", stages)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((2, CHUNK, CHUNK), narrow)
@@ -115,7 +114,7 @@ def _columns(D: int) -> int:
     return min(D // 4, 32)
 
 
-class _Place:
+class _TokenIndex:
     """Tokens of a thread block, and the chunks of rows that see some of them.
 
     Attributes:
@@ -125,7 +124,7 @@ class _Place:
       items: how many pairs of a query head and a chunk there are.
     """
 
-    def __init__(self, spec: Spec, chunks: int):
+    def __init__(self, spec: CallSpec, chunks: int):
         self.batch, self.head, block = (lax.axis_index(x) for x in ("batch", "head", "block"))
         self.tokens = pl.ds(block * CHUNK, CHUNK)
         self.first_token = block * CHUNK + spec.ahead
@@ -151,12 +150,12 @@ class _Place:
         return pl.ds(chunk * CHUNK + self._before, CHUNK)
 
 
-def _kernel(refs: Refs, shared: Refs, *, spec: Spec, chunks: int, interpret: bool) -> None:
+def _kernel(refs: Refs, shared: Refs, *, spec: CallSpec, chunks: int, interpret: bool) -> None:
     me = lax.axis_index("wg")
     matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
-    place = _Place(spec, chunks)
+    index = _TokenIndex(spec, chunks)
     for i, worker in enumerate((_ValueGrad, _KeyGrad)):
-        pl.when(me == i)(worker(refs, shared, place, spec, matmul).run)
+        pl.when(me == i)(worker(refs, shared, index, spec, matmul).run)
 
 
 class _Worker:
@@ -173,8 +172,10 @@ class _Worker:
     PLACE: str
     GRAD: str
 
-    def __init__(self, refs: Refs, shared: Refs, place: _Place, spec: Spec, matmul: Matmul):
-        self.refs, self.shared, self.place, self.spec = refs, shared, place, spec
+    def __init__(
+        self, refs: Refs, shared: Refs, index: _TokenIndex, spec: CallSpec, matmul: Matmul
+    ):
+        self.refs, self.shared, self.index, self.spec = refs, shared, index, spec
         self.matmul = matmul
         self.stages, _, D = shared["window_query"].shape
         self.columns = _columns(D)
@@ -184,7 +185,7 @@ class _Worker:
         self._fetch_tokens()
         for stage in range(self.stages):
             fetch = functools.partial(self._fetch, jnp.int32(stage), stage)
-            pl.when(stage < self.place.items)(fetch)
+            pl.when(stage < self.index.items)(fetch)
         zeros = plgpu.layout_cast(jnp.zeros(self.sum_shape, jnp.float32), LOGITS)
         total = self._walk(zeros)
         result, target = self.shared[self.PLACE].at[0], self._of_tokens(self.GRAD)
@@ -204,7 +205,7 @@ class _Worker:
         raise NotImplementedError
 
     def _walk(self, total: jax.Array) -> jax.Array:
-        return lax.fori_loop(0, self.place.items, self._step, total)
+        return lax.fori_loop(0, self.index.items, self._step, total)
 
     def _add(self, item, stage, total: jax.Array) -> jax.Array:
         """The sum with one more item."""
@@ -215,39 +216,39 @@ class _Worker:
         total = self._add(item, stage, total)
         plgpu.barrier_wait(self.shared[self.ROWS + "_read"].at[stage])
         plgpu.commit_smem()  # all warps have multiplied, before a copy touches the operand
-        more = item + self.stages < self.place.items
+        more = item + self.stages < self.index.items
         pl.when(more)(lambda: self._fetch(item + self.stages, stage))
         return total
 
     def _fetch(self, item, stage) -> None:
-        head, chunk = self.place.head_and_chunk(item)
+        head, chunk = self.index.head_and_chunk(item)
         loaded = self.shared[self.ROWS + "_loaded"]
         for name, source in self._rows(head, pl.ds(chunk * CHUNK, CHUNK)).items():
             copied = arrival(self.shared, name, loaded).at[stage]
             plgpu.copy_gmem_to_smem(source, self.shared[name].at[stage], copied)
 
     def _rotate_tokens(self, x: Any, *, back: bool = False) -> None:
-        where = self.place.batch, self.place.tokens
+        where = self.index.batch, self.index.tokens
         rotate(x, self.refs, *where, columns=self.columns, back=back)
 
     def _of_tokens(self, name: str):
-        return self.refs[name].at[self.place.batch, self.place.tokens, self.place.head]
+        return self.refs[name].at[self.index.batch, self.index.tokens, self.index.head]
 
 
 class _ValueGrad(_Worker):
     """Finds p, and dv."""
 
-    ROWS = "out_grads"
-    PLACE, GRAD = "out_grad", "value_grad"
+    ROWS = "d_outs"
+    PLACE, GRAD = "d_out", "d_value"
 
     def _fetch_tokens(self) -> None:
         loaded = self.shared["value_loaded"]
         plgpu.copy_gmem_to_smem(self._of_tokens("value"), self.shared["value"].at[0], loaded)
 
     def _rows(self, head, rows) -> Refs:
-        refs, b = self.refs, self.place.batch
+        refs, b = self.refs, self.index.batch
         return {
-            "out_grad": refs["out_grad"].at[b, rows, head],
+            "d_out": refs["d_out"].at[b, rows, head],
             "delta": refs["delta"].at[b, head, rows],
         }
 
@@ -267,27 +268,27 @@ class _ValueGrad(_Worker):
             lambda: [(shared["window_key"], shared["window_query"].at[stage].T)], self.square
         )
         seen = self._seen(item, stage)
-        log_mass = plgpu.load(shared["log_mass"].at[stage], layout=COLUMN) * LOG2E
+        lse = plgpu.load(shared["lse"].at[stage], layout=COLUMN) * LOG2E
         plgpu.barrier_arrive(shared["queries_read"].at[stage])
-        exponent = b * (self.spec.scale * LOG2E) - by_column(log_mass)
+        exponent = b * (self.spec.scale * LOG2E) - by_column(lse)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
         plgpu.barrier_wait(shared["p_read"])  # the item before
         shared["p"][...] = p
         plgpu.barrier_arrive(shared["p_ready"])
-        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        plgpu.barrier_wait(shared["d_outs_loaded"].at[stage])
         return self.matmul(
-            lambda: [(p.astype(jnp.bfloat16), shared["out_grad"].at[stage])], self.sum_shape, total
+            lambda: [(p.astype(jnp.bfloat16), shared["d_out"].at[stage])], self.sum_shape, total
         )
 
     def _seen(self, item, stage) -> jax.Array:
         """[tokens, rows]."""
-        _, chunk = self.place.head_and_chunk(item)
+        _, chunk = self.index.head_and_chunk(item)
         row = iota(CHUNK, 1) + chunk * CHUNK
-        seen = in_window(self.spec, row, iota(CHUNK, 0) + self.place.first_token)
+        seen = in_window(self.spec, row, iota(CHUNK, 0) + self.index.first_token)
         if self.spec.masked:
-            run = plgpu.load(self.shared["query_run"].at[stage], layout=COLUMN)
-            visible = plgpu.load(self.shared["visible"], layout=ROW)
-            seen &= by_column(run) == by_row(visible, CHUNK)
+            query_segment = plgpu.load(self.shared["query_segment"].at[stage], layout=COLUMN)
+            token_segment = plgpu.load(self.shared["token_segment"], layout=ROW)
+            seen &= by_column(query_segment) == by_row(token_segment, CHUNK)
         return seen
 
 
@@ -295,22 +296,22 @@ class _KeyGrad(_Worker):
     """Finds ds, and dk."""
 
     ROWS = "queries"
-    PLACE, GRAD = "window_query", "key_grad"
+    PLACE, GRAD = "window_query", "d_key"
 
     def _fetch_tokens(self) -> None:
-        shared, place = self.shared, self.place
+        shared, index = self.shared, self.index
         loaded = shared["key_loaded"]
         plgpu.copy_gmem_to_smem(self._of_tokens("window_key"), shared["window_key"], loaded)
         if self.spec.masked:
-            visible = self.refs["visible"].at[place.batch, place.tokens]
-            plgpu.copy_gmem_to_smem(visible, shared["visible"], loaded)
+            token_segment = self.refs["token_segment"].at[index.batch, index.tokens]
+            plgpu.copy_gmem_to_smem(token_segment, shared["token_segment"], loaded)
 
     def _rows(self, head, rows) -> Refs:
-        refs, b = self.refs, self.place.batch
+        refs, b = self.refs, self.index.batch
         sources = {"window_query": refs["window_query"].at[b, rows, head]}
-        sources |= {"log_mass": refs["log_mass"].at[b, head, rows]}
+        sources |= {"lse": refs["lse"].at[b, head, rows]}
         if self.spec.masked:
-            sources["query_run"] = refs["query_run"].at[b, rows]
+            sources["query_segment"] = refs["query_segment"].at[b, rows]
         return sources
 
     def _walk(self, total: jax.Array) -> jax.Array:
@@ -323,13 +324,13 @@ class _KeyGrad(_Worker):
 
     def _add(self, item, stage, total: jax.Array) -> jax.Array:
         shared, scale = self.shared, self.spec.scale
-        plgpu.barrier_wait(shared["out_grads_loaded"].at[stage])
+        plgpu.barrier_wait(shared["d_outs_loaded"].at[stage])
         zero = shared["zero"][0]
         dp = self.matmul(
-            lambda: [(shared["value"].at[zero], shared["out_grad"].at[stage].T)], self.square
+            lambda: [(shared["value"].at[zero], shared["d_out"].at[stage].T)], self.square
         )
         delta = plgpu.load(shared["delta"].at[stage], layout=COLUMN)
-        plgpu.barrier_arrive(shared["out_grads_read"].at[stage])
+        plgpu.barrier_arrive(shared["d_outs_read"].at[stage])
         plgpu.barrier_wait(shared["p_ready"])
         p = plgpu.load(shared["p"], layout=LOGITS)
         plgpu.barrier_arrive(shared["p_read"])
@@ -354,8 +355,8 @@ class _KeyGrad(_Worker):
     def _rotate_queries(self, item) -> None:
         stage = lax.rem(item, jnp.int32(self.stages))
 
-        @pl.when(item < self.place.items)
+        @pl.when(item < self.index.items)
         def _():
             x = self.refs, self.shared, "window_query", stage
-            where, loaded = self.place.positions(item), self.shared["queries_loaded"]
-            rotate_copied(*x, self.place.batch, where, loaded, columns=self.columns)
+            where, loaded = self.index.positions(item), self.shared["queries_loaded"]
+            rotate_copied(*x, self.index.batch, where, loaded, columns=self.columns)

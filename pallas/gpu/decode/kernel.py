@@ -17,19 +17,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.gpu.decode.sizes import TILE, DecodeSizes
 from pallas.gpu.forward.gates import LOG2E
 
 LANES = 32
 MOST_FEATURES = 128  # of a row that a warp takes at once: 16 bytes a lane in float32
-LOWEST = -1e30  # below every logit, and finite
 
 Refs = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """The static facts of a call.
+    """The static segments of a call.
 
     Fields:
       group: G.
@@ -249,7 +249,7 @@ class _Block:
         """Of no rows, or of the zeros that stand for slots, in the first worker's first warp."""
         full = lambda x: plgpu.layout_cast(jnp.full(TILE, x, jnp.float32), self.values.row)  # noqa: E731
         zeros = jnp.zeros((TILE, self.V), jnp.float32)
-        top, mass = full(LOWEST), full(0.0)
+        top, mass = full(MASKED_LOGIT), full(0.0)
         if not self.spec.reads_slots and not self.spec.mask_empty and self.spec.slots:
             row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self.values.row)
             first = row < jnp.where(self.worker == 0, 1, 0)
@@ -291,11 +291,11 @@ class _Block:
         out /= jnp.maximum(mass, 1e-30)  # a split may see nothing
         self._write(g, out, highest + jnp.log2(mass))
 
-    def _write(self, g: jax.Array, out: jax.Array, log_mass: jax.Array) -> None:
+    def _write(self, g: jax.Array, out: jax.Array, lse: jax.Array) -> None:
         """[V] each."""
         head = self.head * self.spec.group + g
-        if "log_mass" in self.refs:
-            self.refs["log_mass"].at[self.batch, self.split, head][...] = log_mass
+        if "lse" in self.refs:
+            self.refs["lse"].at[self.batch, self.split, head][...] = lse
             target = self.refs["out"].at[self.batch, self.split, head]
         else:
             target = self.refs["out"].at[self.batch, head]
@@ -315,7 +315,7 @@ def _add(
 ) -> Softmax:
     """Of a query head, more rows seen: logits [n, 4], value [n, 4, V]."""
     if visible is not None:
-        logits = jnp.where(visible, logits, LOWEST)
+        logits = jnp.where(visible, logits, MASKED_LOGIT)
     top = jnp.maximum(softmax.top, logits.max(axis=0))
     p = jnp.exp2(logits - lax.broadcast_in_dim(top, logits.shape, [1]))
     if visible is not None:

@@ -68,11 +68,11 @@ def decode_attention(
     Raises:
       ValueError: sizes do not fit the state; the message names the field.
     """
-    B, H, V = token.value.shape
+    B, Hkv, V = token.value.shape
     Hq = token.rotated_query.shape[1]
     K, R = token.rotated_key.shape[2], state.value.shape[1]
     spec = DecodeSpec(
-        group=Hq // H,
+        group=Hq // Hkv,
         slots=num_slots,
         reads_slots=state.slots is not None,
         entries=R,
@@ -82,7 +82,7 @@ def decode_attention(
     )
     if sizes is None:
         slots = num_slots if spec.reads_slots else None
-        sizes = default_decode_sizes(B * H, R, slots, max(K, V))
+        sizes = default_decode_sizes(B * Hkv, R, slots, max(K, V))
     _check_sizes(sizes, spec)
     inputs, kept = _by_name(token, state)
     inputs |= {"entry": entry, "length": length, "active": active}
@@ -90,7 +90,7 @@ def decode_attention(
     outputs = {"out": jax.ShapeDtypeStruct((B, Hq, V), dtype)}
     if splits > 1:
         part = jax.ShapeDtypeStruct((B, splits, Hq, V), jnp.float32)
-        outputs = {"out": part, "log_mass": part}
+        outputs = {"out": part, "lse": part}
     references = {name: jax.new_ref(x) for name, x in kept.items()}
 
     def entry_point(*refs, **scratch):
@@ -100,7 +100,7 @@ def decode_attention(
     call = plgpu.kernel(
         entry_point,
         out_type=list(outputs.values()),
-        grid=(splits, H, B),
+        grid=(splits, Hkv, B),
         grid_names=("split", "head", "batch"),
         num_threads=sizes.warpgroups,
         thread_name="wg",
@@ -184,7 +184,7 @@ def _with_arrays(state: DecodeState, after: Arrays) -> DecodeState:
     )
 
 
-def _join(out: jax.Array, log_mass: jax.Array) -> jax.Array:
-    """[B, Hq, V] of the splits' [B, splits, Hq, V]; log_mass in units of log 2."""
-    weight = jnp.exp2(log_mass - log_mass.max(axis=1, keepdims=True))
+def _join(out: jax.Array, lse: jax.Array) -> jax.Array:
+    """[B, Hq, V] of the splits' [B, splits, Hq, V]; lse in units of log 2."""
+    weight = jnp.exp2(lse - lse.max(axis=1, keepdims=True))
     return jnp.sum(weight * out, axis=1) / jnp.sum(weight, axis=1)

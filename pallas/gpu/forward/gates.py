@@ -2,11 +2,11 @@
 
 With x the log decays of C rows and of a slot, s = 1 - exp(x), at row r
 
-    G_r = sum_{j <= r} max(x_j, FLOOR)
+    c_r = sum_{j <= r} max(x_j, FLOOR)
     to_end_r = s_r exp(sum_{j > r} x_j),  total = exp(sum_j x_j)
 
 Only sums of decays are ever exponentiated, so that none overflows and -inf is exact. But the
-kernels need differences of G, between rows up to 8 tokens away from a reference: for G alone a
+kernels need differences of c, between rows up to 8 tokens away from a reference: for c alone a
 decay below -8 nats counts as -8, which leaves e^-8 of what the slot held before the token, for the
 rest of its chunk. to_end and total know no floor, so nothing of it reaches the next chunk. They do
 know VANISHED, for an infinite summand is no product's operand: exp(VANISHED) is 0 in float32, and
@@ -14,7 +14,7 @@ so is every sum's that it is part of.
 
 A thread block has up to 32 slots of a chunk: with more, its registers would let fewer blocks share
 a multiprocessor. It reads log_decay once and writes each result once; the output pass makes its own
-G of log_decay.
+c of log_decay.
 """
 
 import functools
@@ -40,59 +40,63 @@ MOST_SLOTS = 32  # of a block
 
 
 class EndGates(NamedTuple):
-    """What the state pass reads, of N rows in chunks of C."""
+    """What the state pass reads, of Tq rows in chunks of C."""
 
-    to_end: jax.Array  # [B, N, H, M] bfloat16, s times the decay from the row to its chunk's end
-    total: jax.Array  # [B, H, N / C, M] float32, the decay over a chunk
+    to_end: jax.Array  # [B, Tq, Hkv, M] bfloat16, s times the decay from the row to its chunk's end
+    total: jax.Array  # [B, Hkv, Tq / C, M] float32, the decay over a chunk
 
 
 class Gates(NamedTuple):
     """What the backward reads. In to_end and odds s is at least LEAST_WRITE."""
 
-    cumulative: jax.Array  # [B, N, H, M] float32, G, in units of log 2
-    write: jax.Array  # [B, N, H, M] bfloat16, s
+    cumulative: jax.Array  # [B, Tq, Hkv, M] float32, c, in units of log 2
+    write: jax.Array  # [B, Tq, Hkv, M] bfloat16, s
     to_end: jax.Array  # as of EndGates
     total: jax.Array
-    odds: jax.Array  # [B, N, H, M] bfloat16, exp(log_decay) / s
+    odds: jax.Array  # [B, Tq, Hkv, M] bfloat16, exp(log_decay) / s
 
 
 def end_gates(
     log_decay: jax.Array,
-    written: jax.Array | None,
-    kept: jax.Array | None,
+    token_reaches_end: jax.Array | None,
+    start_reaches_end: jax.Array | None,
     *,
     ahead: int,
     interpret: Any = False,
 ) -> EndGates:
-    """The state pass's gates of log_decay [B, N, H, M] float32, in [-inf, 0]; C divides N.
+    """The state pass's gates of log_decay [B, Tq, Hkv, M] float32, in [-inf, 0]; C divides Tq.
 
-    ahead: `Spec.ahead`. Row r of log_decay is row r + ahead of what is returned; the first `ahead`
-      are of log decay 0.
-    written: [B, N] bool, the row's token is in the slots at its chunk's end; None: all are.
-    kept: [B, N / C] bool, what the slots held at the chunk's start they may hold at its end.
+    ahead: `CallSpec.ahead`. Row r of log_decay is row r + ahead of what is returned; the first
+      `ahead` are of log decay 0.
+    token_reaches_end: [B, Tq] bool, the row's token is in the slots at its chunk's end; None: all
+      are.
+    start_reaches_end: [B, Tq / C] bool, the slots at the chunk's end may hold what they held at its
+      start.
     interpret: as for `fused_attention`.
     """
     outputs = _outputs(log_decay.shape, EndGates._fields)
-    return EndGates(*_call(log_decay, written, kept, ahead, outputs, interpret))
+    return EndGates(
+        *_call(log_decay, token_reaches_end, start_reaches_end, ahead, outputs, interpret)
+    )
 
 
 def chunk_gates(
     log_decay: jax.Array,
-    written: jax.Array | None,
-    kept: jax.Array | None,
+    token_reaches_end: jax.Array | None,
+    start_reaches_end: jax.Array | None,
     *,
     ahead: int,
     interpret: Any = False,
 ) -> Gates:
     """The backward's gates; arguments as of `end_gates`."""
     outputs = _outputs(log_decay.shape, Gates._fields)
-    return Gates(*_call(log_decay, written, kept, ahead, outputs, interpret))
+    return Gates(*_call(log_decay, token_reaches_end, start_reaches_end, ahead, outputs, interpret))
 
 
 def _outputs(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    B, N, H, M = shape
+    B, Tq, Hkv, M = shape
     outputs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name in names}
-    outputs["total"] = jax.ShapeDtypeStruct((B, H, N // CHUNK, M), jnp.float32)
+    outputs["total"] = jax.ShapeDtypeStruct((B, Hkv, Tq // CHUNK, M), jnp.float32)
     if "cumulative" in outputs:
         outputs["cumulative"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     return outputs
@@ -100,26 +104,29 @@ def _outputs(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, jax.Sh
 
 def _call(
     log_decay: jax.Array,
-    written: jax.Array | None,
-    kept: jax.Array | None,
+    token_reaches_end: jax.Array | None,
+    start_reaches_end: jax.Array | None,
     ahead: int,
     outputs: dict[str, jax.ShapeDtypeStruct],
     interpret: Any,
 ) -> list[jax.Array]:
-    B, N, H, M = log_decay.shape
+    B, Tq, Hkv, M = log_decay.shape
     width = min(M, MOST_SLOTS)
     inputs = {"log_decay": log_decay}
     wide = plgpu.SMEM((CHUNK, width), jnp.float32, transforms=tile(width, 4))
     narrow = plgpu.SMEM((PARTS, CHUNK, width), jnp.bfloat16, transforms=tile(width))
     scratch = {
-        "log_decay": wide,  # then G
+        "log_decay": wide,  # then c
         "parts": narrow,  # of the summands, then what goes out
         "total": plgpu.SMEM((width,), jnp.float32),
-        "loaded": plgpu.Barrier(num_arrivals=1 if written is None else 2),
+        "loaded": plgpu.Barrier(num_arrivals=1 if token_reaches_end is None else 2),
     }
-    if written is not None and kept is not None:
-        inputs |= {"written": written.astype(jnp.int32), "kept": kept.astype(jnp.int32)}
-        scratch["written"] = plgpu.SMEM((CHUNK,), jnp.int32)
+    if token_reaches_end is not None and start_reaches_end is not None:
+        inputs |= {
+            "token_reaches_end": token_reaches_end.astype(jnp.int32),
+            "start_reaches_end": start_reaches_end.astype(jnp.int32),
+        }
+        scratch["token_reaches_end"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16)
     return launch(
@@ -127,7 +134,7 @@ def _call(
         inputs,
         outputs,
         scratch,
-        grid={"panel": M // width, "head": H, "chunk": N // CHUNK, "batch": B},
+        grid={"panel": M // width, "head": Hkv, "chunk": Tq // CHUNK, "batch": B},
         warpgroups=1,
         name="nha_gates",
         interpret=interpret,
@@ -142,13 +149,15 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     first = chunk * CHUNK - ahead
     log_decay = refs["log_decay"].at[b, pl.ds(jnp.maximum(first, 0), CHUNK), h, columns]
     plgpu.copy_gmem_to_smem(log_decay, shared["log_decay"], loaded)
-    if "written" in refs:
-        plgpu.copy_gmem_to_smem(refs["written"].at[b, rows], shared["written"], loaded)
+    if "token_reaches_end" in refs:
+        plgpu.copy_gmem_to_smem(
+            refs["token_reaches_end"].at[b, rows], shared["token_reaches_end"], loaded
+        )
     plgpu.barrier_wait(loaded)
     pl.when(first < 0)(lambda: store_zeros(shared["log_decay"]))
     matmul = Matmul(interpret, shared["buffer"] if interpret else None)
-    kept = refs["kept"][b, chunk] if "kept" in refs else None
-    names = _compute(shared, kept, matmul, everything="cumulative" in refs)
+    start_reaches_end = refs["start_reaches_end"][b, chunk] if "start_reaches_end" in refs else None
+    names = _compute(shared, start_reaches_end, matmul, everything="cumulative" in refs)
     plgpu.commit_smem()
     for i, name in enumerate(names):
         plgpu.copy_smem_to_gmem(shared["parts"].at[i], refs[name].at[own])
@@ -159,9 +168,9 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
 
 
 def _compute(
-    shared: Refs, kept: jax.Array | None, matmul: Matmul, *, everything: bool
+    shared: Refs, start_reaches_end: jax.Array | None, matmul: Matmul, *, everything: bool
 ) -> list[str]:
-    """Leaves G where log_decay was, total in its place, and the rest, named, in the parts'."""
+    """Leaves c where log_decay was, total in its place, and the rest, named, in the parts'."""
 
     def parts(i):
         return shared["parts"].at[i]
@@ -176,22 +185,24 @@ def _compute(
         chosen = jnp.where(chosen, 1.0, 0.0).astype(jnp.bfloat16)
         return sum_rows(lambda: chosen, parts, matmul)
 
-    ending = jnp.maximum(log_decay(), VANISHED)
-    total = jnp.exp2(ending.sum(axis=0) * LOG2E)
-    to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), ending))
-    if kept is not None:
-        written = by_row(plgpu.load(shared["written"], layout=ROW), to_end.shape[1])
-        to_end = jnp.where(written > 0, to_end, 0.0)
-        total *= kept.astype(jnp.float32)
+    finite = jnp.maximum(log_decay(), VANISHED)
+    total = jnp.exp2(finite.sum(axis=0) * LOG2E)
+    to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), finite))
+    if start_reaches_end is not None:
+        token_reaches_end = by_row(
+            plgpu.load(shared["token_reaches_end"], layout=ROW), to_end.shape[1]
+        )
+        to_end = jnp.where(token_reaches_end > 0, to_end, 0.0)
+        total *= start_reaches_end.astype(jnp.float32)
     results = {}
     if everything:
-        G = sum_over(iota(CHUNK, 1) <= iota(CHUNK, 0), jnp.maximum(log_decay(), FLOOR))
+        cumulative = sum_over(iota(CHUNK, 1) <= iota(CHUNK, 0), jnp.maximum(log_decay(), FLOOR))
     write = write_of(log_decay())
     if everything:
         results["write"] = write
         write = jnp.maximum(write, LEAST_WRITE)
         results["odds"] = jnp.exp(log_decay()) / write
-        shared["log_decay"][...] = G
+        shared["log_decay"][...] = cumulative
     results["to_end"] = to_end * write
     for i, result in enumerate(results.values()):
         parts(i)[...] = result.astype(jnp.bfloat16)

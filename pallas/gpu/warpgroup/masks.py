@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import CHUNK, COLUMN, ROW, Spec
+from pallas.gpu.spec import CHUNK, COLUMN, ROW, CallSpec
 
 
 def iota(columns: int, axis: int) -> jax.Array:
@@ -25,11 +25,13 @@ def by_column(x: jax.Array) -> jax.Array:
     return lax.broadcast_in_dim(x, (CHUNK, *x.shape), [1])
 
 
-def in_window(spec: Spec, row: jax.Array, token: jax.Array) -> jax.Array:
+def in_window(spec: CallSpec, row: jax.Array, token: jax.Array) -> jax.Array:
     """Whether query row `row` has the timeline's row `token` in its window, segments aside."""
     now = row + spec.offset
     inside = token <= now
     if spec.window is not None:
         inside &= token > now - spec.window
-    first = spec.ahead if spec.masked else spec.offset  # without facts nothing precedes the queries
+    first = (
+        spec.ahead if spec.masked else spec.offset
+    )  # without segments nothing precedes the queries
     return inside & (token >= first) if first else inside

@@ -20,7 +20,7 @@ from pallas.gpu.warpgroup.launch import Refs
 
 
 class Rotation(NamedTuple):
-    """Tables of the token rows' positions, [B or 1, P, D / 2] float32."""
+    """Tables of the token rows' positions, [B or 1, Tk, D / 2] float32."""
 
     cos: jax.Array
     sin: jax.Array

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas.gpu import BlockSizes, Spec, fused_attention
+from pallas.gpu import BlockSizes, CallSpec, fused_attention
 
 
 @pytest.mark.parametrize(
@@ -16,7 +16,7 @@ from pallas.gpu import BlockSizes, Spec, fused_attention
     ids=["warpgroups", "stages"],
 )
 def test_what_does_not_fit_wide_heads_is_an_error(sizes, message):
-    spec = Spec(
+    spec = CallSpec(
         group=2, slots=0, empty_slots=0, window=64, offset=0, ahead=0, scale=1.0,
         masked=False, state=False,
     )  # fmt: skip

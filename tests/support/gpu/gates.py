@@ -26,7 +26,7 @@ TINY = 1e-30  # numbers that may be 0
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """N rows of B, H heads, M slots; gates by their name; `ahead` as of `Spec`."""
+    """N rows of B, H heads, M slots; gates by their name; `ahead` as of `CallSpec`."""
 
     gate: str
     M: int = 16

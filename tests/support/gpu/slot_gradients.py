@@ -7,7 +7,7 @@ spread(X)_r = sum_j X_rj fall_j, gather(X)_rj = sum_m X_rm fall_jm:
 
     S = entered * q k^T                       D = entered * do v^T
     a = scale (E0 (q SK0) + rise spread(S))   dp = E0 (do SV0) + rise spread(D)     E0 = exp(G_r)
-    p = exp(a - log_mass)                     ds = p (dp - sum_m p dp - rest) scale
+    p = exp(a - lse)                          ds = p (dp - sum_m p dp - rest) scale
     L = entered * gather(ds rise)             A = entered * gather(p rise)
     dq = (ds E0) SK0^T + L k
     dk = sum_g L^T q + to_end dSK1^T          dv = sum_g A^T do + to_end dSV1^T
@@ -26,15 +26,14 @@ import ml_dtypes
 import numpy as np
 
 from pallas.gpu.forward.gates import Gates
-from pallas.gpu.forward.output_pass import Facts
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, Spec
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, CallSpec, Segments
 from tests.support.gpu.gates import gates_of, rounded
 from tests.support.ops.cases import gates as log_decays
 
 Arrays = dict[str, np.ndarray]
 Side = tuple[np.ndarray, np.ndarray]  # of keys, of values
 
-NOTHING_SEEN = -1e30  # log_mass of a row that sees nothing
+NOTHING_SEEN = -1e30  # lse of a row that sees nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +58,8 @@ class Case:
     added: tuple[str, ...] = ()
 
     @property
-    def spec(self) -> Spec:
-        return Spec(
+    def spec(self) -> CallSpec:
+        return CallSpec(
             group=self.G,
             slots=self.slots,
             empty_slots=0,
@@ -83,29 +82,29 @@ class Inputs(NamedTuple):
     """What the kernels of the slots' backward read."""
 
     query: jax.Array  # [B, N, H * G, D] bfloat16
-    out_grad: jax.Array
+    d_out: jax.Array
     key: jax.Array  # [B, P, H, D] bfloat16
     value: jax.Array
-    log_mass: jax.Array  # [B, H * G, N] float32
+    lse: jax.Array  # [B, H * G, N] float32
     slot_weight: jax.Array
     rest: jax.Array
     log_decay: jax.Array  # [B, N, H, M] float32
     written: jax.Array | None  # [B, N], as for `chunk_gates`
     gates: Gates
     starts: tuple[jax.Array, jax.Array]  # [B, H, N / C, D, M] bfloat16
-    facts: Facts | None
-    end_grad: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32
-    window_grads: dict[str, jax.Array]  # bfloat16, shapes as of the arrays
+    segments: Segments | None
+    d_end: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32
+    window_gradients: dict[str, jax.Array]  # bfloat16, shapes as of the arrays
 
 
 class Queries(NamedTuple):
     """float64, shapes as of `slot_queries`."""
 
     query: np.ndarray
-    logits_rise: np.ndarray
-    weights_rise: np.ndarray
-    logits_start: np.ndarray
-    weights_start: np.ndarray
+    d_logits_to_reference: np.ndarray
+    weights_to_reference: np.ndarray
+    d_logits_to_start: np.ndarray
+    weights_to_start: np.ndarray
 
 
 class States(NamedTuple):
@@ -116,7 +115,7 @@ class States(NamedTuple):
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The log_mass is that of the slots and, with a window, one more logit, with
+    """Random arrays. The lse is that of the slots and, with a window, one more logit, with
     its part of the output's gradient: rest.
     """
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
@@ -126,7 +125,7 @@ def make_inputs(case: Case) -> Inputs:
     def normal(*shape, dtype=ml_dtypes.bfloat16):
         return rng.standard_normal(shape).astype(dtype)
 
-    query, out_grad = normal(*rows, heads, D), normal(*rows, heads, D)
+    query, d_out = normal(*rows, heads, D), normal(*rows, heads, D)
     P = N + 64 - case.ahead
     key, value = normal(B, P, H, D), normal(B, P, H, D)
     pulled = normal(B, heads, N, dtype=np.float32)
@@ -137,45 +136,45 @@ def make_inputs(case: Case) -> Inputs:
     start_key[..., case.slots :] = 0
     start_value[..., case.slots :] = 0
     end_key, end_value = map(jnp.asarray, normal(2, B, H, D, M, dtype=np.float32))
-    facts: Facts | None = None
+    segments: Segments | None = None
     written = kept = None
     if case.masked:
-        facts, written, kept = _facts(case, rng)
-        seen = np.asarray(facts.query) >= 0
-        out_grad, pulled = out_grad * seen[..., None, None], pulled * seen[:, None]
-        out_grad = out_grad.astype(ml_dtypes.bfloat16)
+        segments, written, kept = _segments(case, rng)
+        seen = np.asarray(segments.query) >= 0
+        d_out, pulled = d_out * seen[..., None, None], pulled * seen[:, None]
+        d_out = d_out.astype(ml_dtypes.bfloat16)
     decays = jnp.asarray(log_decay, jnp.float32)
     inputs = Inputs(
-        *map(jnp.asarray, (query, out_grad, key, value)),
-        log_mass=jnp.zeros((B, heads, N), jnp.float32),
+        *map(jnp.asarray, (query, d_out, key, value)),
+        lse=jnp.zeros((B, heads, N), jnp.float32),
         slot_weight=jnp.zeros((B, heads, N), jnp.float32),
         rest=jnp.zeros((B, heads, N), jnp.float32),
         log_decay=decays,
         written=written,
         gates=rounded(gates_of(np.asarray(decays), written, kept)),
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
-        facts=facts,
-        end_grad=(end_key, end_value) if case.state else None,
-        window_grads={},
+        segments=segments,
+        d_end=(end_key, end_value) if case.state else None,
+        window_gradients={},
     )
     with np.errstate(divide="ignore"):
         slots = np.log(np.sum(np.exp(Chunks(inputs, case.spec).logits()), -1))
     others = rng.standard_normal(slots.shape) if case.window else NOTHING_SEEN
     flat = lambda x: x.transpose(0, 2, 3, 1, 4).reshape(B, heads, N)  # noqa: E731
-    log_mass = np.logaddexp(slots, others)
-    slot_weight = flat(np.exp(slots - log_mass))
-    log_mass = flat(log_mass)
+    lse = np.logaddexp(slots, others)
+    slot_weight = flat(np.exp(slots - lse))
+    lse = flat(lse)
     if case.masked:
-        log_mass = np.where(seen[:, None], log_mass, NOTHING_SEEN)
+        lse = np.where(seen[:, None], lse, NOTHING_SEEN)
     rest = (1 - slot_weight) * pulled
-    wide = (jnp.asarray(x, jnp.float32) for x in (log_mass, slot_weight, rest))
+    wide = (jnp.asarray(x, jnp.float32) for x in (lse, slot_weight, rest))
     return inputs._replace(
-        **dict(zip(("log_mass", "slot_weight", "rest"), wide, strict=True)),
-        window_grads={x: jnp.asarray(normal(*getattr(inputs, x).shape)) for x in case.added},
+        **dict(zip(("lse", "slot_weight", "rest"), wide, strict=True)),
+        window_gradients={x: jnp.asarray(normal(*getattr(inputs, x).shape)) for x in case.added},
     )
 
 
-def _facts(case: Case, rng: np.random.Generator) -> tuple[Facts, jax.Array, jax.Array]:
+def _segments(case: Case, rng: np.random.Generator) -> tuple[Segments, jax.Array, jax.Array]:
     """Segments drawn at random, some rows of padding, and what is written and kept."""
     rows = case.B, case.N
     entering = np.cumsum(rng.random(rows) < 3 / case.N, axis=1).astype(np.int32)
@@ -185,7 +184,11 @@ def _facts(case: Case, rng: np.random.Generator) -> tuple[Facts, jax.Array, jax.
     visible = np.pad(entering, ((0, 0), (0, 64)), constant_values=-1)[:, case.ahead :]
     written = rng.random(rows) < 0.8
     kept = rng.random((case.B, case.N // CHUNK)) < 0.7
-    return Facts(*map(jnp.asarray, (own, visible, reads))), jnp.asarray(written), jnp.asarray(kept)
+    return (
+        Segments(*map(jnp.asarray, (own, visible, reads))),
+        jnp.asarray(written),
+        jnp.asarray(kept),
+    )
 
 
 def _wide(x: Any) -> np.ndarray:
@@ -195,7 +198,7 @@ def _wide(x: Any) -> np.ndarray:
 class Chunks:
     """The formulas of the module's docstring; arrays are [b, n, h, g, r or j, d or m]."""
 
-    def __init__(self, inputs: Inputs, spec: Spec):
+    def __init__(self, inputs: Inputs, spec: CallSpec):
         self.spec = spec
         gates, B, N = inputs.gates, *inputs.query.shape[:2]
         H, M = gates.write.shape[2:]
@@ -210,9 +213,9 @@ class Chunks:
         self.from_start = np.exp2(G)[:, :, :, None]
         self.entered = np.tri(CHUNK, dtype=bool)[None, None, None, None]
         reads = np.full((B, 1, 1, 1, N // CHUNK, CHUNK), 2)
-        if inputs.facts is not None:
-            run, reads = np.asarray(inputs.facts.query), np.asarray(inputs.facts.reads)
-            visible = np.pad(inputs.facts.visible, ((0, 0), (spec.ahead, 0)), constant_values=-1)
+        if inputs.segments is not None:
+            run, reads = np.asarray(inputs.segments.query), np.asarray(inputs.segments.slot_access)
+            visible = np.pad(inputs.segments.token, ((0, 0), (spec.ahead, 0)), constant_values=-1)
             run, visible = (x[:, :N].reshape(B, -1, 1, 1, CHUNK) for x in (run, visible))
             self.entered = self.entered & (run[..., None] == visible[..., None, :])
         reads = reads.reshape(B, -1, 1, 1, CHUNK, 1)
@@ -221,7 +224,7 @@ class Chunks:
         ahead = ((0, 0), (spec.ahead, 0), (0, 0), (0, 0))
         key, value = (np.pad(x, ahead)[:, :N] for x in (inputs.key, inputs.value))
         starts = (_wide(x).swapaxes(1, 2)[:, :, :, None] for x in inputs.starts)
-        self.left = self.rows(inputs.query), self.rows(inputs.out_grad)  # q, do
+        self.left = self.rows(inputs.query), self.rows(inputs.d_out)  # q, do
         self.right = self.tokens(key), self.tokens(value)  # k, v
         self.starts = tuple(starts)  # [b, n, h, 1, d, m]
         self.scores = tuple(
@@ -261,11 +264,11 @@ class Chunks:
         """a, -inf where there is no slot or the row reads none."""
         return np.where(self.reads, self.spec.scale * self._to_slots(0), -np.inf)
 
-    def queries(self, log_mass: jax.Array, rest: jax.Array) -> Queries:
+    def queries(self, lse: jax.Array, rest: jax.Array) -> Queries:
         """What `slot_queries` returns."""
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
-        p = np.exp(self.logits() - by_row(log_mass))
+        p = np.exp(self.logits() - by_row(lse))
         dp = self._to_slots(1)
         delta = np.sum(p * dp, -1, keepdims=True) + by_row(rest)
         ds = p * (dp - delta) * self.spec.scale
@@ -275,13 +278,13 @@ class Chunks:
         factors = ((ds, self.rise), (p, self.rise), (ds, self.from_start), (p, self.from_start))
         return Queries(self.back(dq), *(self.back(x * factor) for x, factor in factors))
 
-    def states(self, queries: Queries, end_grad: Side | None) -> States:
+    def states(self, queries: Queries, d_end: Side | None) -> States:
         """Of the rounded `queries`."""
-        pulled = self.rows(queries.logits_start), self.rows(queries.weights_start)
+        pulled = self.rows(queries.d_logits_to_start), self.rows(queries.weights_to_start)
         added = [
             np.einsum("bnhgrd,bnhgrm->nbhdm", x, y) for x, y in zip(self.left, pulled, strict=True)
         ]
-        grads = [np.zeros_like(x[0]) for x in added] if end_grad is None else list(end_grad)
+        grads = [np.zeros_like(x[0]) for x in added] if d_end is None else list(d_end)
         grads = [_wide(x) for x in grads]
         ends: list[list[np.ndarray]] = [[], []]
         for chunk in reversed(range(self.shape[1])):
@@ -296,7 +299,9 @@ class Chunks:
         """The gradients of the keys and of the values as slots see them, [B, N, H, D]."""
         B, n, H, _, C = self.shape
         results = []
-        for side, pulled in enumerate((queries.logits_rise, queries.weights_rise)):
+        for side, pulled in enumerate(
+            (queries.d_logits_to_reference, queries.weights_to_reference)
+        ):
             into_tokens = np.where(self.entered, self.gather(self.rows(pulled)), 0)
             grad = np.einsum("bnhgrj,bnhgrd->bnhjd", into_tokens, self.left[side])
             grad += np.einsum("bnhjm,bhndm->bnhjd", self.to_end, _wide(ends[side]))

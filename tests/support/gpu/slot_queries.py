@@ -48,16 +48,16 @@ CASES = ORDINARY + REST + ADDED
 def query_side(inputs: Inputs, *, case: Case, interpret):
     return slot_queries(
         inputs.query,
-        inputs.out_grad,
+        inputs.d_out,
         inputs.key,
         inputs.value,
-        inputs.log_mass,
+        inputs.lse,
         inputs.slot_weight,
         inputs.rest,
         inputs.gates,
         inputs.starts,
-        inputs.facts,
-        inputs.window_grads.get("query"),
+        inputs.segments,
+        inputs.window_gradients.get("query"),
         spec=case.spec,
         interpret=interpret,
     )
@@ -81,12 +81,12 @@ def check(case: Case) -> None:
     run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
     actual = run(inputs)
     chunks = Chunks(inputs, case.spec)
-    expected = chunks.queries(inputs.log_mass, inputs.rest)
+    expected = chunks.queries(inputs.lse, inputs.rest)
     for name, x in actual._asdict().items():
         y = getattr(expected, name)
         if name in case.added:
-            y = y + np.asarray(inputs.window_grads[name], np.float64)
-        if name.endswith("_rise"):  # up to 2^93 in some rows: those alone would be compared
+            y = y + np.asarray(inputs.window_gradients[name], np.float64)
+        if name.endswith("_to_reference"):  # up to 2^93 in some rows: those alone would be compared
             rise = chunks.back(np.broadcast_to(chunks.rise, chunks.rows(y).shape))
             x, y = np.asarray(x, np.float64) / rise, y / rise
         assert_near(name, x, y)

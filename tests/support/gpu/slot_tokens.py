@@ -58,8 +58,8 @@ def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> n
     tokens = tokens[:, :, :, None]  # by the rows' blocks
     for side, (rise, start) in enumerate(
         (
-            (queries.logits_rise, queries.logits_start),
-            (queries.weights_rise, queries.weights_start),
+            (queries.d_logits_to_reference, queries.d_logits_to_start),
+            (queries.weights_to_reference, queries.weights_to_start),
         )
     ):
         rise, start = chunks.rows(rise), chunks.rows(start)
@@ -88,14 +88,14 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     sizes = default_block_sizes(case.D, case.M)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
     states = state_grads(
-        inputs.query, inputs.out_grad, queries.logits_start, queries.weights_start,
-        inputs.gates, inputs.end_grad, **options,
+        inputs.query, inputs.d_out, queries.d_logits_to_start, queries.weights_to_start,
+        inputs.gates, inputs.d_end, **options,
     )  # fmt: skip
     tokens = slot_tokens(
-        inputs.query, inputs.out_grad, inputs.key, inputs.value,
-        queries.logits_rise, queries.weights_rise,
-        inputs.gates, inputs.starts, ends, inputs.facts,
-        {x: y for x, y in inputs.window_grads.items() if x != "query"},
+        inputs.query, inputs.d_out, inputs.key, inputs.value,
+        queries.d_logits_to_reference, queries.weights_to_reference,
+        inputs.gates, inputs.starts, ends, inputs.segments,
+        {x: y for x, y in inputs.window_gradients.items() if x != "query"},
         **options,
     )  # fmt: skip
     return states, tokens
@@ -109,18 +109,18 @@ def _with_windows(case: Case, inputs: Inputs, of_slots: Side) -> Side:
         total = np.zeros((grad.shape[0], P, *grad.shape[2:]))
         total[:, : case.N - case.ahead] = grad[:, case.ahead :]  # rows before hold nothing
         if name in case.added:
-            total += np.asarray(inputs.window_grads[name], np.float64)
+            total += np.asarray(inputs.window_gradients[name], np.float64)
         sums.append(total)
     return sums[0], sums[1]
 
 
 def check(case: Case) -> None:
     inputs = make_inputs(case)
-    end_grad: Any = inputs.end_grad
+    d_end: Any = inputs.d_end
     chunks = Chunks(inputs, case.spec)
     narrow: Any = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
-    queries = Queries(*map(narrow, chunks.queries(inputs.log_mass, inputs.rest)))
-    expected = chunks.states(queries, end_grad)
+    queries = Queries(*map(narrow, chunks.queries(inputs.lse, inputs.rest)))
+    expected = chunks.states(queries, d_end)
     ends = narrow(expected.ends[0]), narrow(expected.ends[1])
     arguments = inputs, queries, ends
 
@@ -147,7 +147,7 @@ def check(case: Case) -> None:
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
     assert not np.any(tokens.log_decay[:, case.N - case.ahead :])
     for name in ("key", "value"):
-        grad, of_window = getattr(tokens, name), inputs.window_grads.get(name, 0.0 * inputs.key)
+        grad, of_window = getattr(tokens, name), inputs.window_gradients.get(name, 0.0 * inputs.key)
         unread = slice(case.N - case.ahead, None)
         assert np.array_equal(grad[:, unread], of_window[:, unread]), name
     for name, error in errors.items():

@@ -1,4 +1,4 @@
-"""What the operator's suite does not reach of the kernels: two consuming warpgroups, and log_mass.
+"""What the operator's suite does not reach of the kernels: two consuming warpgroups, and lse.
 
 python -m tests.support.gpu.warpgroups    in an environment with `process.THREADS`; silent if well
 """
@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu import BlockSizes, Fused, Spec, fused_attention
+from pallas.gpu import BlockSizes, CallSpec, Fused, fused_attention
 
 N, D, M, SCALE, EMPTY = 128, 64, 64, 0.125, 5
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
 
-def attend(spec: Spec, inputs: dict[str, jax.Array], warpgroups: int) -> Fused:
+def attend(spec: CallSpec, inputs: dict[str, jax.Array], warpgroups: int) -> Fused:
     sizes = BlockSizes(warpgroups=warpgroups, stages=1)
     run = lambda x: fused_attention(x, {}, spec=spec, block_sizes=sizes, interpret=INTERPRETER)  # noqa: E731
     return jax.tree.map(np.asarray, jax.jit(run)(inputs))
@@ -24,10 +24,10 @@ def main() -> None:
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)  # noqa: E731
     query, key, value = normal(1, N, 2, D), normal(1, N, 1, D), normal(1, N, 1, D)
-    facts = {"group": 2, "scale": SCALE, "masked": False, "state": False}
+    common = {"group": 2, "scale": SCALE, "masked": False, "state": False}
     tokens = {"window_query": query, "window_key": key, "value": value}
 
-    spec = Spec(slots=M, empty_slots=0, window=64, offset=64, ahead=64, **facts)
+    spec = CallSpec(slots=M, empty_slots=0, window=64, offset=64, ahead=64, **common)
     log_decay = -jnp.abs(normal(1, N, 1, M)).astype(jnp.float32)
     slots = {"query": query, "key": key, "log_decay": log_decay}
     one, two = (attend(spec, tokens | slots, warpgroups) for warpgroups in (1, 2))
@@ -35,11 +35,11 @@ def main() -> None:
     assert np.all(np.isfinite(one.out))
     assert np.any(one.slot_weight > 0.1)
 
-    spec = Spec(slots=0, empty_slots=EMPTY, window=None, offset=0, ahead=0, **facts)
+    spec = CallSpec(slots=0, empty_slots=EMPTY, window=None, offset=0, ahead=0, **common)
     logits = SCALE * np.einsum("nhd,md->hnm", *(np.float64(x) for x in (query[0], key[0, :, 0])))
     logits = np.where(np.tri(N, dtype=bool), logits, -np.inf)
     expected = np.log(EMPTY + np.exp(logits).sum(-1))
-    np.testing.assert_allclose(attend(spec, tokens, 2).log_mass[0], expected, atol=1e-4)
+    np.testing.assert_allclose(attend(spec, tokens, 2).lse[0], expected, atol=1e-4)
 
 
 if __name__ == "__main__":

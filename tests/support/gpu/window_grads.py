@@ -13,17 +13,17 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from pallas.gpu import CHUNK, BlockSizes, Spec
+from pallas.gpu import CHUNK, BlockSizes, CallSpec
 from pallas.gpu.backward.window_queries import window_queries
 from pallas.gpu.backward.window_tokens import window_tokens
-from pallas.gpu.forward.output_pass import Facts
+from pallas.gpu.spec import Segments
 from pallas.gpu.warpgroup.rotation import Rotation
 from tests.support.gpu.process import HOPPER, report
 from tests.support.ops.cases import GPU_INTERPRETER, relative_error
 
 TOLERANCE = 4e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
 WIDE_TOLERANCE = 1e-5  # of what is never rounded to bfloat16
-NOTHING_SEEN = -1e30  # log_mass of a row that sees nothing
+NOTHING_SEEN = -1e30  # lse of a row that sees nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Case:
     tables: int = 0
 
     @property
-    def spec(self) -> Spec:
-        return Spec(
+    def spec(self) -> CallSpec:
+        return CallSpec(
             group=self.G,
             slots=0,
             empty_slots=0,
@@ -78,10 +78,10 @@ class Inputs(NamedTuple):
     window_query: jax.Array  # [B, N, H * G, D] bfloat16
     window_key: jax.Array  # [B, P, H, D] bfloat16
     value: jax.Array
-    out_grad: jax.Array
-    log_mass: jax.Array  # [B, H * G, N] float32
+    d_out: jax.Array
+    lse: jax.Array  # [B, H * G, N] float32
     delta: jax.Array
-    facts: Facts | None
+    segments: Segments | None
     rotation: Rotation | None
 
 
@@ -109,7 +109,7 @@ CASES = [
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The log_mass is that of the window and one more logit."""
+    """Random arrays. The lse is that of the window and one more logit."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     B, N, P, D, H = case.B, case.N, case.tokens, case.D, case.H
     heads = H * case.G
@@ -121,21 +121,21 @@ def make_inputs(case: Case) -> Inputs:
         window_query=normal(B, N, heads, D),
         window_key=normal(B, P, H, D),
         value=normal(B, P, H, D),
-        out_grad=normal(B, N, heads, D),
-        log_mass=jnp.zeros((B, heads, N), jnp.float32),
+        d_out=normal(B, N, heads, D),
+        lse=jnp.zeros((B, heads, N), jnp.float32),
         delta=normal(B, heads, N, dtype=np.float32),
-        facts=_facts(case, rng) if case.masked else None,
+        segments=_segments(case, rng) if case.masked else None,
         rotation=_tables(case, rng) if case.tables else None,
     )
     logits, seen = _logits(_rotated(inputs, case), case)
     lse = np.logaddexp.reduce(logits, axis=-1)
-    log_mass = np.logaddexp(lse, rng.standard_normal(lse.shape))
+    lse = np.logaddexp(lse, rng.standard_normal(lse.shape))
     if case.masked:
-        log_mass = np.where(np.any(seen, -1), log_mass, NOTHING_SEEN)
-    return inputs._replace(log_mass=jnp.asarray(log_mass.reshape(B, heads, N), jnp.float32))
+        lse = np.where(np.any(seen, -1), lse, NOTHING_SEEN)
+    return inputs._replace(lse=jnp.asarray(lse.reshape(B, heads, N), jnp.float32))
 
 
-def _facts(case: Case, rng: np.random.Generator) -> Facts:
+def _segments(case: Case, rng: np.random.Generator) -> Segments:
     """Segments drawn at random; some rows are padding, and some tokens are none."""
     rows = case.B, case.ahead + case.tokens
     run = np.cumsum(rng.random(rows) < 4 / case.N, axis=1).astype(np.int32)
@@ -143,7 +143,7 @@ def _facts(case: Case, rng: np.random.Generator) -> Facts:
     own = slice(case.spec.offset, case.spec.offset + case.N)
     query = np.where(absent, -2, run)[:, own]
     visible = np.where(absent, -1, run)[:, case.ahead :]
-    return Facts(jnp.asarray(query), jnp.asarray(visible), None)
+    return Segments(jnp.asarray(query), jnp.asarray(visible), None)
 
 
 def _tables(case: Case, rng: np.random.Generator) -> Rotation:
@@ -195,10 +195,10 @@ def _logits(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray]:
     if case.W is not None:
         seen &= token > now - case.W
     seen = seen[None, None, None]
-    if inputs.facts is None:
+    if inputs.segments is None:
         seen = seen & (token >= spec.offset)
     else:
-        query, visible = np.asarray(inputs.facts.query), np.asarray(inputs.facts.visible)
+        query, visible = np.asarray(inputs.segments.query), np.asarray(inputs.segments.token)
         seen = seen & (query[:, :, None] == visible[:, None])[:, None, None]
     query, key = _by_head(inputs.window_query, case), _by_head(inputs.window_key, case)
     logits = spec.scale * np.einsum("bhgrd,bhxjd->bhgrj", query, key)
@@ -209,19 +209,19 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
     """The docstrings' formulas; shapes as the kernels return them."""
     by_row = lambda x: np.asarray(x, np.float64).reshape(case.B, case.H, case.G, case.N, 1)  # noqa: E731
     inputs = _rotated(inputs, case)
-    query, key, value, out_grad = (_by_head(x, case) for x in inputs[:4])
+    query, key, value, d_out = (_by_head(x, case) for x in inputs[:4])
     logits, _ = _logits(inputs, case)
-    p = np.exp(logits - by_row(inputs.log_mass))
-    dp = np.einsum("bhgrd,bhxjd->bhgrj", out_grad, value)
+    p = np.exp(logits - by_row(inputs.lse))
+    dp = np.einsum("bhgrd,bhxjd->bhgrj", d_out, value)
     ds = case.spec.scale * p * (dp - by_row(inputs.delta))
     grads = {
         "query": np.einsum("bhgrj,bhxjd->brhgd", ds, key),
         "key": np.einsum("bhgrj,bhgrd->bjhd", ds, query),
-        "value": np.einsum("bhgrj,bhgrd->bjhd", p, out_grad),
+        "value": np.einsum("bhgrj,bhgrd->bjhd", p, d_out),
     }
-    query_grad = grads["query"].reshape(inputs.window_query.shape)
+    d_query = grads["query"].reshape(inputs.window_query.shape)
     return grads | {
-        "query": _rotate(query_grad, inputs.rotation, _before(case), back=True),
+        "query": _rotate(d_query, inputs.rotation, _before(case), back=True),
         "key": _rotate(grads["key"], inputs.rotation, 0, back=True),
         "pulled": np.sum(p * dp, -1).reshape(inputs.delta.shape),
     }

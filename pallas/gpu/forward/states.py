@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import EndGates
-from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, Spec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, CallSpec, tile
 from pallas.gpu.warpgroup.matmul import Matmul
 
 FEATURES = 64  # of a block: the rows of a warpgroup's product
@@ -27,9 +27,9 @@ FEATURES = 64  # of a block: the rows of a warpgroup's product
 class States(NamedTuple):
     """Slots of keys and values, features first."""
 
-    key: jax.Array  # [B, H, N / C, D, M] bfloat16, at the chunks' starts
+    key: jax.Array  # [B, Hkv, Tq / C, D, M] bfloat16, at the chunks' starts
     value: jax.Array
-    end_key: jax.Array | None  # [B, H, D, M] float32, after the last chunk; with spec.state
+    end_key: jax.Array | None  # [B, Hkv, D, M] float32, after the last chunk; with spec.state
     end_value: jax.Array | None
 
 
@@ -39,21 +39,21 @@ def state_pass(
     gates: EndGates,
     start: tuple[jax.Array, jax.Array] | None,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> States:
     """The kernel's call.
 
-    key, value: [B, P, H, D] bfloat16, the timeline without its first spec.ahead rows; at row t
-    enters token row t. start: with spec.state, [B, H, D, M] float32 each.
+    key, value: [B, Tk, Hkv, D] bfloat16, the timeline without its first spec.ahead rows; at row t
+    enters token row t. start: with spec.state, [B, Hkv, D, M] float32 each.
     interpret: as for `fused_attention`.
     """
-    B, H, D = key.shape[0], key.shape[2], key.shape[3]
+    B, Hkv, D = key.shape[0], key.shape[2], key.shape[3]
     M, chunks = gates.total.shape[3], gates.total.shape[2]
     narrow, wide = jnp.bfloat16, jnp.float32
-    starts = jax.ShapeDtypeStruct((B, H, chunks, D, M), narrow)
-    end = jax.ShapeDtypeStruct((B, H, D, M), wide)
+    starts = jax.ShapeDtypeStruct((B, Hkv, chunks, D, M), narrow)
+    end = jax.ShapeDtypeStruct((B, Hkv, D, M), wide)
     stages = min(block_sizes.state_stages, chunks)
     scratch: dict[str, Any] = {
         "tokens": plgpu.SMEM((stages, CHUNK, FEATURES), narrow, transforms=tile(min(FEATURES, M))),
@@ -68,7 +68,7 @@ def state_pass(
     call = plgpu.kernel(
         functools.partial(_kernel, spec=spec, chunks=chunks, interpret=bool(interpret)),
         out_type=(starts, starts, end, end) if spec.state else (starts, starts),
-        grid=(2 * D // FEATURES, H, B),
+        grid=(2 * D // FEATURES, Hkv, B),
         grid_names=("features", "head", "batch"),
         scratch_types=scratch,
         kernel_name="nha_states",
@@ -78,7 +78,7 @@ def state_pass(
     return States(*result, *(() if spec.state else (None, None)))
 
 
-def _kernel(*refs, spec: Spec, chunks: int, interpret: bool, **scratch):
+def _kernel(*refs, spec: CallSpec, chunks: int, interpret: bool, **scratch):
     if spec.state:
         key, value, to_end, total, *start, starts_key, starts_value, end_key, end_value = refs
         ends = end_key, end_value

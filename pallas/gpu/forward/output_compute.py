@@ -8,28 +8,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.gpu.forward.gates import FLOOR, LOG2E
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, Spec
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, CallSpec
 from pallas.gpu.warpgroup.addresses import store_zero
+from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.in_chunk import InChunk
 from pallas.gpu.warpgroup.launch import Refs
 from pallas.gpu.warpgroup.masks import by_row, in_window, iota
 from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.place import Place
 from pallas.gpu.warpgroup.row_sums import store_chosen, store_parts, store_zeros, sum_rows, write_of
 
-LOWEST = -1e30  # below every logit, and finite: a row that sees nothing has no NaN
 
+class ComputeWarpgroup(InChunk):
+    """Reads what `output_fetch.fetch` fetches; `shared` has the decays of some panels at a time.
 
-class Consumer(InChunk):
-    """Reads what `producer.produce` fetches; `shared` has the decays of some panels at a time.
-
-    A panel's stage stands for the panel in `InChunk`. The facts of the first block's tokens are the
-    first of `visible`; the stages' follow.
+    A panel's stage stands for the panel in `InChunk`. The segments of the first block's tokens are
+    the first of `token_segment`; the stages' follow.
     """
 
-    def __init__(self, refs: Refs, shared: Refs, place: Place, matmul: Matmul, spec: Spec, me):
-        super().__init__(shared, place, matmul, spec)
+    def __init__(
+        self, refs: Refs, shared: Refs, index: ChunkIndex, matmul: Matmul, spec: CallSpec, me
+    ):
+        super().__init__(shared, index, matmul, spec)
         self.refs, self.me = refs, me
         self.zero: int | jax.Array = 0
         self.warpgroups, _, self.D = shared["window_query"].shape
@@ -37,17 +38,17 @@ class Consumer(InChunk):
     def run(self) -> None:
         shared, spec = self.shared, self.spec
         if spec.masked:
-            plgpu.barrier_wait(shared["facts_loaded"])
+            plgpu.barrier_wait(shared["segments_loaded"])
         carry = self._slots() if spec.slots else self._empty_slots()
         plgpu.barrier_wait(shared["window_query_loaded"].at[self.me])
         _, slot_top, slot_mass = carry
-        out, top, mass = lax.fori_loop(0, self.place.blocks, self._block, carry)
+        out, top, mass = lax.fori_loop(0, self.index.blocks, self._block, carry)
         self._store(out, top, mass, slot_mass * jnp.exp2(slot_top - top))
 
     def _empty_slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Without slots to read: the empty ones have logit 0 and value 0."""
         empty = self.spec.empty_slots
-        return _zeros(self.D), _full(0.0 if empty else LOWEST), _full(float(empty))
+        return _zeros(self.D), _full(0.0 if empty else MASKED_LOGIT), _full(float(empty))
 
     # The slots
 
@@ -55,31 +56,33 @@ class Consumer(InChunk):
         width = self.shared["cumulative"].shape[2]
         return self.refs["log_decay"].shape[3] // width, width
 
-    def _falls(self, block: int, panel):
-        return self.shared["falls"].at[self.zero + block]
+    def _token_decays(self, block: int, panel):
+        return self.shared["token_decays"].at[self.zero + block]
 
-    def _build_falls(self, stage) -> None:
-        """G, its references and the falls of the panel in a stage."""
+    def _build_token_decays(self, stage) -> None:
+        """c, its references and the token_decays of the panel in a stage."""
         shared = self.shared
-        falls = shared["falls"]
-        nothing = self.place.first_row < self.spec.ahead  # no tokens enter yet
+        token_decays = shared["token_decays"]
+        nothing = self.index.first_row < self.spec.ahead  # no tokens enter yet
         pl.when(nothing)(lambda: store_zeros(shared["cumulative"].at[stage]))
         log_decay = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
         decay = jnp.maximum(log_decay, FLOOR) * LOG2E
-        parts = lambda i: falls.at[i]  # noqa: E731
-        store_parts(decay, parts)  # where the falls will be
+        parts = lambda i: token_decays.at[i]  # noqa: E731
+        store_parts(decay, parts)  # where the token_decays will be
         plgpu.commit_smem()
-        G = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
+        cumulative = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
         write = write_of(plgpu.load(shared["cumulative"].at[stage], layout=LOGITS))
-        shared["cumulative"].at[stage][...] = G  # where log_decay was
-        row, width = iota(G.shape[1], 0), G.shape[1]
+        shared["cumulative"].at[stage][...] = cumulative  # where log_decay was
+        row, width = iota(cumulative.shape[1], 0), cumulative.shape[1]
         slots = pl.ds(stage * width, width)
         for block in range(GATE_BLOCKS):
             middle = block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = jnp.where(row == middle, G, 0.0).sum(axis=0)  # a row can't be loaded alone
+            reference = jnp.where(row == middle, cumulative, 0.0).sum(
+                axis=0
+            )  # a row can't be loaded alone
             shared["references"].at[block, slots][...] = reference
         for block in range(GATE_BLOCKS):
-            falls.at[block][...] = self._fall(block, stage, G, write)
+            token_decays.at[block][...] = self._token_decay(block, stage, cumulative, write)
         plgpu.commit_smem()
 
     def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -104,7 +107,7 @@ class Consumer(InChunk):
         def _():
             store_chosen(iota(CHUNK, 1) <= iota(CHUNK, 0), shared["up_to_row"])
 
-        carry = _zeros(CHUNK), _full(LOWEST), _full(0.0)
+        carry = _zeros(CHUNK), _full(MASKED_LOGIT), _full(0.0)
         within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
         # Read, not made again: the compiler would keep the mask until here.
         entered = plgpu.load(shared["up_to_row"], layout=LOGITS) > 0
@@ -136,20 +139,20 @@ class Consumer(InChunk):
         return lax.rem(item, jnp.int32(self.shared["slots"].shape[0]))
 
     def _panel(self, panel, carry):
-        """The weights of one more panel; `within` is P of the first block, before its mask."""
+        """The weights of one more panel; `within`: the first block's, before its mask."""
         within, top, mass = carry
         shared, me, width = self.shared, self.me, self._panels()[1]
         self.zero = shared["zero"].at[me][0]
         stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + self.zero
         slot_stage = self._slot_stage(panel) + self.zero
         plgpu.barrier_wait(shared["decay_loaded"].at[stage])
-        build = functools.partial(self._build_falls, stage)
+        build = functools.partial(self._build_token_decays, stage)
         if self.warpgroups == 1:
             build()
         else:
-            _meet(shared["falls_read"])
+            _meet(shared["token_decays_read"])
             pl.when(me == 0)(build)
-            _meet(shared["falls_ready"])
+            _meet(shared["token_decays_ready"])
         plgpu.barrier_wait(shared["slots_loaded"].at[slot_stage])
         a = self._to_slots(
             stage,
@@ -164,8 +167,8 @@ class Consumer(InChunk):
         p = jnp.exp2(a - by_row(new_top, width))
         mass = mass * shrink + p.sum(axis=1)
         shared["p_start"].at[me, panel][...] = (p * self._from_start(stage)).astype(jnp.bfloat16)
-        p_rise = (p * self._rise(stage)).astype(jnp.bfloat16)
-        within = self._gather(stage, p_rise, within * by_row(shrink, CHUNK))
+        p_decayed = (p * self._row_decay(stage)).astype(jnp.bfloat16)
+        within = self._gather(stage, p_decayed, within * by_row(shrink, CHUNK))
         plgpu.commit_smem()  # of the sums, before log decays take their place
         plgpu.barrier_arrive(shared["decay_read"].at[stage])
         return within, new_top, mass
@@ -174,9 +177,9 @@ class Consumer(InChunk):
 
     def _in_window(self, block) -> jax.Array:
         """[C, C], whatever their segments."""
-        place = self.place
-        row = iota(CHUNK, 0) + place.first_row
-        token = iota(CHUNK, 1) + (place.first_token + block * CHUNK)  # on the timeline
+        index = self.index
+        row = iota(CHUNK, 0) + index.first_row
+        token = iota(CHUNK, 1) + (index.first_token + block * CHUNK)  # on the timeline
         return in_window(self.spec, row, token)
 
     def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
@@ -218,17 +221,17 @@ class Consumer(InChunk):
 
     def _store(self, out, top, mass, slot_mass) -> None:
         """The query's place in shared memory takes the output."""
-        shared, refs, place, me = self.shared, self.refs, self.place, self.me
+        shared, refs, index, me = self.shared, self.refs, self.index, self.me
         safe = jnp.where(mass > 0.0, mass, 1.0)  # padding has none
         buffer = shared["window_query"].at[me]
         buffer[...] = (out / by_row(safe, self.D)).astype(jnp.bfloat16)
-        shared["log_mass"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
+        shared["lse"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
         shared["slot_weight"].at[me][...] = slot_mass / safe
         plgpu.commit_smem()
-        head = place.heads + me
-        plgpu.copy_smem_to_gmem(buffer, refs["out"].at[place.batch, place.rows, head])
-        for name in ("log_mass", "slot_weight"):
-            target = refs[name].at[place.batch, head, place.rows]
+        head = index.heads + me
+        plgpu.copy_smem_to_gmem(buffer, refs["out"].at[index.batch, index.rows, head])
+        for name in ("lse", "slot_weight"):
+            target = refs[name].at[index.batch, head, index.rows]
             plgpu.copy_smem_to_gmem(shared[name].at[me], target)
         plgpu.wait_smem_to_gmem(0)
 
@@ -242,6 +245,6 @@ def _full(x: float) -> jax.Array:
 
 
 def _meet(barrier) -> None:
-    """All consumers wait for each other."""
+    """All compute warpgroups wait for each other."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas.gpu.spec import CHUNK, Spec
+from pallas.gpu.spec import CHUNK, CallSpec
 
 
-class Place:
+class ChunkIndex:
     """A chunk's rows of some query heads of one KV head.
 
     Attributes:
@@ -21,7 +21,7 @@ class Place:
       blocks: how many blocks of C tokens it reads.
     """
 
-    def __init__(self, spec: Spec, warpgroups: int):
+    def __init__(self, spec: CallSpec, warpgroups: int):
         self.batch, group, self.chunk = (lax.axis_index(x) for x in ("batch", "heads", "chunk"))
         self.heads = group * warpgroups
         self.kv_head = lax.div(self.heads, jnp.int32(spec.group))

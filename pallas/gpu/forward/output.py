@@ -1,11 +1,11 @@
 """Slots, window and one softmax: the output of a chunk's rows, given the slots at its start.
 
-With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the chunk's
+With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), c the chunk's
 cumulative decay, a and b the logits of slots and window:
 
-    a_r = exp(G_r) (q_r . SK0) + sum_{j <= r} (q_r . k_j) s_j exp(G_r - G_j)
-    o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
-    P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r, and the window's p beyond
+    a_r = exp(c_r) (q_r . SK0) + sum_{j <= r} (q_r . k_j) s_j exp(c_r - c_j)
+    o_r = (p_r exp(c_r)) SV0 + sum_i P_ri v_i
+    P_ri = sum_m p_rm s_im exp(c_rm - c_im) for i <= r, and the window's p beyond
 
 `in_chunk.py` says how the decays within the chunk are multiplied.
 
@@ -28,16 +28,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.forward.consumer import Consumer
-from pallas.gpu.forward.producer import produce
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, Spec, tile
+from pallas.gpu.forward.output_compute import ComputeWarpgroup
+from pallas.gpu.forward.output_fetch import fetch
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, CallSpec, Segments, tile
 from pallas.gpu.warpgroup.addresses import ZERO
+from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
 from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.place import Place
 from pallas.gpu.warpgroup.rotation import Rotation, halves_tile
 
-CONSUMER_REGISTERS, PRODUCER_REGISTERS = 232, 40  # of a thread, with two consumers;
+COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40  # of a thread, with two compute warpgroups;
 # ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
 SLOT_BYTES = 32 * 1024  # of slots in flight
 WIDE_HEAD = 192  # from here on, keys take turns in one place of shared memory, and with
@@ -45,18 +45,10 @@ MANY_SLOTS = 128  # or more of these, so do queries
 TURNS = {"keys": ("key", "window_key"), "queries": ("query", "window_query")}
 
 
-class Facts(NamedTuple):
-    """Who sees whom, by the numbers of segments (from 0), int32."""
-
-    query: jax.Array  # [B, N], of the row's segment; -2 for padding
-    visible: jax.Array  # [B, P], of the token row's; -1 where there is no token
-    reads: jax.Array | None  # [B, N], 0: no slots; 1: not those at the chunk's start; 2: all
-
-
 class Result(NamedTuple):
-    out: jax.Array  # [B, N, H * G, D] bfloat16
-    log_mass: jax.Array  # [B, H * G, N] float32, the log-sum-exp of a row's logits; base e
-    slot_weight: jax.Array  # [B, H * G, N] float32
+    out: jax.Array  # [B, Tq, Hq, D] bfloat16
+    lse: jax.Array  # [B, Hq, Tq] float32, the log-sum-exp of a row's logits; base e
+    slot_weight: jax.Array  # [B, Hq, Tq] float32
 
 
 def output_pass(
@@ -67,26 +59,27 @@ def output_pass(
     value: jax.Array,
     log_decay: jax.Array | None,
     starts: tuple[jax.Array, jax.Array] | None,
-    facts: Facts | None,
+    segments: Segments | None,
     rotation: Rotation | None,
     *,
-    spec: Spec,
+    spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> Result:
     """The kernel's call.
 
-    query, window_query: [B, N, H * G, D] bfloat16, of the slots' and of the window's logits; N is
-    a multiple of C. key, window_key, value: [B, P, H, D], the timeline without its first
-    spec.ahead rows; P reaches as far as whole blocks of C do. log_decay: [B, N, H, M] float32,
-    as for `fused_attention`. starts: [B, H, N / C, D, M], the slots' keys and values at the chunks'
-    starts. Without spec.slots query, key, log_decay and starts are None, without spec.masked facts
-    are. rotation: of window_query and window_key; None: they are rotated.
+    query, window_query: [B, Tq, Hq, D] bfloat16, of the slots' and of the window's logits; Tq is
+    a multiple of C. key, window_key, value: [B, Tk, Hkv, D], the timeline without its first
+    spec.ahead rows; Tk reaches as far as whole blocks of C do. log_decay: [B, Tq, Hkv, M]
+    float32, as for `fused_attention`. starts: [B, Hkv, Tq / C, D, M], the slots' keys and
+    values at the chunks' starts. Without spec.slots query, key, log_decay and starts are None,
+    without spec.masked segments are. rotation: of window_query and window_key; None: they are
+    rotated.
     interpret: as for `fused_attention`.
 
     Raises ValueError if block_sizes' warpgroups or stages of such heads don't fit.
     """
-    B, N, heads, D = window_query.shape
+    B, Tq, heads, D = window_query.shape
     warpgroups = block_sizes.warpgroups
     if warpgroups > 1 and D >= WIDE_HEAD:
         raise ValueError(
@@ -96,16 +89,14 @@ def output_pass(
     if query is not None and key is not None and log_decay is not None and starts is not None:
         inputs |= {"query": query, "key": key, "log_decay": log_decay}
         inputs |= {"start_key": starts[0], "start_value": starts[1]}
-    if facts is not None:
-        inputs |= {"query_run": facts.query, "visible": facts.visible}
-        if facts.reads is not None:
-            inputs["reads"] = facts.reads
+    if segments is not None:
+        inputs |= segments.arrays(slots="query" in inputs)
     if rotation is not None:
         inputs |= rotation._asdict()
     outputs = {
-        "out": jax.ShapeDtypeStruct((B, N, heads, D), jnp.bfloat16),
-        "log_mass": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
-        "slot_weight": jax.ShapeDtypeStruct((B, heads, N), jnp.float32),
+        "out": jax.ShapeDtypeStruct((B, Tq, heads, D), jnp.bfloat16),
+        "lse": jax.ShapeDtypeStruct((B, heads, Tq), jnp.float32),
+        "slot_weight": jax.ShapeDtypeStruct((B, heads, Tq), jnp.float32),
     }
     M = log_decay.shape[3] if log_decay is not None else 0
     result = launch(
@@ -113,7 +104,7 @@ def output_pass(
         inputs,
         outputs,
         _scratch(spec, block_sizes, D, M, rotates=rotation is not None, interpret=bool(interpret)),
-        grid={"chunk": N // CHUNK, "heads": heads // warpgroups, "batch": B},
+        grid={"chunk": Tq // CHUNK, "heads": heads // warpgroups, "batch": B},
         warpgroups=warpgroups + 1,
         name="nha_output",
         interpret=interpret,
@@ -122,7 +113,7 @@ def output_pass(
 
 
 def _scratch(
-    spec: Spec, block_sizes: BlockSizes, D: int, M: int, *, rotates: bool, interpret: bool
+    spec: CallSpec, block_sizes: BlockSizes, D: int, M: int, *, rotates: bool, interpret: bool
 ) -> Refs:
     """Shared memory and barriers."""
     warpgroups = block_sizes.warpgroups
@@ -144,14 +135,14 @@ def _scratch(
     return scratch
 
 
-def _window_scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int) -> Refs:
+def _window_scratch(spec: CallSpec, block_sizes: BlockSizes, D: int, M: int) -> Refs:
     """What there is with and without slots, M of them."""
     warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
     scratch = {
         "window_query": _tiled(warpgroups, CHUNK, D),
         "window_key": _tiled(stages, CHUNK, D),
         "value": _tiled(stages, CHUNK, D),
-        "log_mass": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
+        "lse": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
         "slot_weight": plgpu.SMEM((warpgroups, CHUNK), jnp.float32),
         "window_query_loaded": plgpu.Barrier(num_barriers=warpgroups),
         "window_key_loaded": plgpu.Barrier(num_arrivals=1 + spec.masked, num_barriers=stages),
@@ -160,11 +151,13 @@ def _window_scratch(spec: Spec, block_sizes: BlockSizes, D: int, M: int) -> Refs
         "value_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     }
     if spec.masked:
-        scratch["query_run"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["visible"] = plgpu.SMEM((1 + stages, CHUNK), jnp.int32)  # the slots' tokens first
-        scratch["facts_loaded"] = plgpu.Barrier(num_arrivals=3 if M else 1)
+        scratch["query_segment"] = plgpu.SMEM((CHUNK,), jnp.int32)
+        scratch["token_segment"] = plgpu.SMEM(
+            (1 + stages, CHUNK), jnp.int32
+        )  # the slots' tokens first
+        scratch["segments_loaded"] = plgpu.Barrier(num_arrivals=3 if M else 1)
         if M:
-            scratch["reads"] = plgpu.SMEM((CHUNK,), jnp.int32)
+            scratch["slot_access"] = plgpu.SMEM((CHUNK,), jnp.int32)
     return scratch
 
 
@@ -180,9 +173,9 @@ def _slot_scratch(warpgroups: int, D: int, M: int) -> Refs:
         "cumulative": _tiled(decay_stages, CHUNK, panel, dtype=jnp.float32),  # log decays at first
         "p_start": _tiled(warpgroups, panels, CHUNK, panel),
         "shrink": plgpu.SMEM((warpgroups, panels, CHUNK), jnp.float32),
-        "between": _tiled(warpgroups, CHUNK, CHUNK),  # scores, then P, of rows and tokens
+        "between": _tiled(warpgroups, CHUNK, CHUNK),  # scores, then weights, of rows and tokens
         "up_to_row": _tiled(CHUNK, CHUNK, columns=panel),
-        "falls": _tiled(GATE_BLOCKS, CHUNK, panel),
+        "token_decays": _tiled(GATE_BLOCKS, CHUNK, panel),
         "references": plgpu.SMEM((GATE_BLOCKS, decay_stages * panel), jnp.float32),
         "zero": plgpu.SMEM((warpgroups, *ZERO.shape), ZERO.dtype),
         "query_loaded": plgpu.Barrier(num_barriers=warpgroups),
@@ -191,8 +184,8 @@ def _slot_scratch(warpgroups: int, D: int, M: int) -> Refs:
         "slots_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=slot_stages),
         "decay_loaded": plgpu.Barrier(num_barriers=decay_stages),
         "decay_read": plgpu.Barrier(num_arrivals=warpgroups, num_barriers=decay_stages),
-        "falls_read": plgpu.Barrier(num_arrivals=warpgroups),
-        "falls_ready": plgpu.Barrier(num_arrivals=warpgroups),
+        "token_decays_read": plgpu.Barrier(num_arrivals=warpgroups),
+        "token_decays_ready": plgpu.Barrier(num_arrivals=warpgroups),
     }
 
 
@@ -201,24 +194,26 @@ def _tiled(*shape: int, dtype: Any = jnp.bfloat16, columns: int | None = None) -
     return plgpu.SMEM(shape, dtype, transforms=layout)
 
 
-def _kernel(refs: Refs, shared: Refs, *, spec: Spec, interpret: bool) -> None:
+def _kernel(refs: Refs, shared: Refs, *, spec: CallSpec, interpret: bool) -> None:
     for turns, names in TURNS.items():
         if turns in shared:
             shared |= dict(zip(names, shared[turns], strict=True))
     warpgroups = shared["window_query"].shape[0]
     me = lax.axis_index("wg")
-    place = Place(spec, warpgroups)
-    limited = warpgroups > 1  # one consumer and the producer have all the registers they can name
+    index = ChunkIndex(spec, warpgroups)
+    limited = (
+        warpgroups > 1
+    )  # one compute warpgroup and the fetch warpgroup have all the registers they can name
 
     @pl.when(me == warpgroups)
     def _():
         if limited:
-            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
-        produce(refs, shared, place)
+            plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
+        fetch(refs, shared, index)
 
     @pl.when(me < warpgroups)
     def _():
         if limited:
-            plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
-        Consumer(refs, shared, place, matmul, spec, me).run()
+        ComputeWarpgroup(refs, shared, index, matmul, spec, me).run()
