@@ -5,7 +5,7 @@ from collections.abc import Callable
 import jax
 
 from nha_jax.config import Remat
-from pallas.tpu import RESIDUAL_NAMES
+from pallas.constants import RESIDUAL_NAMES
 
 
 def remat_policy(remat: Remat) -> Callable[..., bool] | None:

@@ -15,17 +15,17 @@ from pallas.tpu.chunk_tokens import Tokens, emit, own_blocks, rotated_keys, writ
 from pallas.tpu.gates import turned_decays
 from pallas.tpu.grid import Grid
 from pallas.tpu.launch import Arrays, launch, like
-from pallas.tpu.spec import Spec
+from pallas.tpu.spec import CallSpec
 
 
-def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret: bool) -> Arrays:
+def backward(inputs: Arrays, spec: CallSpec, *, group: int, skew: int, interpret: bool) -> Arrays:
     """The kernel's call.
 
     inputs: those of `forward`, its lse and starts, and out_cotangent [B, T, H * G * V] of the
-    value's dtype; with spec.weight, weight_cotangent [B, H, G, T] float32, and with
-    spec.weight_of_slots that times 1 - slot_weight; with spec.state, end_cotangent
-    [B, H, M, K + V] float32; with spec.wide, delta [B, H, G, T] float32, the sum of
-    out * out_cotangent (and, but for spec.weight_of_slots, of slot_weight * weight_cotangent),
+    value's dtype; with spec.slot_weight, weight_cotangent [B, H, G, T] float32, and with
+    spec.pull_slots_only that times 1 - slot_weight; with spec.state, end_cotangent
+    [B, H, M, K + V] float32; with spec.wide_window, delta [B, H, G, T] float32, the sum of
+    out * out_cotangent (and, but for spec.pull_slots_only, of slot_weight * weight_cotangent),
     which the kernel sees only part of.
 
     Returns the cotangents of query, key, value, log_decay and, with spec.rotated, rotated_query
@@ -73,7 +73,7 @@ def backward(inputs: Arrays, spec: Spec, *, group: int, skew: int, interpret: bo
     )
 
 
-def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, skew: int):
+def _kernel(refs, before, outs, later, *, spec: CallSpec, steps: int, group: int, skew: int):
     step, head = steps - 1 - pl.program_id(2), pl.program_id(3)
     names = ["slots"] + ["key", "rotated_key", "value", "log_decay"] * bool(spec.halo)
 
@@ -96,7 +96,7 @@ def _kernel(refs, before, outs, later, *, spec: Spec, steps: int, group: int, sk
         outs["slots"][0, 0] = carry["slots"]
 
 
-def _halo(refs, before, step, spec: Spec) -> Arrays:
+def _halo(refs, before, step, spec: CallSpec) -> Arrays:
     """The tokens before the step's own; before the first token, keys and values of any kind."""
     if not spec.halo:
         return {}

@@ -30,9 +30,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
     LOG2E,
-    MASKED,
     apply_feature_map,
     by_head,
     feature_map_pullback,
@@ -51,7 +51,7 @@ from pallas.tpu.arithmetic import (
 )
 from pallas.tpu.chunk_tokens import (
     Tokens,
-    chunk_facts,
+    chunk_segments,
     rotated_queries,
     rows_of,
     stack_heads,
@@ -60,8 +60,8 @@ from pallas.tpu.chunk_tokens import (
 from pallas.tpu.gates import Gates, floor_of
 from pallas.tpu.launch import Arrays
 from pallas.tpu.masks import Masks
-from pallas.tpu.segments import where_written
-from pallas.tpu.spec import Spec
+from pallas.tpu.segments import where_entering
+from pallas.tpu.spec import CallSpec
 
 
 @dataclasses.dataclass
@@ -78,7 +78,7 @@ class Step:
     refs: Any
     outs: Any
     tokens: Tokens
-    spec: Spec
+    spec: CallSpec
     index: jax.Array  # of the step
     slots: jax.Array
     carry: Arrays
@@ -108,15 +108,18 @@ class Chunk:
             yield
 
     def _gate(self) -> None:
-        decay = self.step.tokens.cat("decay", self.n, self.spec.columns)
+        decay = self.step.tokens.cat("decay", self.n, self.spec.entering_tokens)
         self.gates = Gates(decay, self.spec, self.dtype)
 
     def _write_slots(self) -> None:
         C, tokens = self.spec.chunk, self.step.tokens
         self.to_end, keep = self.gates.to_end, jnp.exp2(self.gates.end)
-        self.facts = chunk_facts(self.step.refs, tokens, self.n, self.spec)
-        if self.facts is not None:
-            self.to_end, keep = self.facts.written(self.to_end), self.facts.kept(keep)
+        self.segments = chunk_segments(self.step.refs, tokens, self.n, self.spec)
+        if self.segments is not None:
+            self.to_end, keep = (
+                self.segments.where_token_reaches_end(self.to_end),
+                self.segments.where_start_reaches_end(keep),
+            )
         self.written = (self.gates.write[:C] * self.to_end).astype(self.dtype)
         self.keep = to_column(keep)
         entered = jnp.concatenate([tokens.cat(name, self.n, C) for name in ("key", "value")], 1)
@@ -131,9 +134,9 @@ class Chunk:
 
     def _start(self) -> None:
         n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
-        self.entering = tokens.cat("key", n, spec.columns)
-        self.value = tokens.cat("value", n, spec.width)
-        self.rotated_key = tokens.cat("rotated_key", n, spec.width)
+        self.entering = tokens.cat("key", n, spec.entering_tokens)
+        self.value = tokens.cat("value", n, spec.chunk_tokens)
+        self.rotated_key = tokens.cat("rotated_key", n, spec.chunk_tokens)
         self.raw_query = stack_heads(refs["query"], self.rows, spec.group)
         self.d_out = stack_heads(refs["out_cotangent"], self.rows, spec.group)
         self.rotated_query = rotated_queries(refs, self.rows, spec)
@@ -144,14 +147,14 @@ class Chunk:
 
     def _slot_logits(self) -> None:
         spec, gates, G = self.spec, self.gates, self.spec.group
-        self.masks = Masks(spec, self.facts, self.n, self.step.index)
+        self.masks = Masks(spec, self.segments, self.n, self.step.index)
         self.carried = jnp.exp2(gates.rows)
-        if self.facts is not None:
-            self.carried = self.facts.carried(self.carried)
+        if self.segments is not None:
+            self.carried = self.segments.where_row_sees_start(self.carried)
         size = range(len(gates.blocks))
         self.weights, self.rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
         masked = [
-            jnp.where(self.masks.causal, x[..., : spec.columns], 0.0)
+            jnp.where(self.masks.entering, x[..., : spec.entering_tokens], 0.0)
             for x in (self.scores, self.products)
         ]
         self.stacked = [
@@ -179,15 +182,15 @@ class Chunk:
         spec, da, products = self.spec, self.da, self.products
         logits = self.masks.slot_logits(self.a * (spec.scale * LOG2E))
         pa = jnp.exp2(logits - self.lse)
-        d_weight = self._row_column("weight_cotangent") if spec.weight else 0.0
+        d_weight = self._row_column("weight_cotangent") if spec.slot_weight else 0.0
         if spec.has_window:
-            b = jnp.where(self.masks.window, scaled(self.b, spec.window_scale), MASKED)
+            b = jnp.where(self.masks.window, scaled(self.b, spec.window_scale), MASKED_LOGIT)
             self.pb = jnp.exp2(b - self.lse)
-        if spec.wide:
+        if spec.wide_window:
             delta = self._row_column("delta")
         else:
             share = self.pb * products if spec.has_window else None
-            pulled = da if spec.weight_of_slots else da + d_weight
+            pulled = da if spec.pull_slots_only else da + d_weight
             delta = jnp.sum(overlay(jnp.add, pa * pulled, share, 0.0), -1, keepdims=True)
         ds = pa * ((da + (d_weight - delta)) * spec.scale)
         if spec.has_window:
@@ -204,9 +207,11 @@ class Chunk:
         spec, G, half, dtype = self.spec, self.spec.group, self.half, self.dtype
         self.into_rows = self._into_rows()
         gathered = [matmul_nt(x, w) for x, w in zip(self.pairs, self.weights, strict=True)]
-        d_scores = join([widen(by_head(x[:half], G), spec.columns) for x in gathered], 1)  # L
-        self.d_scores = flat(jnp.where(self.masks.causal, d_scores, 0.0)).astype(dtype)
-        p = join([widen(by_head(x[half:], G), spec.width) for x in gathered], 1)  # A, then P
+        d_scores = join(
+            [widen(by_head(x[:half], G), spec.entering_tokens) for x in gathered], 1
+        )  # L
+        self.d_scores = flat(jnp.where(self.masks.entering, d_scores, 0.0)).astype(dtype)
+        p = join([widen(by_head(x[half:], G), spec.chunk_tokens) for x in gathered], 1)  # A, then P
         p = jnp.where(self.masks.slots, p, self.pb if spec.has_window else 0.0)
         self.p = flat(p).astype(dtype)
         self.per_block = [matmul_tn(x, y) for x, y in zip(self.stacked, self.pairs, strict=True)]
@@ -267,7 +272,7 @@ class Chunk:
         d_decay = reverse_cumulative_sum(_at_tokens(self.into_rows, spec) - rounded)
         d_decay -= (1.0 - gates.write) * d_write
         d_decay = _add_to_first(d_decay, self.into_end, spec.chunk)
-        decay = self.step.tokens.cat("decay", self.n, spec.columns)
+        decay = self.step.tokens.cat("decay", self.n, spec.entering_tokens)
         return jnp.where(decay > floor_of(self.dtype), d_decay, 0.0)
 
     def _store_tokens(self) -> None:
@@ -285,8 +290,8 @@ class Chunk:
                 unstack_heads(outs["rotated_query"], rows, d_rotated_query)
                 outs["rotated_key"][0, rows] = d_rotated_key.astype(self.dtype)
             elif spec.rope:
-                d_query += rotate_back(d_rotated_query, refs["table"][0, rows])
-                d_key += rotate_back(d_rotated_key, refs[spec.tables[-1]][0, rows])
+                d_query += rotate_back(d_rotated_query, refs["rope_table"][0, rows])
+                d_key += rotate_back(d_rotated_key, refs[spec.rope_tables[-1]][0, rows])
             else:
                 d_query += d_rotated_query
                 d_key += d_rotated_key
@@ -299,13 +304,13 @@ class Chunk:
         """A tile of 128 lanes at a time, once all its chunks are known."""
         spec, refs, decays = self.spec, self.step.refs, self.step.decays
         decays.insert(0, _overlap_add(d_decay, self.step.carry, "log_decay", spec))
-        lanes, first = min(128, spec.rows), self.rows.start
+        lanes, first = min(128, spec.step_rows), self.rows.start
         if first % lanes:
             return
         tile = slice(first, first + lanes)
         turned = join(decays[: lanes // spec.chunk], 0).T
         if spec.segments:
-            turned = where_written(turned, refs["facts"][0, :, tile])
+            turned = where_entering(turned, refs["row_segments"][0, :, tile])
         self.step.outs["log_decay"][0, 0, :, tile] = turned
 
     def _row_column(self, name: str) -> jax.Array:
@@ -322,11 +327,11 @@ def _add_to_first(x: jax.Array, y: jax.Array, rows: int | None = None) -> jax.Ar
 
 
 def _sum_blocks(
-    per_block: list[jax.Array], factors: list[jax.Array], gates: Gates, spec: Spec
+    per_block: list[jax.Array], factors: list[jax.Array], gates: Gates, spec: CallSpec
 ) -> jax.Array:
     """[columns, M]: the blocks' products, each up to its last column, summed."""
     size, parts = gates.blocks[0].stop, []
-    for first in range(0, spec.columns, size):
+    for first in range(0, spec.entering_tokens, size):
         rows = slice(first, first + size)
         terms = [
             x[rows] * factor[rows]
@@ -337,15 +342,17 @@ def _sum_blocks(
     return join(parts, 0)
 
 
-def _at_tokens(x: jax.Array, spec: Spec) -> jax.Array:
+def _at_tokens(x: jax.Array, spec: CallSpec) -> jax.Array:
     """Row r of [C, M] to the last token that it finds in the slots, row r + d of [columns, M]."""
-    if not spec.shift:
+    if not spec.halo_padding:
         return x
-    padded = jnp.concatenate([x, jnp.zeros((spec.columns - spec.chunk, x.shape[1]), x.dtype)], 0)
-    return pltpu.roll(padded, spec.shift, 0)
+    padded = jnp.concatenate(
+        [x, jnp.zeros((spec.entering_tokens - spec.chunk, x.shape[1]), x.dtype)], 0
+    )
+    return pltpu.roll(padded, spec.halo_padding, 0)
 
 
-def _overlap_add(x: jax.Array, carry: Arrays, name: str, spec: Spec) -> jax.Array:
+def _overlap_add(x: jax.Array, carry: Arrays, name: str, spec: CallSpec) -> jax.Array:
     """The chunk's own [C, D] of the gradients x of cat's first rows, with the later chunks' share.
 
     carry[name], [halo, D], is what the later chunks have added to the rows of cat from the C-th on;

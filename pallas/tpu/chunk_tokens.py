@@ -7,8 +7,8 @@ import jax
 
 from pallas.tpu.arithmetic import apply_feature_map, by_head, flat, join, rotate
 from pallas.tpu.gates import turned_decays
-from pallas.tpu.segments import Facts, turned_facts, where_written
-from pallas.tpu.spec import Spec
+from pallas.tpu.segments import Segments, row_columns, where_entering
+from pallas.tpu.spec import CallSpec
 
 Block = Callable[[int], jax.Array]
 
@@ -16,7 +16,7 @@ Block = Callable[[int], jax.Array]
 class Tokens:
     """A step's tokens behind the halo's: of each array, the halo's rows and the chunks' blocks."""
 
-    def __init__(self, spec: Spec, own: dict[str, Block], halo: dict[str, jax.Array]):
+    def __init__(self, spec: CallSpec, own: dict[str, Block], halo: dict[str, jax.Array]):
         """own: what computes a chunk's [C, D] of each array; halo: [halo, D] of each, or empty.
 
         A chunk's is computed where it is first asked for.
@@ -45,9 +45,9 @@ class Tokens:
         return join(parts, 0)
 
 
-def column_blocks(turned: Callable[[slice], jax.Array], spec: Spec) -> Block:
+def column_blocks(turned: Callable[[slice], jax.Array], spec: CallSpec) -> Block:
     """A chunk's rows of what `turned` gives for the tile of 128 lanes that they were."""
-    lanes = min(128, spec.rows)
+    lanes = min(128, spec.step_rows)
     tile = functools.cache(lambda i: turned(slice(i * lanes, (i + 1) * lanes)))
 
     def block(n):
@@ -57,7 +57,7 @@ def column_blocks(turned: Callable[[slice], jax.Array], spec: Spec) -> Block:
     return block
 
 
-def own_blocks(refs, spec: Spec) -> dict[str, Block]:
+def own_blocks(refs, spec: CallSpec) -> dict[str, Block]:
     """Of the step's own tokens: rotated_key, key (feature-mapped), value, decay, and the facts."""
     dtype = refs["key"].dtype
 
@@ -72,8 +72,8 @@ def own_blocks(refs, spec: Spec) -> dict[str, Block]:
     }
     if not spec.segments:
         return blocks
-    names = _fact_names(spec)
-    tiles = column_blocks(lambda lanes: turned_facts(refs["facts"][0, :, lanes], names), spec)
+    names = _segment_names(spec)
+    tiles = column_blocks(lambda lanes: row_columns(refs["row_segments"][0, :, lanes], names), spec)
 
     def fact(i):
         return lambda n: tiles(n)[:, i * 128 : (i + 1) * 128]
@@ -81,44 +81,46 @@ def own_blocks(refs, spec: Spec) -> dict[str, Block]:
     return blocks | {name: fact(i) for i, name in enumerate(names)}
 
 
-def _fact_names(spec: Spec) -> list[str]:
-    return ["run", "entering"] + ["enters"] * spec.mask_empty
+def _segment_names(spec: CallSpec) -> list[str]:
+    return ["row_segment", "slot_segment"] + ["slots_filled"] * spec.mask_empty
 
 
-def chunk_facts(refs, tokens: Tokens, n: int, spec: Spec) -> Facts | None:
+def chunk_segments(refs, tokens: Tokens, n: int, spec: CallSpec) -> Segments | None:
     if not spec.segments:
         return None
-    of_rows = {name: tokens.block(name, n) for name in _fact_names(spec)}
-    return Facts(of_rows, refs["visible"][0, n : n + 1], spec)
+    of_rows = {name: tokens.block(name, n) for name in _segment_names(spec)}
+    return Segments(of_rows, refs["chunk_segments"][0, n : n + 1], spec)
 
 
-def rows_of(n: int, spec: Spec) -> slice:
+def rows_of(n: int, spec: CallSpec) -> slice:
     """Chunk n's rows of the step."""
     return slice(n * spec.chunk, (n + 1) * spec.chunk)
 
 
-def written_decays(refs, lanes: slice, spec: Spec) -> jax.Array:
+def written_decays(refs, lanes: slice, spec: CallSpec) -> jax.Array:
     """log_decay [M, lanes], 0 of tokens that do not enter the slots."""
     log_decay = refs["log_decay"][0, 0, :, lanes]
-    return where_written(log_decay, refs["facts"][0, :, lanes]) if spec.segments else log_decay
+    return (
+        where_entering(log_decay, refs["row_segments"][0, :, lanes]) if spec.segments else log_decay
+    )
 
 
-def rotated_keys(refs, rows: slice, spec: Spec) -> jax.Array:
+def rotated_keys(refs, rows: slice, spec: CallSpec) -> jax.Array:
     """[rows, K], what the window's logits read."""
     if spec.rotated:
         return refs["rotated_key"][0, rows]
     key = refs["key"][0, rows]
-    return rotate(key, refs[spec.tables[-1]][0, rows]).astype(key.dtype) if spec.rope else key
+    return rotate(key, refs[spec.rope_tables[-1]][0, rows]).astype(key.dtype) if spec.rope else key
 
 
-def rotated_queries(refs, rows: slice, spec: Spec) -> jax.Array:
+def rotated_queries(refs, rows: slice, spec: CallSpec) -> jax.Array:
     """[G * C, K], what the window's logits read."""
     if spec.rotated:
         return stack_heads(refs["rotated_query"], rows, spec.group)
     query = stack_heads(refs["query"], rows, spec.group)
     if not spec.rope:
         return query
-    return flat(rotate(by_head(query, spec.group), refs["table"][0, rows])).astype(query.dtype)
+    return flat(rotate(by_head(query, spec.group), refs["rope_table"][0, rows])).astype(query.dtype)
 
 
 def stack_heads(ref, rows: slice, group: int) -> jax.Array:

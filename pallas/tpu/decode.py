@@ -17,11 +17,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.decode_types import DecodeState, DecodeToken
 from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
 
 LANES = 128
-HIDDEN = -1e30
 BLOCK_BYTES = 2**20  # of a ring's block
 
 
@@ -186,7 +186,7 @@ def _kernel(
             logits, values = _read_slots(token, after, scale)
             if mask_empty:
                 filled = length + active.astype(jnp.int32) > entries
-                logits = jnp.where(filled, logits, HIDDEN)
+                logits = jnp.where(filled, logits, MASKED_LOGIT)
             softmax.add(logits, values)
         elif not mask_empty:
             softmax.add_zeros(num_slots)
@@ -200,7 +200,7 @@ def _kernel(
     logits = _mask(logits, lambda column: lax.rem(column, H), H)
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     position = block * rows + lax.div(column, H)
-    logits = jnp.where((position < length) & (position != entry), logits, HIDDEN)
+    logits = jnp.where((position < length) & (position != entry), logits, MASKED_LOGIT)
     softmax.add(logits, state.value[0].reshape(rows * H, -1))
 
     @pl.when(step == pl.num_programs(1) - 1)
@@ -270,7 +270,7 @@ def _mask(logits: jax.Array, head_of, heads: int) -> jax.Array:
     group = logits.shape[0] // heads
     query = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    return jnp.where(lax.div(query, group) == head_of(column), logits, HIDDEN)
+    return jnp.where(lax.div(query, group) == head_of(column), logits, MASKED_LOGIT)
 
 
 class _Softmax:

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
     LOG2E,
-    MASKED,
     apply_feature_map,
     by_head,
     flat,
@@ -36,7 +36,7 @@ from pallas.tpu.arithmetic import (
 )
 from pallas.tpu.chunk_tokens import (
     Tokens,
-    chunk_facts,
+    chunk_segments,
     emit,
     own_blocks,
     rotated_queries,
@@ -48,22 +48,23 @@ from pallas.tpu.gates import Gates
 from pallas.tpu.grid import Grid
 from pallas.tpu.launch import Arrays, Output, launch
 from pallas.tpu.masks import Masks
-from pallas.tpu.spec import Spec
+from pallas.tpu.spec import CallSpec
 
 
 def forward(
-    inputs: Arrays, spec: Spec, *, group: int, skew: int, save: bool, interpret: bool
+    inputs: Arrays, spec: CallSpec, *, group: int, skew: int, save: bool, interpret: bool
 ) -> Arrays:
     """The kernel's call.
 
     inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
-    float32; with spec.rope, table [1 or B, T, 2 K] float32 (`expand_table` of the rotation times
-    the root of scale * log2(e)), and, if spec.wide, entering_table, the keys'; with spec.rotated,
-    rotated_query and rotated_key; with spec.segments, facts [B, 8, T] float32 (`pack_facts`) and
-    visible [B, T / C, 256 + width] float32 (`pack_visible`); with spec.state, slots
-    [B, H, M, K + V] float32. T is a multiple of C * N, K and V of 128.
+    float32; with spec.rope, rope_table [1 or B, T, 2 K] float32 (`expand_table` of the rotation
+    times the root of scale * log2(e)), and, if spec.wide_window, token_rope_table, the keys'; with
+    spec.rotated, rotated_query and rotated_key; with spec.segments, row_segments [B, 8, T] float32
+    (`pack_row_segments`) and chunk_segments [B, T / C, 256 + chunk_tokens] float32
+    (`pack_chunk_segments`); with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
+    spec.step_rows, K and V of 128.
 
-    Returns out [B, T, H * G * V] and lse [B, H, G, T] float32 (base 2); with spec.weight,
+    Returns out [B, T, H * G * V] and lse [B, H, G, T] float32 (base 2); with spec.slot_weight,
     slot_weight [B, H, G, T]; with spec.state, end [B, H, M, K + V]; with `save`, starts
     [B, H, T/(C N), M, K + V], the slots at the start of every grid step.
     """
@@ -74,7 +75,7 @@ def forward(
         "out": Output((B, T, H * spec.group * V), dtype, grid.tokens(spec.group * V)),
         "lse": Output((B, H, spec.group, T), wide, grid.lanes(spec.group)),
     }
-    if spec.weight:
+    if spec.slot_weight:
         outputs["slot_weight"] = outputs["lse"]
     if spec.state:
         outputs["end"] = Output((B, H, M, K + V), wide, grid.slots())
@@ -101,7 +102,7 @@ def forward(
     )
 
 
-def _kernel(refs, outs, past, *, spec: Spec, group: int, skew: int):
+def _kernel(refs, outs, past, *, spec: CallSpec, group: int, skew: int):
     step, head = pl.program_id(2), pl.program_id(3)
     halos = ["key", "rotated_key", "value", "decay"] if spec.halo else []
 
@@ -132,7 +133,7 @@ class _Step:
     refs: Any
     outs: Any
     tokens: Tokens
-    spec: Spec
+    spec: CallSpec
     index: jax.Array  # of the step
     slots: jax.Array  # [M, K + V], at the start of the next chunk
 
@@ -153,30 +154,33 @@ class _Chunk:
 
     def _start(self) -> None:
         n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
-        self.entering = tokens.cat("key", n, spec.columns)
-        self.value = tokens.cat("value", n, spec.width)
+        self.entering = tokens.cat("key", n, spec.entering_tokens)
+        self.value = tokens.cat("value", n, spec.chunk_tokens)
         self.dtype = self.value.dtype
         self.rotated_query = rotated_queries(refs, self.rows, spec)
         query = stack_heads(refs["query"], self.rows, spec.group)
         self.query = apply_feature_map(query, spec.feature_map)
-        self.facts = chunk_facts(refs, tokens, n, spec)
-        self.masks = Masks(spec, self.facts, n, self.step.index)
+        self.segments = chunk_segments(refs, tokens, n, spec)
+        self.masks = Masks(spec, self.segments, n, self.step.index)
         self.scores = by_head(matmul_nt(self.query, self.entering), spec.group)  # [G, C, columns]
-        self.gates = Gates(tokens.cat("decay", n, spec.columns), spec, self.dtype)
+        self.gates = Gates(tokens.cat("decay", n, spec.entering_tokens), spec, self.dtype)
 
     def _write_slots(self) -> None:
-        C, gates, facts, dtype = self.spec.chunk, self.gates, self.facts, self.dtype
+        C, gates, segments, dtype = self.spec.chunk, self.gates, self.segments, self.dtype
         to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
         self.carried = jnp.exp2(gates.rows)
-        if facts is not None:
-            to_end, keep = facts.written(to_end), facts.kept(keep)
-            self.carried = facts.carried(self.carried)
+        if segments is not None:
+            to_end, keep = (
+                segments.where_token_reaches_end(to_end),
+                segments.where_start_reaches_end(keep),
+            )
+            self.carried = segments.where_row_sees_start(self.carried)
         keep = to_column(keep)
         entered = jnp.concatenate([self.entering[:C], self.value[:C]], 1)
         added = matmul_tn(to_end.astype(dtype), entered)
         self.b = None
         if self.spec.has_window:
-            rotated_key = self.step.tokens.cat("rotated_key", self.n, self.spec.width)
+            rotated_key = self.step.tokens.cat("rotated_key", self.n, self.spec.chunk_tokens)
             self.b = by_head(matmul_nt(self.rotated_query, rotated_key), self.spec.group)
         K = self.entering.shape[1]
         self.start_key, self.start_value = (
@@ -186,7 +190,7 @@ class _Chunk:
 
     def _slot_logits(self) -> None:
         G, gates = self.spec.group, self.gates
-        masked = jnp.where(self.masks.causal, self.scores, 0.0)
+        masked = jnp.where(self.masks.entering, self.scores, 0.0)
         self.weights = [gates.weight(i) for i in range(len(gates.blocks))]
         self.rises = [gates.rise(i) for i in range(len(gates.blocks))]
         a = by_head(matmul_nt(self.query, self.start_key), G) * self.carried
@@ -201,20 +205,20 @@ class _Chunk:
     def _softmax(self) -> None:
         a, b = self.masks.slot_logits(self.a), self.b
         if b is not None:
-            b = jnp.where(self.masks.window, scaled(b, self.spec.window_scale), MASKED)
-        logits = overlay(jnp.maximum, a, b, MASKED)
-        if self.facts is not None:  # then all p are 0, here and in the backward
-            logits = overlay(jnp.maximum, logits, self.facts.top[None], MASKED)
+            b = jnp.where(self.masks.window, scaled(b, self.spec.window_scale), MASKED_LOGIT)
+        logits = overlay(jnp.maximum, a, b, MASKED_LOGIT)
+        if self.segments is not None:  # then all p are 0, here and in the backward
+            logits = overlay(jnp.maximum, logits, self.segments.least_max[None], MASKED_LOGIT)
         self.top = jnp.max(logits, -1, keepdims=True)
         self.pa = jnp.exp2(a - self.top)
         self.pb = None if b is None else jnp.exp2(b - self.top)
         self.mass = jnp.sum(overlay(jnp.add, self.pa, self.pb, 0.0), -1, keepdims=True)
-        if self.facts is not None:
+        if self.segments is not None:
             self.mass = jnp.maximum(self.mass, 0.5)  # padding has none
         self.inverse = pltpu.reciprocal(self.mass, approx=self.dtype != jnp.float32)
 
     def _probabilities(self) -> None:
-        G, width, dtype = self.spec.group, self.spec.width, self.dtype
+        G, width, dtype = self.spec.group, self.spec.chunk_tokens, self.dtype
         self.out = matmul(flat(self.pa * self.carried).astype(dtype), self.start_value)
         within = [
             matmul_nt(flat(self.pa[:, block] * rise).astype(dtype), weight)
@@ -228,6 +232,6 @@ class _Chunk:
         out = self.out + matmul(flat(self.p).astype(self.dtype), self.value)
         unstack_heads(outs["out"], rows, by_head(out, self.spec.group) * self.inverse)
         outs["lse"][0, 0, :, rows] = to_row(self.top + jnp.log2(self.mass))
-        if self.spec.weight:
+        if self.spec.slot_weight:
             weight = jnp.sum(self.pa, -1, keepdims=True) * self.inverse
             outs["slot_weight"][0, 0, :, rows] = to_row(weight)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas.tpu.arithmetic import LOG2E, cumulative_sum
-from pallas.tpu.spec import Spec
+from pallas.tpu.spec import CallSpec
 
 MAX_EXPONENT = 100.0  # of 2, in factors that a mask removes
 
@@ -18,18 +18,20 @@ class Gates:
     exp(G_r - G_j) = rise[block][r] * fall[block][j], with j up to the block's last column.
     """
 
-    def __init__(self, decay: jax.Array, spec: Spec, dtype: jnp.dtype):
+    def __init__(self, decay: jax.Array, spec: CallSpec, dtype: jnp.dtype):
         """decay: [columns, M] float32, floored (`floor_of`)."""
         C, block = spec.chunk, block_rows(dtype)
         total = cumulative_sum(decay)  # G
         self.dtype = dtype
         self.total = total
-        self.rows = total[spec.shift : spec.shift + C]  # at the rows: of the tokens up to r + d
+        self.rows = total[
+            spec.halo_padding : spec.halo_padding + C
+        ]  # at the rows: of the tokens up to r + d
         self.write = 1.0 - jnp.exp2(decay)  # s
         self.end = total[C - 1 : C]
         self.to_end = jnp.exp2(self.end - total[:C])
         self.blocks = [slice(r, r + block) for r in range(0, C, block)]
-        extra = spec.columns - C
+        extra = spec.entering_tokens - C
         self.extents = [slice(0, b.stop + extra) for b in self.blocks]
         self.middles = [self.rows[b.start + block // 2 - 1 :][:1] for b in self.blocks]
         self.clamp = extra > 0

@@ -7,7 +7,7 @@ from typing import Self
 import jax
 from jax.experimental import pallas as pl
 
-from pallas.tpu.spec import Spec
+from pallas.tpu.spec import CallSpec
 
 CARRY_BYTES = 4 << 20  # of VMEM, for what a step leaves to the next
 
@@ -26,11 +26,11 @@ class Grid:
     K: int
     V: int
     M: int
-    spec: Spec
+    spec: CallSpec
     reverse: bool = False
 
     @classmethod
-    def of(cls, inputs: dict[str, jax.Array], spec: Spec, *, reverse: bool = False) -> Self:
+    def of(cls, inputs: dict[str, jax.Array], spec: CallSpec, *, reverse: bool = False) -> Self:
         B, H, M, T = inputs["log_decay"].shape
         K, V = (inputs[name].shape[2] // H for name in ("key", "value"))
         return cls(B, H, T, K, V, M, spec, reverse)
@@ -50,7 +50,7 @@ class Grid:
 
     @property
     def steps(self) -> int:
-        return self.T // self.spec.rows
+        return self.T // self.spec.step_rows
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -65,16 +65,16 @@ class Grid:
 
     def tokens(self, size: int) -> pl.BlockSpec:
         """[B, T, H * size]."""
-        return self._block((1, self.spec.rows, size), lambda b, h, t: (b, t, h))
+        return self._block((1, self.spec.step_rows, size), lambda b, h, t: (b, t, h))
 
     def lanes(self, size: int) -> pl.BlockSpec:
         """[B, H, size, T]."""
-        return self._block((1, 1, size, self.spec.rows), lambda b, h, t: (b, h, 0, t))
+        return self._block((1, 1, size, self.spec.step_rows), lambda b, h, t: (b, h, 0, t))
 
     def table(self, batch: int) -> pl.BlockSpec:
         """[1 or B, T, 2 K]."""
         return self._block(
-            (1, self.spec.rows, 2 * self.K), lambda b, h, t: (b if batch > 1 else 0, t, 0)
+            (1, self.spec.step_rows, 2 * self.K), lambda b, h, t: (b if batch > 1 else 0, t, 0)
         )
 
     def chunks(self, size: int) -> pl.BlockSpec:
@@ -99,11 +99,13 @@ class Grid:
         }
         if self.spec.rotated:
             specs |= {"rotated_query": specs["query"], "rotated_key": specs["key"]}
-        for name in self.spec.tables:
+        for name in self.spec.rope_tables:
             specs[name] = self.table(inputs[name].shape[0])
         if self.spec.segments:
-            specs["facts"] = self._block((1, 8, self.spec.rows), lambda b, h, t: (b, 0, t))
-            specs["visible"] = self.chunks(256 + self.spec.width)
+            specs["row_segments"] = self._block(
+                (1, 8, self.spec.step_rows), lambda b, h, t: (b, 0, t)
+            )
+            specs["chunk_segments"] = self.chunks(256 + self.spec.chunk_tokens)
         if self.spec.state:
             specs["slots"] = self.slots()
         return specs
@@ -113,7 +115,7 @@ class Grid:
         rows, lanes = self.halo_rows, max(self.halo_rows, 128)
 
         def before(t, size):
-            per_step = self.spec.rows // size
+            per_step = self.spec.step_rows // size
             return jax.numpy.maximum(t * per_step - 1, 0)
 
         def token_block(size):
@@ -129,10 +131,12 @@ class Grid:
         if self.spec.rotated:
             specs["rotated_key"] = specs["key"]
         if self.spec.segments:
-            specs["facts"] = self._block((1, 8, lanes), lambda b, h, t: (b, 0, before(t, lanes)))
+            specs["row_segments"] = self._block(
+                (1, 8, lanes), lambda b, h, t: (b, 0, before(t, lanes))
+            )
         if self.spec.rope:
-            shared = inputs["table"].shape[0] == 1
-            specs["table"] = self._block(
+            shared = inputs["rope_table"].shape[0] == 1
+            specs["rope_table"] = self._block(
                 (1, rows, 2 * self.K), lambda b, h, t: (0 if shared else b, before(t, rows), 0)
             )
         return specs

@@ -1,46 +1,76 @@
-"""The static facts of a call, and the symbols of the fused kernels.
+"""What is static about a call of the fused kernels, and the glossary of their symbols.
 
-For one KV head: C rows to a chunk, N chunks to a grid step, G query heads to a KV head, M slots, W
-window. `cat` is what a chunk reads: the `halo` rows before it (W rounded up to 16) and its own C.
-Row r finds the tokens that entered the slots at cat[i], i <= r + d, and its window at
-r + d < i <= r + reach, with d = halo - W: complementary, so that one product serves both. The first
-`columns` rows of cat, C or C + 16, hold all that enter the slots within the chunk.
+A kernel works for one batch row and one key/value head at a time, and for the G query heads that
+this head serves. A *row* is a position of the call: it has a query, which is answered, and a token,
+whose key and value later rows read. Rows are taken in grid steps of `chunks` chunks of C rows.
 
-Logits and decays are in units of log 2, the hardware's exponential.
+    B, T          batch rows; rows of the call, padded to whole grid steps
+    Hq, Hkv, G    query heads, key/value heads, G = Hq / Hkv
+    K, V          key dim, value dim, multiples of 128
+    M, W          slots, a multiple of 16; window size
+    C             rows of a chunk
+    g, s          log decay of a token and slot; s = 1 - exp(g), how much of the token is written
+    c             inclusive cumulative sum of g over the chunk's tokens (`cumulative`)
+    c_ref         c at the middle row of a gate block of rows (`reference`)
+    SK0, SV0      slot keys and values at the chunk's start, before its first token enters
+    a, b          logits of the slots, of the window
+    p, lse        softmax weights, the log-sum-exp of a row's logits
+    omega         the slot weight, the sum of p over the slots
+    d_x, delta    the gradient of x; the sum of p dp over a row's logits
+
+**The chunk's tokens** are those that its rows read: the `halo` tokens before the chunk (W rounded
+up to 16) and the C of its own rows. Counting them from 0, the chunk's row r finds
+
+    in its slots     token i with i <= r + halo_padding, and what the slots held at the start
+    in its window    token i with r + halo_padding < i <= r + halo
+
+where halo_padding = halo - W: together all tokens up to the row's own, so that one product of the
+queries with the chunk's tokens serves both. The first C of the chunk's tokens are in the slots at
+the chunk's end. The rows see up to halo_padding more: `entering_tokens`, C or C + 16, counts all
+that may be in the slots of some row.
+
+**A wide window** reaches back further than a grid step may hold. The fused kernels then read the
+tokens shifted: the chunk's tokens are the C that enter the slots at its rows, without a halo. Row r
+finds token i in its slots for i <= r and in its window for i > r. The remainder of the
+window, which ends with the row's own token, is `wide_window.py`'s.
+
+Logits, decays and the log-sum-exp are in units of log 2, because exp2 is the hardware's
+exponential. Arrays of the [.., G, rows] kind keep rows in lanes.
 """
 
 import dataclasses
 
 from pallas.tpu.arithmetic import LOG2E
 
+LANES = 128  # columns of a register
 ROW_TILE = 16  # rows of a bfloat16 register
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
-    """The static facts of a call of the fused kernels.
+class CallSpec:
+    """What is static about a call of the fused kernels.
 
     Fields:
-      group: G, query heads to a KV head.
+      group: G, the query heads of a key/value head.
       slots: M; the arrays' slot axis may be padded beyond it.
-      window: W; the tokens that the kernel's window covers.
-      wide: the tokens a chunk's rows read besides their slots are the rest of those entering the
-        slots during the chunk, and another kernel reads the remainder of the window.
-      chunk, chunks: C and N.
+      window: W.
+      wide_window: the window is wide (see this module's docstring).
+      chunk: C.
+      chunks: chunks of a grid step.
       scale: of the logits, not negative.
       rope: queries and keys are rotated in the kernel, by a table.
       rotated: rotated queries and keys are given beside the others.
-      feature_map, mask_empty: as the operator's options.
-      segments: run numbers say who sees whom; without, every token before sees every other.
+      feature_map, mask_empty: as the operator's options slot_feature_map and empty_slots="mask".
+      segments: segment numbers say who sees whom; without, every row sees every earlier token.
       state: the slots at the start are given, and the slots at the end are asked for.
-      weight: the slot weight is asked for.
-      weight_of_slots: its gradient reaches the slots' logits only.
+      slot_weight: the slot weight is asked for.
+      pull_slots_only: the slot weight's gradient reaches the slots' logits only.
     """
 
     group: int
     slots: int
     window: int
-    wide: bool
+    wide_window: bool
     chunk: int
     chunks: int
     scale: float
@@ -50,57 +80,55 @@ class Spec:
     mask_empty: bool
     segments: bool
     state: bool
-    weight: bool
-    weight_of_slots: bool
+    slot_weight: bool
+    pull_slots_only: bool
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a grid step."""
+        return self.chunk * self.chunks
 
     @property
     def halo(self) -> int:
-        """Rows before the chunk that it reads."""
-        return 0 if self.wide else -(-self.window // ROW_TILE) * ROW_TILE
+        """Tokens before the chunk's own that it reads."""
+        return 0 if self.wide_window else -(-self.window // ROW_TILE) * ROW_TILE
 
     @property
-    def shift(self) -> int:
-        """d: how many rows later than cat's own the tokens enter the slots."""
-        return 0 if self.wide else self.halo - self.window
+    def halo_padding(self) -> int:
+        """Tokens of the halo that are in the slots of the chunk's first row already."""
+        return 0 if self.wide_window else self.halo - self.window
 
     @property
-    def reach(self) -> int:
-        """The window's last column, relative to the row."""
-        return self.chunk if self.wide else self.halo
+    def chunk_tokens(self) -> int:
+        """How many tokens a chunk reads."""
+        return self.halo + self.chunk
+
+    @property
+    def entering_tokens(self) -> int:
+        """How many of the chunk's tokens, the first ones, may be in the slots of some row."""
+        return self.chunk + (ROW_TILE if self.halo_padding else 0)
 
     @property
     def has_window(self) -> bool:
-        return self.reach > 0
+        """Whether the fused kernels read any token beside the slots."""
+        return self.wide_window or self.halo > 0
 
     @property
     def window_scale(self) -> float:
-        """What makes logits of base 2 of the window's products. With rope both factors hold the
-        root of scale * log2(e)."""
+        """The factor from the window's products to logits in units of log 2.
+
+        With rope it is in the table already: both factors hold the root of scale * log2(e).
+        """
         return 1.0 if self.rope else self.scale * LOG2E
 
     @property
     def window_slope(self) -> float:
-        """The derivative of the window's (natural) logits in their products."""
+        """The derivative of the window's logits, in natural units, in their products."""
         return 1 / LOG2E if self.rope else self.scale
 
     @property
-    def width(self) -> int:
-        """Rows of cat."""
-        return self.halo + self.chunk
-
-    @property
-    def columns(self) -> int:
-        """Rows of cat that enter the slots within the chunk."""
-        return self.chunk + (ROW_TILE if self.shift else 0)
-
-    @property
-    def tables(self) -> list[str]:
-        """The rotary tables: the queries' first, the keys' last."""
+    def rope_tables(self) -> list[str]:
+        """The names of the rotation tables: the queries' first, the tokens' last."""
         if not self.rope:
             return []
-        return ["table", "entering_table"] if self.wide else ["table"]
-
-    @property
-    def rows(self) -> int:
-        """Rows of a grid step."""
-        return self.chunk * self.chunks
+        return ["rope_table", "token_rope_table"] if self.wide_window else ["rope_table"]

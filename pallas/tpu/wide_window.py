@@ -18,8 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
-    MASKED,
     identity_mask,
     join,
     matmul,
@@ -30,7 +30,7 @@ from pallas.tpu.arithmetic import (
     to_row,
 )
 from pallas.tpu.launch import Arrays, launch, like
-from pallas.tpu.spec import Spec
+from pallas.tpu.spec import CallSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,18 +43,18 @@ class Band:
     V: int
     blocks: int
     dtype: jnp.dtype
-    spec: Spec
+    spec: CallSpec
 
     @classmethod
-    def of(cls, inputs: Arrays, spec: Spec) -> Self:
+    def of(cls, inputs: Arrays, spec: CallSpec) -> Self:
         B, H, _, T = inputs["lse"].shape
         K, V = (inputs[name].shape[2] // H for name in ("key", "value"))
-        return cls(B, H, K, V, T // spec.rows, inputs["query"].dtype, spec)
+        return cls(B, H, K, V, T // spec.step_rows, inputs["query"].dtype, spec)
 
     @property
     def span(self) -> int:
         reach = max(self.spec.window - self.spec.chunk, 0)
-        return min(-(-reach // self.spec.rows), self.blocks - 1) + 1
+        return min(-(-reach // self.spec.step_rows), self.blocks - 1) + 1
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -73,11 +73,11 @@ class Band:
 
     def tokens(self, size: int, which) -> pl.BlockSpec:
         """[B, T, H * size]."""
-        return self._block((1, self.spec.rows, size), lambda b, h, n: (b, n, h), which)
+        return self._block((1, self.spec.step_rows, size), lambda b, h, n: (b, n, h), which)
 
     def lanes(self, which) -> pl.BlockSpec:
         """[B, H, G, T]."""
-        shape = (1, 1, self.spec.group, self.spec.rows)
+        shape = (1, 1, self.spec.group, self.spec.step_rows)
         return self._block(shape, lambda b, h, n: (b, h, 0, n), which)
 
     def _block(self, shape, index, which) -> pl.BlockSpec:
@@ -86,7 +86,7 @@ class Band:
 
     def specs(self, inputs: Arrays, queries, keys) -> dict[str, pl.BlockSpec]:
         """Blocks of the inputs; `queries` and `keys` say which block of each a grid point takes."""
-        G, rows, K = self.spec.group, self.spec.rows, self.K
+        G, rows, K = self.spec.group, self.spec.step_rows, self.K
         specs = {
             "query": self.tokens(G * K, queries),
             "key": self.tokens(K, keys),
@@ -103,14 +103,14 @@ class Band:
             specs["key_table"] = self._block((1, rows, 2 * K), table, keys)
         if self.spec.segments:
             run = lambda b, h, n: (b, 0, n)  # noqa: E731
-            specs["query_run"] = self._block((1, 1, rows), run, queries)
-            specs["key_run"] = self._block((1, 1, rows), run, keys)
+            specs["query_segment"] = self._block((1, 1, rows), run, queries)
+            specs["token_segment"] = self._block((1, 1, rows), run, keys)
         return {name: specs[name] for name in inputs}
 
     def query_scratch(self, columns: tuple[str, ...], size: int) -> dict[str, Any]:
         """What a block of queries keeps while the keys go by: the queries, rotated; some columns
         [G, R, 128], all lanes alike; and a sum [G, R, size]."""
-        G, R, wide = self.spec.group, self.spec.rows, jnp.float32
+        G, R, wide = self.spec.group, self.spec.step_rows, jnp.float32
         scratch = {name: pltpu.VMEM((G, R, 128), wide) for name in columns}
         scratch |= {
             "query": pltpu.VMEM((G, R, self.K), self.dtype),
@@ -120,7 +120,11 @@ class Band:
 
     def run_scratch(self) -> dict[str, Any]:
         """For the numbers of the segments of the rows that stay."""
-        return {"run": pltpu.VMEM((self.spec.rows, 128), jnp.float32)} if self.spec.segments else {}
+        return (
+            {"run": pltpu.VMEM((self.spec.step_rows, 128), jnp.float32)}
+            if self.spec.segments
+            else {}
+        )
 
     def launch(self, kernel, name, inputs, specs, outputs, scratch, interpret) -> Arrays:
         return launch(
@@ -129,12 +133,12 @@ class Band:
         )  # fmt: skip
 
 
-def band_forward(inputs: Arrays, spec: Spec, *, interpret: bool) -> Arrays:
+def band_forward(inputs: Arrays, spec: CallSpec, *, interpret: bool) -> Arrays:
     """Goes on with the softmax of the fused kernel's part.
 
     inputs: query, key, value as `forward`; out and lse, the part's; with spec.rope, query_table
-    and key_table, both the table; with spec.segments, query_run and key_run [B, 1, T] float32,
-    segments' numbers. T is a multiple of the block.
+    and key_table, both the table; with spec.segments, query_segment and token_segment
+    [B, 1, T] float32. T is a multiple of the block.
 
     Returns out and lse of the whole.
     """
@@ -164,14 +168,14 @@ def _forward_kernel(refs, outs, now, *, band: Band):
         key, value = _rotated(refs, "key", spec), refs["value"][0]
         mask = _mask(i, band.key_block(i, j), now, refs, spec)
         for g in range(spec.group):
-            logits = jnp.where(mask, _logits(now["query"][g], key, spec), MASKED)
+            logits = jnp.where(mask, _logits(now["query"][g], key, spec), MASKED_LOGIT)
             before = now["top"][g][:, :1]
             top = jnp.maximum(before, jnp.max(logits, -1, keepdims=True))
             p, scale = jnp.exp2(logits - top), jnp.exp2(before - top)
             mass = scale * now["mass"][g][:, :1] + jnp.sum(p, -1, keepdims=True)
             now["sum"][g] = scale * now["sum"][g] + matmul(p.astype(value.dtype), value)
             now["top"][g], now["mass"][g] = (
-                jnp.broadcast_to(x, (spec.rows, 128)) for x in (top, mass)
+                jnp.broadcast_to(x, (spec.step_rows, 128)) for x in (top, mass)
             )
 
     @pl.when(j == band.span - 1)
@@ -183,7 +187,7 @@ def _forward_kernel(refs, outs, now, *, band: Band):
             outs["lse"][0, 0, g : g + 1] = _row(now["top"][g][:, :1] + jnp.log2(mass))
 
 
-def band_backward(inputs: Arrays, spec: Spec, *, interpret: bool) -> Arrays:
+def band_backward(inputs: Arrays, spec: CallSpec, *, interpret: bool) -> Arrays:
     """The band's share of the cotangents of query, key and value.
 
     inputs: as `band_forward`, but lse of the whole, out_cotangent in place of out, and delta
@@ -199,9 +203,9 @@ def band_backward(inputs: Arrays, spec: Spec, *, interpret: bool) -> Arrays:
     specs = band.specs(inputs, band.query_block, band.stays)
     outputs = {name: like(inputs[name], specs[name]) for name in ("key", "value")}
     scratch = {
-        "rotated_key": pltpu.VMEM((spec.rows, band.K), band.dtype),
-        "key": pltpu.VMEM((spec.rows, band.K), wide),
-        "value": pltpu.VMEM((spec.rows, band.V), wide),
+        "rotated_key": pltpu.VMEM((spec.step_rows, band.K), band.dtype),
+        "key": pltpu.VMEM((spec.step_rows, band.K), wide),
+        "value": pltpu.VMEM((spec.step_rows, band.V), wide),
     } | band.run_scratch()
     return of_query | band.launch(
         _key_kernel, "nha_band_backward_key", inputs, specs, outputs, scratch, interpret
@@ -225,7 +229,7 @@ def _query_kernel(refs, outs, now, *, band: Band):
         key, value = _rotated(refs, "key", spec), refs["value"][0]
         mask = _mask(i, band.key_block(i, j), now, refs, spec)
         for g in range(spec.group):
-            logits = jnp.where(mask, _logits(now["query"][g], key, spec), MASKED)
+            logits = jnp.where(mask, _logits(now["query"][g], key, spec), MASKED_LOGIT)
             p = jnp.exp2(logits - now["lse"][g][:, :1])
             d_out = refs["out_cotangent"][0, :, g * band.V : (g + 1) * band.V]
             d_logits = p * ((matmul_nt(d_out, value) - now["delta"][g][:, :1]) * spec.window_slope)
@@ -249,7 +253,7 @@ def _key_kernel(refs, outs, now, *, band: Band):
     def _():
         now["rotated_key"][...] = _rotated(refs, "key", spec)
         if spec.segments:
-            now["run"][...] = _column(refs["key_run"][0])
+            now["run"][...] = _column(refs["token_segment"][0])
         for name in ("key", "value"):
             now[name][...] = jnp.zeros(now[name].shape, jnp.float32)
 
@@ -259,7 +263,7 @@ def _key_kernel(refs, outs, now, *, band: Band):
         mask = _mask(band.query_block(i, j), i, now, refs, spec, transposed=True)
         for g in range(spec.group):
             query = _rotated(refs, "query", spec, slice(g * K, (g + 1) * K))
-            logits = jnp.where(mask, _logits(key, query, spec), MASKED)
+            logits = jnp.where(mask, _logits(key, query, spec), MASKED_LOGIT)
             p = jnp.exp2(logits - refs["lse"][0, 0, g : g + 1])
             d_out = refs["out_cotangent"][0, :, g * V : (g + 1) * V]
             now["value"][...] += matmul(p.astype(d_out.dtype), d_out)
@@ -275,35 +279,37 @@ def _key_kernel(refs, outs, now, *, band: Band):
         outs["value"][0] = now["value"][...].astype(outs["value"].dtype)
 
 
-def _keep_queries(refs, now, spec: Spec) -> None:
+def _keep_queries(refs, now, spec: CallSpec) -> None:
     K = now["query"].shape[2]
     for g in range(spec.group):
         now["query"][g] = _rotated(refs, "query", spec, slice(g * K, (g + 1) * K))
     if spec.segments:
-        now["run"][...] = _column(refs["query_run"][0])
+        now["run"][...] = _column(refs["query_segment"][0])
 
 
-def _rotated(refs, name: str, spec: Spec, columns: slice = slice(None)) -> jax.Array:
+def _rotated(refs, name: str, spec: CallSpec, columns: slice = slice(None)) -> jax.Array:
     x = refs[name][0, :, columns]
     if not spec.rope:
         return x
     return rotate(x, refs[f"{name}_table"][0]).astype(x.dtype)
 
 
-def _logits(a: jax.Array, b: jax.Array, spec: Spec) -> jax.Array:
+def _logits(a: jax.Array, b: jax.Array, spec: CallSpec) -> jax.Array:
     return scaled(matmul_nt(a, b), spec.window_scale)
 
 
-def _mask(query_block, key_block, now, refs, spec: Spec, *, transposed: bool = False) -> jax.Array:
+def _mask(
+    query_block, key_block, now, refs, spec: CallSpec, *, transposed: bool = False
+) -> jax.Array:
     """[queries, keys], or transposed: the band, and within it the query's segment."""
-    R, C = spec.rows, spec.chunk
+    R, C = spec.step_rows, spec.chunk
     row, column = (
         lax.broadcasted_iota(jnp.int32, (R, R), axis) for axis in ((1, 0) if transposed else (0, 1))
     )
     column += (key_block - query_block) * R  # from the start of the block of queries
     mask = (column <= row) & (column >= (row & -C) + (C - spec.window))
     if spec.segments:
-        mask &= now["run"][:, :1] == refs["query_run" if transposed else "key_run"][0]
+        mask &= now["run"][:, :1] == refs["query_segment" if transposed else "token_segment"][0]
     return mask
 
 

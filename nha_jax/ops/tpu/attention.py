@@ -29,11 +29,11 @@ from nha_jax.ops.types import NHAOutput, Options
 from nha_jax.ops.validation import beyond_kernels
 from pallas.tpu import (
     BlockSizes,
-    Spec,
+    CallSpec,
     default_block_sizes,
     fused_attention,
-    pack_facts,
-    pack_visible,
+    pack_chunk_segments,
+    pack_row_segments,
 )
 
 LARGEST_HEAD, MOST_SLOTS = 256, 128
@@ -141,8 +141,8 @@ def _windowed(query, key, value, log_decay, rope, segment_ids, carried, options,
         rows = _rows_with_past(query, tokens, rope, segment_ids, carried)
     spec, block_sizes = _plan(rows, options, carried is not None)
     # For all tokens to enter the slots, a window that is not aligned needs some rows more.
-    more = spec.shift if spec.state else 0
-    padding = more + -(rows.num_rows + more) % spec.rows
+    more = spec.halo_padding if spec.state else 0
+    padding = more + -(rows.num_rows + more) % spec.step_rows
     fused = fused_attention(
         _inputs(rows, spec, padding, carried),
         _constants(rows, spec, padding, options),
@@ -223,18 +223,18 @@ def _rows_with_past(
     )
 
 
-def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSizes]:
+def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[CallSpec, BlockSizes]:
     W = options.window_size
     assert W is not None
     group = rows.query.shape[2] // rows.tokens.key.shape[2]
     segments = rows.segments or options.return_state or not options.read_slots
     block_sizes = options.block_sizes or default_block_sizes(group, segments)
     chunks = -(-rows.num_rows // block_sizes.chunk)
-    spec = Spec(
+    spec = CallSpec(
         group=group,
         slots=rows.tokens.log_decay.shape[3],
         window=W,
-        wide=min(NARROW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
+        wide_window=min(NARROW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
         chunk=block_sizes.chunk,
         chunks=min(block_sizes.chunks_per_step, 1 << (chunks - 1).bit_length()),
         scale=options.scale,
@@ -244,13 +244,15 @@ def _plan(rows: _Rows, options: Options, has_state: bool) -> tuple[Spec, BlockSi
         mask_empty=options.empty_slots == "mask" or not options.read_slots,
         segments=segments,
         state=has_state or options.return_state,
-        weight=options.return_slot_weight,
-        weight_of_slots=options.slot_weight_gradient == "slots",
+        slot_weight=options.return_slot_weight,
+        pull_slots_only=options.slot_weight_gradient == "slots",
     )
     return spec, block_sizes
 
 
-def _inputs(rows: _Rows, spec: Spec, padding: int, carried: Carried | None) -> dict[str, jax.Array]:
+def _inputs(
+    rows: _Rows, spec: CallSpec, padding: int, carried: Carried | None
+) -> dict[str, jax.Array]:
     """What the kernels differentiate."""
     key, rotated_key, value, log_decay = rows.tokens
     inputs = {
@@ -274,22 +276,24 @@ def _inputs(rows: _Rows, spec: Spec, padding: int, carried: Carried | None) -> d
     return inputs
 
 
-def _constants(rows: _Rows, spec: Spec, padding: int, options: Options) -> dict[str, jax.Array]:
+def _constants(rows: _Rows, spec: CallSpec, padding: int, options: Options) -> dict[str, jax.Array]:
     read_slots = options.read_slots
     constants = _who_sees_whom(rows, spec, padding, read_slots) if spec.segments else {}
     if spec.rope:
         assert rows.rope is not None
-        constants["table"] = rotation_table(rows.rope, spec.scale, padding)
+        constants["rope_table"] = rotation_table(rows.rope, spec.scale, padding)
     return constants
 
 
-def _who_sees_whom(rows: _Rows, spec: Spec, padding: int, read_slots: bool) -> dict[str, jax.Array]:
+def _who_sees_whom(
+    rows: _Rows, spec: CallSpec, padding: int, read_slots: bool
+) -> dict[str, jax.Array]:
     """The kernels' constants of segments: whose the rows, the chunks' tokens and the slots are.
 
     Segments are numbered from 2; 1 is of padding and of rows beyond the last, 0 of tokens that no
     one reads.
     """
-    C, halo = spec.chunk, spec.window if spec.wide else spec.halo
+    C, halo = spec.chunk, spec.window if spec.wide_window else spec.halo
     N = rows.num_rows + padding
     number = rows.run + 2
     visible = jnp.where(rows.real, number, 0)
@@ -305,24 +309,24 @@ def _who_sees_whom(rows: _Rows, spec: Spec, padding: int, read_slots: bool) -> d
     # After the last real row nothing enters: the slots stay as it left them.
     written = rows.real & (jnp.arange(rows.num_rows) <= last)
     run = _at_offset(jnp.where(rows.real, number, 1), 0, N, outside=1)
-    tokens = _at_offset(visible, -halo, N + spec.width, outside=0)
-    cat = [tokens[:, i : i + N].reshape(-1, N // C, C) for i in range(0, spec.width, C)]
+    tokens = _at_offset(visible, -halo, N + spec.chunk_tokens, outside=0)
+    cat = [tokens[:, i : i + N].reshape(-1, N // C, C) for i in range(0, spec.chunk_tokens, C)]
     constants = {
-        "facts": pack_facts(
-            run=run,
-            entering=entered(-halo),
-            enters=(_at_offset(visible, -spec.window, N, outside=0) == run) & read_slots,
-            written=_at_offset(written, -spec.window if spec.wide else 0, N, outside=False),
+        "row_segments": pack_row_segments(
+            row_segment=run,
+            slot_segment=entered(-halo),
+            slots_filled=(_at_offset(visible, -spec.window, N, outside=0) == run) & read_slots,
+            enters=_at_offset(written, -spec.window if spec.wide_window else 0, N, outside=False),
         ),
-        "visible": pack_visible(
-            jnp.concatenate(cat, axis=-1)[..., : spec.width],
+        "chunk_segments": pack_chunk_segments(
+            jnp.concatenate(cat, axis=-1)[..., : spec.chunk_tokens],
             entered(-halo - 1)[:, ::C],
             entered(-halo + C - 1)[:, ::C],
         ),
     }
-    if spec.wide:
-        constants["query_run"] = run[:, None]
-        constants["key_run"] = _at_offset(visible, 0, N, outside=0)[:, None]
+    if spec.wide_window:
+        constants["query_segment"] = run[:, None]
+        constants["token_segment"] = _at_offset(visible, 0, N, outside=0)[:, None]
     return {name: x.astype(jnp.float32) for name, x in constants.items()}
 
 

@@ -13,6 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 
 from nha_jax.ops.state import Timeline
 from nha_jax.ops.types import Options
+from pallas.constants import OUT
 
 LANES = 128  # rows of a block are a multiple of these
 BLOCK = 512  # rows of a block of queries or keys
@@ -122,7 +123,7 @@ def _kernel(
             mask=mask,
             block_sizes=block_sizes,
             save_residuals=save_residuals,
-            residual_checkpoint_name="nha_out",
+            residual_checkpoint_name=OUT,
             interpret=interpret,
         ).result()
     return jax.tree.map(np.asarray, kernel)

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from nha_jax import ModelConfig
 from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
 from nha_jax.ops.mesh.division import divide_over_mesh
-from pallas.tpu import RESIDUAL_NAMES
+from pallas.constants import RESIDUAL_NAMES
 from tests.support.tpu_topology import CHIPS, compile_for, devices, make_mesh, relayouts
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.devices.mesh import make_mesh as make_training_mesh
