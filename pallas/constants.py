@@ -4,6 +4,9 @@ MASKED_LOGIT = -1e30
 """Stands for a logit of -inf: below every logit, and finite, so that a row that sees nothing gives
 no NaN."""
 
+MOST_SLOTS = 128
+"""The most slots that the kernels of any chip serve."""
+
 OUT, LSE, STARTS, SLOT_WEIGHT = RESIDUAL_NAMES = (
     "nha_out",
     "nha_lse",

@@ -1,11 +1,13 @@
-"""What a thread block of the decode kernel does.
+"""What a thread block of the decode kernel does; `launch.py` lists its arrays and barriers.
 
-All arithmetic is float32 outside the matrix units: a few queries leave those nothing to win, and
-memory is the bound. Rows of slots and of the ring come in tiles of four, a row to each warp, a
-head's features over its lanes; rows are read whole, and each warp has a softmax of its own, of the
-rows that it saw, in shared memory, where they meet at the end.
+All arithmetic outside the caches' dtype is float32 on the ordinary units: a few queries would leave
+the matrix units nearly empty, and reading the state takes longer than any of it. The rows of slots
+and of the ring come in tiles of four: each of a warpgroup's four warps has one row of a tile, whose
+features are spread over its lanes. Every warp keeps a softmax of its own over the rows that it saw.
+They lie in shared memory, where they are joined at the end.
 
-G query heads, K and V features, M slots, R entries of the ring. Logits are in units of log 2.
+Shapes: G query heads of the block's key/value head, K and V features of keys and values, M slots,
+R ring entries, n tiles. Logits are in units of log 2.
 """
 
 import dataclasses
@@ -20,23 +22,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas.constants import MASKED_LOGIT
 from pallas.gpu.decode.sizes import TILE, DecodeSizes
 from pallas.gpu.forward.gates import LOG2E
+from pallas.gpu.warpgroup.launch import Refs
 
 LANES = 32
-MOST_FEATURES = 128  # of a row that a warp takes at once: 16 bytes a lane in float32
-
-Refs = dict[str, Any]
+MOST_FEATURES = 128  # of a row that a warp reads in one step: 16 bytes a lane in float32
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """The static segments of a call.
+    """The static facts of a call.
 
     Fields:
       group: G.
       slots: M.
-      reads_slots: the state has slots; else M zeros stand for them, unless mask_empty.
-      entries: R; 0: there is no ring.
-      scale, mask_empty, feature_map: as of `decode_attention`.
+      reads_slots: the state has slots; without, M slots of zeros take part unless mask_empty.
+      entries: R; 0: the state has no ring.
+      scale, mask_empty, feature_map: as for `decode_attention`.
     """
 
     group: int
@@ -48,8 +49,8 @@ class DecodeSpec:
     feature_map: str
 
 
-class Layouts:
-    """How arrays lie in registers; features is that of the heads they belong to."""
+class RegisterLayouts:
+    """How tiles and parts of them lie in registers, for heads of some size."""
 
     def __init__(self, features: int):
         width = min(features, MOST_FEATURES)
@@ -62,31 +63,40 @@ class Layouts:
         self.features = self.tile.reduce(0)  # [features]
 
 
-class Softmax(NamedTuple):
-    """Of a query head, over the rows that each of a warpgroup's warps has seen."""
+class WarpSoftmax(NamedTuple):
+    """A query head's softmax over the rows that each of a warpgroup's four warps has seen."""
 
     top: jax.Array  # [4], the largest logit
-    mass: jax.Array  # [4], the sum of p
+    mass: jax.Array  # [4], the sum of p = exp2(logit - top)
     total: jax.Array  # [4, V], the sum of p times the values
 
 
-class Rows(NamedTuple):
-    """Of the slots or the ring, in n tiles; n is at least 2, of 1 Mosaic finds no layouts."""
+class KeysValues(NamedTuple):
+    """Keys and values of slots or ring entries; n >= 2, for Mosaic finds no layout of one tile."""
 
     key: jax.Array  # [n, 4, K]
     value: jax.Array  # [n, 4, V]
-    visible: jax.Array | None  # [n, 4] bool; None: all are
+    visible: jax.Array | None  # [n, 4] bool; None: all are visible
 
 
 def decode_kernel(refs: Refs, shared: Refs, spec: DecodeSpec, sizes: DecodeSizes) -> None:
-    """The kernel's body; refs by name, as `decode_attention` calls them, the rows in tiles."""
-    block = _Block(refs, shared, spec, sizes)
+    """The kernel's body: refs and shared by name, as `launch.py` lists them."""
+    block = _ThreadBlock(refs, shared, spec, sizes)
     active = refs["active"][block.batch] != 0
     pl.when(active)(block.run)
     pl.when(jnp.logical_not(active) & (block.me == 0))(block.clear)
 
 
-class _Block:
+class _ThreadBlock:
+    """One of the warpgroups that serve a batch row's key/value head.
+
+    Attributes:
+      me: the warpgroup's number in its thread block.
+      reader: its number among all warpgroups that share the ring, of which there are `readers`.
+      tiles: tiles of the ring that it reads at once, a panel.
+      keys, values: layouts of registers.
+    """
+
     def __init__(self, refs: Refs, shared: Refs, spec: DecodeSpec, sizes: DecodeSizes):
         self.refs, self.shared, self.spec, self.sizes = refs, shared, spec, sizes
         self.split, self.head, self.batch = (
@@ -96,27 +106,22 @@ class _Block:
         self.length = refs["length"][self.batch]
         self.entry = refs["entry"][self.batch]
         self.V = refs["new_value"].shape[2]
-        self.keys, self.values = Layouts(refs["rotated_query"].shape[2]), Layouts(self.V)
-        self.worker = self.split * sizes.warpgroups + self.me
-        self.workers = sizes.splits * sizes.warpgroups
+        self.keys = RegisterLayouts(refs["rotated_query"].shape[2])
+        self.values = RegisterLayouts(self.V)
+        self.reader = self.split * sizes.warpgroups + self.me
+        self.readers = sizes.splits * sizes.warpgroups
         self.tiles = sizes.rows // TILE
 
     def run(self) -> None:
+        """Serves an active row."""
         spec = self.spec
         if spec.entries:
-            pl.when(self._writes_entries)(self._load_entries)
-        # What all of it waits for is asked for first.
-        ring = self._load_ring(self.worker) if spec.entries else None
-        pl.loop(0, spec.group)(self._start)
+            pl.when(self._writes_ring)(self._load_new_entries)
+        # The ring's first panel is asked for before anything waits.
+        ring = self._load_panel(self.reader) if spec.entries else None
+        pl.loop(0, spec.group)(self._start_softmax)
         if spec.reads_slots:
-            mine = spec.slots // (TILE * self.sizes.warpgroups)
-            chunks = -(-mine // self.sizes.slot_tiles)
-            first = 0
-            for chunk in range(chunks):
-                tiles = (mine + chunk) // chunks
-                rows = self._update_slots(pl.ds(self.me * mine + first, tiles), tiles)
-                self._attend("query", rows)
-                first += tiles
+            self._update_and_read_slots()
         if ring is not None:
             self._attend("rotated_query", self._new_token())
             self._attend("rotated_query", ring)
@@ -130,25 +135,39 @@ class _Block:
             pl.when(mine)(lambda: self._store_out(g))
 
         if spec.entries:
-            pl.when(self._writes_entries)(self._store_entries)
+            pl.when(self._writes_ring)(self._store_new_entries)
 
     def clear(self) -> None:
-        """Of a row that is not active."""
+        """Writes zeros as the output of a row that is not active."""
         zeros = plgpu.layout_cast(jnp.zeros(self.V, jnp.float32), self.values.features)
-        pl.loop(0, self.spec.group)(lambda g: self._write(g, zeros, zeros))
+        pl.loop(0, self.spec.group)(lambda g: self._write_out(g, zeros, zeros))
 
     # The slots
 
-    def _update_slots(self, some: Any, tiles: int) -> Rows:
-        """Lets the entry's token, or without a ring the new one, into some tiles of slots."""
+    def _update_and_read_slots(self) -> None:
+        """Updates this warpgroup's slots, and reads them, a few tiles at a time."""
+        mine = self.spec.slots // (TILE * self.sizes.warpgroups)
+        steps = -(-mine // self.sizes.slot_tiles)
+        first = 0
+        for step in range(steps):
+            tiles = (mine + step) // steps
+            slots = self._update_slots(pl.ds(self.me * mine + first, tiles), tiles)
+            self._attend("query", slots)
+            first += tiles
+
+    def _update_slots(self, some: Any, tiles: int) -> KeysValues:
+        """Adds the token that leaves the ring to some tiles of slots, and returns those.
+
+        That is the token of the entry to be replaced, or, without a ring, the new token.
+        """
         refs, spec, b, h = self.refs, self.spec, self.batch, self.head
         slots = {
             "slot_key": _load(refs["slot_key"].at[b, h, some], self.keys.tiles),
             "slot_value": _load(refs["slot_value"].at[b, h, some], self.values.tiles),
         }
         if spec.entries:
-            key = refs["key"].at[b, *self._place, h]
-            value = refs["value"].at[b, *self._place, h]
+            key = refs["key"].at[b, *self._tile_and_row, h]
+            value = refs["value"].at[b, *self._tile_and_row, h]
             log_decay = refs["log_decay"].at[b, self.entry, h, some]
         else:
             key, value = refs["new_key"].at[b, h], refs["new_value"].at[b, h]
@@ -156,9 +175,9 @@ class _Block:
         log_decay = _load(log_decay, self.keys.rows)
         leaves = self.length >= spec.entries
         decay = jnp.exp(log_decay)
-        write = -jnp.tanh(log_decay / 2) * (decay + 1)  # 1 - decay, exact for a small one's log
-        if spec.entries:  # no row is below 0: of them none is written
-            left = self._rows(tiles) < jnp.where(leaves, spec.slots, 0)
+        write = -jnp.tanh(log_decay / 2) * (decay + 1)  # 1 - decay, exact also near 0
+        if spec.entries:  # while nothing leaves, the slots stay as they are: no row is below 0
+            left = self._row_numbers(tiles) < jnp.where(leaves, spec.slots, 0)
             decay, write = jnp.where(left, decay, 1.0), jnp.where(left, write, 0.0)
         key = _load(key, self.keys.features).astype(jnp.float32)
         value = _load(value, self.values.features).astype(jnp.float32)
@@ -174,18 +193,18 @@ class _Block:
         visible = None
         if spec.mask_empty:
             filled = self.length + 1 > spec.entries
-            visible = self._rows(tiles) < jnp.where(filled, spec.slots, 0)
-        return Rows(slots["slot_key"], slots["slot_value"], visible)
+            visible = self._row_numbers(tiles) < jnp.where(filled, spec.slots, 0)
+        return KeysValues(slots["slot_key"], slots["slot_value"], visible)
 
     # The ring
 
     @property
-    def _place(self) -> tuple[jax.Array, jax.Array]:
-        """Of the entry: its tile, and the row of it."""
+    def _tile_and_row(self) -> tuple[jax.Array, jax.Array]:
+        """The tile of the ring that holds the entry to be replaced, and its row there."""
         return lax.div(self.entry, jnp.int32(TILE)), lax.rem(self.entry, jnp.int32(TILE))
 
-    def _new_token(self) -> Rows:
-        """The first worker's first row."""
+    def _new_token(self) -> KeysValues:
+        """Two tiles of copies of the new token; only the first reader's first row is visible."""
         b, h = self.batch, self.head
         key = _load(self.refs["new_rotated_key"].at[b, h], self.keys.features)
         value = _load(self.refs["new_value"].at[b, h], self.values.features)
@@ -194,80 +213,94 @@ class _Block:
         # Without these casts Mosaic searches for layouts for minutes.
         key = plgpu.layout_cast(key, self.keys.tiles)
         value = plgpu.layout_cast(value, self.values.tiles)
-        return Rows(key, value, self._rows(2) < jnp.where(self.worker == 0, 1, 0))
+        return KeysValues(key, value, self._row_numbers(2) < jnp.where(self.reader == 0, 1, 0))
 
-    def _load_ring(self, panel: jax.Array) -> Rows:
-        """The panel's entries, but those read before, not yet filled, or to be replaced."""
+    def _load_panel(self, panel: jax.Array) -> KeysValues:
+        """A panel of the ring.
+
+        Entries that an earlier panel had, that hold nothing yet or that are to be replaced are not
+        visible.
+        """
         first = jnp.minimum(panel * self.tiles, self.spec.entries // TILE - self.tiles)
         where = self.batch, pl.ds(first, self.tiles), slice(None), self.head
-        position = self._rows(self.tiles) + first * TILE
+        position = self._row_numbers(self.tiles) + first * TILE
         visible = (position < self.length) & (position != self.entry)
-        return Rows(
+        return KeysValues(
             _load(self.refs["rotated_key"].at[*where], self.keys.tiles),
             _load(self.refs["value"].at[*where], self.values.tiles),
             visible & (position >= panel * self.sizes.rows),
         )
 
     def _attend_to_rest_of_ring(self) -> None:
-        """The panels behind the first, this worker's, as far as there are tokens."""
+        """Reads every `readers`-th panel after the first one read, as far as there are tokens."""
         rows, R = self.sizes.rows, self.spec.entries
-        if rows * self.workers >= R:
+        if rows * self.readers >= R:
             return
         panels = lax.div(jnp.minimum(self.length, R) + (rows - 1), jnp.int32(rows))
-        turns = lax.div(panels - self.worker + (self.workers - 1), jnp.int32(self.workers))
+        turns = lax.div(panels - self.reader + (self.readers - 1), jnp.int32(self.readers))
 
         @pl.loop(jnp.int32(1), turns)
         def _(turn):
-            panel = self._load_ring(self.worker + turn * self.workers)
+            panel = self._load_panel(self.reader + turn * self.readers)
             self._attend("rotated_query", panel)
 
-    def _load_entries(self) -> None:
-        """Of the new token, on their way to the ring."""
+    def _load_new_entries(self) -> None:
+        """Starts to copy the new token to shared memory, on its way to the ring."""
         for name, target in self.shared["entries"].items():
             source = self.refs[f"new_{name}"].at[self.batch, self.head]
             plgpu.copy_gmem_to_smem(source, target, self.shared["entries_loaded"])
 
-    def _store_entries(self) -> None:
-        """After all have read what they replace."""
+    def _store_new_entries(self) -> None:
+        """Writes the new token to the ring, once all have read the token that it replaces."""
         plgpu.barrier_wait(self.shared["entries_loaded"])
-        plgpu.commit_smem()  # the copies, which run by themselves, come after those reads
+        plgpu.commit_smem()  # the copies run by themselves, and must come after those reads
         for name, source in self.shared["entries"].items():
-            place = (self.entry,) if name == "log_decay" else self._place
+            place = (self.entry,) if name == "log_decay" else self._tile_and_row
             plgpu.copy_smem_to_gmem(source, self.refs[name].at[self.batch, *place, self.head])
         plgpu.wait_smem_to_gmem(0)
 
     @property
-    def _writes_entries(self) -> jax.Array:
-        """One warpgroup does; of several splits, of that whose part of the ring it is."""
+    def _writes_ring(self) -> jax.Array:
+        """Whether this is the one warpgroup that writes the ring's entry.
+
+        With several splits it belongs to the one that reads that part of the ring.
+        """
         panel = lax.div(self.entry, jnp.int32(self.sizes.rows))
-        owner = lax.div(lax.rem(panel, jnp.int32(self.workers)), jnp.int32(self.sizes.warpgroups))
+        owner = lax.div(lax.rem(panel, jnp.int32(self.readers)), jnp.int32(self.sizes.warpgroups))
         return (self.me == 0) & (self.split == owner)
 
     # The softmax
 
-    def _start(self, g: jax.Array) -> None:
-        """Of no rows, or of the zeros that stand for slots, in the first worker's first warp."""
+    def _start_softmax(self, g: jax.Array) -> None:
+        """Stores a softmax over no rows.
+
+        Where the state has no slots but empty ones take part, the first reader's first warp starts
+        with M logits of 0 whose values are 0.
+        """
         full = lambda x: plgpu.layout_cast(jnp.full(TILE, x, jnp.float32), self.values.row)  # noqa: E731
         zeros = jnp.zeros((TILE, self.V), jnp.float32)
         top, mass = full(MASKED_LOGIT), full(0.0)
         if not self.spec.reads_slots and not self.spec.mask_empty and self.spec.slots:
             row = plgpu.broadcasted_iota(jnp.int32, (TILE,), 0, layout=self.values.row)
-            first = row < jnp.where(self.worker == 0, 1, 0)
+            first = row < jnp.where(self.reader == 0, 1, 0)
             top = jnp.where(first, full(0.0), top)
             mass = jnp.where(first, full(float(self.spec.slots)), mass)
-        self._keep(g, Softmax(top, mass, plgpu.layout_cast(zeros, self.values.tile)))
+        self._store_softmax(g, WarpSoftmax(top, mass, plgpu.layout_cast(zeros, self.values.tile)))
 
-    def _keep(self, g: jax.Array, softmax: Softmax) -> None:
+    def _store_softmax(self, g: jax.Array, softmax: WarpSoftmax) -> None:
         for name, x in softmax._asdict().items():
             self.shared[name].at[g, self.me][...] = x
 
-    def _kept(self, g: jax.Array) -> Softmax:
-        top, mass, total = (self.shared[name].at[g, self.me] for name in Softmax._fields)
+    def _load_softmax(self, g: jax.Array) -> WarpSoftmax:
+        top, mass, total = (self.shared[name].at[g, self.me] for name in WarpSoftmax._fields)
         row, tile = self.values.row, self.values.tile
-        return Softmax(_load(top, row), _load(mass, row), _load(total, tile))
+        return WarpSoftmax(_load(top, row), _load(mass, row), _load(total, tile))
 
-    def _attend(self, query: str, rows: Rows) -> None:
-        """All queries to these rows, one by one: a product of theirs alone would fill no units."""
+    def _attend(self, query: str, rows: KeysValues) -> None:
+        """Adds these rows to the softmax of every query head; query: the name of what they meet.
+
+        Heads are served one by one: together they would not fill a matrix product either.
+        """
         key, value = rows.key.astype(jnp.float32), rows.value.astype(jnp.float32)
 
         @pl.loop(0, self.spec.group)
@@ -276,10 +309,17 @@ class _Block:
             q = _load(q, self.keys.features).astype(jnp.float32) * (self.spec.scale * LOG2E)
             logits = (key * lax.broadcast_in_dim(q, key.shape, [2])).sum(axis=2)
             logits = plgpu.layout_cast(logits, self.values.rows)
-            self._keep(g, _add(self._kept(g), logits, value, rows.visible))
+            softmax = _add_rows(self._load_softmax(g), logits, value, rows.visible)
+            self._store_softmax(g, softmax)
 
     def _store_out(self, g: jax.Array) -> None:
-        """Joins all warps' parts, [warpgroups, 4] of them."""
+        """Joins the [warpgroups, 4] warps' softmaxes of a query head, and writes its output.
+
+        Known defect on hardware with G of 2 or more, which the interpreter does not show: the
+        maxima and sums over axis 0 below cross warps, for which Mosaic has one scratch in shared
+        memory, the same for all warpgroups of a block, and nothing keeps two warpgroups that work
+        on different heads from using it at the same time. Their sums can mix.
+        """
         total = _load(self.shared["total"].at[g], self.values.tiles)
         top = _load(self.shared["top"].at[g], self.values.rows)
         top = plgpu.layout_cast(_over_features(top, total), self.values.tiles)
@@ -289,10 +329,10 @@ class _Block:
         mass = (weight * _over_features(mass, total)).sum(axis=0).sum(axis=0)
         out = (weight * total).sum(axis=0).sum(axis=0)
         out /= jnp.maximum(mass, 1e-30)  # a split may see nothing
-        self._write(g, out, highest + jnp.log2(mass))
+        self._write_out(g, out, highest + jnp.log2(mass))
 
-    def _write(self, g: jax.Array, out: jax.Array, lse: jax.Array) -> None:
-        """[V] each."""
+    def _write_out(self, g: jax.Array, out: jax.Array, lse: jax.Array) -> None:
+        """Writes a query head's output [V], and its lse [V], all equal, if that is asked for."""
         head = self.head * self.spec.group + g
         if "lse" in self.refs:
             self.refs["lse"].at[self.batch, self.split, head][...] = lse
@@ -301,8 +341,8 @@ class _Block:
             target = self.refs["out"].at[self.batch, head]
         target[...] = out.astype(target.dtype)
 
-    def _rows(self, tiles: int) -> jax.Array:
-        """[tiles, 4], their indices."""
+    def _row_numbers(self, tiles: int) -> jax.Array:
+        """[tiles, 4]: the rows, counted from 0."""
         tile, row = (
             plgpu.broadcasted_iota(jnp.int32, (tiles, TILE), axis, layout=self.values.rows)
             for axis in (0, 1)
@@ -310,10 +350,10 @@ class _Block:
         return tile * TILE + row
 
 
-def _add(
-    softmax: Softmax, logits: jax.Array, value: jax.Array, visible: jax.Array | None
-) -> Softmax:
-    """Of a query head, more rows seen: logits [n, 4], value [n, 4, V]."""
+def _add_rows(
+    softmax: WarpSoftmax, logits: jax.Array, value: jax.Array, visible: jax.Array | None
+) -> WarpSoftmax:
+    """A query head's softmax with more rows: logits [n, 4], value [n, 4, V]."""
     if visible is not None:
         logits = jnp.where(visible, logits, MASKED_LOGIT)
     top = jnp.maximum(softmax.top, logits.max(axis=0))
@@ -323,7 +363,7 @@ def _add(
     shrink = jnp.exp2(softmax.top - top)
     mass = softmax.mass * shrink + p.sum(axis=0)
     total = (_over_features(p, value) * value).sum(axis=0)
-    return Softmax(top, mass, _over_features(shrink, total) * softmax.total + total)
+    return WarpSoftmax(top, mass, _over_features(shrink, total) * softmax.total + total)
 
 
 def _load(ref: Any, layout: Any) -> jax.Array:
@@ -331,7 +371,7 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 
 
 def _over_features(x: jax.Array, like: jax.Array) -> jax.Array:
-    """[n, 4] -> [n, 4, features], or [4] -> [4, features]."""
+    """Repeats x over features: [n, 4] -> [n, 4, features], or [4] -> [4, features]."""
     return lax.broadcast_in_dim(x, like.shape, list(range(x.ndim)))
 
 

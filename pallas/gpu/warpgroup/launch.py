@@ -44,6 +44,7 @@ def launch(
     name: str,
     interpret: Any,
     updated: dict[str, jax.Array] | None = None,
+    approx_math: bool = True,
 ) -> list[jax.Array]:
     """kernel(refs, shared) of every block of the grid, in each of its warpgroups (axis "wg").
 
@@ -52,6 +53,7 @@ def launch(
     updated: arrays that the kernel changes where they lie, returned after the outputs; XLA copies
       those that are read later as they were.
     interpret: as for `fused_attention`.
+    approx_math: exponentials and the like by the hardware's approximations.
     """
     references = {name: jax.new_ref(x) for name, x in (updated or {}).items()}
 
@@ -66,7 +68,7 @@ def launch(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
         kernel_name=name,
         interpret=interpret,
     )
