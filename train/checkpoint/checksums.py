@@ -5,7 +5,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from train.storage.run_folder import write_atomically
+from train.storage.atomic import write_atomically
 
 CHECKSUMS_FILE = "checksums.json"
 

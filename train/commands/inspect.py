@@ -52,7 +52,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     picture = _output_path(options)
 
     from train.inspect.measure import format_table, inspect
-    from train.storage.run_folder import write_atomically
+    from train.storage.atomic import write_atomically
     from train.text.loading import load_model, load_tokenizer_of
     from train.text.user_texts import read_tokens
     from train.windows import read_layout

@@ -11,10 +11,11 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.data.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord, replacing
+from train.data.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord
 from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from train.errors import DataError
+from train.storage.atomic import write_atomically
 
 MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".prepare"
@@ -57,8 +58,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Writes `manifest.json`, whole or not at all."""
         content = {**dataclasses.asdict(self), "sha256": self.fingerprint}
-        with replacing(folder / MANIFEST_FILE) as file:
-            file.write(json.dumps(content, indent=1).encode() + b"\n")
+        write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:

@@ -5,17 +5,16 @@ A shard is two files. `NAME.tokens` holds the tokens, little-endian, documents o
 BLOCK_BYTES of the tokens (uint32). The index's own CRC-32 is in the record that a manifest keeps.
 """
 
-import contextlib
 import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Self
+from typing import Self
 
 import numpy as np
 
 from train.errors import DataError
+from train.storage.atomic import Replacement, write_atomically
 
 BLOCK_BYTES = 1 << 16
 """Bytes under one checksum. A window of a few thousand tokens is in one or two such blocks, so
@@ -63,47 +62,14 @@ class ShardRecord:
                 raise DataError(f"{path}: damaged: it has {size} bytes instead of {expected}")
 
 
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path`, on disk for good, when the block ends.
-
-    Until then, and if the block raises, `path` is as it was.
-    """
-    temporary = _temporary(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            _put_in_place(file, temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _temporary(path: Path) -> Path:
-    # Of this process alone: one that was killed may not be gone when the next starts.
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
-
-
-def _put_in_place(file: BinaryIO, temporary: Path, path: Path) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
 class ShardWriter:
     """Writes one shard; use with `with`, and `close` to have it: otherwise nothing is left."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self._name = name
         self._dtype = dtype.newbyteorder("<")
-        self._tokens_path = folder / (name + TOKENS_SUFFIX)
         self._index_path = folder / (name + INDEX_SUFFIX)
-        self._temporary = _temporary(self._tokens_path)
-        self._file = self._temporary.open("wb")
+        self._tokens_file = Replacement(folder / (name + TOKENS_SUFFIX))
         self._pending = bytearray()
         self._checksums: list[int] = []
         self._ends: list[np.ndarray] = []
@@ -113,8 +79,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+        self._tokens_file.close()
 
     def add(self, tokens: np.ndarray, ends: np.ndarray, text_bytes: int) -> None:
         """Appends documents: tokens [N], their ends [documents], the bytes of their text."""
@@ -129,11 +94,10 @@ class ShardWriter:
         if not self._tokens:
             return None
         self._write(len(self._pending))
-        _put_in_place(self._file, self._temporary, self._tokens_path)
+        self._tokens_file.commit()
         ends = np.concatenate(self._ends).astype("<i8")
         index = ends.tobytes() + np.array(self._checksums, "<u4").tobytes()
-        with replacing(self._index_path) as file:
-            file.write(index)
+        write_atomically(self._index_path, index)
         return ShardRecord(self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index))
 
     def _write(self, size: int) -> None:
@@ -141,7 +105,7 @@ class ShardWriter:
         for start in range(0, size, BLOCK_BYTES):
             block = bytes(self._pending[start : min(start + BLOCK_BYTES, size)])
             self._checksums.append(zlib.crc32(block))
-            self._file.write(block)
+            self._tokens_file.file.write(block)
         del self._pending[:size]
 
 

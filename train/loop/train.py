@@ -1,7 +1,6 @@
 """The training loop: from a configuration to a run folder with a trained model."""
 
 import signal
-from collections.abc import Mapping
 
 import jax
 
@@ -11,13 +10,14 @@ from train.data.corpus import Corpus, load_corpus
 from train.devices import processes
 from train.devices.compilation_cache import use_compilation_cache
 from train.devices.mesh import make_mesh
+from train.loop.extra_files import check_tokenizer, write_extra_files
 from train.loop.interruption import Interruption
 from train.loop.trainer import Trainer
 from train.report.wandb_reporter import check_wandb
 from train.step.trainable import Trainable
 from train.storage.initial_model import InitialModel
 from train.storage.result import Result
-from train.storage.run_folder import RunFolder, write_atomically
+from train.storage.run_folder import RunFolder
 
 
 def train(config: TrainConfig) -> int:
@@ -58,7 +58,7 @@ def _train(config: TrainConfig) -> int:
         if initial is not None:
             processes.on_first(lambda: initial.remember(folder.path))
         if processes.is_first():
-            _write_extra_files(folder, config, corpus, initial)
+            write_extra_files(folder, config, corpus, initial)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
@@ -88,18 +88,5 @@ def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> In
         return None
     initial = InitialModel.open(name)
     initial.source(config.model)
-    initial.check_tokenizer(corpus.tokenizer, corpus.name)
+    check_tokenizer(initial, corpus.tokenizer, corpus.name)
     return initial
-
-
-def _write_extra_files(
-    folder: RunFolder, config: TrainConfig, corpus: Corpus, initial: InitialModel | None
-) -> None:
-    """Puts into the run's folder what `nha_jax.save` will put beside the model."""
-    files: Mapping[str, bytes] = {}
-    if initial is not None:
-        files = initial.extra_files(corpus.tokenizer)
-    elif config.initial_model is None:  # else they are there since the run began
-        files = corpus.tokenizer.files
-    for name, content in files.items():
-        write_atomically(folder.path / name, content)

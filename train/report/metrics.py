@@ -14,6 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from train.storage.atomic import write_atomically
+
 Row = dict[str, Any]
 
 
@@ -37,9 +39,7 @@ class JsonLines:
     def __init__(self, path: Path, after_step: int):
         """Opens the file, made if missing; rows after `after_step`, and a torn one, are dropped."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(map(_to_line, kept)), encoding="utf-8")
-        temporary.replace(path)
+        write_atomically(path, "".join(map(_to_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:

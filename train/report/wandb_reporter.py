@@ -7,7 +7,7 @@ from typing import Any
 
 from train.errors import ConfigError
 from train.report.metrics import Row, scalars
-from train.storage.run_folder import write_atomically
+from train.storage.atomic import write_atomically
 
 
 def check_wandb(project: str | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Self
 from train.config import rename_keys
 from train.errors import ConfigError
 from train.search.strategies import Budget, Trial
-from train.storage.run_folder import write_atomically
+from train.storage.atomic import replacing, write_atomically
 from train.windows import LAYOUT_KEY, Layout, format_layout, width
 
 EVENLY_SPACED = "evenly spaced full layers"
@@ -181,9 +181,8 @@ def plot_search(result: SearchResult, path: Path) -> None:
     axes.axvline(result.budget.limit, color="grey", linestyle=":", label="budget")
     axes.grid(alpha=0.3)
     axes.legend()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def _points(trials: list[Trial]) -> tuple[list[float], list[float]]:

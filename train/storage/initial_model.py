@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Self
 
 from nha_jax import ModelConfig
-from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE, extra_files_of
+from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
 from nha_jax.storage.weights import SafetensorsSource, abstract_parameters, differences
 from train.config import TrainConfig
-from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
-from train.data.tokenizer.tokenizer import Tokenizer
 from train.errors import ConfigError
-from train.storage.run_folder import write_atomically
+from train.storage.atomic import write_atomically
 
 _RECORD = "initial_model.json"
 
@@ -67,33 +65,6 @@ class InitialModel:
                 f"{'; '.join(problems)}"
             )
         return source
-
-    def check_tokenizer(self, tokenizer: Tokenizer, corpus: str) -> None:
-        """Raises ConfigError if the folder has a tokenizer, and the corpus was read by another."""
-        file = self.folder / TOKENIZER_FILE
-        if not file.exists() or _checksum(file.read_bytes()) == tokenizer.name:
-            return
-        used = "bytes as tokens" if tokenizer.name == "bytes" else "another tokenizer"
-        raise ConfigError(
-            f"data.corpus = {corpus}: it has {used}, and initial_model = {self.name!r} the one in "
-            f"{file}; prepare it with --tokenizer {file}"
-        )
-
-    def extra_files(self, tokenizer: Tokenizer) -> dict[str, bytes]:
-        """Name and content of what goes beside the trained model.
-
-        Where the corpus's tokenizer says something else, such as how a text ends, that counts.
-
-        Raises:
-            DataError: the folder's tokenizer_config.json is damaged.
-        """
-        files, name = extra_files_of(self.folder), TOKENIZER_CONFIG_FILE
-        both = [x[name] for x in (files, tokenizer.files) if name in x]
-        files |= tokenizer.files
-        if len(both) == 2:
-            old, new = (read_object(content, self.folder / name) for content in both)
-            files[name] = (json.dumps(old | new, indent=2, ensure_ascii=False) + "\n").encode()
-        return files
 
     def remember(self, run: Path) -> None:
         """Notes in a run's folder what its initial model is.
@@ -188,7 +159,3 @@ def _find(name: str) -> Path:
     folder = Path(name).expanduser()
     model_of_run = folder / "model"
     return folder if (folder / CONFIG_FILE).exists() or not model_of_run.is_dir() else model_of_run
-
-
-def _checksum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Self
 
-from train.storage.run_folder import write_atomically
+from train.storage.atomic import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)

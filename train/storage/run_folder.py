@@ -4,6 +4,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -11,6 +12,7 @@ from train.config import TrainConfig, rename_keys
 from train.devices import processes
 from train.differences import differences
 from train.errors import ConfigError, TrainingError
+from train.storage.atomic import remove_unfinished, write_atomically
 
 # What may differ when a run is resumed: none of it changes the updates already made. A name
 # that is a section stands for all of its keys.
@@ -20,7 +22,7 @@ CHANGEABLE = frozenset(
 )
 
 # What a process killed while it made the folder leaves behind.
-_UNFINISHED_FILES = {".lock", ".run.json.tmp"}
+_UNFINISHED = re.compile(r"\.lock|\.run\.json\..*tmp")
 
 _CORPUS_KEY = "contents of data.corpus"
 
@@ -68,7 +70,8 @@ class RunFolder:
         if not self.path.is_dir():
             raise ConfigError(f"{name}: exists and is no folder; choose another")
         if not self._record.exists():
-            foreign = sorted(set(os.listdir(self.path)) - _UNFINISHED_FILES)
+            entries = sorted(os.listdir(self.path))
+            foreign = [entry for entry in entries if not _UNFINISHED.fullmatch(entry)]
             if foreign:
                 raise ConfigError(
                     f"{name}: the folder exists and holds {foreign[0]!r}, but no run; "
@@ -117,6 +120,7 @@ class RunFolder:
             raise ConfigError(
                 f"run = {config.run!r}: another process is training in this folder"
             ) from None
+        remove_unfinished(self.path)
         write_atomically(self._record, json.dumps(_record(config, fingerprint), indent=2) + "\n")
 
     def __enter__(self) -> Self:
@@ -157,13 +161,6 @@ class RunFolder:
         record = json.loads(self._record.read_text(encoding="utf-8"))
         config, _ = rename_keys(record["config"])
         return {**record, "config": config}
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file that is either the old one or the whole new one, whenever it is read."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
 
 
 def config_values(config: TrainConfig) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from train.data.tokenizer.tokenizer import FileTokenizer
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.load_config import load_config
+from train.loop.extra_files import check_tokenizer, merge_extra_files
 from train.step.flops import training_flops_per_token
 from train.step.losses import kl_divergence
 from train.step.trainable import Trainable
@@ -401,8 +402,8 @@ def test_what_goes_beside_the_model_is_the_originals_and_the_corpus_s(
     files = {"tokenizer.json": tokenizer_file.read_bytes()}
     tokenizer = FileTokenizer(files, None, "tokenizer.json")
     initial = InitialModel.open(str(folder))
-    initial.check_tokenizer(tokenizer, "corpus")
-    found = initial.extra_files(tokenizer)
+    check_tokenizer(initial, tokenizer, "corpus")
+    found = merge_extra_files(initial, tokenizer)
     assert found.keys() == {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     told = json.loads(tokenizer.files["tokenizer_config.json"])
     assert told["eos_token"] != "<pad>"

@@ -12,9 +12,10 @@ import numpy as np
 from train.data.hashing import in_fraction
 from train.data.prepare.raw_documents import BadDocumentError, RawPart, read_documents
 from train.data.prepared import SPLITS
-from train.data.token_shards import ShardRecord, ShardWriter, replacing
+from train.data.token_shards import ShardRecord, ShardWriter
 from train.data.tokenizer.tokenizer import Tokenizer
 from train.errors import DataError
+from train.storage.atomic import write_atomically
 
 # Documents go through the tokenizer in batches of about this size.
 _BATCH_BYTES = 1 << 20
@@ -64,8 +65,7 @@ class PieceRecord:
         return cls(shards, **content)
 
     def write(self, path: Path) -> None:
-        with replacing(path) as file:
-            file.write(json.dumps(dataclasses.asdict(self)).encode())
+        write_atomically(path, json.dumps(dataclasses.asdict(self)))
 
 
 def group(parts: Sequence[RawPart], piece_bytes: int) -> list[Piece]:

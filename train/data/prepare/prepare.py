@@ -21,11 +21,12 @@ from train.data.prepare.piece_workers import make_pieces
 from train.data.prepare.pieces import Piece, PieceRecord, Rules, group
 from train.data.prepare.raw_documents import divide
 from train.data.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
-from train.data.token_shards import ShardRecord, replacing
+from train.data.token_shards import ShardRecord
 from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
 from train.differences import differences
 from train.errors import ConfigError, DataError
+from train.storage.atomic import remove_unfinished, write_atomically
 
 _SETTINGS_FILE = "settings.json"
 
@@ -84,8 +85,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     with _opened(out, options.out, settings):
         if not (out / MANIFEST_FILE).exists():
             for name, content in tokenizer.files.items():
-                with replacing(out / name) as file:
-                    file.write(content)
+                write_atomically(out / name, content)
             records = _make_pieces(out, pieces, tokenizer, rules, options.workers)
             _manifest(records, tokenizer, rules, settings).write(out)
         shutil.rmtree(out / WORK_FOLDER)
@@ -157,11 +157,10 @@ def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ConfigError(f"{shown}: another process is preparing this folder") from None
-        for left_over in (*out.glob(".*.tmp"), *work.glob(".*.tmp")):
-            left_over.unlink(missing_ok=True)
+        for folder in (out, work):
+            remove_unfinished(folder)
         try:
-            with replacing(work / _SETTINGS_FILE) as file:
-                file.write(json.dumps(settings, indent=1).encode())
+            write_atomically(work / _SETTINGS_FILE, json.dumps(settings, indent=1))
             yield
         except OSError as error:
             raise DataError(f"{shown}: cannot write there: {error.strerror}") from None
