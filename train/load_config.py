@@ -25,7 +25,7 @@ from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
 from train.errors import ConfigError
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
-from train.windows import LAYOUT_KEY, read_layout
+from train.windows import WINDOWS_KEY, read_windows
 
 PRESET_KEY = "preset"
 INITIAL_MODEL_KEY = "initial_model"
@@ -99,7 +99,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     values = _rename(values)  # an override may have given a whole section
     _check_names(values, TrainConfig, "")
     values = {key: value for key, value in values.items() if value is not None}
-    return _validate(_fill_model(_read_layout_file(values)))
+    return _validate(_fill_model(_read_windows_file(values)))
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
@@ -250,16 +250,16 @@ def _unknown_key(name: str, value: Any) -> ConfigError:
     return ConfigError(f"{name} = {_show(value)}: there is no such key; {hint}")
 
 
-def _read_layout_file(values: dict[str, Any]) -> dict[str, Any]:
-    """Replaces a `model.window_size` that names the result of an `nha search` by its layout."""
+def _read_windows_file(values: dict[str, Any]) -> dict[str, Any]:
+    """Replaces a `model.window_size` that names the result of an `nha search` by its windows."""
     model = values.get("model")
     if not isinstance(model, dict):
         return values
-    path = model.get(LAYOUT_KEY)
+    path = model.get(WINDOWS_KEY)
     if not isinstance(path, str) or not path.endswith(".json"):
         return values
-    layout = read_layout(path, f"model.{LAYOUT_KEY}")
-    return {**values, "model": {**model, LAYOUT_KEY: layout}}
+    windows = read_windows(path, f"model.{WINDOWS_KEY}")
+    return {**values, "model": {**model, WINDOWS_KEY: windows}}
 
 
 def _fill_model(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Window layouts as text and as files: one window, a pattern of them, or one for each layer."""
+"""Windows as text and as files: one window, a pattern of them, or one for each layer."""
 
 import json
 import math
@@ -8,13 +8,13 @@ from typing import Any
 from train.errors import ConfigError
 
 Window = int | None
-"""The last tokens that a layer keeps exactly; None: all of them (full attention)."""
+"""How many of the last tokens a layer keeps exactly; None: all of them (full attention)."""
 
-Layout = tuple[Window, ...]
-"""Several windows: one for each layer, the first layer's first, or a pattern of them."""
+Windows = tuple[Window, ...]
+"""One window for each layer, the first layer's first; or a pattern that repeats over the layers."""
 
-LAYOUT_KEY = "window_size"
-"""Under which a search's result file holds its layout."""
+WINDOWS_KEY = "window_size"
+"""The key of the windows in the result file of a search, as in a model's configuration."""
 
 _EXPECTED = (
     "a window (an integer of at least 0, or none for full attention), several of them such as "
@@ -22,13 +22,13 @@ _EXPECTED = (
 )
 
 
-def read_layout(text: str, name: str = "windows") -> Window | Layout:
-    """A layout as people write it, ready for `ModelConfig.window_size` or `Model.with_windows`.
+def read_windows(text: str, name: str = "windows") -> Window | Windows:
+    """Reads windows as people write them, for `ModelConfig.window_size` or `Model.with_windows`.
 
     Args:
         text: a window, `32` or `none` (or `null`, case does not matter); several, `32,32,none` or
             `[32, 32, null]`; or the path, ending in .json, of a file that `nha search` wrote.
-        name: of the option or key that the text was given for; errors start with it.
+        name: the option or key that the text was given for; errors start with it.
 
     Returns:
         A tuple for several windows, a list or a file. Whether it fits a model is not checked.
@@ -47,9 +47,9 @@ def read_layout(text: str, name: str = "windows") -> Window | Layout:
     return windows if is_list or len(windows) > 1 else windows[0]
 
 
-def format_layout(layout: Layout) -> str:
-    """`32,32,none`, as `read_layout` reads it."""
-    return ",".join("none" if window is None else str(window) for window in layout)
+def format_windows(windows: Windows) -> str:
+    """Writes windows as `read_windows` reads them, e.g. `32,32,none`."""
+    return ",".join("none" if window is None else str(window) for window in windows)
 
 
 def width(window: Window) -> float:
@@ -58,7 +58,7 @@ def width(window: Window) -> float:
 
 
 def _read_window(word: str) -> Window:
-    """Raises ValueError if it is none."""
+    """Reads one window; raises ValueError if the word is none."""
     if word.strip().lower() in ("none", "null"):
         return None
     window = int(word)
@@ -67,20 +67,20 @@ def _read_window(word: str) -> Window:
     return window
 
 
-def _read_file(path: str, name: str) -> Layout:
+def _read_file(path: str, name: str) -> Windows:
     try:
         values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{name} = {path!r}: cannot read the file: {error.strerror}") from None
     except ValueError:
         raise ConfigError(f"{name} = {path!r}: the file is not JSON") from None
-    layout = values.get(LAYOUT_KEY) if isinstance(values, dict) else None
-    if not isinstance(layout, list) or not layout or not all(map(_is_window, layout)):
+    windows = values.get(WINDOWS_KEY) if isinstance(values, dict) else None
+    if not isinstance(windows, list) or not windows or not all(map(_is_window, windows)):
         raise ConfigError(
             f"{name} = {path!r}: expected a file that `nha search` wrote, with a list of windows "
-            f"under {LAYOUT_KEY!r}"
+            f"under {WINDOWS_KEY!r}"
         )
-    return tuple(layout)
+    return tuple(windows)
 
 
 def _is_window(value: Any) -> bool:

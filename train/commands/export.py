@@ -48,7 +48,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add = parser.add_argument
     add("--format", choices=("family", "nha"), help="see above")
     add(
-        "--windows", metavar="LAYOUT",
+        "--windows", metavar="WINDOWS",
         help="other windows than the model's: none, a pattern such as '64,64,64,none', or a result "
         "of nha search",
     )  # fmt: skip
@@ -64,10 +64,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.storage.saved_model import extra_files_of
     from nha_jax.storage.weights import weight_bytes
     from train.report.bytes_bar import bytes_bar
-    from train.windows import read_layout
+    from train.windows import read_windows
 
     shard_bytes = _read_size(options.shard_size)
-    layout = None if options.windows is None else read_layout(options.windows, "--windows")
+    windows = None if options.windows is None else read_windows(options.windows, "--windows")
     out = Path(options.out)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         check_exportable(out, overwrite=options.overwrite)
         config, source = _open(options.run)
         if options.windows is not None:
-            config = dataclasses.replace(config, window_size=layout)
+            config = dataclasses.replace(config, window_size=windows)
         files = extra_files_of(options.run)
         export = plan_export(config, files, options.format)
         print(_summary(config, export, files), flush=True)
@@ -121,13 +121,13 @@ def _read_size(text: str) -> int:
 def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -> str:
     """What the folder will be, a line each, and what the user should know about it."""
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
-    from train.windows import format_layout
+    from train.windows import format_windows
 
     beside = ", ".join(name for name in files if name != ORIGINAL_CONFIG_FILE)
     lines = [
         f"{export.fields['architectures'][0]}, {config.num_layers} layer"
         f"{'s' * (config.num_layers > 1)}, windows "
-        f"{format_layout(config.window_period)}, {config.param_dtype}",
+        f"{format_windows(config.window_period)}, {config.param_dtype}",
         f"beside it: {beside or 'no tokenizer'}",
     ]
     return "\n".join([*lines, *(f"note: {notice}" for notice in export.notices)])

@@ -63,7 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--stop-token", action="append", type=int, default=[], metavar="N", help="the same")
     add("--json", action="store_true", default=False, help="a JSON line for each prompt, with its "
         "tokens and their log-probabilities (natural)")  # fmt: skip
-    add("--windows", metavar="LAYOUT", help="other windows than the model's: '32,32,none', or a "
+    add("--windows", metavar="WINDOWS", help="other windows than the model's: '32,32,none', or a "
         "result of nha search")  # fmt: skip
     add("--batch-size", type=int, default=8, help="prompts that are continued at once")
     add(
@@ -91,7 +91,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.generation.engine import chunk_for
     from train.text.chat_template import ChatTemplate
     from train.text.loading import load_model, load_tokenizer_of
-    from train.windows import read_layout
+    from train.windows import read_windows
 
     tokenizer = load_tokenizer_of(options.folder)
     template = ChatTemplate.of(Path(options.folder)) if options.chat else None
@@ -104,12 +104,12 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         for option, value in given
     ]
-    windows = getattr(options, "windows", None)
-    layout = None if windows is None else read_layout(windows, "--windows")
+    given_windows = getattr(options, "windows", None)
+    windows = None if given_windows is None else read_windows(given_windows, "--windows")
     model = load_model(options.folder)
     try:
-        if windows is not None:
-            model = model.with_windows(layout)
+        if given_windows is not None:
+            model = model.with_windows(windows)
         chosen = _choose_sampling(options, tokenizer)
         longest = max(len(prompt.tokens) for prompt in prompts)
         engine = Engine(

@@ -16,8 +16,8 @@ Qwen3-MoE), or of the authors of Native Hybrid Attention (JusenD/NHA), into a fo
 generate, nha train and nha_jax.load take.
 
 The weights are read from .safetensors files, a piece at a time; nothing is downloaded. With full
-attention in every layer, as is the default, the model computes what the original does. A --windows
-layout then makes it a hybrid: its slots work, but only well after a fine-tune."""
+attention in every layer, as is the default, the model computes what the original does. Other
+--windows then make it a hybrid: its slots work, but only well after a fine-tune."""
 
 _EXAMPLES = """\
 examples:
@@ -47,7 +47,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "that was hybridised already has its own)",
     )  # fmt: skip
     add(
-        "--windows", metavar="LAYOUT",
+        "--windows", metavar="WINDOWS",
         help="of the layers: a pattern such as '64,64,64,none', or a result of nha search "
         "(default: none, full attention; or those of a model that was hybridised already)",
     )  # fmt: skip
@@ -67,11 +67,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf import open_pretrained
     from nha_jax.storage.saved_model import check_replaceable
-    from train.windows import read_layout
+    from train.windows import read_windows
 
     windows: Any = "original"
     if options.windows is not None:
-        windows = read_layout(options.windows, "--windows")
+        windows = read_windows(options.windows, "--windows")
     out = Path(options.run)
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
@@ -120,17 +120,17 @@ def _summary(pretrained: "Pretrained") -> str:
     from nha_jax.hf.families import FAMILIES
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
     from nha_jax.storage.weights import weight_bytes
-    from train.windows import format_layout
+    from train.windows import format_windows
 
     config, family = pretrained.config, pretrained.original.family
     period = config.window_period
-    layout = "full attention" if period == (None,) else f"windows {format_layout(period)}"
+    windows = "full attention" if period == (None,) else f"windows {format_windows(period)}"
     size = weight_bytes(pretrained.source.shapes) / 1e9
     beside = ", ".join(name for name in pretrained.files if name != ORIGINAL_CONFIG_FILE)
     gates = "from the key projection" if family.model_type in FAMILIES else "of its own"
     lines = [
         f"{family.architecture}: {config.num_parameters:,} parameters, {config.num_layers} layers",
-        f"{layout} in every layer" if len(period) == 1 else f"{layout}, repeated",
+        f"{windows} in every layer" if len(period) == 1 else f"{windows}, repeated",
         f"{config.num_slots} slots a key/value head, gates {gates}",
         f"{config.param_dtype} parameters ({size:.3g} GB), computing in {config.dtype}",
         f"beside it: {beside or 'no tokenizer'}",

@@ -34,7 +34,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     )
     parser.add_argument(
         "--windows",
-        metavar="LAYOUT",
+        metavar="WINDOWS",
         help="other windows than the model's: '32,32,none', or a result of nha search",
     )
     parser.add_argument(
@@ -55,14 +55,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.storage.atomic import write_atomically
     from train.text.loading import load_model, load_tokenizer_of
     from train.text.user_texts import read_tokens
-    from train.windows import read_layout
+    from train.windows import read_windows
 
     tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)
     model = load_model(options.run)
     if options.windows is not None:
-        layout = read_layout(options.windows, "--windows")
+        windows = read_windows(options.windows, "--windows")
         try:
-            model = model.with_windows(layout)
+            model = model.with_windows(windows)
         except ValueError as error:
             raise ConfigError(f"--windows = {options.windows!r}: {error}") from None
     if not model.config.num_slots:

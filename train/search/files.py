@@ -11,7 +11,7 @@ from train.config import rename_keys
 from train.errors import ConfigError
 from train.search.strategies import Budget, Trial
 from train.storage.atomic import replacing, write_atomically
-from train.windows import LAYOUT_KEY, Layout, format_layout, width
+from train.windows import WINDOWS_KEY, Windows, format_windows, width
 
 EVENLY_SPACED = "evenly spaced full layers"
 """The name in `SearchResult.comparison` of what the search has to beat."""
@@ -41,7 +41,7 @@ class LossLog:
         Raises:
             ConfigError: the file holds something else, or losses of another model or other data.
         """
-        self.losses: dict[Layout, float] = {}
+        self.losses: dict[Windows, float] = {}
         present = json.loads(json.dumps(measured_on))
         rows = _read_rows(path)
         header = rows[0] if rows else present
@@ -52,7 +52,7 @@ class LossLog:
                 "or choose another --output"
             )
         for row in rows[1:]:
-            self.losses[tuple(row[LAYOUT_KEY])] = row[_LOSS_KEY]
+            self.losses[tuple(row[WINDOWS_KEY])] = row[_LOSS_KEY]
         try:
             # Anew, to be rid of a torn line.
             write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows or [present]))
@@ -66,7 +66,7 @@ class LossLog:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def write(self, layout: Layout, bits_per_byte: float) -> None:
+    def write(self, layout: Windows, bits_per_byte: float) -> None:
         """Adds a loss.
 
         Raises:
@@ -74,11 +74,11 @@ class LossLog:
         """
         if not math.isfinite(bits_per_byte):
             raise ConfigError(
-                f"windows {format_layout(layout)}: the held-out loss is {bits_per_byte}; there is "
+                f"windows {format_windows(layout)}: the held-out loss is {bits_per_byte}; there is "
                 "nothing to compare"
             )
         self.losses[layout] = bits_per_byte
-        row = {LAYOUT_KEY: list(layout), _LOSS_KEY: bits_per_byte}
+        row = {WINDOWS_KEY: list(layout), _LOSS_KEY: bits_per_byte}
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
@@ -191,18 +191,18 @@ def _points(trials: list[Trial]) -> tuple[list[float], list[float]]:
 
 def _to_row(trial: Trial) -> dict[str, Any]:
     row = dataclasses.asdict(trial)
-    return {LAYOUT_KEY: list(row.pop("layout")), **row}
+    return {WINDOWS_KEY: list(row.pop("layout")), **row}
 
 
-def _abbreviate(layout: Layout) -> str:
+def _abbreviate(layout: Windows) -> str:
     """All windows; of many layers the commonest, and which layers, from 1, have others."""
     if len(layout) <= 8:
-        return format_layout(layout)
+        return format_windows(layout)
     usual = max(sorted(set(layout), key=width), key=layout.count)
-    parts = [format_layout((usual,))]
+    parts = [format_windows((usual,))]
     for window in sorted(set(layout) - {usual}, key=width):
         layers = [str(layer) for layer, other in enumerate(layout, 1) if other == window]
-        parts.append(f"{format_layout((window,))} at {','.join(layers)}")
+        parts.append(f"{format_windows((window,))} at {','.join(layers)}")
     return "; ".join(parts)
 
 
@@ -220,7 +220,7 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             rows.append(json.loads(line))
         except ValueError:  # the torn last line, or the empty one after the last
             continue
-    if not rows or not isinstance(rows[0], dict) or LAYOUT_KEY in rows[0]:
+    if not rows or not isinstance(rows[0], dict) or WINDOWS_KEY in rows[0]:
         raise ConfigError(f"{path}: holds no losses of a search; choose another --output")
     header, _ = rename_keys(rows[0])
     return [{_RENAMED.get(key, key): value for key, value in header.items()}, *rows[1:]]

@@ -12,7 +12,7 @@ import nha_jax
 from train.data.batches import Batch
 from train.step.evaluation import bits_per_target
 from train.step.losses import LossSum, loss_sum
-from train.windows import Layout, Window
+from train.windows import Window, Windows
 
 DeviceBatch = dict[str, jax.Array]
 """A `Batch`, its arrays on the device."""
@@ -60,7 +60,7 @@ class LayerwiseLoss:
         self._apply_layer = jax.jit(apply_layer, static_argnames="window_size")
         self._loss = jax.jit(loss)
 
-    def bits_per_byte(self, layouts: Sequence[Layout]) -> Iterator[float]:
+    def bits_per_byte(self, layouts: Sequence[Windows]) -> Iterator[float]:
         """The loss under each layout, in order; see `train.step.evaluation.measure_held_out`.
 
         The layers that a layout shares with the one before it, from the first on, are not run
@@ -93,7 +93,7 @@ class LayerwiseLoss:
         return [self._embed(self._state, batch) for batch in self._batches]
 
 
-def _shared_layers(layout: Layout, other: Layout) -> int:
+def _shared_layers(layout: Windows, other: Windows) -> int:
     """How many windows, from the first layer on, are the same."""
     same = [window == wanted for window, wanted in zip(layout, other, strict=True)]
     return (*same, False).index(False)

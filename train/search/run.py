@@ -21,7 +21,7 @@ from train.search.layerwise import LayerwiseLoss
 from train.search.strategies import Budget, CacheBytes, FullLayers, SearchSpace, Trial, best, search
 from train.storage.run_folder import RunFolder
 from train.text.loading import load_model
-from train.windows import Layout, Window, format_layout, read_layout
+from train.windows import Window, Windows, format_windows, read_windows
 
 _TOKENS_PER_BATCH = 8192
 
@@ -64,7 +64,7 @@ def run_search(options: SearchOptions) -> int:
     sequences = Sequences(corpus.held_out, data.sequence_length)
     count = min(count, len(sequences))
     measured_on = _measured_on(model, corpus, data, count)
-    print(f"base      {format_layout(space.base)}")
+    print(f"base      {format_windows(space.base)}")
     print(f"budget    {space.budget.limit:g} {space.budget.unit}")
     length = data.sequence_length
     print(f"held out  {count} sequences of {length} tokens of {data.corpus}\n", flush=True)
@@ -99,7 +99,7 @@ class RecordedLosses:
         self._log = log
         self._bar = bar
 
-    def __call__(self, layouts: Sequence[Layout]) -> Mapping[Layout, float]:
+    def __call__(self, layouts: Sequence[Windows]) -> Mapping[Windows, float]:
         """Bits per byte by layout, of these layouts and any others.
 
         Raises:
@@ -125,7 +125,7 @@ def _output(options: SearchOptions) -> Path:
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no such folder")
     if path.exists():
-        read_layout(str(path), "--output")  # nothing but a search's result is overwritten
+        read_windows(str(path), "--output")  # nothing but a search's result is overwritten
     return path
 
 
@@ -151,7 +151,7 @@ def _space(
     options: SearchOptions, config: nha_jax.ModelConfig, sequence_length: int
 ) -> SearchSpace:
     base = _base(options, config)
-    candidates = _windows(read_layout(options.candidates, "--candidates"))
+    candidates = _windows(read_windows(options.candidates, "--candidates"))
     finite = [window for window in candidates if window is not None]
     if finite and max(finite) >= sequence_length:
         raise ConfigError(
@@ -176,9 +176,9 @@ def _space(
     return SearchSpace(base=base, candidates=candidates, budget=budget, beam=options.beam)
 
 
-def _base(options: SearchOptions, config: nha_jax.ModelConfig) -> Layout:
+def _base(options: SearchOptions, config: nha_jax.ModelConfig) -> Windows:
     if options.base is not None:
-        layout = read_layout(options.base, "--base")
+        layout = read_windows(options.base, "--base")
         try:
             return dataclasses.replace(config, window_size=layout).windows
         except ValueError as error:
@@ -190,14 +190,14 @@ def _base(options: SearchOptions, config: nha_jax.ModelConfig) -> Layout:
     return tuple(min(finite) if window is None else window for window in config.windows)
 
 
-def _windows(layout: Window | Layout) -> Layout:
+def _windows(layout: Window | Windows) -> Windows:
     return layout if isinstance(layout, tuple) else (layout,)
 
 
 def _compare(
     space: SearchSpace, config: nha_jax.ModelConfig, losses: RecordedLosses
 ) -> dict[str, Trial]:
-    layouts: dict[str, Layout | None] = {
+    layouts: dict[str, Windows | None] = {
         "base": space.base,
         EVENLY_SPACED: space.evenly_spaced(),
         "all layers full": (None,) * config.num_layers,

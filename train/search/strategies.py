@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from nha_jax import ModelConfig
 from train.config import require
-from train.windows import Layout, Window, format_layout, width
+from train.windows import Window, Windows, format_windows, width
 
 
 class Budget(Protocol):
@@ -27,7 +27,7 @@ class Budget(Protocol):
     def unit(self) -> str:
         """What is counted, in words."""
 
-    def cost(self, layout: Layout) -> float:
+    def cost(self, layout: Windows) -> float:
         """What this layout costs."""
 
 
@@ -41,11 +41,11 @@ class FullLayers:
     """
 
     full_layers: int
-    base: Layout
+    base: Windows
 
     def __post_init__(self) -> None:
         most = sum(window is not None for window in self.base)
-        expected = f"1 to {most}, the layers whose window is finite in {format_layout(self.base)}"
+        expected = f"1 to {most}, the layers whose window is finite in {format_windows(self.base)}"
         require(1 <= self.full_layers <= most, "full_layers", self.full_layers, expected)
 
     @property
@@ -56,7 +56,7 @@ class FullLayers:
     def unit(self) -> str:
         return "full layers beyond the base's"
 
-    def cost(self, layout: Layout) -> float:
+    def cost(self, layout: Windows) -> float:
         pairs = zip(layout, self.base, strict=True)
         return sum(window is None and before is not None for window, before in pairs)
 
@@ -94,7 +94,7 @@ class CacheBytes:
     def unit(self) -> str:
         return f"bytes of cache per token of context at {self.context} tokens"
 
-    def cost(self, layout: Layout) -> float:
+    def cost(self, layout: Windows) -> float:
         cached = (min(width(window), self.context) * self._token_bytes(window) for window in layout)
         return sum(cached) / self.context
 
@@ -122,7 +122,7 @@ class SearchSpace:
         ValueError: a value makes no sense, or leaves nothing to search.
     """
 
-    base: Layout
+    base: Windows
     candidates: tuple[Window, ...]
     budget: Budget
     beam: int = 1
@@ -131,14 +131,14 @@ class SearchSpace:
         require(self.beam >= 1, "beam", self.beam, "at least 1")
         narrowest = min(map(width, self.base))
         wider = any(width(candidate) > narrowest for candidate in self.candidates)
-        candidates = format_layout(self.candidates)
-        base = format_layout(self.base)
+        candidates = format_windows(self.candidates)
+        base = format_windows(self.base)
         require(wider, "candidates", candidates, f"a window wider than some layer's of {base}")
         cost, limit = self.budget.cost(self.base), self.budget.limit
         expected = f"a layout within {limit:g} {self.budget.unit}; this one costs {cost:g}"
         require(cost <= limit, "base", base, expected)
 
-    def wider(self, layout: Layout) -> Iterator[Layout]:
+    def wider(self, layout: Windows) -> Iterator[Windows]:
         """The layouts within the budget with one wider window, by the layer that has it."""
         for layer, window in enumerate(layout):
             for candidate in self.candidates:
@@ -147,7 +147,7 @@ class SearchSpace:
                 if width(candidate) > width(window) and fits:
                     yield changed
 
-    def evenly_spaced(self) -> Layout | None:
+    def evenly_spaced(self) -> Windows | None:
         """As many full layers, evenly spaced, as the budget allows, the others as in the base.
 
         Of L layers that are not full in the base, k are at (L k' / k) - 1 for k' = 1 to k, rounded
@@ -179,13 +179,13 @@ class Trial:
     """
 
     round: int
-    layout: Layout
+    layout: Windows
     bits_per_byte: float
     cost: float
 
 
 def search(
-    space: SearchSpace, losses: Callable[[Sequence[Layout]], Mapping[Layout, float]]
+    space: SearchSpace, losses: Callable[[Sequence[Windows]], Mapping[Windows, float]]
 ) -> list[Trial]:
     """Tries in rounds every layout with one window more widened, and goes on from the best.
 

@@ -10,7 +10,7 @@ import pytest
 from tests.support.paths import FIXTURES
 from train.cli import main
 from train.search.layerwise import LayerwiseLoss
-from train.windows import read_layout
+from train.windows import read_windows
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def before(tmp_path: Path) -> Path:
 
 
 def test_the_result_is_windows_for_a_model(before: Path) -> None:
-    assert read_layout(str(before / "search.json")) == (4, None, None)
+    assert read_windows(str(before / "search.json")) == (4, None, None)
 
 
 def test_the_losses_are_not_measured_again(before: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from train.search.layerwise import LayerwiseLoss
 from train.search.strategies import CacheBytes, FullLayers, SearchSpace, best, search
 from train.step.evaluation import bits_per_target
 from train.step.losses import loss_sum
-from train.windows import Layout, format_layout, read_layout
+from train.windows import Windows, format_windows, read_windows
 
 CONFIG = nha_jax.ModelConfig(
     vocab_size=257,
@@ -84,15 +84,15 @@ def arguments(saved_model: Path, corpus: Path) -> list[str]:
     ],
 )
 def test_layouts_as_text(text: str, layout: Any) -> None:
-    assert read_layout(text) == layout
+    assert read_windows(text) == layout
     if isinstance(layout, tuple) and len(layout) > 1:
-        assert read_layout(format_layout(layout)) == layout
+        assert read_windows(format_windows(layout)) == layout
 
 
 @pytest.mark.parametrize("text", ["", "wide", "-1", "32,", "[32", "1.5", "[]", "[[32]]"])
 def test_what_is_no_layout_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--base = '{re.escape(text)}': expected a window"):
-        read_layout(text, "--base")
+        read_windows(text, "--base")
 
 
 @pytest.mark.parametrize(
@@ -118,9 +118,9 @@ def test_a_layout_file_that_cannot_be_used(
 
 
 def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list[Batch]) -> None:
-    layouts: list[Layout] = [(4, 4, 4), (None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
+    layouts: list[Windows] = [(4, 4, 4), (None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
 
-    def loss(layout: Layout) -> float:
+    def loss(layout: Windows) -> float:
         forward = jax.jit(model.with_windows(layout).__call__)
         return bits_per_target([loss_sum(forward, batch) for batch in batches])
 
@@ -158,16 +158,16 @@ def test_shared_layers_are_not_run_again(model: nha_jax.Model, batches: list[Bat
     assert runs == [0, 1, 2, 0, 1, 2, 1, 2, 2, 0, 1, 2]
 
 
-def additive(gains: Sequence[Mapping[int | None, float]]) -> Callable[[Layout], float]:
+def additive(gains: Sequence[Mapping[int | None, float]]) -> Callable[[Windows], float]:
     return lambda layout: (
         5 - sum(gain.get(window, 0) for gain, window in zip(gains, layout, strict=True))
     )
 
 
-def tabulated(loss: Callable[[Layout], float], tried: list[Layout] | None = None):
+def tabulated(loss: Callable[[Windows], float], tried: list[Windows] | None = None):
     """Losses as `search` wants them; notes in `tried` what it asked for."""
 
-    def losses(layouts: Sequence[Layout]) -> dict[Layout, float]:
+    def losses(layouts: Sequence[Windows]) -> dict[Windows, float]:
         if tried is not None:
             tried.extend(layouts)
         return {layout: loss(layout) for layout in layouts}
@@ -175,7 +175,7 @@ def tabulated(loss: Callable[[Layout], float], tried: list[Layout] | None = None
     return losses
 
 
-def cheapest(space: SearchSpace, loss: Callable[[Layout], float]) -> Layout:
+def cheapest(space: SearchSpace, loss: Callable[[Windows], float]) -> Windows:
     """The best of all layouts within the budget."""
     choices = [
         {window, *(x for x in space.candidates if x is None or (window is not None and x > window))}
@@ -190,7 +190,7 @@ def test_greedy_finds_the_best_where_gains_add_up(full_layers: int) -> None:
     base = (8,) * 4
     loss = additive([{None: 0.3}, {None: 0.7}, {None: 0.1}, {None: 0.5}])
     space = SearchSpace(base=base, candidates=(None,), budget=FullLayers(full_layers, base))
-    tried: list[Layout] = []
+    tried: list[Windows] = []
     trials = search(space, tabulated(loss, tried))
     assert best(trials).layout == cheapest(space, loss)
     assert len(tried) == len(set(tried)) == len(trials)
@@ -203,7 +203,7 @@ def test_a_beam_finds_what_greedy_misses() -> None:
     # Layer 1 alone is the best single one, but 2 and 3 together beat every pair with it.
     table = {(1,): 4.0, (2,): 4.5, (3,): 4.4, (0,): 4.9, (0, 1): 3.5, (2, 3): 3.0}
 
-    def loss(layout: Layout) -> float:
+    def loss(layout: Windows) -> float:
         full = tuple(layer for layer, window in enumerate(layout) if window is None)
         return table.get(full, 5.0 - 0.6 * len(full))
 
@@ -265,11 +265,11 @@ def test_evenly_spaced_layers(num_layers: int, count: int, full: set[int]) -> No
 def test_a_stopped_search_goes_on_and_ends_the_same(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[Layout] = []
+    measured: list[Windows] = []
     original = LayerwiseLoss.bits_per_byte
     limit: int | None = None
 
-    def bits_per_byte(self: LayerwiseLoss, layouts: Sequence[Layout]):
+    def bits_per_byte(self: LayerwiseLoss, layouts: Sequence[Windows]):
         for layout, loss in zip(layouts, original(self, layouts), strict=True):
             if limit is not None and len(measured) >= limit:
                 raise KeyboardInterrupt
@@ -329,7 +329,7 @@ def test_the_result_is_a_layout_to_train_with(
     assert "venly spaced" in output.splitlines()[-3]
     overrides = [("model.num_layers", "3"), ("model.window_size", str(path))]
     config = load_config(str(nha.config_file), overrides)
-    assert config.model.windows == tuple(result["window_size"]) == read_layout(str(path))
+    assert config.model.windows == tuple(result["window_size"]) == read_windows(str(path))
 
 
 @pytest.mark.parametrize(
