@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from train.errors import ConfigError
 
 if TYPE_CHECKING:
-    from train.data.prepared import Prepared
+    from train.data.prepared_folder import PreparedFolder
 
 _DESCRIPTION = """\
 Turns raw files into a folder of tokens to train on (data.corpus: OUT).
@@ -83,8 +83,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.data.prepare.prepare import PrepareOptions, prepare
-    from train.data.prepared import Prepared
+    from train.data.prepare.folder import PrepareOptions, prepare
+    from train.data.prepared_folder import PreparedFolder
 
     fields = [field.name for field in dataclasses.fields(PrepareOptions)]
     try:
@@ -92,11 +92,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     prepare(chosen)
-    print(_summary(options.out, Prepared.open(Path(options.out).expanduser())))
+    print(_summary(options.out, PreparedFolder.open(Path(options.out).expanduser())))
     return 0
 
 
-def _summary(out: str, prepared: "Prepared") -> str:
+def _summary(out: str, prepared: "PreparedFolder") -> str:
     totals, tokenizer = prepared.manifest.totals, prepared.tokenizer
     parts = (("training", prepared.training), ("held out", prepared.held_out))
     lines = [f"{name} {x.num_documents:,} documents, {len(x):,} tokens" for name, x in parts]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nha_jax import Engine, SamplingOptions
-    from train.data.tokenizer.tokenizer import Tokenizer
+    from train.data.tokenizer.interface import Tokenizer
     from train.text.chat_template import ChatTemplate
     from train.text.continuation import WrittenToken
 

@@ -1,1 +1,1 @@
-"""Text into token shards, corpora into windows, windows into batches."""
+"""Training data: text to token shards, a corpus to sequences, and sequences to batches."""

@@ -1,4 +1,4 @@
-"""Fixed sequences of token streams, and batches as a pure function of the step."""
+"""Token streams cut into sequences, and batches of them as a pure function of the step."""
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
@@ -6,18 +6,18 @@ from fractions import Fraction
 import grain
 import numpy as np
 
-from train.data.corpus import Part, TokenSource
+from train.data.token_source import Split, TokenSource
 
 Batch = dict[str, np.ndarray]
 """One batch [B, T] (or one sequence [T]) of each of:
 
 - `tokens` int32: the model's input.
-- `targets` int32: the token after each of them.
-- `segment_ids` int32: 1, 2, ... for the documents in a sequence; 0 is padding.
-- `loss_mask` bool: whether the target is in the token's own document.
+- `targets` int32: the token after each token.
+- `segment_ids` int32: 1, 2, ... for the documents of a sequence; 0 is padding.
+- `loss_mask` bool: whether the target is in the same document as the token.
 """
 
-# Read ahead: enough that a batch from a slow disk does not hold up a step, and little memory.
+# Batches to read ahead: enough that a slow disk does not delay a step, for little memory.
 _BATCHES_AHEAD = 8
 _THREADS = 4
 
@@ -25,7 +25,7 @@ _THREADS = 4
 class SourceSequences:
     """A token stream cut into sequences of T inputs and their targets.
 
-    A sequence holds T + 1 tokens and shares its last with the next one's first, so that every
+    A sequence holds T + 1 tokens, and its last token is the next sequence's first, so that every
     token but a document's first is a target exactly once. The last sequence is padded.
     """
 
@@ -37,7 +37,7 @@ class SourceSequences:
         return -(-(len(self._source) - 1) // self._length)
 
     def __getitem__(self, index: int) -> Batch:
-        """Window `index`, each array [T]; see `Batch`. DataError: a file is damaged."""
+        """Returns sequence `index`, arrays [T] as in `Batch`; DataError if a file is damaged."""
         start = int(index) * self._length
         stop = min(start + self._length + 1, len(self._source))
         tokens = self._source.read(start, stop).astype(np.int32)
@@ -54,49 +54,49 @@ class SourceSequences:
 
 
 class Sequences:
-    """The sequences of a part of a corpus, source by source.
+    """The sequences of a split of a corpus, source by source.
 
     Attributes:
-        sources: the sequences of each of the part's sources.
-        weights: the share of each among the sequences that are drawn.
-        bytes_per_target: see `train.data.corpus.Part`.
+        sources: the sequences of each of the split's sources.
+        weights: the share of each source among the sequences that are drawn.
+        bytes_per_target: see `train.data.token_source.Split`.
     """
 
-    def __init__(self, part: Part, sequence_length: int):
-        self.sources = tuple(SourceSequences(source, sequence_length) for source in part.sources)
-        self.weights = part.weights
-        self.bytes_per_target = part.bytes_per_target
+    def __init__(self, split: Split, sequence_length: int):
+        self.sources = tuple(SourceSequences(source, sequence_length) for source in split.sources)
+        self.weights = split.weights
+        self.bytes_per_target = split.bytes_per_target
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
 
 class Mixture:
-    """Endless draws from several sources: which one the n-th is from, and how many were before.
+    """An endless series of draws from several sources: `mixture[n]` is the n-th.
 
-    Of any number of first draws each source has its share, to within fewer draws than there are
-    sources. (Grain's own mixture rounds the shares to a hundredth of the smallest.)
+    After any number of draws each source has had its share of them, give or take fewer draws than
+    there are sources. (Grain's own mixture rounds the shares to a hundredth of the smallest.)
     """
 
     def __init__(self, weights: Sequence[float]):
         exact = [Fraction(weight) for weight in weights]
-        # shares[i]: of source i among those from i on, the sources before being set aside.
+        # shares[i] is the share of source i among the sources from i on.
         shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
         self._shares = [share.as_integer_ratio() for share in shares]
 
     def __getitem__(self, n: int) -> tuple[int, int]:
-        """(source, index in the source's own order) of draw `n`."""
-        before, after = n, n + 1  # how many draws remain to be given out, without and with the n-th
-        for source, (part, whole) in enumerate(self._shares):
-            mine, mine_after = (-(-count * part // whole) for count in (before, after))
+        """Returns the source of draw `n`, and how many draws before it were from this source."""
+        before, after = n, n + 1  # draws that no source has been given yet, without and with draw n
+        for source, (share, whole) in enumerate(self._shares):
+            mine, mine_after = (-(-count * share // whole) for count in (before, after))
             if mine_after > mine:
                 return source, mine
             before, after = before - mine, after - mine_after
         raise AssertionError("the last source takes what remains")
 
 
-class _Batches:
-    """Batch n, as a random-access source for Grain."""
+class _BatchSource:
+    """The endless batches as a random-access source for Grain: `source[n]` is batch n."""
 
     def __init__(self, sequences: Sequences, batch_size: int, seed: int, rows: Sequence[int]):
         seeds = _seeds(seed, len(sequences.sources))
@@ -122,23 +122,23 @@ def training_batches(
     first: int,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """Endless batches; the n-th ever is a function of the arguments but `first`, and n.
+    """Gives batches without end; batch n depends on n and on all arguments but `first`.
 
-    Every source goes through all of its sequences, then again in another order, and so on; with
-    several sources, their sequences take turns by weight. Batches are read ahead by threads.
+    Every source goes through all of its sequences in one order, then in another, and so on. With
+    several sources, their sequences take turns by weight. Threads read batches ahead.
 
     Args:
         sequences: what to draw from.
-        batch_size: sequences per batch.
+        batch_size: sequences in a batch.
         seed: of the order.
-        first: n of the first batch returned: 0, or the position of a checkpoint.
-        rows: those of every batch that are wanted, ascending; None: all.
+        first: number of the first batch to give: 0, or the position of a checkpoint.
+        rows: the rows of every batch to give, ascending; None: all.
 
     Raises:
-        DataError: when a batch is drawn, if a file is missing or damaged.
+        DataError: a file is missing or damaged; raised when a batch is drawn from it.
     """
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
-    batches = _Batches(sequences, batch_size, seed, chosen)
+    batches = _BatchSource(sequences, batch_size, seed, chosen)
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=_BATCHES_AHEAD)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(options))
     grain.experimental.set_next_index(iterator, first)
@@ -151,16 +151,19 @@ def evaluation_batches(
     count: int,
     rows: Sequence[int] | np.ndarray | None = None,
 ) -> Iterator[Batch]:
-    """The same `count` sequences (fewer if there are not as many), evenly spread, in batches.
+    """Gives `count` sequences, always the same and evenly spread over the text, in batches.
 
-    Of several sources, each gives its weight's share. The last batch is filled up with padding,
-    which no loss counts.
+    Several sources share `count` by their weights. A source with fewer sequences than its share
+    gives all of them. The last batch is filled up with padding, which the loss leaves out.
 
     Args:
         sequences: what to take them from.
-        batch_size: sequences per batch.
-        count: how many sequences.
-        rows: those of every batch that are wanted, ascending; None: all.
+        batch_size: sequences in a batch.
+        count: number of sequences.
+        rows: the rows of every batch to give, ascending; None: all.
+
+    Raises:
+        DataError: a file is missing or damaged; raised when a sequence is read from it.
     """
     chosen = [
         (source, int(index))
@@ -171,24 +174,25 @@ def evaluation_batches(
     source, index = chosen[0]
     empty = {name: np.zeros_like(array) for name, array in source[index].items()}
     for start in range(0, len(chosen), batch_size):
-        places = [start + row for row in wanted]
-        yield _stack([chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in places])
+        numbers = [start + row for row in wanted]
+        yield _stack([chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in numbers])
 
 
 def _shares(sequences: Sequences, count: int) -> list[int]:
-    """How many of `count` sequences come from each source: the first draws of the mixture."""
+    """Divides `count` sequences among the sources, as the first draws of the mixture do."""
     mixture = Mixture(sequences.weights)
     drawn = np.bincount([mixture[n][0] for n in range(count)], minlength=len(sequences.sources))
     return [min(int(n), len(source)) for n, source in zip(drawn, sequences.sources, strict=True)]
 
 
 def _seeds(seed: int, count: int) -> list[int]:
-    """A seed for each source; of one alone the given one."""
+    """Makes a seed for each source; a single source has the given one."""
     if count == 1:
         return [seed]
-    # Far apart: Grain counts the seed up by one an epoch.
-    return [int(part) for part in np.random.SeedSequence(seed).generate_state(count)]
+    # The seeds are far apart, as Grain adds one to a seed in every epoch.
+    return [int(each) for each in np.random.SeedSequence(seed).generate_state(count)]
 
 
 def _stack(rows: Sequence[Batch]) -> Batch:
+    """Stacks sequences [T] to a batch [B, T]."""
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

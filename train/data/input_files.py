@@ -1,25 +1,26 @@
-"""The files that a folder, a glob or a name stands for, and opening them whatever packs them."""
+"""Finds the files that a folder, a glob or a name stands for, and opens them unpacked."""
 
 import glob
 import gzip
-import importlib
 import io
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-from train.errors import ConfigError
+from train.extras import import_extra
 
 PACKED_SUFFIXES = (".gz", ".zst")
 
 
 def find_files(pattern: str) -> list[tuple[str, Path]]:
-    """(name relative to what they have in common, path) of each file, sorted by name.
-
-    Hidden files and folders inside a folder are left out. Nothing found: an empty list.
+    """Finds files, leaving out hidden files and folders inside a folder.
 
     Args:
         pattern: a folder, a file, or a glob (`**` goes through all folders below).
+
+    Returns:
+        (name, path) of each file, sorted by name; names are relative to the folder that all files
+        have in common. The list is empty if nothing was found.
     """
     path = Path(pattern).expanduser()
     if path.is_dir():
@@ -33,7 +34,7 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
 
 
 def walk(root: Path) -> list[tuple[str, Path]]:
-    """The same of every file below a folder, hidden ones left out."""
+    """Returns (relative name, path) of every file below a folder but the hidden ones, sorted."""
     files = (path for path in root.rglob("*") if path.is_file())
     names = ((path.relative_to(root).as_posix(), path) for path in files)
     return sorted(
@@ -44,7 +45,7 @@ def walk(root: Path) -> list[tuple[str, Path]]:
 
 
 def kind_of(path: Path) -> str:
-    """A file's suffix in lower case, that of its packing left out: `.jsonl` of `a.JSONL.gz`."""
+    """Returns a file's suffix in lower case without that of its packing: .jsonl of a.JSONL.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
         suffixes.pop()
@@ -52,36 +53,21 @@ def kind_of(path: Path) -> str:
 
 
 def is_packed(path: Path) -> bool:
-    """Whether the file is compressed as a whole, so that it can only be read from its start."""
+    """Says whether the file is compressed as a whole, and so can only be read from its start."""
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
 def open_unpacked(path: Path) -> BinaryIO:
-    """The file's bytes, unpacked where its name ends in `.gz` or `.zst`."""
+    """Opens a file for reading, unpacking it if its name ends in .gz or .zst."""
     match path.suffix.lower():
         case ".gz":
             return cast(BinaryIO, gzip.open(path, "rb"))
         case ".zst":
             zstandard = import_extra("zstandard")
-            # A file may be several frames one after the other, as parallel compressors write it.
+            # Parallel compressors write a file as several frames, one after the other.
             reader = zstandard.ZstdDecompressor().stream_reader(
                 path.open("rb"), read_across_frames=True, closefd=True
             )
             return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
         case _:
             return path.open("rb")
-
-
-def import_extra(name: str, extra: str = "data") -> Any:
-    """A module of a package that an extra brings.
-
-    Raises:
-        ConfigError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.split(".")[0]
-        raise ConfigError(
-            f'the package {package} is not installed; `pip install "nha_jax[{extra}]"` brings it'
-        ) from None

@@ -1,8 +1,9 @@
-"""Shards of tokens on disk: written whole or not at all, every block checked when it is read.
+"""Shards of tokens on disk, which are written whole or not at all and checked when they are read.
 
-A shard is two files. `NAME.tokens` holds the tokens, little-endian, documents one after the other.
-`NAME.index` holds where each document ends (int64, exclusive) and then the CRC-32 of every
-BLOCK_BYTES of the tokens (uint32). The index's own CRC-32 is in the record that a manifest keeps.
+A shard is two files. NAME.tokens holds the tokens, little-endian, one document after the other.
+NAME.index holds where each document ends (int64, exclusive) and then a checksum (CRC-32, uint32) of
+every block, which is BLOCK_BYTES of the tokens. The checksum of the index itself is in the record
+that a manifest keeps.
 """
 
 import os
@@ -17,8 +18,8 @@ from train.errors import DataError
 from train.storage.atomic import Replacement, write_atomically
 
 BLOCK_BYTES = 1 << 16
-"""Bytes under one checksum. A window of a few thousand tokens is in one or two such blocks, so
-that reading it for the first time costs little more than reading it again."""
+"""Bytes of tokens with one checksum. A sequence of a few thousand tokens lies in one or two blocks,
+so that reading it for the first time costs little more than reading it again."""
 
 TOKENS_SUFFIX, INDEX_SUFFIX = ".tokens", ".index"
 
@@ -28,10 +29,10 @@ class ShardRecord:
     """What a manifest keeps of a shard.
 
     Attributes:
-        name: of its files, without the suffix.
-        tokens: how many, ends of documents included.
-        documents: how many.
-        text_bytes: of the documents' text, as UTF-8.
+        name: its files' name without the suffix.
+        tokens: number of tokens, ends of documents included.
+        documents: number of documents.
+        text_bytes: bytes of the documents' text as UTF-8.
         index_crc32: checksum of the index.
     """
 
@@ -42,7 +43,7 @@ class ShardRecord:
     index_crc32: int
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
-        """File name -> size in bytes."""
+        """Returns the size in bytes of each of the two files, by name."""
         token_bytes = self.tokens * dtype.itemsize
         blocks = -(-token_bytes // BLOCK_BYTES)
         return {
@@ -51,7 +52,7 @@ class ShardRecord:
         }
 
     def check_sizes(self, folder: Path, dtype: np.dtype) -> None:
-        """Raises DataError if a file is missing or of another size."""
+        """Raises DataError if a file is missing or has another size."""
         for name, expected in self.sizes(dtype).items():
             path = folder / name
             try:
@@ -63,7 +64,7 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Writes one shard; use with `with`, and `close` to have it: otherwise nothing is left."""
+    """Writes one shard. Use it with `with`; unless `close` is called, no file is left."""
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype):
         self._name = name
@@ -82,7 +83,7 @@ class ShardWriter:
         self._tokens_file.close()
 
     def add(self, tokens: np.ndarray, ends: np.ndarray, text_bytes: int) -> None:
-        """Appends documents: tokens [N], their ends [documents], the bytes of their text."""
+        """Appends documents: tokens [N], their ends [documents], and the bytes of their text."""
         self._ends.append(ends + self._tokens)
         self._tokens += len(tokens)
         self._text_bytes += text_bytes
@@ -90,7 +91,7 @@ class ShardWriter:
         self._write(len(self._pending) - len(self._pending) % BLOCK_BYTES)
 
     def close(self) -> ShardRecord | None:
-        """Puts both files in their places; None, and no files, if no document came."""
+        """Puts both files in place; returns None, and leaves no files, if no document was added."""
         if not self._tokens:
             return None
         self._write(len(self._pending))
@@ -101,7 +102,7 @@ class ShardWriter:
         return ShardRecord(self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index))
 
     def _write(self, size: int) -> None:
-        """Writes the first `size` pending bytes: whole blocks, or at the end all there are."""
+        """Writes the first `size` pending bytes: whole blocks, or at the end all that is left."""
         for start in range(0, size, BLOCK_BYTES):
             block = bytes(self._pending[start : min(start + BLOCK_BYTES, size)])
             self._checksums.append(zlib.crc32(block))
@@ -110,10 +111,10 @@ class ShardWriter:
 
 
 class OpenFile:
-    """A descriptor that is closed when no one holds it any more, so that threads may share it."""
+    """An open file that threads may share; it is closed when nothing refers to it any more."""
 
     def __init__(self, path: Path):
-        """Raises DataError if it cannot be opened."""
+        """Opens the file; raises DataError if it cannot be opened."""
         self.path = path
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
@@ -125,12 +126,11 @@ class OpenFile:
             os.close(self._descriptor)
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes `start` to `stop`; DataError if they are not all there."""
+        """Returns bytes `start` to `stop`; raises DataError if the file ends before `stop`."""
         parts = []
         try:
             while start < stop:
-                # Not a memory map: reading beyond the end of a file that was truncated would
-                # kill the process with SIGBUS.
+                # A memory map would kill the process with SIGBUS if the file was truncated.
                 part = os.pread(self._descriptor, stop - start, start)
                 if not part:
                     raise DataError(f"{self.path}: damaged: it ends at byte {start}")
@@ -141,11 +141,11 @@ class OpenFile:
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class Shard:
-    """A shard to read from, by any number of threads.
+class ShardReader:
+    """Reads one shard, for any number of threads.
 
-    Its index (8 bytes a document) is read with its first tokens and kept. A block's checksum is
-    verified when the block is first read.
+    The index (8 bytes for each document) is read with the first tokens and kept. A block's checksum
+    is verified when the block is first read.
     """
 
     def __init__(self, folder: Path, record: ShardRecord, dtype: np.dtype):
@@ -158,11 +158,11 @@ class Shard:
 
     @property
     def path(self) -> Path:
-        """Of the tokens."""
+        """The file of the tokens."""
         return self._tokens_path
 
     def documents(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] int64: which of the shard's documents each token belongs to.
+        """Returns the number, within the shard, of each token's document: [stop - start] int64.
 
         Raises:
             DataError: the index is missing or damaged.
@@ -171,10 +171,10 @@ class Shard:
         return np.searchsorted(ends, np.arange(start, stop), side="right")
 
     def read(self, file: OpenFile, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop`, [stop - start] of the shard's dtype.
+        """Returns tokens `start` to `stop`, [stop - start] of the shard's dtype.
 
         Raises:
-            DataError: a file is missing, too short, or not what was written.
+            DataError: a file is missing, too short, or has another content than was written.
         """
         width = self._dtype.itemsize
         first, last = start * width, stop * width
@@ -195,7 +195,7 @@ class Shard:
         return np.frombuffer(content, self._dtype)[start - offset // width : stop - offset // width]
 
     def _load_index(self) -> tuple[np.ndarray, np.ndarray]:
-        """Ends of documents, checksums of blocks."""
+        """Returns the ends of documents and the checksums of blocks."""
         if self._index is None:
             documents = 8 * self._record.documents
             size = documents + 4 * len(self._verified)

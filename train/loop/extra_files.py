@@ -8,7 +8,7 @@ from nha_jax.storage.saved_model import extra_files_of
 from train.config import TrainConfig
 from train.data.corpus import Corpus
 from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
-from train.data.tokenizer.tokenizer import Tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
 from train.storage.atomic import write_atomically
 from train.storage.initial_model import InitialModel

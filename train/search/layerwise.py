@@ -33,7 +33,7 @@ class LayerwiseLoss:
         Args:
             model: its own layout does not matter.
             batches: what to measure on, all of one shape [B, T].
-            bytes_per_target: of their text; see `train.data.corpus.Part`.
+            bytes_per_target: of their text; see `train.data.token_source.Split`.
         """
         self._num_layers = model.config.num_layers
         self._bytes_per_target = bytes_per_target

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from train.data.batches import Sequences, evaluation_batches
-from train.data.corpus import Part
+from train.data.token_source import Split
 from train.step.losses import LossSum
 from train.step.update import Steps
 
@@ -24,7 +24,7 @@ class HeldOut:
 
     Attributes:
         bits_per_target: cross-entropy, in bits.
-        bytes_per_target: of the text, in the mean; see `train.data.corpus.Part`.
+        bytes_per_target: of the text, in the mean; see `train.data.token_source.Split`.
         slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
     """
 
@@ -88,13 +88,13 @@ def gzip_bits_per_byte(text: bytes, piece_bytes: int | None = None) -> float:
     return 8 * sum(len(gzip.compress(piece, 9, mtime=0)) for piece in pieces) / len(text)
 
 
-def gzip_references(part: Part) -> dict[str, float]:
+def gzip_references(split: Split) -> dict[str, float]:
     """Bits per byte by what was compressed, of four million tokens' text at most.
 
     A thousand bytes are about what a small model sees at once, and too few for gzip to find
     many repeats; all the text at once is the other extreme.
     """
-    text = part.text(REFERENCE_TOKENS)
+    text = split.text(REFERENCE_TOKENS)
     return {
         "gzip -9, 1000 bytes at a time": gzip_bits_per_byte(text, 1000),
         "gzip -9, all of it at once": gzip_bits_per_byte(text),

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from nha_jax.storage.saved_model import extra_files_of
-from train.data.input_files import import_extra
 from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
 from train.errors import ConfigError, DataError
+from train.extras import import_extra
 
 TEMPLATE_FILE = "chat_template.jinja"
 

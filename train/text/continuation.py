@@ -7,7 +7,7 @@ import numpy as np
 
 import nha_jax
 from nha_jax.generation.engine import chunk_for
-from train.data.tokenizer.tokenizer import Tokenizer
+from train.data.tokenizer.interface import Tokenizer
 
 Finish = Literal["stop", "length"]
 

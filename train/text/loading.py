@@ -10,8 +10,10 @@ from flax import nnx
 import nha_jax
 from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
 from train.checkpoint.checkpoints import load_model_state
+from train.data.tokenizer.as_bytes import BYTE_VOCABULARY
 from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.tokenizer import BYTE_VOCABULARY, Tokenizer, load_tokenizer
+from train.data.tokenizer.from_file import load_tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
 from train.storage.run_folder import RunFolder
 

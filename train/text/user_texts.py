@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.data.tokenizer.tokenizer import Tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
 
 # No token stands for more bytes than this on average, so the rest of a long file is not read.

@@ -11,7 +11,7 @@ import pytest
 import nha_jax
 from tests.support.train.tiny_run import Nha
 from train.cli import main
-from train.data.tokenizer.tokenizer import END_OF_DOCUMENT, ByteTokenizer
+from train.data.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
 from train.text.continuation import _GrowingText
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]

@@ -11,22 +11,24 @@ from hypothesis import strategies as st
 
 from train.config import DataConfig
 from train.data.batches import Batch, Mixture, Sequences, evaluation_batches, training_batches
-from train.data.corpus import Documents, Part, is_held_out, load_corpus
-from train.data.tokenizer.tokenizer import END_OF_DOCUMENT
+from train.data.corpus import load_corpus
+from train.data.held_out import is_file_held_out
+from train.data.token_source import Split, TokensInMemory
+from train.data.tokenizer.as_bytes import END_OF_DOCUMENT
 
 
-def stream(lengths: list[int], first: int = 0) -> Documents:
+def stream(lengths: list[int], first: int = 0) -> TokensInMemory:
     """Documents of these lengths, end tokens included, of tokens first, first + 1, ..."""
-    return Documents(
+    return TokensInMemory(
         names=tuple(f"{number}" for number in range(len(lengths))),
         tokens=np.arange(first, first + sum(lengths), dtype=np.uint16),
         ends=np.cumsum(lengths),
     )
 
 
-def documents(*lengths: int) -> Part:
-    """A part of one such stream, from token 0 on."""
-    return Part((stream(list(lengths)),))
+def documents(*lengths: int) -> Split:
+    """A split of one such stream, from token 0 on."""
+    return Split((stream(list(lengths)),))
 
 
 def test_sequences_know_their_documents() -> None:
@@ -118,7 +120,7 @@ def mixed() -> Sequences:
     """Three sources of 30, 50 and 8 sequences of 4 tokens, told apart by their thousands."""
     counts = (30, 50, 8)
     sources = tuple(stream([4 * n + 1], 1000 * i) for i, n in enumerate(counts))
-    return Sequences(Part(sources, (0.5, 0.3, 0.2)), 4)
+    return Sequences(Split(sources, (0.5, 0.3, 0.2)), 4)
 
 
 def test_a_mixture_gives_each_source_its_share_and_its_own_epochs(mixed: Sequences) -> None:
@@ -181,7 +183,7 @@ def test_evaluation_of_a_mixture_takes_each_by_its_weight(mixed: Sequences) -> N
 
 def test_bytes_per_target_of_bytes_is_one() -> None:
     assert documents(3, 2, 4).bytes_per_target == 1
-    assert Part((stream([3]), stream([9, 4])), (0.25, 0.75)).bytes_per_target == 1
+    assert Split((stream([3]), stream([9, 4])), (0.25, 0.75)).bytes_per_target == 1
 
 
 def test_corpus_is_split_by_file(corpus: Path) -> None:
@@ -189,12 +191,12 @@ def test_corpus_is_split_by_file(corpus: Path) -> None:
     loaded = load_corpus(config)
     (held_out_documents,) = loaded.held_out.sources
     training, held_out = (
-        {name for source in part.sources for name in source.names}
-        for part in (loaded.training, loaded.held_out)
+        {name for source in split.sources for name in source.names}
+        for split in (loaded.training, loaded.held_out)
     )
     assert training | held_out == {path.name for path in corpus.iterdir()}
     assert not training & held_out
-    assert held_out == {name for name in training | held_out if is_held_out(name, 0.2)}
+    assert held_out == {name for name in training | held_out if is_file_held_out(name, 0.2)}
     name = held_out_documents.names[0]
     content = (corpus / name).read_bytes()
     tokens = held_out_documents.read(0, held_out_documents.ends[0])
@@ -220,7 +222,7 @@ def test_fingerprint_follows_the_content(corpus: Path, tmp_path: Path) -> None:
 
 def test_standard_library() -> None:
     loaded = load_corpus(DataConfig(corpus="stdlib", sequence_length=8))
-    training, held_out = (part.sources[0].names for part in (loaded.training, loaded.held_out))
+    training, held_out = (split.sources[0].names for split in (loaded.training, loaded.held_out))
     assert "argparse.py" in training + held_out
     assert not any(name.startswith(("site-packages/", "encodings/")) for name in training)
     assert 0.01 < loaded.held_out.num_tokens / loaded.training.num_tokens < 0.2

@@ -28,9 +28,10 @@ from tests.support.train.raw_files import (
 from tests.support.train.tiny_run import LAUNCH, Nha
 from train.cli import main
 from train.config import DataConfig
-from train.data.corpus import TokenSource, load_corpus
-from train.data.hashing import in_fraction
-from train.data.prepared import Manifest, Prepared
+from train.data.corpus import load_corpus
+from train.data.held_out import is_document_held_out
+from train.data.prepared_folder import Manifest, PreparedFolder
+from train.data.token_source import TokenSource
 from train.errors import DataError
 from train.text.loading import load_tokenizer_of
 
@@ -46,15 +47,15 @@ def test_tokens_are_those_of_a_direct_encoding(
     if tokenizer == "bpe":
         arguments.append(f"--tokenizer={tokenizer_file}")
     assert prepare(tmp_path / "out", tmp_path / "raw", *arguments) == 0
-    prepared = Prepared.open(tmp_path / "out")
+    prepared = PreparedFolder.open(tmp_path / "out")
     assert len(prepared.manifest.shards["training"]) > 1 or write in (write_gzip, write_zstandard)
     reference = tokenizers.Tokenizer.from_file(str(tokenizer_file))
     reference.no_truncation()
     reference.encode_special_tokens = True
-    for part, held_out in ((prepared.training, False), (prepared.held_out, True)):
-        texts = [text for text in DOCUMENTS if in_fraction(text.encode(), 0.2) == held_out]
-        assert part.num_documents == len(texts)
-        tokens, owner = part.read(0, len(part)), part.documents(0, len(part))
+    for source, held_out in ((prepared.training, False), (prepared.held_out, True)):
+        texts = [text for text in DOCUMENTS if is_document_held_out(text, 0.2) == held_out]
+        assert source.num_documents == len(texts)
+        tokens, owner = source.read(0, len(source)), source.documents(0, len(source))
         for n, text in enumerate(texts):
             expected = (
                 [*text.encode(), 256]
@@ -62,8 +63,8 @@ def test_tokens_are_those_of_a_direct_encoding(
                 else [*reference.encode(text).ids, reference.token_to_id("</s>")]
             )
             assert tokens[owner == n].tolist() == expected
-        assert part.text_bytes == sum(len(text.encode()) for text in texts)
-        assert part.text(10**6).decode() == "".join(texts)
+        assert source.text_bytes == sum(len(text.encode()) for text in texts)
+        assert source.text(10**6).decode() == "".join(texts)
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +203,7 @@ def test_a_damaged_tokenizer_is_named(whole: dict[str, bytes], tmp_path: Path, d
     if damage == "both missing":
         (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(DataError) as error:
-        Prepared.open(tmp_path)
+        PreparedFolder.open(tmp_path)
     assert str(error.value).startswith(f"{file}: ")
 
 
@@ -212,11 +213,11 @@ def test_copies_of_a_document_are_on_one_side(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_bytes(json_lines(texts[::-1]))
     for name in ("a", "b"):
         assert prepare(tmp_path / name, tmp_path / f"{name}.jsonl", "--held-out-fraction=0.3") == 0
-    parts = [Prepared.open(tmp_path / name) for name in ("a", "b")]
-    held_out = [set(split(part.held_out)) for part in parts]
+    folders = [PreparedFolder.open(tmp_path / name) for name in ("a", "b")]
+    held_out = [set(split(folder.held_out)) for folder in folders]
     assert held_out[0] == held_out[1]
     assert 4 < len(held_out[0]) < 24
-    assert not held_out[0] & set(split(parts[0].training))
+    assert not held_out[0] & set(split(folders[0].training))
 
 
 def split(source: TokenSource) -> list[str]:
@@ -293,7 +294,7 @@ def test_a_vocabulary_that_is_too_small_is_refused(
     write_text(tmp_path)
     arguments = [f"--tokenizer={tokenizer_file}", "--held-out-fraction=0.2"]
     assert prepare(tmp_path / "out", tmp_path / "*.md", *arguments) == 0
-    size = Prepared.open(tmp_path / "out").tokenizer.vocabulary_size
+    size = PreparedFolder.open(tmp_path / "out").tokenizer.vocabulary_size
     assert main(["train", str(nha.config_file), f"--data.corpus={tmp_path / 'out'}"]) == 2
     message = f"model.vocab_size = 257: expected at least {size}, the vocabulary of data.corpus"
     assert message in capsys.readouterr().err

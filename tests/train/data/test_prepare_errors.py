@@ -11,7 +11,7 @@ from tests.support.train.raw_files import (
     json_lines,
     prepare,
 )
-from train.data.prepared import Prepared
+from train.data.prepared_folder import PreparedFolder
 
 BAD_INPUTS = {
     "malformed.jsonl": (b'{"text": "a"}\n{"text": \n', "line 2: not JSON"),
@@ -38,7 +38,7 @@ def test_a_bad_document_is_named_or_counted(
     assert not list((tmp_path / "out").glob("*.tokens"))
     assert prepare(tmp_path / "other", *arguments, "--skip-bad") == 0
     assert "left out 1 documents" in capsys.readouterr().out
-    good = Prepared.open(tmp_path / "other").manifest.totals["documents"]
+    good = PreparedFolder.open(tmp_path / "other").manifest.totals["documents"]
     assert good == 1 + content.count(b'"text": "a"')
 
 

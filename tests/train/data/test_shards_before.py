@@ -11,8 +11,8 @@ from tests.support.paths import FIXTURES
 from tests.support.train.raw_files import contents, prepare
 from train.config import DataConfig
 from train.data.corpus import load_corpus
-from train.data.hashing import in_fraction
-from train.data.prepared import Prepared
+from train.data.held_out import is_document_held_out
+from train.data.prepared_folder import PreparedFolder
 
 OPTIONS = ("--held-out-fraction=0.3", "--shard-bytes=300", "--workers=1")
 
@@ -32,10 +32,10 @@ def tokenizer_option(folder: Path, name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", ["bytes", "bpe"])
 def test_every_document_is_read(before: Path, name: str) -> None:
-    prepared = Prepared.open(before / name)
+    prepared = PreparedFolder.open(before / name)
     texts = [path.read_text() for path in sorted((before / "raw").iterdir())]
     for split, held_out in ((prepared.training, False), (prepared.held_out, True)):
-        expected = [text for text in texts if in_fraction(text.encode(), 0.3) == held_out]
+        expected = [text for text in texts if is_document_held_out(text, 0.3) == held_out]
         assert split.text(10**6).decode() == "".join(expected)
         assert split.num_documents == len(expected)
         tokens, document = split.read(0, len(split)), split.documents(0, len(split))

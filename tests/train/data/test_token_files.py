@@ -15,10 +15,10 @@ from train.cli import main
 from train.config import DataConfig
 from train.data.batches import Sequences, training_batches
 from train.data.corpus import load_corpus
-from train.data.prepare.prepare import PrepareOptions, prepare
-from train.data.prepared import MANIFEST_FILE, Manifest, Prepared, ShardedTokens
+from train.data.prepare.folder import PrepareOptions, prepare
+from train.data.prepared_folder import MANIFEST_FILE, Manifest, PreparedFolder, ShardedTokens
 from train.data.token_shards import BLOCK_BYTES, ShardWriter
-from train.data.tokenizer.tokenizer import ByteTokenizer
+from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.errors import ConfigError, DataError
 
 TEXTS = [f"document {n}: " + "word " * (n * 37 % 800) for n in range(300)]
@@ -96,10 +96,10 @@ def test_shards_are_one_stream(
 
 
 def test_many_blocks_read_in_any_order(original: Path) -> None:
-    source = Prepared.open(original).training
+    source = PreparedFolder.open(original).training
     whole = source.read(0, len(source))
     assert len(whole) * 2 > 5 * BLOCK_BYTES
-    again = Prepared.open(original).training
+    again = PreparedFolder.open(original).training
     generator = np.random.default_rng(0)
     for start in generator.integers(0, len(source) - 5000, 200):
         stop = start + int(generator.integers(1, 5000))
@@ -107,8 +107,8 @@ def test_many_blocks_read_in_any_order(original: Path) -> None:
 
 
 def test_threads_share_the_files(original: Path) -> None:
-    source = Prepared.open(original).training
-    whole, wrong = Prepared.open(original).training.read(0, len(source)), []
+    source = PreparedFolder.open(original).training
+    whole, wrong = PreparedFolder.open(original).training.read(0, len(source)), []
 
     def read(seed: int) -> None:
         for start in np.random.default_rng(seed).integers(0, len(source) - 3000, 100):
@@ -180,7 +180,7 @@ def test_damage_while_it_is_read(prepared: Path, damage: Callable[[Path], None])
 
 def test_a_shard_cut_off_after_it_was_opened_does_not_kill_the_process(prepared: Path) -> None:
     """Where a memory map would: SIGBUS."""
-    source = Prepared.open(prepared).training
+    source = PreparedFolder.open(prepared).training
     source.read(0, 10)
     os.truncate(prepared / "training-00000.tokens", 100)
     with pytest.raises(DataError, match=r"training-00000\.tokens: damaged: it ends at byte"):
@@ -221,7 +221,7 @@ def test_a_mixture_is_its_folders(original: Path, prepared: Path) -> None:
         load({str(prepared): 3, str(original): 1}),
     )
     assert one.fingerprint == other.fingerprint
-    assert one.training.num_tokens == 2 * len(Prepared.open(original).training)
+    assert one.training.num_tokens == 2 * len(PreparedFolder.open(original).training)
     assert sorted(one.training.weights) == [0.25, 0.75]
     first, second = (
         next(training_batches(Sequences(corpus.training, 64), 8, 0, 3)) for corpus in (one, other)

@@ -23,7 +23,7 @@ from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.data.tokenizer.tokenizer import FileTokenizer
+from train.data.tokenizer.from_file import FileTokenizer
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.load_config import load_config

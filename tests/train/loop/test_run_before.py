@@ -14,7 +14,7 @@ import pytest
 import nha_jax
 from tests.support.paths import ROOT
 from train.cli import main
-from train.data.prepared import Prepared
+from train.data.prepared_folder import PreparedFolder
 from train.storage.run_folder import RunFolder
 from train.text.loading import load_model
 
@@ -56,7 +56,7 @@ def test_models_of_before_are_read(folder: Path) -> None:
 
 
 def test_tokens_of_before_are_read(folder: Path) -> None:
-    prepared = Prepared.open(Path("corpus"))
+    prepared = PreparedFolder.open(Path("corpus"))
     text = prepared.training.text(1000)
     assert len(prepared.training) == prepared.manifest.totals["tokens"] - len(prepared.held_out)
     assert text.startswith(b"line 0 of file ")

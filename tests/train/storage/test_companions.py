@@ -21,8 +21,8 @@ from tests.support.train.pretrained_tokenizer import (
 )
 from tests.support.train.raw_files import json_lines, prepare
 from train.cli import main
-from train.data.prepared import Prepared
-from train.data.tokenizer.tokenizer import FileTokenizer, load_tokenizer
+from train.data.prepared_folder import PreparedFolder
+from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
 from train.errors import ConfigError, DataError
 from train.text.chat_template import ChatTemplate
 
@@ -121,7 +121,7 @@ def test_prompts_and_documents_begin_as_the_tokenizer_says(
     (tmp_path / "a.jsonl").write_bytes(json_lines(["a <begin>b"] * 3))
     arguments = [tmp_path / "a.jsonl", f"--tokenizer={folder}", "--workers=1"]
     assert prepare(tmp_path / "out", *arguments, "--held-out-fraction=0") == 0
-    prepared = Prepared.open(tmp_path / "out")
+    prepared = PreparedFolder.open(tmp_path / "out")
     assert prepared.training.read(0, len(prepared.training)).tolist() == [*begin, *plain, END] * 3
     assert prepared.training.text(1000) == b"a <begin>b" * 3
     assert prepared.manifest.settings.get("begin_tokens", []) == list(begin)

@@ -1,4 +1,4 @@
-"""What lies beside a `tokenizer.json` and says which of its tokens begin and end a text."""
+"""The files of a tokenizer, and what they say of the tokens that begin and end a text."""
 
 import json
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ SPECIAL_TOKENS_FILE = "special_tokens_map.json"
 GENERATION_CONFIG_FILE = "generation_config.json"
 
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
-"""What a tokenizer is made of; the first of them is needed."""
+"""The files that a tokenizer may have; the first of them it must have."""
 
 
 def read_object(content: bytes, where: object) -> dict[str, Any]:
-    """A JSON object.
+    """Parses a file's content as a JSON object.
 
     Raises:
-        DataError: it is none; the message calls it `where`.
+        DataError: the content is no JSON object; the message begins with `where`.
     """
     try:
         values = json.loads(content)
@@ -32,16 +32,34 @@ def read_object(content: bytes, where: object) -> dict[str, Any]:
 
 
 def read_objects(files: Mapping[str, bytes], folder: Path) -> dict[str, dict[str, Any]]:
-    """Those of `files` that are settings, by name; DataError as of `read_object`."""
+    """Parses tokenizer_config.json and special_tokens_map.json, as far as they are there.
+
+    Args:
+        files: content by name.
+        folder: where the files lie, for error messages.
+
+    Returns:
+        The parsed objects by file name.
+
+    Raises:
+        DataError: one of the two is no JSON object.
+    """
     names = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
     return {name: read_object(files[name], folder / name) for name in names if name in files}
 
 
 def special_token(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str | None:
-    """The name of a special token: "eos_token", "bos_token", ...; None where none is told.
+    """Finds the name of a special token.
 
-    tokenizer_config.json is asked before special_tokens_map.json; each holds a text or an object
-    with the text as its "content".
+    tokenizer_config.json goes before special_tokens_map.json. Each holds the name itself or an
+    object whose "content" is the name.
+
+    Args:
+        settings: what `read_objects` returned.
+        kind: "eos_token", "bos_token", ...
+
+    Returns:
+        The name, or None if neither file has it.
     """
     for name in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         value = settings.get(name, {}).get(kind)
@@ -53,11 +71,11 @@ def special_token(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str |
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
-    """The tokens that end a text, by eos_token_id of generation_config.json or config.json.
+    """Finds the tokens that end a text: eos_token_id of generation_config.json or config.json.
 
     Raises:
-        DataError: one of the two is damaged.
-        OSError: one cannot be read.
+        DataError: one of the two files is damaged.
+        OSError: one of the two cannot be read.
     """
     for path in (folder / GENERATION_CONFIG_FILE, folder / "config.json"):
         if path.is_file():

@@ -1,51 +1,52 @@
-"""Documents out of raw files: text, JSON lines and parquet, whole or a part at a time."""
+"""Reads documents out of raw files: text, JSON lines and parquet, whole or a part at a time."""
 
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.data.input_files import import_extra, is_packed, kind_of, open_unpacked
+from train.data.input_files import is_packed, kind_of, open_unpacked
 from train.errors import ConfigError, DataError
+from train.extras import import_extra
 
 JSON_LINES = {".jsonl", ".json", ".ndjson"}
 PARQUET = ".parquet"
 
-# A packed file cannot be divided, and holds about so many times its size of text.
+# A packed file cannot be divided; it is taken to hold this many times its size of text.
 _PACKED_RATIO = 4
 
 _ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class RawPart:
-    """A file, or a part of it that can be read by itself.
+class FilePart:
+    """A file, or a part of one that can be read by itself.
 
     Attributes:
         path: the file.
-        start, stop: of JSON lines the range of bytes in which a line begins; of parquet the range
-            of row groups; None: the whole file.
-        size: bytes of the file that it stands for.
-        weight: about how many bytes of text it gives.
+        size: bytes of the part in the file.
+        text_bytes: bytes of text that the part is taken to hold.
+        start, stop: for JSON lines, the range of bytes in which a line of the part begins; for
+            parquet, the range of row groups; None: the whole file.
     """
 
     path: Path
     size: int
-    weight: int
+    text_bytes: int
     start: int | None = None
     stop: int | None = None
 
 
 class BadDocumentError(Exception):
-    """A document that cannot be used; says which and why."""
+    """Says which document cannot be used, and why."""
 
 
-def divide(path: Path, part_bytes: int) -> list[RawPart]:
-    """Parts of a file of about `part_bytes` of text each, where its format allows it.
+def divide_file(path: Path, part_bytes: int) -> list[FilePart]:
+    """Divides a file into parts of about `part_bytes` of text each, if its format allows it.
 
     Raises:
-        ConfigError: the file cannot be read, or a package is missing for it.
-        DataError: it is no parquet file though it is called one.
+        ConfigError: the file cannot be read, or the package that reads it is not installed.
+        DataError: the file is named .parquet and is no parquet file.
     """
     try:
         size = path.stat().st_size
@@ -56,29 +57,29 @@ def divide(path: Path, part_bytes: int) -> list[RawPart]:
     if is_packed(path):
         if path.suffix.lower() == ".zst":
             import_extra("zstandard")
-        return [RawPart(path, size, size * _PACKED_RATIO)]
+        return [FilePart(path, size, size * _PACKED_RATIO)]
     if kind_of(path) not in JSON_LINES:
-        return [RawPart(path, size, size)]
+        return [FilePart(path, size, size)]
     starts = range(0, size, part_bytes)
     stops = [*starts[1:], size]
     return [
-        RawPart(path, stop - start, stop - start, start, stop)
+        FilePart(path, stop - start, stop - start, start, stop)
         for start, stop in zip(starts, stops, strict=True)
     ]
 
 
 def read_documents(
-    part: RawPart,
+    part: FilePart,
     text_key: str,
     bad: Callable[[BadDocumentError], None],
     progress: Callable[[int], None],
 ) -> Iterator[str]:
-    """The documents of a part that have any text, in order.
+    """Reads the documents of a part in order, leaving out those without text.
 
     Args:
         part: what to read.
         text_key: the text's key in JSON lines, its column in parquet.
-        bad: called for what is no document; it may raise.
+        bad: called for each document that cannot be used; it may raise.
         progress: called with the bytes of the file read since the last call.
 
     Raises:
@@ -96,14 +97,14 @@ def read_documents(
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"{part.path}: cannot read it: {_reason(error)}") from None
     except Exception as error:
-        # What the packages for .zst and parquet raise has no common type of its own.
+        # The errors of the packages for .zst and parquet have no common type.
         if type(error).__module__.split(".")[0] not in ("zlib", "zstd", "zstandard", "pyarrow"):
             raise
         raise DataError(f"{part.path}: cannot read it: {_reason(error)}") from None
 
 
 def _read_text(
-    part: RawPart, bad: Callable[[BadDocumentError], None], progress: Callable[[int], None]
+    part: FilePart, bad: Callable[[BadDocumentError], None], progress: Callable[[int], None]
 ) -> Iterator[str]:
     with open_unpacked(part.path) as file:
         content = file.read()
@@ -116,7 +117,7 @@ def _read_text(
 
 
 def _read_json_lines(
-    part: RawPart,
+    part: FilePart,
     text_key: str,
     bad: Callable[[BadDocumentError], None],
     progress: Callable[[int], None],
@@ -124,7 +125,7 @@ def _read_json_lines(
     start = part.start or 0
     with open_unpacked(part.path) as file:
         if start:
-            # The line that the byte before belongs to is the part's before this one.
+            # The line that byte `start - 1` is in belongs to the part before this one.
             file.seek(start - 1)
             file.readline()
         position = file.tell()
@@ -148,6 +149,7 @@ def _read_json_lines(
 
 
 def _text_of_line(line: bytes, text_key: str) -> str:
+    """Returns the text of a line of JSON; raises BadDocumentError if it has none."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError:
@@ -160,6 +162,7 @@ def _text_of_line(line: bytes, text_key: str) -> str:
 
 
 def _checked(text: object, text_key: str) -> str:
+    """Returns `text` if it is text that UTF-8 can hold; raises BadDocumentError if not."""
     if not isinstance(text, str):
         raise BadDocumentError(f"{text_key!r} is {text!r:.40}, not text")
     try:
@@ -170,7 +173,7 @@ def _checked(text: object, text_key: str) -> str:
 
 
 def _lines_before(path: Path, start: int) -> int:
-    """Lines that end before the first that begins at or after byte `start`."""
+    """Counts the lines before the first line that begins at or after byte `start`."""
     with path.open("rb") as file:
         count = 0
         while file.tell() < start:
@@ -179,7 +182,7 @@ def _lines_before(path: Path, start: int) -> int:
         return count
 
 
-def _divide_parquet(path: Path, part_bytes: int) -> list[RawPart]:
+def _divide_parquet(path: Path, part_bytes: int) -> list[FilePart]:
     with _open_parquet(path) as file:
         sizes = [
             file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups)
@@ -188,13 +191,13 @@ def _divide_parquet(path: Path, part_bytes: int) -> list[RawPart]:
     for group, size in enumerate(sizes):
         total += size
         if total >= part_bytes or group == len(sizes) - 1:
-            parts.append(RawPart(path, total, total, first, group + 1))
+            parts.append(FilePart(path, total, total, first, group + 1))
             first, total = group + 1, 0
     return parts
 
 
 def _read_parquet(
-    part: RawPart,
+    part: FilePart,
     text_key: str,
     bad: Callable[[BadDocumentError], None],
     progress: Callable[[int], None],
@@ -222,12 +225,14 @@ def _read_parquet(
 
 
 def _open_parquet(path: Path):
+    """Opens a parquet file; raises DataError if it cannot be read as one."""
     parquet = import_extra("pyarrow.parquet")
     try:
         return parquet.ParquetFile(path)
-    except (OSError, ValueError) as error:  # pyarrow's own errors are of these
+    except (OSError, ValueError) as error:  # pyarrow's own errors are subclasses of these
         raise DataError(f"{path}: cannot read it as parquet: {_reason(error)}") from None
 
 
 def _reason(error: BaseException) -> str:
+    """Returns an error's message in one line."""
     return " ".join(str(getattr(error, "strerror", None) or error).split())

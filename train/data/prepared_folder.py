@@ -1,4 +1,4 @@
-"""A folder that `nha data prepare` wrote: its manifest, and its tokens as one stream a split."""
+"""A folder that `nha data prepare` wrote: its manifest, and one stream of tokens for each split."""
 
 import dataclasses
 import functools
@@ -11,15 +11,16 @@ from typing import Any, Self
 
 import numpy as np
 
-from train.data.token_shards import TOKENS_SUFFIX, OpenFile, Shard, ShardRecord
+from train.data.token_shards import TOKENS_SUFFIX, OpenFile, ShardReader, ShardRecord
 from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from train.data.tokenizer.from_file import load_tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 
 MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".prepare"
-"""In the folder while it is made: the settings, a lock, a record of each finished piece."""
+"""A folder inside it while it is made: the settings, a lock, and what each finished job wrote."""
 
 FORMAT = 1
 SPLITS = ("training", "held_out")
@@ -33,12 +34,14 @@ class Manifest:
 
     Attributes:
         tokenizer: `Tokenizer.name`.
-        vocabulary_size: tokens of the vocabulary.
+        vocabulary_size: number of tokens in the vocabulary.
         end_token: the token after each document.
         dtype: of the tokens, "uint16" or "uint32".
-        settings: what they were made from, by name; for `nha data prepare` alone.
-        totals: "tokens", "documents" and "text_bytes" of everything, and what was left out.
-        shards: of each of SPLITS, in order.
+        settings: the inputs and options that it was made from; only `nha data prepare` reads them.
+        totals: "tokens", "documents" and "text_bytes" of both splits together, and
+            "bad_documents", which were left out.
+        shards: records of the shards of each of SPLITS, in order.
+        format: version of the format.
     """
 
     tokenizer: str
@@ -52,20 +55,20 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all of it, and so of every token, by way of the checksums."""
+        """A hash of the manifest; its checksums make it depend on every token."""
         return hashlib.sha256(_canonical(dataclasses.asdict(self))).hexdigest()
 
     def write(self, folder: Path) -> None:
-        """Writes `manifest.json`, whole or not at all."""
+        """Writes manifest.json, whole or not at all."""
         content = {**dataclasses.asdict(self), "sha256": self.fingerprint}
         write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
-        """The manifest of a folder.
+        """Reads a folder's manifest.
 
         Raises:
-            DataError: it is missing, damaged, or of another version of the format.
+            DataError: the manifest is missing, damaged, or of another version of the format.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -87,24 +90,24 @@ class Manifest:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether there are prepared tokens, or what is left of them, and not just any files."""
+    """Says whether a folder holds prepared tokens, even if its manifest was lost."""
     return (folder / MANIFEST_FILE).exists() or any(folder.glob(f"{SPLITS[0]}-*{TOKENS_SUFFIX}"))
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether `nha data prepare` was stopped there, and is to be run again."""
+    """Says whether `nha data prepare` was stopped in a folder and has to be run again."""
     return (folder / WORK_FOLDER).is_dir() and not (folder / MANIFEST_FILE).exists()
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A prepared folder, opened.
+class PreparedFolder:
+    """An opened folder of prepared tokens.
 
     Attributes:
-        folder: where it is.
+        folder: its path.
         manifest: what it holds.
-        tokenizer: what its tokens mean.
-        training, held_out: its tokens.
+        tokenizer: what turned its text into tokens.
+        training, held_out: the tokens of its splits.
     """
 
     folder: Path
@@ -115,11 +118,11 @@ class Prepared:
 
     @classmethod
     def open(cls, folder: Path) -> Self:
-        """Opens a folder; every file's size is checked, their contents when they are read.
+        """Opens a folder and checks the size of every file; contents are checked when read.
 
         Raises:
             DataError: a file is missing or damaged.
-            ConfigError: the package tokenizers is needed and missing.
+            ConfigError: the package tokenizers is needed and not installed.
         """
         manifest = Manifest.read(folder)
         tokenizer = load_tokenizer(folder)
@@ -128,25 +131,25 @@ class Prepared:
             damage = "damaged: its checksum is another" if path.exists() else "missing"
             raise DataError(f"{path}: {damage}")
         dtype = np.dtype(manifest.dtype)
-        parts = (
+        splits = (
             ShardedTokens(folder, manifest.shards[split], dtype, tokenizer) for split in SPLITS
         )
-        return cls(folder, manifest, tokenizer, *parts)
+        return cls(folder, manifest, tokenizer, *splits)
 
 
 class ShardedTokens:
-    """The shards of a split as one stream of tokens; see `train.data.corpus.TokenSource`.
+    """A split's shards as one stream of tokens, a `train.data.token_source.TokenSource`.
 
-    Any number of threads may read. At most 256 files are open.
+    Any number of threads may read from it. At most 256 files are open at a time.
     """
 
     def __init__(
         self, folder: Path, records: Sequence[ShardRecord], dtype: np.dtype, tokenizer: Tokenizer
     ):
-        """Raises DataError if a file is missing or of another size."""
+        """Opens nothing yet; raises DataError if a file is missing or has another size."""
         for record in records:
             record.check_sizes(folder, dtype)
-        self._shards = [Shard(folder, record, dtype) for record in records]
+        self._shards = [ShardReader(folder, record, dtype) for record in records]
         self._starts = np.cumsum([0, *(record.tokens for record in records)])
         self._first_documents = np.cumsum([0, *(record.documents for record in records)])
         self._tokenizer = tokenizer
@@ -162,7 +165,7 @@ class ShardedTokens:
         return int(self._first_documents[-1])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `start` to `stop`; DataError if a file is missing or damaged."""
+        """Returns tokens `start` to `stop`; raises DataError if a file is missing or damaged."""
 
         def read(number: int, start: int, stop: int) -> np.ndarray:
             shard = self._shards[number]
@@ -171,29 +174,30 @@ class ShardedTokens:
         return self._collect(start, stop, read)
 
     def documents(self, start: int, stop: int) -> np.ndarray:
-        """The number of each token's document; DataError as of `read`."""
+        """Returns the number of each token's document; raises DataError like `read`."""
         return self._collect(
             start, stop, lambda i, a, b: self._shards[i].documents(a, b) + self._first_documents[i]
         )
 
     def text(self, limit: int) -> bytes:
-        """The text of the first `limit` tokens; DataError as of `read`."""
+        """Returns the text of the first `limit` tokens; raises DataError like `read`."""
         return self._tokenizer.decode(self.read(0, min(limit, len(self)))).encode()
 
     def _collect(
         self, start: int, stop: int, read: Callable[[int, int, int], np.ndarray]
     ) -> np.ndarray:
-        """What `read(shard, start, stop)` gives of each shard that the range touches, joined."""
+        """Joins what `read(shard, start, stop)` returns for each shard that the range touches."""
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
-        parts = []
+        arrays = []
         while start < stop:
             begin, end = int(self._starts[first]), int(self._starts[first + 1])
-            parts.append(read(first, start - begin, min(stop, end) - begin))
+            arrays.append(read(first, start - begin, min(stop, end) - begin))
             start, first = end, first + 1
-        if not parts:
+        if not arrays:
             return np.zeros(0, self._dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
+    """Writes JSON in one way only, to be hashed."""
     return json.dumps(content, sort_keys=True).encode()

@@ -1,4 +1,4 @@
-"""`nha data prepare`: raw files into a folder of token shards, in parallel, resumable."""
+"""Prepares a folder of tokens: its settings, its lock, what is left to do, and its manifest."""
 
 import contextlib
 import fcntl
@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from train.config import require
 from train.data.input_files import find_files
-from train.data.prepare.piece_workers import make_pieces
-from train.data.prepare.pieces import Piece, PieceRecord, Rules, group
-from train.data.prepare.raw_documents import divide
-from train.data.prepared import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
+from train.data.prepare.raw_files import divide_file
+from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
+from train.data.prepare.workers import run_jobs
+from train.data.prepared_folder import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
 from train.data.token_shards import ShardRecord
+from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.tokenizer import ByteTokenizer, FileTokenizer, Tokenizer, load_tokenizer
+from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.differences import differences
 from train.errors import ConfigError, DataError
 from train.storage.atomic import remove_unfinished, write_atomically
@@ -33,7 +35,7 @@ _SETTINGS_FILE = "settings.json"
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareOptions:
-    """What `nha data prepare` was asked for; see its help."""
+    """The options of `nha data prepare`; its help describes them."""
 
     out: str
     inputs: Sequence[str]
@@ -57,17 +59,17 @@ class PrepareOptions:
 
 
 def prepare(options: PrepareOptions) -> Manifest:
-    """Prepares a folder, or goes on where it was stopped; nothing is done for a finished one.
+    """Prepares a folder, or goes on where it was stopped; a finished one is left as it is.
 
     Raises:
-        ConfigError: an option or input cannot be used, or the folder holds something else.
+        ConfigError: an option or an input cannot be used, or the folder holds something else.
         DataError: an input is damaged, or the folder cannot be written.
     """
     tokenizer = _tokenizer(options)
     files = _files(options.inputs)
-    parts = [part for path in files for part in divide(path, options.shard_bytes)]
-    pieces = group(parts, options.shard_bytes)
-    rules = Rules(
+    parts = [part for path in files for part in divide_file(path, options.shard_bytes)]
+    jobs = divide_into_jobs(parts, options.shard_bytes)
+    rules = ShardRules(
         text_key=options.text_key,
         held_out_fraction=options.held_out_fraction,
         skip_bad=options.skip_bad,
@@ -86,13 +88,14 @@ def prepare(options: PrepareOptions) -> Manifest:
         if not (out / MANIFEST_FILE).exists():
             for name, content in tokenizer.files.items():
                 write_atomically(out / name, content)
-            records = _make_pieces(out, pieces, tokenizer, rules, options.workers)
-            _manifest(records, tokenizer, rules, settings).write(out)
+            written = _run_missing_jobs(out, jobs, tokenizer, rules, options.workers)
+            _manifest(written, tokenizer, rules, settings).write(out)
         shutil.rmtree(out / WORK_FOLDER)
     return Manifest.read(out)
 
 
 def _tokenizer(options: PrepareOptions) -> Tokenizer:
+    """Loads the tokenizer that the options name."""
     if options.tokenizer is None:
         return ByteTokenizer()
     path = Path(options.tokenizer).expanduser()
@@ -111,7 +114,7 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
 
 
 def _files(inputs: Sequence[str]) -> list[Path]:
-    """The files of all inputs, each once, in order."""
+    """Finds the files of all inputs; lists each once, in order."""
     files: dict[Path, None] = {}
     for pattern in inputs:
         found = find_files(pattern)
@@ -122,7 +125,7 @@ def _files(inputs: Sequence[str]) -> list[Path]:
 
 
 def _describe(files: Sequence[Path]) -> str:
-    """The inputs in short, with a hash of their names, sizes and times of change."""
+    """Describes the inputs in short, with a hash of their names, sizes and times of change."""
     digest, size = hashlib.sha256(), 0
     for path in files:
         status = path.stat()
@@ -133,10 +136,17 @@ def _describe(files: Sequence[Path]) -> str:
 
 @contextlib.contextmanager
 def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
-    """Makes and locks the output folder.
+    """Makes and locks the output folder, and notes `settings` in it.
+
+    Args:
+        out: the folder.
+        shown: how the user wrote it.
+        settings: what it is prepared from.
 
     Raises:
-        ConfigError: it holds something else, or another process is at it.
+        ConfigError: the folder was prepared from other settings, holds something else, cannot be
+            written, or is being prepared by another process.
+        DataError: the folder cannot be written while it is open.
     """
     work = out / WORK_FOLDER
     stored = _stored_settings(out, shown)
@@ -167,7 +177,7 @@ def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
 
 
 def _stored_settings(out: Path, shown: str) -> dict[str, Any] | None:
-    """What the folder is prepared from; None if nothing is there yet."""
+    """Reads the settings that a folder was prepared from; None if nothing is there yet."""
     if not out.exists():
         return None
     if not out.is_dir():
@@ -186,14 +196,19 @@ def _stored_settings(out: Path, shown: str) -> dict[str, Any] | None:
     return None
 
 
-def _make_pieces(
-    out: Path, pieces: Sequence[Piece], tokenizer: Tokenizer, rules: Rules, workers: int | None
-) -> list[PieceRecord]:
-    """Makes all pieces that are not on record, and records them."""
-    record_files = [out / WORK_FOLDER / f"piece-{n:05}.json" for n in range(len(pieces))]
+def _run_missing_jobs(
+    out: Path,
+    jobs: Sequence[ShardJob],
+    tokenizer: Tokenizer,
+    rules: ShardRules,
+    workers: int | None,
+) -> list[WrittenShards]:
+    """Runs the jobs that were not finished before, and returns what all jobs have written."""
+    # "piece" is in the name since before jobs were called so: a stopped folder goes on.
+    record_files = [out / WORK_FOLDER / f"piece-{n:05}.json" for n in range(len(jobs))]
     records = [_finished(out, file, rules) for file in record_files]
     missing = [n for n, record in enumerate(records) if record is None]
-    sizes = [sum(part.size for part in piece) for piece in pieces]
+    sizes = [sum(part.size for part in job) for job in jobs]
     done = sum(sizes) - sum(sizes[n] for n in missing)
     with tqdm(
         total=sum(sizes), initial=done, unit="B", unit_scale=True, dynamic_ncols=True,
@@ -207,19 +222,19 @@ def _make_pieces(
             bar.set_postfix_str(f"{tokens:,} tokens", refresh=False)
             bar.update(size)
 
-        todo = {n: pieces[n] for n in missing}
+        todo = {n: jobs[n] for n in missing}
         count = min(workers or os.cpu_count() or 1, len(missing))
-        for n, record in make_pieces(todo, out, tokenizer, rules, count, show):
+        for n, record in run_jobs(todo, out, tokenizer, rules, count, show):
             record.write(record_files[n])
             records[n] = record
     return [record for record in records if record is not None]
 
 
-def _finished(out: Path, file: Path, rules: Rules) -> PieceRecord | None:
-    """The record of a piece whose shards are there."""
+def _finished(out: Path, file: Path, rules: ShardRules) -> WrittenShards | None:
+    """Reads what a job has written; None if it has not finished or a shard is gone."""
     if not file.exists():
         return None
-    record = PieceRecord.read(file)
+    record = WrittenShards.read(file)
     try:
         for shard in record.shards.values():
             shard.check_sizes(out, np.dtype(rules.dtype))
@@ -229,20 +244,24 @@ def _finished(out: Path, file: Path, rules: Rules) -> PieceRecord | None:
 
 
 def _manifest(
-    records: Sequence[PieceRecord], tokenizer: Tokenizer, rules: Rules, settings: dict[str, Any]
+    written: Sequence[WrittenShards],
+    tokenizer: Tokenizer,
+    rules: ShardRules,
+    settings: dict[str, Any],
 ) -> Manifest:
+    """Puts together the manifest of a finished folder."""
     shards: dict[str, tuple[ShardRecord, ...]] = {
-        split: tuple(record.shards[split] for record in records if split in record.shards)
+        split: tuple(job.shards[split] for job in written if split in job.shards)
         for split in SPLITS
     }
-    everything = [shard for part in shards.values() for shard in part]
+    everything = [shard for split in shards.values() for shard in split]
     if not everything:
         raise DataError("no text in all of the inputs")
     totals = {
         "tokens": sum(shard.tokens for shard in everything),
         "documents": sum(shard.documents for shard in everything),
         "text_bytes": sum(shard.text_bytes for shard in everything),
-        "bad_documents": sum(record.bad for record in records),
+        "bad_documents": sum(job.bad for job in written),
     }
     return Manifest(
         tokenizer=tokenizer.name,

@@ -1,4 +1,4 @@
-"""The pieces that preparing is divided into: each gives one shard a split, whoever makes it."""
+"""The jobs that preparing a corpus is divided into, each of which writes one shard a split."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from typing import Self
 
 import numpy as np
 
-from train.data.hashing import in_fraction
-from train.data.prepare.raw_documents import BadDocumentError, RawPart, read_documents
-from train.data.prepared import SPLITS
+from train.data.held_out import is_document_held_out
+from train.data.prepare.raw_files import BadDocumentError, FilePart, read_documents
+from train.data.prepared_folder import SPLITS
 from train.data.token_shards import ShardRecord, ShardWriter
-from train.data.tokenizer.tokenizer import Tokenizer
+from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 
@@ -21,21 +21,23 @@ from train.storage.atomic import write_atomically
 _BATCH_BYTES = 1 << 20
 _BATCH_DOCUMENTS = 1024
 
-Piece = tuple[RawPart, ...]
+ShardJob = tuple[FilePart, ...]
+"""The parts of files that become one shard a split."""
 
 Progress = Callable[[int, int], None]
-"""Called now and then with the bytes read and the tokens made since the last call; may raise."""
+"""A function that is called now and then with the bytes read and the tokens made since the last
+call. It may raise an error to stop the work."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What decides the tokens of a piece, beside its text.
+class ShardRules:
+    """What the tokens of a shard depend on besides its text and the tokenizer.
 
     Attributes:
         text_key: the text's key in JSON lines, its column in parquet.
         held_out_fraction: share of the documents that are held out.
-        skip_bad: count what is no document instead of stopping.
-        dtype: of the tokens.
+        skip_bad: whether to count documents that cannot be used, instead of stopping at one.
+        dtype: of the tokens, "uint16" or "uint32".
     """
 
     text_key: str
@@ -45,12 +47,12 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class PieceRecord:
-    """What a finished piece has become.
+class WrittenShards:
+    """What a finished job has written.
 
     Attributes:
-        shards: of those of SPLITS that got a document.
-        bad: documents left out.
+        shards: the record of a split's shard, for each of SPLITS that got a document.
+        bad: number of documents that were left out.
         first_bad: what was wrong with the first of them.
     """
 
@@ -60,40 +62,52 @@ class PieceRecord:
 
     @classmethod
     def read(cls, path: Path) -> Self:
+        """Reads what `write` wrote."""
         content = json.loads(path.read_bytes())
         shards = {split: ShardRecord(**record) for split, record in content.pop("shards").items()}
         return cls(shards, **content)
 
     def write(self, path: Path) -> None:
+        """Writes JSON, whole or not at all."""
         write_atomically(path, json.dumps(dataclasses.asdict(self)))
 
 
-def group(parts: Sequence[RawPart], piece_bytes: int) -> list[Piece]:
-    """Neighbours together, until a piece has about `piece_bytes` of text."""
-    pieces: list[Piece] = []
-    waiting: list[RawPart] = []
+def divide_into_jobs(parts: Sequence[FilePart], shard_bytes: int) -> list[ShardJob]:
+    """Groups neighbouring parts; each job but the last has at least `shard_bytes` of text."""
+    jobs: list[ShardJob] = []
+    waiting: list[FilePart] = []
     size = 0
     for part in parts:
         waiting.append(part)
-        size += part.weight
-        if size >= piece_bytes:
-            pieces.append(tuple(waiting))
+        size += part.text_bytes
+        if size >= shard_bytes:
+            jobs.append(tuple(waiting))
             waiting, size = [], 0
-    return [*pieces, tuple(waiting)] if waiting else pieces
+    return [*jobs, tuple(waiting)] if waiting else jobs
 
 
-def make_piece(
+def write_shards(
     number: int,
-    parts: Piece,
+    job: ShardJob,
     folder: Path,
     tokenizer: Tokenizer,
-    rules: Rules,
+    rules: ShardRules,
     progress: Progress,
-) -> PieceRecord:
-    """Writes a piece's shards; what they hold depends on `parts`, `tokenizer` and `rules` alone.
+) -> WrittenShards:
+    """Does a job: writes a shard for each split that gets a document.
+
+    What the shards hold depends on `job`, `tokenizer` and `rules` alone.
+
+    Args:
+        number: the job's number, which names the shards.
+        job: what to read.
+        folder: where to write.
+        tokenizer: what turns the text into tokens.
+        rules: see `ShardRules`.
+        progress: see `Progress`.
 
     Raises:
-        DataError: a document or a file is bad, or the shards cannot be written.
+        DataError: a document or a file cannot be used, or the shards cannot be written.
     """
     bad: list[str] = []
 
@@ -115,9 +129,9 @@ def make_piece(
             ShardWriter(folder, f"{SPLITS[1]}-{number:05}", dtype) as held_out,
         ):
             writers = dict(zip(SPLITS, (training, held_out), strict=True))
-            for batch in _batches(parts, rules.text_key, note, count):
+            for batch in _batches(job, rules.text_key, note, count):
                 tokens = 0
-                for split, texts in _divide(batch, rules.held_out_fraction).items():
+                for split, texts in _by_split(batch, rules.held_out_fraction).items():
                     encoded, ends = tokenizer.encode_documents(texts)
                     size = sum(len(text.encode()) for text in texts)
                     writers[split].add(encoded, ends, size)
@@ -129,18 +143,19 @@ def make_piece(
     except OSError as error:
         raise DataError(f"{folder}: cannot write there: {error.strerror}") from None
     shards = {split: record for split, record in closed.items() if record}
-    return PieceRecord(shards, len(bad), bad[0] if bad else "")
+    return WrittenShards(shards, len(bad), bad[0] if bad else "")
 
 
 def _batches(
-    parts: Sequence[RawPart],
+    job: ShardJob,
     text_key: str,
     note: Callable[[BadDocumentError], None],
     count: Callable[[int], None],
 ) -> Iterator[list[str]]:
+    """Reads a job's documents in order and gathers them for the tokenizer."""
     batch: list[str] = []
     size = 0
-    for part in parts:
+    for part in job:
         for text in read_documents(part, text_key, note, count):
             batch.append(text)
             size += len(text)
@@ -151,9 +166,9 @@ def _batches(
         yield batch
 
 
-def _divide(texts: Sequence[str], fraction: float) -> dict[str, list[str]]:
-    """By split, decided by a document's content alone: its copies are all on the same side."""
-    parts: dict[str, list[str]] = {split: [] for split in SPLITS}
+def _by_split(texts: Sequence[str], held_out_fraction: float) -> dict[str, list[str]]:
+    """Divides documents into the splits that get any."""
+    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
     for text in texts:
-        parts[SPLITS[in_fraction(text.encode(), fraction)]].append(text)
-    return {split: texts for split, texts in parts.items() if texts}
+        splits[SPLITS[is_document_held_out(text, held_out_fraction)]].append(text)
+    return {split: texts for split, texts in splits.items() if texts}

@@ -1,0 +1,125 @@
+"""Runs the jobs of preparing a corpus, in this process or in several."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+from train.data.prepare.shard_jobs import (
+    Progress,
+    ShardJob,
+    ShardRules,
+    WrittenShards,
+    write_shards,
+)
+from train.data.tokenizer.from_file import load_tokenizer
+from train.data.tokenizer.interface import Tokenizer
+from train.errors import DataError
+
+
+def run_jobs(
+    jobs: Mapping[int, ShardJob],
+    folder: Path,
+    tokenizer: Tokenizer,
+    rules: ShardRules,
+    workers: int,
+    progress: Progress,
+) -> Iterator[tuple[int, WrittenShards]]:
+    """Runs jobs and gives each one's number, and what it has written, when it is finished.
+
+    Args:
+        jobs: the jobs by number.
+        folder: where the shards go; it holds the tokenizer's files.
+        tokenizer: what `load_tokenizer(folder)` returns.
+        rules: see `write_shards`.
+        workers: number of processes; 1: this one.
+        progress: called in this process.
+
+    Raises:
+        DataError: see `write_shards`; or a worker was killed.
+    """
+    # The workers run in parallel, so each of them is to use one thread.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if workers > 1:
+        yield from _in_parallel(jobs, folder, rules, workers, progress)
+        return
+    for number, job in jobs.items():
+        yield number, write_shards(number, job, folder, tokenizer, rules, progress)
+
+
+def _in_parallel(
+    jobs: Mapping[int, ShardJob],
+    folder: Path,
+    rules: ShardRules,
+    workers: int,
+    progress: Progress,
+) -> Iterator[tuple[int, WrittenShards]]:
+    # Not forked: threads of the parent (jax, tokenizers) may hold locks, which stay locked then.
+    context = multiprocessing.get_context("spawn")
+    counters = context.Array("q", 2)  # bytes read, tokens made
+    stop = context.Event()
+    executor = ProcessPoolExecutor(workers, context, _start_worker, (folder, rules, counters, stop))
+    before = [0, 0]
+    try:
+        futures: dict[Future[WrittenShards], int] = {
+            executor.submit(_write_shards_in_worker, number, job): number
+            for number, job in jobs.items()
+        }
+        while futures:
+            finished, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+            # The lock is not taken, as a worker that was killed may hold it.
+            now = list(counters.get_obj())
+            progress(now[0] - before[0], now[1] - before[1])
+            before = now
+            for future in finished:
+                yield futures.pop(future), future.result()
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed, perhaps for want of memory; the same command goes on "
+            "where it was, and --workers says with how many"
+        ) from None
+    finally:
+        stop.set()
+        executor.shutdown(cancel_futures=True)
+
+
+class _StoppedError(Exception):
+    """Ends a job because another one failed, or because the user interrupted the command."""
+
+
+_worker: tuple[Path, Tokenizer, ShardRules, Progress]
+"""The arguments of `write_shards` that are the same for all jobs of a worker process."""
+
+
+def _start_worker(folder: Path, rules: ShardRules, counters: Any, stop: Any) -> None:
+    """Sets a worker process up."""
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent sets `stop`
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    # A parent that is killed with -9 cannot stop its workers: they would wait for work for ever.
+    threading.Thread(target=follow_parent, daemon=True).start()
+
+    def progress(size: int, tokens: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        with counters.get_lock():
+            counters[0] += size
+            counters[1] += tokens
+
+    _worker = (folder, load_tokenizer(folder), rules, progress)
+
+
+def _write_shards_in_worker(number: int, job: ShardJob) -> WrittenShards:
+    folder, tokenizer, rules, progress = _worker
+    return write_shards(number, job, folder, tokenizer, rules, progress)

@@ -1,0 +1,117 @@
+"""Streams of tokens, and the training and held-out splits of a corpus that are made of them."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from train.data.tokenizer.as_bytes import END_OF_DOCUMENT
+
+
+class TokenSource(Protocol):
+    """A stream of documents, each followed by the end-of-document token. Its `len` is in tokens.
+
+    Attributes:
+        num_documents: number of documents.
+        text_bytes: bytes of the documents' text as UTF-8.
+    """
+
+    @property
+    def num_documents(self) -> int: ...
+    @property
+    def text_bytes(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Returns tokens `start` to `stop`, [stop - start] integers.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+
+    def documents(self, start: int, stop: int) -> np.ndarray:
+        """Returns the number of the document that each of these tokens is in, as int64.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+
+    def text(self, limit: int) -> bytes:
+        """Returns the text of the first `limit` tokens, one document after the other."""
+
+
+@dataclass(frozen=True)
+class TokensInMemory:
+    """A `TokenSource` of bytes that are held in memory.
+
+    Attributes:
+        names: the documents' names.
+        tokens: [N] uint16, the bytes, with END_OF_DOCUMENT after each document.
+        ends: [documents] int64, where each document's tokens end, exclusive.
+    """
+
+    names: tuple[str, ...]
+    tokens: np.ndarray
+    ends: np.ndarray
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.ends)
+
+    @property
+    def text_bytes(self) -> int:
+        return len(self.tokens) - len(self.ends)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        return self.tokens[start:stop]
+
+    def documents(self, start: int, stop: int) -> np.ndarray:
+        return np.searchsorted(self.ends, np.arange(start, stop), side="right")
+
+    def text(self, limit: int) -> bytes:
+        tokens = self.tokens[:limit]
+        return tokens[tokens != END_OF_DOCUMENT].astype(np.uint8).tobytes()
+
+
+@dataclass(frozen=True)
+class Split:
+    """The training or the held-out split of a corpus: one token source, or several with weights.
+
+    Attributes:
+        sources: the token sources.
+        weights: the share of sequences that is drawn from each; they add up to 1.
+    """
+
+    sources: tuple[TokenSource, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.sources))
+
+    @property
+    def num_documents(self) -> int:
+        return sum(source.num_documents for source in self.sources)
+
+    @property
+    def bytes_per_target(self) -> float:
+        """The mean number of bytes of text that a target stands for; 1 if tokens are bytes.
+
+        All tokens but the first of a document are targets. Bits per target divided by this are
+        bits per byte.
+        """
+        return sum(
+            weight * source.text_bytes / max(len(source) - source.num_documents, 1)
+            for weight, source in zip(self.weights, self.sources, strict=True)
+        )
+
+    def text(self, limit: int) -> bytes:
+        """Returns the text of about the first `limit` tokens, from every source by its weight."""
+        return b"".join(
+            source.text(round(limit * weight))
+            for weight, source in zip(self.weights, self.sources, strict=True)
+        )

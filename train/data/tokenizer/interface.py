@@ -1,0 +1,60 @@
+"""What the rest of the program knows of a tokenizer."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+
+class Decoder(Protocol):
+    """Turns tokens into text as they come in."""
+
+    def add(self, token: int) -> str:
+        """Takes the next token; returns the text that is certain now, "" inside a character."""
+
+    def finish(self) -> str:
+        """Returns the rest; an incomplete character comes out as the replacement character."""
+
+
+class Tokenizer(Protocol):
+    """Turns text into tokens of one vocabulary, and tokens into text.
+
+    Attributes:
+        name: "bytes", or the checksum of the tokenizer.json, so that no two vocabularies share it.
+        vocabulary_size: number of tokens, the end of a document included.
+        begin_tokens: the tokens before each document and each prompt; mostly one or none.
+        end_token: the token after each document.
+        files: content by name of the files that `load_tokenizer` needs; empty for bytes.
+    """
+
+    name: str
+    vocabulary_size: int
+    begin_tokens: tuple[int, ...]
+    end_token: int
+    files: Mapping[str, bytes]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the text's tokens, [tokens] int32, without any special token.
+
+        Lone surrogates in the text stand for bytes that are not UTF-8.
+        """
+
+    def encode_prompt(self, text: str, *, chat: bool = False) -> np.ndarray:
+        """Returns `begin_tokens` and the tokens of a text to continue, [tokens] int32.
+
+        With `chat` the text comes from a chat template, which has written every special token by
+        its name, those at the beginning included: the names become the tokens, and none is added.
+        """
+
+    def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Encodes documents one after the other, each between `begin_tokens` and `end_token`.
+
+        Returns:
+            The tokens [N] integers, and where each document ends, exclusive: [documents] int64.
+        """
+
+    def decode(self, tokens: np.ndarray) -> str:
+        """Returns the text of tokens [N], without ends of documents and other special tokens."""
+
+    def decoder(self, prompt: np.ndarray) -> Decoder:
+        """Returns a decoder of the tokens that follow those of `prompt`, [N]."""
