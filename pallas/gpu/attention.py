@@ -7,11 +7,11 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas.constants import LSE, OUT, SLOT_WEIGHT, STARTS
-from pallas.gpu.backward.backward import Saved, backward, rotation_of, segments_of, slots_input
+from pallas.gpu.backward.backward import Saved, backward, slots_input
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import end_gates
-from pallas.gpu.forward.output import output_pass
-from pallas.gpu.forward.states import state_pass
+from pallas.gpu.forward.output import chunk_outputs
+from pallas.gpu.forward.states import chunk_states
 from pallas.gpu.spec import CallSpec
 
 Arrays = dict[str, jax.Array]
@@ -64,32 +64,23 @@ def _fused(spec, block_sizes, interpret, inputs, constants) -> Fused:
 
 
 def _forward(spec, block_sizes, interpret, inputs, constants):
-    launch = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
+    options = {"spec": spec, "block_sizes": block_sizes, "interpret": interpret}
+    window = ("window_query", "window_key", "value")
+    arrays = {name: inputs[name] for name in window}
     starts = end = None
     if spec.slots:
-        decays = (
-            inputs["log_decay"],
-            constants.get("token_reaches_end"),
-            constants.get("start_reaches_end"),
-        )
-        gates = end_gates(*decays, ahead=spec.ahead, interpret=interpret)
-        start = (inputs["start_key"], inputs["start_value"]) if spec.state else None
-        states = state_pass(slots_input(inputs, "key"), inputs["value"], gates, start, **launch)
+        query, key = (slots_input(inputs, name) for name in ("query", "key"))
+        reach = constants.get("token_reaches_end"), constants.get("start_reaches_end")
+        gates = end_gates(inputs["log_decay"], *reach, ahead=spec.ahead, interpret=interpret)
+        initial = (inputs["start_key"], inputs["start_value"]) if spec.state else None
+        states = chunk_states(key, inputs["value"], gates, initial, **options)
         starts = states.key, states.value
-        if states.end_key is not None and states.end_value is not None:
-            end = states.end_key, states.end_value
-    result = output_pass(
-        slots_input(inputs, "query") if spec.slots else None,
-        inputs["window_query"],
-        slots_input(inputs, "key") if spec.slots else None,
-        inputs["window_key"],
-        inputs["value"],
-        inputs.get("log_decay"),
-        starts,
-        segments_of(constants),
-        rotation_of(constants),
-        **launch,
-    )
+        end = states.last
+        arrays |= {"query": query, "key": key, "log_decay": inputs["log_decay"]}
+        arrays |= {"start_key": states.key, "start_value": states.value}
+    read = ("query_segment", "token_segment", "slot_access", "cos", "sin")
+    arrays |= {name: constants[name] for name in read if name in constants}
+    result = chunk_outputs(arrays, **options)
     return Fused(result.out, result.lse, result.slot_weight, end), starts
 
 

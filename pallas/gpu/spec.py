@@ -1,4 +1,4 @@
-"""The static segments of a call, and the symbols of the GPU kernels.
+"""The static facts of a call, and the symbols of the GPU kernels.
 
 For one KV head: C = 64 rows to a chunk, G query heads, M slots, W window, D the size of a head, of
 keys and values alike. Tokens lie on a timeline `offset` rows ahead of the queries: query row t is
@@ -15,6 +15,8 @@ from typing import Any, Literal, NamedTuple
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+LOG2E = 1.4426950408889634
+
 CHUNK = 64  # C: the rows of a warpgroup's matrix product
 PANEL = 32  # slots that are held in registers at a time
 GATE_ROWS = 16  # that share a reference of their gates
@@ -28,7 +30,7 @@ COLUMN = LOGITS.reduce(0)  # of [n], a number for each column
 
 @dataclasses.dataclass(frozen=True)
 class CallSpec:
-    """The static segments of a call.
+    """The static facts of a call.
 
     Fields:
       group: G, query heads to a KV head.

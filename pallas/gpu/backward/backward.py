@@ -144,8 +144,8 @@ def _slots(
     )
     grads = dict(zip(names.values(), (queries.query, tokens.key, tokens.value), strict=True))
     grads["log_decay"] = tokens.log_decay
-    if states.start_key is not None and states.start_value is not None:
-        grads |= {"start_key": states.start_key, "start_value": states.start_value}
+    if states.last is not None:
+        grads |= dict(zip(("start_key", "start_value"), states.last, strict=True))
     return grads
 
 

@@ -4,15 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.backward.slot_worker import SIDES, Worker
-from pallas.gpu.forward.gates import FLOOR
-from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW
-from pallas.gpu.warpgroup.in_chunk import gate_block, iota, of_own_block
-from pallas.gpu.warpgroup.row_sums import store_zeros
+from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
+from pallas.gpu.warpgroup.decays import FLOOR, gate_block, own_reference, start_decay
+from pallas.gpu.warpgroup.masks import by_column, iota
+from pallas.gpu.warpgroup.row_sums import store_zeros, sum_rows_by_parts
 
 FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # e / s; at less, nothing inside a chunk goes by the decay
 
@@ -31,7 +30,7 @@ class DecayGrads(Worker):
         shared["row_sums"][...] = sums
         for side in range(len(SIDES)):
             plgpu.barrier_wait(shared["side_loaded"])
-            self.forget_addresses()
+            self.zero.renew()
             sums = self.over_heads(side, self._head, sums)
             if self.added[side]:
                 self.leave(self.wait_for(self.first_item(side) + self.spec.group))
@@ -61,7 +60,7 @@ class DecayGrads(Worker):
                 for tokens in range(block + 1):
                     rows = jnp.where(mine, blocks[tokens], jnp.bfloat16(0))
                     of_tokens = pl.ds(tokens * GATE_ROWS, GATE_ROWS)
-                    yield rows, shared["token_decays"].at[self.zero + block, of_tokens]
+                    yield rows, shared["token_decays"].at[self.zero.value + block, of_tokens]
 
         spread = self.matmul(lambda: list(operands()), self.gates_shape)
         spread *= self.wide(shared["row_weights"].at[stage])
@@ -74,18 +73,9 @@ class DecayGrads(Worker):
 
     def _from_start(self) -> jax.Array:
         """exp(c_ref) of the row's block, in the rows that read the slots at the chunk's start."""
-        shared = self.shared
-
-        def reference(block):
-            reference = self.reference(self.zero + block)
-            return self.in_rows(plgpu.load(reference, layout=COLUMN))
-
-        decay = jnp.exp2(of_own_block(reference, self.width))
-        if self.spec.masked:
-            slot_access = plgpu.load(shared["slot_access"], layout=ROW)
-            slot_access = lax.broadcast_in_dim(slot_access, self.gates_shape, [0])
-            decay = jnp.where(slot_access > 1, decay, 0.0)
-        return decay
+        reference = own_reference(lambda x: self.reference(self.zero.value + x), self.width)
+        slot_access = self.shared["slot_access"] if self.spec.masked else None
+        return start_decay(reference, slot_access)
 
     def _of_tokens(self, stage, sums: jax.Array) -> jax.Array:
         shared = self.shared
@@ -101,19 +91,19 @@ class DecayGrads(Worker):
         pulled = self.matmul(
             lambda: [(scores, self.shared["row_weights"].at[stage, rows])], self.gates_shape
         )
-        return pulled * self.wide(self.shared["token_decays"].at[self.zero + block])
+        return pulled * self.wide(self.shared["token_decays"].at[self.zero.value + block])
 
     def _store(self, of_tokens: jax.Array) -> None:
         """dg: its sums in the place of row_sum and of wS E, for registers are short."""
         shared, odds = self.shared, lambda: self.wide(shared["odds"])
-        self.forget_addresses()
+        self.zero.renew()
         plgpu.barrier_wait(shared["ends_ready"])  # and the other needs no more of the slots
         shared["row_sums"][...] = self._load("row_sums") - of_tokens
         d_total = plgpu.load(shared["d_total"], layout=COLUMN)
         d_total *= plgpu.load(shared["total"], layout=COLUMN)
         d_log_to_end = self._load("cumulative")
         inside = jnp.where(odds() > FLOOR_ODDS, of_tokens, 0.0)
-        shared["cumulative"][...] = self.in_rows(d_total) - odds() * (inside + d_log_to_end)
+        shared["cumulative"][...] = by_column(d_total) - odds() * (inside + d_log_to_end)
         later = self._sum_rows(d_log_to_end, parts=2, earlier=True)
         shared["cumulative"][...] = self._load("cumulative") + later
         inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
@@ -134,18 +124,11 @@ class DecayGrads(Worker):
         parts: bfloat16 numbers that make up one of x. They lie in the slots' place.
         """
         row, other = iota(CHUNK, 0), iota(CHUNK, 1)
-        triangle = jnp.where(other < row if earlier else other > row, 1.0, 0.0)
-        triangle = triangle.astype(jnp.bfloat16)
-        place = self.zero, pl.ds(0, CHUNK)
-        total: jax.Array | None = None
-        for _ in range(parts):
-            part = x.astype(jnp.bfloat16)
-            x = x - part.astype(jnp.float32)
-            plgpu.commit_smem()  # all have multiplied what lay there
-            self.shared["slots"].at[place][...] = part
-            plgpu.commit_smem()
-            total = self.matmul(
-                lambda: [(triangle, self.shared["slots"].at[place])], self.gates_shape, total
-            )
-        assert total is not None
-        return total
+        place = self.zero.value, pl.ds(0, CHUNK)
+        return sum_rows_by_parts(
+            other < row if earlier else other > row,
+            x,
+            parts,
+            lambda: self.shared["slots"].at[place],
+            self.matmul,
+        )

@@ -33,11 +33,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.backward.slot_query_places import SIDES, QueryPlaces, query_scratch
-from pallas.gpu.forward.gates import LOG2E, Gates
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOGITS, ROW, CallSpec, Segments
+from pallas.gpu.forward.gates import Gates
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOG2E, LOGITS, ROW, CallSpec, Segments
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
+from pallas.gpu.warpgroup.decays import gather, own_reference, spread, start_decay, token_decay
 from pallas.gpu.warpgroup.launch import Refs, launch
-from pallas.gpu.warpgroup.masks import by_row
+from pallas.gpu.warpgroup.masks import by_row, entered, hide_slots, same_segment
 from pallas.gpu.warpgroup.matmul import Matmul
 
 
@@ -125,7 +126,7 @@ class QuerySide(QueryPlaces):
         self._sum_delta()
         none = plgpu.layout_cast(jnp.zeros((CHUNK, CHUNK), jnp.float32), LOGITS)
         into_tokens = lax.fori_loop(0, self.panels, self._panel, none)
-        self._forget_addresses()
+        self.zero.renew()
         self._store_query(into_tokens)
 
     def _multiply_tokens(self) -> None:
@@ -141,15 +142,15 @@ class QuerySide(QueryPlaces):
 
     def _build_token_decays(self, panel) -> None:
         """And c - c_ref in the place of c, with c_ref of the row's block."""
-        self._forget_addresses()
+        self.zero.renew()
         shared, stage = self.shared, self._stage(panel)
         plgpu.barrier_wait(shared["gates_loaded"].at[stage])
         cumulative = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
         write = plgpu.load(shared["write"].at[panel], layout=LOGITS).astype(jnp.float32)
         for block in range(GATE_BLOCKS):
-            token_decay = self._token_decay(block, panel, cumulative, write)
-            self._token_decays(block, panel)[...] = token_decay
-        reference = self._own_reference(panel, cumulative.shape)
+            reference = self._references(panel)(block)
+            self._token_decays(block)[...] = token_decay(write, cumulative, reference)
+        reference = own_reference(self._references(panel), self.width)
         shared["cumulative"].at[stage][...] = cumulative - reference
         plgpu.commit_smem()
 
@@ -159,11 +160,21 @@ class QuerySide(QueryPlaces):
 
     def _reference_decay(self, panel) -> jax.Array:
         """exp(c_ref), in the rows that read the slots at the chunk's start."""
-        shape = CHUNK, self.width
-        decay = jnp.exp2(self._own_reference(panel, shape))
+        return start_decay(own_reference(self._references(panel), self.width), self._slot_access())
+
+    def _references(self, panel):
+        slots = pl.ds(panel * self.width, self.width)
+        return lambda block: self.shared["references"].at[block, slots]
+
+    def _slot_access(self) -> Any | None:
+        return self.shared["slot_access"] if self.spec.masked else None
+
+    def _entered(self) -> jax.Array:
+        """[C, C], the chunk's tokens that are in the row's slots."""
+        mask, shared = entered(self.index), self.shared
         if self.spec.masked:
-            decay = jnp.where(self._slot_access(shape) > 1, decay, 0.0)
-        return decay
+            mask &= same_segment(shared["query_segment"], shared["token_segment"].at[0])
+        return mask
 
     def _products(self, panel, rows: str, side: str) -> jax.Array:
         """Of q with a panel of slots' keys, as after each row's token, or of do with their values.
@@ -173,13 +184,14 @@ class QuerySide(QueryPlaces):
         """
         shared, stage = self.shared, self._stage(panel)
         plgpu.barrier_wait(shared[f"slot_{side}s_loaded"].at[stage])
-        self._forget_addresses()
+        self.zero.renew()
         start = self.matmul(
             lambda: [(self._rows(rows), shared[f"slot_{side}s"].at[stage])], (CHUNK, self.width)
         )
         start *= self._reference_decay(panel)
         scores = plgpu.load(shared[f"{side}_scores"], layout=LOGITS)
-        return self._spread(panel, scores, self.width, start) * self._row_decay(panel)
+        products = spread(scores, self._token_decays, self.width, self.matmul, start)
+        return products * self._row_decay(panel)
 
     def _sum_delta(self) -> None:
         """delta into its place: a panel's needs all the others', and so all are computed twice."""
@@ -204,7 +216,8 @@ class QuerySide(QueryPlaces):
         """p and dp of a panel, [C, its slots]."""
         self._build_token_decays(panel)
         a = self._products(panel, "query", "key")
-        a = self._hide(panel, a * (self.spec.scale * LOG2E))
+        slots = panel * self.width, self.panels * self.width
+        a = hide_slots(a * (self.spec.scale * LOG2E), *slots, self._slot_access(), self.spec)
         p = jnp.exp2(a - by_row(self._row("lse") * LOG2E, a.shape[1]))
         return p, self._products(panel, "d_out", "value")
 
@@ -223,8 +236,8 @@ class QuerySide(QueryPlaces):
         start = row_decay * self._reference_decay(panel)
         shared["write"].at[panel][...] = (ds * start).astype(jnp.bfloat16)
         ds_to_reference = (ds * row_decay).astype(jnp.bfloat16)
-        self._forget_addresses()
-        into_tokens = self._gather(panel, ds_to_reference, into_tokens)
+        self.zero.renew()
+        into_tokens = gather(ds_to_reference, self._token_decays, self.matmul, into_tokens)
         row_decay = self._row_decay(panel)  # again, not held
         start = row_decay * self._reference_decay(panel)
         self._store_panel(
@@ -246,7 +259,7 @@ class QuerySide(QueryPlaces):
         """In shared memory: for dq that of s, no longer needed, else that of the token decays."""
         if name == "d_logits_to_start":
             return self.shared["write"].at[panel]
-        return self._token_decays(SlotQueries._fields.index(name) - 1, panel)
+        return self._token_decays(SlotQueries._fields.index(name) - 1)
 
     def _store_panel(self, panel, results: dict[str, jax.Array]) -> None:
         """Beside ds exp(c), which is in its place."""

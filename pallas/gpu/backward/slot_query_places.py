@@ -8,16 +8,15 @@ what dq is added to, to the place of q.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, GATE_ROWS, PANEL, CallSpec, tile
-from pallas.gpu.warpgroup.addresses import ZERO, store_zero
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, PANEL, CallSpec, tile
+from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
-from pallas.gpu.warpgroup.in_chunk import InChunk
+from pallas.gpu.warpgroup.decays import fetch_references
 from pallas.gpu.warpgroup.launch import Refs
 from pallas.gpu.warpgroup.matmul import Matmul
 
@@ -71,7 +70,7 @@ def _named(shared: Refs) -> Refs:
     return named
 
 
-class QueryPlaces(InChunk):
+class QueryPlaces:
     """A query head's rows of a chunk, and what is computed with them.
 
     A turn is a panel of slots; of more than one panel, all have a turn for delta first.
@@ -87,26 +86,22 @@ class QueryPlaces(InChunk):
         *,
         adds: bool,
     ):
-        super().__init__(shared | _named(shared), index, matmul, spec)
-        self.refs, self.adds = refs, adds
+        self.refs, self.shared, self.index = refs, shared | _named(shared), index
+        self.matmul, self.spec, self.adds = matmul, spec, adds
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
-        self.zero: int | jax.Array = 0
-
-    def _forget_addresses(self) -> None:
-        self.zero = self.shared["zero"][0]
-
-    def _panels(self) -> tuple[int, int]:
-        return self.panels, self.width
+        self.zero = OpaqueZero(shared["zero"])
 
     def _stage(self, panel):
-        return lax.rem(jnp.int32(panel), jnp.int32(self.stages)) if self.stages > 1 else self.zero
+        if self.stages == 1:
+            return self.zero.value
+        return lax.rem(jnp.int32(panel), jnp.int32(self.stages))
 
     def _rows(self, name: str):
-        return self.shared[name].at[self.zero]
+        return self.shared[name].at[self.zero.value]
 
-    def _token_decays(self, block: int, panel):
-        return self.shared["token_decays"].at[self.zero + block]
+    def _token_decays(self, block: int):
+        return self.shared["token_decays"].at[self.zero.value + block]
 
     def _numbers(self, name: str):
         return self.shared["numbers"].at[NUMBERS.index(name)]
@@ -123,11 +118,12 @@ class QueryPlaces(InChunk):
         for panel in range(self.panels):
             write = refs["write"].at[b, index.rows, index.kv_head, self._slots(panel)]
             plgpu.copy_gmem_to_smem(write, shared["write"].at[panel], loaded)
-        for block in range(GATE_BLOCKS):
-            middle = index.first_row + block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = refs["cumulative"].at[b, middle, index.kv_head]
-            target = shared["references"].at[block, pl.ds(0, reference.shape[0])]
-            plgpu.copy_gmem_to_smem(reference, target, loaded)
+        fetch_references(
+            lambda row: refs["cumulative"].at[b, row, index.kv_head],
+            index.first_row,
+            lambda block: shared["references"].at[block, pl.ds(0, self.panels * self.width)],
+            loaded,
+        )
         if self.spec.masked:
             for name in ("query_segment", "slot_access"):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows], shared[name], loaded)
@@ -136,7 +132,7 @@ class QueryPlaces(InChunk):
         for name in GIVEN:
             rows = refs[name].at[b, head, index.rows]
             plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
-        store_zero(shared["zero"])
+        self.zero.store()
 
     def _slots(self, panel):
         return pl.ds(panel * self.width, self.width)

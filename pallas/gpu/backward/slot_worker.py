@@ -13,8 +13,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, CallSpec
-from pallas.gpu.warpgroup.in_chunk import MAX_EXPONENT, iota
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, CallSpec
+from pallas.gpu.warpgroup.addresses import OpaqueZero
+from pallas.gpu.warpgroup.decays import token_decay, write_of_odds
+from pallas.gpu.warpgroup.masks import block_entered, same_segment
 from pallas.gpu.warpgroup.matmul import Matmul
 
 SIDES = ("key", "value")
@@ -48,15 +50,11 @@ class Worker:
         self.own_tokens = pl.ds(own_tokens, CHUNK)
         self.columns = pl.ds(self.panel * self.width, self.width)
         self.gates_shape = CHUNK, self.width
-        self.zero: int | jax.Array = 0
-
-    def forget_addresses(self) -> None:
-        """See `addresses.py`."""
-        self.zero = self.shared["zero"][0]
+        self.zero = OpaqueZero(shared["zero"])
 
     def operand(self, name: str):
         """An array of products' operands, of which there is one."""
-        return self.shared[name].at[self.zero]
+        return self.shared[name].at[self.zero.value]
 
     def reference(self, block):
         return self.shared["references"].at[block, pl.ds(0, self.width)]
@@ -65,12 +63,10 @@ class Worker:
         shared = self.shared
         plgpu.barrier_wait(shared["gates_loaded"])
         cumulative = plgpu.load(shared["cumulative"], layout=LOGITS)
-        write = 1 / (1 + self.wide(shared["odds"]))  # s = 1 - e
+        write = write_of_odds(self.wide(shared["odds"]))
         for block in self.TOKEN_DECAY_BLOCKS:
-            reference = plgpu.load(self.reference(block), layout=COLUMN)
-            exponent = self.in_rows(reference) - cumulative
-            fall = write * jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT))
-            shared["token_decays"].at[self.zero + block][...] = fall.astype(jnp.bfloat16)
+            decay = token_decay(write, cumulative, self.reference(block))
+            shared["token_decays"].at[self.zero.value + block][...] = decay
         plgpu.commit_smem()
         plgpu.barrier_arrive(shared["token_decays_ready"])
         plgpu.barrier_wait(shared["token_decays_ready"])
@@ -79,20 +75,19 @@ class Worker:
         return side * self.spec.group + sum(self.added[:side])
 
     def over_heads(self, side: int, head: Callable, start: jax.Array) -> jax.Array:
-        """start, as head(item, start) changes it; right after `forget_addresses`.
+        """start, as head(item, start) changes it; right after `zero.renew`.
 
         A loop even over one head, which would else be laid out among what surrounds it.
         """
         group, first = self.spec.group, self.first_item(side)
-        begin = 0 if group > 1 else self.zero
+        begin = 0 if group > 1 else self.zero.value
         return lax.fori_loop(begin, group, lambda i, x: head(first + i, x), start)
 
     def wait_for(self, item):
         """An item's stage."""
         stage = lax.rem(jnp.int32(item), jnp.int32(self.stages))
         plgpu.barrier_wait(self.shared["item_loaded"].at[stage])
-        self.forget_addresses()
-        return stage + self.zero
+        return stage + self.zero.renew()
 
     def leave(self, stage) -> None:
         plgpu.commit_smem()
@@ -103,20 +98,13 @@ class Worker:
 
         turned: of tokens and a gate block's rows.
         """
-        ahead = iota(GATE_ROWS, 0) - iota(GATE_ROWS, 1)
-        first = block * GATE_ROWS
-        entered = ahead <= first if turned else ahead >= first
+        mask = block_entered(block, tokens_down=turned)
         if self.spec.masked:
-            names = (
-                ("token_segment", "query_segment") if turned else ("query_segment", "token_segment")
-            )
-            of_rows = plgpu.load(self.shared[names[0]], layout=ROW)
-            of_columns = self.shared[names[1]].at[pl.ds(first, GATE_ROWS)]
-            of_columns = plgpu.load(of_columns, layout=COLUMN)
-            shape = CHUNK, GATE_ROWS
-            of_rows = lax.broadcast_in_dim(of_rows, shape, [0])
-            entered &= of_rows == lax.broadcast_in_dim(of_columns, shape, [1])
-        return entered
+            rows, columns = (self.shared[x] for x in ("query_segment", "token_segment"))
+            if turned:
+                rows, columns = columns, rows
+            mask &= same_segment(rows, columns.at[pl.ds(block * GATE_ROWS, GATE_ROWS)])
+        return mask
 
     def masked_blocks(self, scores: jax.Array, *, turned: bool) -> list[jax.Array]:
         """[C, C] in four of [C, 16] bfloat16, zeros where nothing entered."""
@@ -130,6 +118,3 @@ class Worker:
 
     def wide(self, ref) -> jax.Array:
         return plgpu.load(ref, layout=LOGITS).astype(jnp.float32)
-
-    def in_rows(self, x: jax.Array) -> jax.Array:
-        return lax.broadcast_in_dim(x, self.gates_shape, [1])

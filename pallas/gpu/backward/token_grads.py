@@ -10,7 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.backward.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
-from pallas.gpu.warpgroup.addresses import store_zero
+from pallas.gpu.warpgroup.chunk_index import entering_rows
+from pallas.gpu.warpgroup.decays import fetch_references
 from pallas.gpu.warpgroup.masks import iota
 
 
@@ -26,11 +27,11 @@ class TokenGrads(Worker):
         self._load_tokens(0)
         for item in range(self.stages):
             self._load_item(jnp.int32(item), item)
-        store_zero(shared["zero"])
+        self.zero.store()
         self.build_token_decays()
         for side, name in enumerate(SIDES):
             plgpu.barrier_wait(shared["side_loaded"])
-            self.forget_addresses()
+            self.zero.renew()
             self._to_end(side)
             grad = self.matmul(
                 lambda: [(self.operand("to_end"), self.operand("d_slots").T)],
@@ -42,7 +43,7 @@ class TokenGrads(Worker):
             if self.added[side]:
                 grad = self._add(self.first_item(side) + self.spec.group, grad)
             plgpu.barrier_wait(shared["side_read"])
-            self.forget_addresses()
+            self.zero.renew()
             more = side + 1 < len(SIDES)
             if more:
                 self._load_states(side + 1)
@@ -59,7 +60,7 @@ class TokenGrads(Worker):
         shared = self.shared
 
         def add_features(block, products):
-            place = self.zero, pl.ds(block * CHUNK, CHUNK)
+            place = self.zero.value, pl.ds(block * CHUNK, CHUNK)
             slots, grads = (self.wide(shared[x].at[place]) for x in ("slots", "d_slots"))
             return products + slots * grads
 
@@ -109,7 +110,7 @@ class TokenGrads(Worker):
         gathered = self.matmul(
             lambda: [
                 (
-                    shared["token_decays"].at[self.zero + block],
+                    shared["token_decays"].at[self.zero.value + block],
                     shared["row_weights"].at[stage, rows].T,
                 )
             ],
@@ -134,10 +135,12 @@ class TokenGrads(Worker):
             plgpu.copy_gmem_to_smem(gate, target, loaded)
         total = refs["total"].at[b, h, self.chunk, self.columns]
         plgpu.copy_gmem_to_smem(total, shared["total"], loaded)
-        for block in range(GATE_BLOCKS):
-            middle = self.first + block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = refs["cumulative"].at[b, middle, h, self.columns]
-            plgpu.copy_gmem_to_smem(reference, self.reference(block), loaded)
+        fetch_references(
+            lambda row: refs["cumulative"].at[b, row, h, self.columns],
+            self.first,
+            self.reference,
+            loaded,
+        )
         if self.spec.masked:
             plgpu.copy_gmem_to_smem(
                 refs["query_segment"].at[b, self.own], shared["query_segment"], loaded
@@ -160,7 +163,7 @@ class TokenGrads(Worker):
         plgpu.copy_gmem_to_smem(tokens, self.operand("tokens"), self.shared["side_loaded"])
 
     def _token_rows(self):
-        return pl.ds(jnp.maximum(self.first - self.spec.ahead, 0), CHUNK)
+        return entering_rows(self.first, self.spec.ahead)
 
     def _grad(self, name: str):
         """In the device's memory."""

@@ -22,12 +22,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.forward.gates import LOG2E
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, CallSpec, Segments, tile
-from pallas.gpu.warpgroup.addresses import ZERO, store_zero
+from pallas.gpu.spec import CHUNK, LOG2E, LOGITS, ROW, CallSpec, Segments, tile
+from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
-from pallas.gpu.warpgroup.masks import by_column, by_row, in_window, iota
+from pallas.gpu.warpgroup.masks import by_row, same_segment, sees
 from pallas.gpu.warpgroup.matmul import Matmul
 from pallas.gpu.warpgroup.pipeline import fetch_ahead
 from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
@@ -170,7 +169,8 @@ def _fetch(refs: Refs, shared: Refs, index: ChunkIndex) -> None:
 def _compute(refs: Refs, shared: Refs, index: ChunkIndex, spec: CallSpec, matmul: Matmul) -> None:
     D = shared["window_query"].shape[2]
     square = CHUNK, CHUNK
-    store_zero(shared["zero"])
+    zero = OpaqueZero(shared["zero"])
+    zero.store()
     plgpu.barrier_wait(shared["rows_loaded"])
     if "cos" in refs:
         rotate(shared["window_query"].at[0], refs, index.batch, index.positions)
@@ -179,22 +179,18 @@ def _compute(refs: Refs, shared: Refs, index: ChunkIndex, spec: CallSpec, matmul
     def step(block, total):
         stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
         plgpu.barrier_wait(shared["block_loaded"].at[stage])
-        zero = shared["zero"][0]
-        stage += zero  # a single stage is as little known to the compiler
+        stage += zero.renew()  # a single stage is as little known to the compiler
         b = matmul(
-            lambda: [(shared["window_query"].at[zero], shared["window_key"].at[stage].T)], square
+            lambda: [(shared["window_query"].at[zero.value], shared["window_key"].at[stage].T)],
+            square,
         )
-        row = iota(CHUNK, 0) + index.first_row
-        token = iota(CHUNK, 1) + (index.first_token + block * CHUNK)
-        seen = in_window(spec, row, token)
+        seen = sees(spec, index, block)
         if spec.masked:
-            query_segment = plgpu.load(shared["query_segment"], layout=ROW)
-            token_segment = plgpu.load(shared["token_segment"].at[stage], layout=COLUMN)
-            seen &= by_row(query_segment, CHUNK) == by_column(token_segment)
+            seen &= same_segment(shared["query_segment"], shared["token_segment"].at[stage])
         lse = plgpu.load(shared["lse"], layout=ROW) * LOG2E
         exponent = b * (spec.scale * LOG2E) - by_row(lse, CHUNK)
         p = jnp.exp2(jnp.where(seen, exponent, -jnp.inf))
-        dp = matmul(lambda: [(shared["d_out"].at[zero], shared["value"].at[stage].T)], square)
+        dp = matmul(lambda: [(shared["d_out"].at[zero.value], shared["value"].at[stage].T)], square)
         pulled = (p * dp).sum(axis=1)  # kept in shared memory: registers are scarce
         shared["pulled"][...] = plgpu.load(shared["pulled"], layout=ROW) + pulled
         ds = p * (dp - by_row(plgpu.load(shared["delta"], layout=ROW), CHUNK))

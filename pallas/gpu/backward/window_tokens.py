@@ -26,11 +26,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.backward.window_queries import window_inputs
 from pallas.gpu.block_sizes import BlockSizes
-from pallas.gpu.forward.gates import LOG2E
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, CallSpec, Segments, tile
-from pallas.gpu.warpgroup.addresses import ZERO, store_zero
+from pallas.gpu.spec import CHUNK, COLUMN, LOG2E, LOGITS, CallSpec, Segments, tile
+from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
+from pallas.gpu.warpgroup.chunk_index import TokenIndex
 from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
-from pallas.gpu.warpgroup.masks import by_column, by_row, in_window, iota
+from pallas.gpu.warpgroup.masks import by_column, in_window, iota, same_segment
 from pallas.gpu.warpgroup.matmul import Matmul
 from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
 
@@ -114,46 +114,10 @@ def _columns(D: int) -> int:
     return min(D // 4, 32)
 
 
-class _TokenIndex:
-    """Tokens of a thread block, and the chunks of rows that see some of them.
-
-    Attributes:
-      batch, head: indices.
-      tokens: the block's rows in the arrays, and in tables of rotation.
-      first_token: the first of them on the timeline.
-      items: how many pairs of a query head and a chunk there are.
-    """
-
-    def __init__(self, spec: CallSpec, chunks: int):
-        self.batch, self.head, block = (lax.axis_index(x) for x in ("batch", "head", "block"))
-        self.tokens = pl.ds(block * CHUNK, CHUNK)
-        self.first_token = block * CHUNK + spec.ahead
-        block += spec.ahead // CHUNK
-        if spec.blocks is None:
-            first, last = block - (spec.offset + CHUNK - 1) // CHUNK, jnp.int32(chunks - 1)
-        else:
-            first, last = block - (spec.blocks - 1), jnp.minimum(block, chunks - 1)
-        self._first = jnp.maximum(first, 0)
-        self._chunks = jnp.maximum(last - self._first + 1, 0)
-        self._group = spec.group
-        self._before = spec.offset - spec.ahead
-        self.items = self._chunks * spec.group
-
-    def head_and_chunk(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """A query head's chunks come one after the other."""
-        head = self.head * self._group + lax.div(item, self._chunks)
-        return head, self._first + lax.rem(item, self._chunks)
-
-    def positions(self, item: jax.Array):
-        """The rows of an item's queries in tables of rotation."""
-        _, chunk = self.head_and_chunk(item)
-        return pl.ds(chunk * CHUNK + self._before, CHUNK)
-
-
 def _kernel(refs: Refs, shared: Refs, *, spec: CallSpec, chunks: int, interpret: bool) -> None:
     me = lax.axis_index("wg")
     matmul = Matmul(interpret, shared["buffer"].at[me] if interpret else None)
-    index = _TokenIndex(spec, chunks)
+    index = TokenIndex(spec, chunks)
     for i, worker in enumerate((_ValueGrad, _KeyGrad)):
         pl.when(me == i)(worker(refs, shared, index, spec, matmul).run)
 
@@ -172,13 +136,12 @@ class _Worker:
     PLACE: str
     GRAD: str
 
-    def __init__(
-        self, refs: Refs, shared: Refs, index: _TokenIndex, spec: CallSpec, matmul: Matmul
-    ):
+    def __init__(self, refs: Refs, shared: Refs, index: TokenIndex, spec: CallSpec, matmul: Matmul):
         self.refs, self.shared, self.index, self.spec = refs, shared, index, spec
         self.matmul = matmul
         self.stages, _, D = shared["window_query"].shape
         self.columns = _columns(D)
+        self.zero = OpaqueZero(shared["zero"])
         self.square, self.sum_shape = (CHUNK, CHUNK), (CHUNK, D)  # [tokens, rows], [tokens, D]
 
     def run(self) -> None:
@@ -286,9 +249,8 @@ class _ValueGrad(_Worker):
         row = iota(CHUNK, 1) + chunk * CHUNK
         seen = in_window(self.spec, row, iota(CHUNK, 0) + self.index.first_token)
         if self.spec.masked:
-            query_segment = plgpu.load(self.shared["query_segment"].at[stage], layout=COLUMN)
-            token_segment = plgpu.load(self.shared["token_segment"], layout=ROW)
-            seen &= by_column(query_segment) == by_row(token_segment, CHUNK)
+            query_segment = self.shared["query_segment"].at[stage]
+            seen &= same_segment(self.shared["token_segment"], query_segment)
         return seen
 
 
@@ -317,7 +279,7 @@ class _KeyGrad(_Worker):
     def _walk(self, total: jax.Array) -> jax.Array:
         for item in range(self.lead):
             self._rotate_queries(jnp.int32(item))
-        store_zero(self.shared["zero"])
+        self.zero.store()
         plgpu.barrier_wait(self.shared["value_loaded"])
         plgpu.barrier_arrive(self.shared["p_read"])  # its place is free
         return super()._walk(total)
@@ -325,7 +287,7 @@ class _KeyGrad(_Worker):
     def _add(self, item, stage, total: jax.Array) -> jax.Array:
         shared, scale = self.shared, self.spec.scale
         plgpu.barrier_wait(shared["d_outs_loaded"].at[stage])
-        zero = shared["zero"][0]
+        zero = self.zero.renew()
         dp = self.matmul(
             lambda: [(shared["value"].at[zero], shared["d_out"].at[stage].T)], self.square
         )

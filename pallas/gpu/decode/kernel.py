@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.constants import MASKED_LOGIT
 from pallas.gpu.decode.sizes import TILE, DecodeSizes
-from pallas.gpu.forward.gates import LOG2E
+from pallas.gpu.spec import LOG2E
 from pallas.gpu.warpgroup.launch import Refs
 
 LANES = 32

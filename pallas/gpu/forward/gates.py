@@ -1,6 +1,6 @@
-"""What the kernels need of the log decays: their sums in chunks, exponentiated, in one pass.
+"""The gates that other kernels read: sums of the log decays in chunks, exponentiated.
 
-With x the log decays of C rows and of a slot, s = 1 - exp(x), at row r
+With x the log decays of a chunk's C rows and of a slot, s = 1 - exp(x), at row r
 
     c_r = sum_{j <= r} max(x_j, FLOOR)
     to_end_r = s_r exp(sum_{j > r} x_j),  total = exp(sum_j x_j)
@@ -12,9 +12,18 @@ rest of its chunk. to_end and total know no floor, so nothing of it reaches the 
 know VANISHED, for an infinite summand is no product's operand: exp(VANISHED) is 0 in float32, and
 so is every sum's that it is part of.
 
+Inputs:
+  log_decay          [B, Tq, Hkv, M] float32
+  token_reaches_end  [B, Tq] int32, start_reaches_end [B, Tq / C] int32: with segments
+Outputs: of `EndGates` for the forward, of `Gates` for the backward. The output's kernel makes its
+own c of log_decay.
+
 A thread block has up to 32 slots of a chunk: with more, its registers would let fewer blocks share
-a multiprocessor. It reads log_decay once and writes each result once; the output pass makes its own
-c of log_decay.
+a multiprocessor. It reads log_decay once and writes each result once. One warpgroup does all.
+
+| barrier | arrivals (number)                                            | waits         | often |
+| ------- | ------------------------------------------------------------ | ------------- | ----- |
+| loaded  | copies of log_decay and, if given, token_reaches_end (1 or 2) | the warpgroup | once  |
 """
 
 import functools
@@ -26,21 +35,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import CHUNK, COLUMN, LOGITS, ROW, tile
+from pallas.gpu.spec import CHUNK, COLUMN, LOG2E, LOGITS, ROW, tile
+from pallas.gpu.warpgroup.chunk_index import entering_rows
+from pallas.gpu.warpgroup.decays import FLOOR, LEAST_WRITE, write_of
 from pallas.gpu.warpgroup.launch import Refs, launch
 from pallas.gpu.warpgroup.masks import by_row, iota
 from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.row_sums import PARTS, store_parts, store_zeros, sum_rows, write_of
+from pallas.gpu.warpgroup.row_sums import PARTS, store_parts, store_zeros, sum_rows
 
-LOG2E = 1.4426950408889634
-FLOOR = -8.0  # nats; the least decay of a token inside a chunk
 VANISHED = -200.0  # nats
-LEAST_WRITE = 2.0**-60  # stands for s = 0 where s divides
-MOST_SLOTS = 32  # of a block
+BLOCK_SLOTS = 32  # of a thread block, at most
 
 
 class EndGates(NamedTuple):
-    """What the state pass reads, of Tq rows in chunks of C."""
+    """What the states are made with, of Tq rows in chunks of C."""
 
     to_end: jax.Array  # [B, Tq, Hkv, M] bfloat16, s times the decay from the row to its chunk's end
     total: jax.Array  # [B, Hkv, Tq / C, M] float32, the decay over a chunk
@@ -64,20 +72,21 @@ def end_gates(
     ahead: int,
     interpret: Any = False,
 ) -> EndGates:
-    """The state pass's gates of log_decay [B, Tq, Hkv, M] float32, in [-inf, 0]; C divides Tq.
+    """The forward's gates.
 
-    ahead: `CallSpec.ahead`. Row r of log_decay is row r + ahead of what is returned; the first
-      `ahead` are of log decay 0.
-    token_reaches_end: [B, Tq] bool, the row's token is in the slots at its chunk's end; None: all
-      are.
-    start_reaches_end: [B, Tq / C] bool, the slots at the chunk's end may hold what they held at its
-      start.
-    interpret: as for `fused_attention`.
+    Args:
+      log_decay: [B, Tq, Hkv, M] float32, in [-inf, 0]; C divides Tq.
+      token_reaches_end: [B, Tq] bool, the row's token is in the slots at its chunk's end; None:
+        all are.
+      start_reaches_end: [B, Tq / C] bool, the slots at the chunk's end may hold what they held at
+        its start; None: all may.
+      ahead: `CallSpec.ahead`. Row r of log_decay is row r + ahead of what is returned; the first
+        `ahead` are of log decay 0.
+      interpret: as for `launch`.
     """
     outputs = _outputs(log_decay.shape, EndGates._fields)
-    return EndGates(
-        *_call(log_decay, token_reaches_end, start_reaches_end, ahead, outputs, interpret)
-    )
+    reach = token_reaches_end, start_reaches_end
+    return EndGates(*_launch(log_decay, *reach, ahead, outputs, interpret))
 
 
 def chunk_gates(
@@ -90,7 +99,8 @@ def chunk_gates(
 ) -> Gates:
     """The backward's gates; arguments as of `end_gates`."""
     outputs = _outputs(log_decay.shape, Gates._fields)
-    return Gates(*_call(log_decay, token_reaches_end, start_reaches_end, ahead, outputs, interpret))
+    reach = token_reaches_end, start_reaches_end
+    return Gates(*_launch(log_decay, *reach, ahead, outputs, interpret))
 
 
 def _outputs(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, jax.ShapeDtypeStruct]:
@@ -102,7 +112,7 @@ def _outputs(shape: tuple[int, ...], names: tuple[str, ...]) -> dict[str, jax.Sh
     return outputs
 
 
-def _call(
+def _launch(
     log_decay: jax.Array,
     token_reaches_end: jax.Array | None,
     start_reaches_end: jax.Array | None,
@@ -111,7 +121,7 @@ def _call(
     interpret: Any,
 ) -> list[jax.Array]:
     B, Tq, Hkv, M = log_decay.shape
-    width = min(M, MOST_SLOTS)
+    width = min(M, BLOCK_SLOTS)
     inputs = {"log_decay": log_decay}
     wide = plgpu.SMEM((CHUNK, width), jnp.float32, transforms=tile(width, 4))
     narrow = plgpu.SMEM((PARTS, CHUNK, width), jnp.bfloat16, transforms=tile(width))
@@ -122,10 +132,8 @@ def _call(
         "loaded": plgpu.Barrier(num_arrivals=1 if token_reaches_end is None else 2),
     }
     if token_reaches_end is not None and start_reaches_end is not None:
-        inputs |= {
-            "token_reaches_end": token_reaches_end.astype(jnp.int32),
-            "start_reaches_end": start_reaches_end.astype(jnp.int32),
-        }
+        inputs["token_reaches_end"] = token_reaches_end.astype(jnp.int32)
+        inputs["start_reaches_end"] = start_reaches_end.astype(jnp.int32)
         scratch["token_reaches_end"] = plgpu.SMEM((CHUNK,), jnp.int32)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((CHUNK, CHUNK), jnp.bfloat16)
@@ -146,15 +154,13 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
     width = shared["log_decay"].shape[1]
     rows, columns = pl.ds(chunk * CHUNK, CHUNK), pl.ds(lax.axis_index("panel") * width, width)
     own, loaded = (b, rows, h, columns), shared["loaded"]
-    first = chunk * CHUNK - ahead
-    log_decay = refs["log_decay"].at[b, pl.ds(jnp.maximum(first, 0), CHUNK), h, columns]
+    log_decay = refs["log_decay"].at[b, entering_rows(chunk * CHUNK, ahead), h, columns]
     plgpu.copy_gmem_to_smem(log_decay, shared["log_decay"], loaded)
     if "token_reaches_end" in refs:
-        plgpu.copy_gmem_to_smem(
-            refs["token_reaches_end"].at[b, rows], shared["token_reaches_end"], loaded
-        )
+        reaches_end = refs["token_reaches_end"].at[b, rows]
+        plgpu.copy_gmem_to_smem(reaches_end, shared["token_reaches_end"], loaded)
     plgpu.barrier_wait(loaded)
-    pl.when(first < 0)(lambda: store_zeros(shared["log_decay"]))
+    pl.when(chunk * CHUNK < ahead)(lambda: store_zeros(shared["log_decay"]))
     matmul = Matmul(interpret, shared["buffer"] if interpret else None)
     start_reaches_end = refs["start_reaches_end"][b, chunk] if "start_reaches_end" in refs else None
     names = _compute(shared, start_reaches_end, matmul, everything="cumulative" in refs)
@@ -170,7 +176,10 @@ def _kernel(refs: Refs, shared: Refs, *, ahead: int, interpret: bool) -> None:
 def _compute(
     shared: Refs, start_reaches_end: jax.Array | None, matmul: Matmul, *, everything: bool
 ) -> list[str]:
-    """Leaves c where log_decay was, total in its place, and the rest, named, in the parts'."""
+    """Leaves total in its place, and with `everything` c where log_decay was.
+
+    Leaves the other results in the places of the parts, and returns their names in that order.
+    """
 
     def parts(i):
         return shared["parts"].at[i]
@@ -189,10 +198,8 @@ def _compute(
     total = jnp.exp2(finite.sum(axis=0) * LOG2E)
     to_end = jnp.exp2(sum_over(iota(CHUNK, 1) > iota(CHUNK, 0), finite))
     if start_reaches_end is not None:
-        token_reaches_end = by_row(
-            plgpu.load(shared["token_reaches_end"], layout=ROW), to_end.shape[1]
-        )
-        to_end = jnp.where(token_reaches_end > 0, to_end, 0.0)
+        reaches_end = plgpu.load(shared["token_reaches_end"], layout=ROW)
+        to_end = jnp.where(by_row(reaches_end, to_end.shape[1]) > 0, to_end, 0.0)
         total *= start_reaches_end.astype(jnp.float32)
     results = {}
     if everything:

@@ -1,21 +1,67 @@
 """Slots, window and one softmax: the output of a chunk's rows, given the slots at its start.
 
-With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), c the chunk's
-cumulative decay, a and b the logits of slots and window:
+With symbols as in `spec.py`, S0 the slots at the chunk's start, a and b the logits of slots and
+window, p the softmax's weights of a row:
 
     a_r = exp(c_r) (q_r . SK0) + sum_{j <= r} (q_r . k_j) s_j exp(c_r - c_j)
-    o_r = (p_r exp(c_r)) SV0 + sum_i P_ri v_i
-    P_ri = sum_m p_rm s_im exp(c_rm - c_im) for i <= r, and the window's p beyond
+    o_r = (p_r exp(c_r)) SV0 + sum_i w_ri v_i
+    w_ri = sum_m p_rm s_im exp(c_rm - c_im) for i <= r, and the window's p beyond
 
-`in_chunk.py` says how the decays within the chunk are multiplied.
+`decays.py` says how the decays within the chunk are multiplied.
 
-A thread block has a warpgroup for each of its query heads, and one that fetches what they share,
-and rotates what of it the window reads.
+Inputs:
+  window_query            [B, Tq, Hq, D] bfloat16, of the window's logits; C divides Tq
+  window_key, value       [B, Tk, Hkv, D] bfloat16, the timeline without its first spec.ahead rows;
+                          Tk reaches as far as whole blocks of C do
+  query, key              with spec.slots: shaped alike, of the slots' logits
+  log_decay               with spec.slots: [B, Tq, Hkv, M] float32, as for `fused_attention`
+  start_key, start_value  with spec.slots: [B, Hkv, Tq / C, D, M] bfloat16, at the chunks' starts
+  query_segment, ..       with spec.masked: of `Segments`
+  cos, sin                of `Rotation`: window_query and window_key are to be rotated
+Outputs:
+  out                     [B, Tq, Hq, D] bfloat16
+  lse                     [B, Hq, Tq] float32, the log-sum-exp of a row's logits; base e
+  slot_weight             [B, Hq, Tq] float32
 
-The slots come first, in panels, all keys and then all values, then the window. Heads of more than
-128 would not fit shared memory all at once: of the keys and, with many slots, of the queries, what
-the window reads comes where the slots' was, when that is read. Where both read the same arrays, the
-second copy of a query or key comes from the L2 cache: it lies otherwise, and is rotated.
+Warpgroups of a thread block, which has a chunk's rows of one or two query heads:
+  compute (`output_compute.py`)  one a query head: its slots, its window, one online softmax
+  fetch (`output_fetch.py`)      the last: copies what the others read, and rotates what of it the
+                                 window reads
+
+The slots come first, in panels of up to 32: all keys, and then all values. Then the window comes,
+in blocks of C tokens. Heads of more than 128 would not fit shared memory all at once: of the keys
+and, with many slots, of the queries, what the window reads comes where the slots' was, when that is
+read. Where both read the same arrays, the second copy of a query or key comes from the L2 cache: it
+lies otherwise, and is rotated.
+
+| barrier                  | arrivals (number)                      | waits     | how often        |
+| ------------------------ | -------------------------------------- | --------- | ---------------- |
+| segments_loaded          | copies of query_segment and, with      | compute   | once, with       |
+|                          | slots, of slot_access and              |           | spec.masked      |
+|                          | token_segment (1 or 3)                 |           |                  |
+| query_loaded[w]          | the copy of its query (1)              | compute w | once             |
+| key_loaded               | the copy of key (1)                    | compute   | once             |
+| key_read                 | every compute warpgroup                | fetch     | once, with D >   |
+|                          |                                        |           | 128              |
+| decay_loaded[stage]      | the copy of log decays (1)             | compute   | once a panel     |
+| decay_read[stage]        | every compute warpgroup                | fetch     | once a panel     |
+| slots_loaded[stage]      | the copy of slots (1)                  | compute   | twice a panel    |
+| slots_read[stage]        | every compute warpgroup                | fetch     | twice a panel    |
+| token_decays_read        | every compute warpgroup, done with the | compute   | once a panel,    |
+|                          | last panel's                           |           | with two heads   |
+| token_decays_ready       | every compute warpgroup, the first     | compute   | once a panel,    |
+|                          | having built this panel's              |           | with two heads   |
+| window_query_copied[w]   | the copy (1)                           | fetch     | once, with cos   |
+| window_query_loaded[w]   | the copy; with cos, fetch, having      | compute w | once             |
+|                          | rotated it (1)                         |           |                  |
+| window_key_copied[stage] | the copy (1)                           | fetch     | once a block,    |
+|                          |                                        |           | with cos         |
+| window_key_loaded[stage] | the copy; with cos, fetch, having      | compute   | once a block     |
+|                          | rotated it (1); with spec.masked also  |           |                  |
+|                          | the copy of token_segment (2)          |           |                  |
+| window_key_read[stage]   | every compute warpgroup                | fetch     | once a block     |
+| value_loaded[stage]      | the copy (1)                           | compute   | once a block     |
+| value_read[stage]        | every compute warpgroup                | fetch     | once a block     |
 """
 
 import functools
@@ -29,87 +75,65 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.output_compute import ComputeWarpgroup
-from pallas.gpu.forward.output_fetch import fetch
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, CallSpec, Segments, tile
+from pallas.gpu.forward.output_fetch import FetchWarpgroup
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, PANEL, CallSpec, tile
 from pallas.gpu.warpgroup.addresses import ZERO
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.launch import Refs, check_shared_memory, launch
 from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.rotation import Rotation, halves_tile
+from pallas.gpu.warpgroup.rotation import halves_tile
 
 COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40  # of a thread, with two compute warpgroups;
 # ptxas ignores them where jax finds nvJitLink (C7504), and all warpgroups have 168.
 SLOT_BYTES = 32 * 1024  # of slots in flight
-WIDE_HEAD = 192  # from here on, keys take turns in one place of shared memory, and with
+WIDE_HEAD = 192  # from here on keys share one place in shared memory, and with
 MANY_SLOTS = 128  # or more of these, so do queries
-TURNS = {"keys": ("key", "window_key"), "queries": ("query", "window_query")}
+PLACES = {"keys": ("key", "window_key"), "queries": ("query", "window_query")}  # in turn
 
 
-class Result(NamedTuple):
-    out: jax.Array  # [B, Tq, Hq, D] bfloat16
-    lse: jax.Array  # [B, Hq, Tq] float32, the log-sum-exp of a row's logits; base e
-    slot_weight: jax.Array  # [B, Hq, Tq] float32
+class Outputs(NamedTuple):
+    """The kernel's outputs, as above."""
+
+    out: jax.Array
+    lse: jax.Array
+    slot_weight: jax.Array
 
 
-def output_pass(
-    query: jax.Array | None,
-    window_query: jax.Array,
-    key: jax.Array | None,
-    window_key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array | None,
-    starts: tuple[jax.Array, jax.Array] | None,
-    segments: Segments | None,
-    rotation: Rotation | None,
+def chunk_outputs(
+    inputs: dict[str, jax.Array],
     *,
     spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
-) -> Result:
-    """The kernel's call.
+) -> Outputs:
+    """The output, its log-sum-exp and its slot weight, of `inputs` named and shaped as above.
 
-    query, window_query: [B, Tq, Hq, D] bfloat16, of the slots' and of the window's logits; Tq is
-    a multiple of C. key, window_key, value: [B, Tk, Hkv, D], the timeline without its first
-    spec.ahead rows; Tk reaches as far as whole blocks of C do. log_decay: [B, Tq, Hkv, M]
-    float32, as for `fused_attention`. starts: [B, Hkv, Tq / C, D, M], the slots' keys and
-    values at the chunks' starts. Without spec.slots query, key, log_decay and starts are None,
-    without spec.masked segments are. rotation: of window_query and window_key; None: they are
-    rotated.
-    interpret: as for `fused_attention`.
-
-    Raises ValueError if block_sizes' warpgroups or stages of such heads don't fit.
+    Raises:
+      ValueError: block_sizes' warpgroups or stages of such heads don't fit.
     """
-    B, Tq, heads, D = window_query.shape
-    warpgroups = block_sizes.warpgroups
+    B, Tq, heads, D = inputs["window_query"].shape
+    M = inputs["log_decay"].shape[3] if spec.slots else 0
+    warpgroups, interpreted = block_sizes.warpgroups, bool(interpret)
     if warpgroups > 1 and D >= WIDE_HEAD:
         raise ValueError(
             f"BlockSizes: warpgroups must be 1 for heads of more than 128, got {warpgroups} for {D}"
         )
-    inputs = {"window_query": window_query, "window_key": window_key, "value": value}
-    if query is not None and key is not None and log_decay is not None and starts is not None:
-        inputs |= {"query": query, "key": key, "log_decay": log_decay}
-        inputs |= {"start_key": starts[0], "start_value": starts[1]}
-    if segments is not None:
-        inputs |= segments.arrays(slots="query" in inputs)
-    if rotation is not None:
-        inputs |= rotation._asdict()
     outputs = {
         "out": jax.ShapeDtypeStruct((B, Tq, heads, D), jnp.bfloat16),
         "lse": jax.ShapeDtypeStruct((B, heads, Tq), jnp.float32),
         "slot_weight": jax.ShapeDtypeStruct((B, heads, Tq), jnp.float32),
     }
-    M = log_decay.shape[3] if log_decay is not None else 0
     result = launch(
-        functools.partial(_kernel, spec=spec, interpret=bool(interpret)),
+        functools.partial(_kernel, spec=spec, interpret=interpreted),
         inputs,
         outputs,
-        _scratch(spec, block_sizes, D, M, rotates=rotation is not None, interpret=bool(interpret)),
+        _scratch(spec, block_sizes, D, M, rotates="cos" in inputs, interpret=interpreted),
         grid={"chunk": Tq // CHUNK, "heads": heads // warpgroups, "batch": B},
         warpgroups=warpgroups + 1,
         name="nha_output",
         interpret=interpret,
     )
-    return Result(*result)
+    return Outputs(*result)
 
 
 def _scratch(
@@ -127,8 +151,8 @@ def _scratch(
         scratch |= _slot_scratch(warpgroups, D, M)
         if D >= WIDE_HEAD:
             scratch["key_read"] = plgpu.Barrier(num_arrivals=warpgroups)
-            for turns in ("keys", "queries") if M >= MANY_SLOTS else ("keys",):
-                scratch[turns] = plgpu.RefUnion(*(scratch.pop(name) for name in TURNS[turns]))
+            for place in ("keys", "queries") if M >= MANY_SLOTS else ("keys",):
+                scratch[place] = plgpu.RefUnion(*(scratch.pop(name) for name in PLACES[place]))
     check_shared_memory(scratch, "stages", block_sizes.stages)
     if interpret:
         scratch["buffer"] = plgpu.SMEM((warpgroups, CHUNK, CHUNK), jnp.bfloat16)
@@ -136,7 +160,7 @@ def _scratch(
 
 
 def _window_scratch(spec: CallSpec, block_sizes: BlockSizes, D: int, M: int) -> Refs:
-    """What there is with and without slots, M of them."""
+    """What there is with and without slots."""
     warpgroups, stages = block_sizes.warpgroups, block_sizes.stages
     scratch = {
         "window_query": _tiled(warpgroups, CHUNK, D),
@@ -152,9 +176,8 @@ def _window_scratch(spec: CallSpec, block_sizes: BlockSizes, D: int, M: int) -> 
     }
     if spec.masked:
         scratch["query_segment"] = plgpu.SMEM((CHUNK,), jnp.int32)
-        scratch["token_segment"] = plgpu.SMEM(
-            (1 + stages, CHUNK), jnp.int32
-        )  # the slots' tokens first
+        # The first is of the tokens that enter the slots in the chunk.
+        scratch["token_segment"] = plgpu.SMEM((1 + stages, CHUNK), jnp.int32)
         scratch["segments_loaded"] = plgpu.Barrier(num_arrivals=3 if M else 1)
         if M:
             scratch["slot_access"] = plgpu.SMEM((CHUNK,), jnp.int32)
@@ -170,10 +193,10 @@ def _slot_scratch(warpgroups: int, D: int, M: int) -> Refs:
         "query": _tiled(warpgroups, CHUNK, D, columns=min(D, panel)),
         "key": _tiled(CHUNK, D, columns=min(D, panel)),
         "slots": _tiled(slot_stages, D, panel),  # the panels of the keys, then of the values
-        "cumulative": _tiled(decay_stages, CHUNK, panel, dtype=jnp.float32),  # log decays at first
-        "p_start": _tiled(warpgroups, panels, CHUNK, panel),
+        "cumulative": _tiled(decay_stages, CHUNK, panel, dtype=jnp.float32),  # log decays, then c
+        "weights_to_start": _tiled(warpgroups, panels, CHUNK, panel),
         "shrink": plgpu.SMEM((warpgroups, panels, CHUNK), jnp.float32),
-        "between": _tiled(warpgroups, CHUNK, CHUNK),  # scores, then weights, of rows and tokens
+        "by_token": _tiled(warpgroups, CHUNK, CHUNK),  # scores of the chunk's tokens, then weights
         "up_to_row": _tiled(CHUNK, CHUNK, columns=panel),
         "token_decays": _tiled(GATE_BLOCKS, CHUNK, panel),
         "references": plgpu.SMEM((GATE_BLOCKS, decay_stages * panel), jnp.float32),
@@ -195,21 +218,20 @@ def _tiled(*shape: int, dtype: Any = jnp.bfloat16, columns: int | None = None) -
 
 
 def _kernel(refs: Refs, shared: Refs, *, spec: CallSpec, interpret: bool) -> None:
-    for turns, names in TURNS.items():
-        if turns in shared:
-            shared |= dict(zip(names, shared[turns], strict=True))
+    for place, names in PLACES.items():
+        if place in shared:
+            shared |= dict(zip(names, shared[place], strict=True))
     warpgroups = shared["window_query"].shape[0]
     me = lax.axis_index("wg")
     index = ChunkIndex(spec, warpgroups)
-    limited = (
-        warpgroups > 1
-    )  # one compute warpgroup and the fetch warpgroup have all the registers they can name
+    # One compute warpgroup and the fetch warpgroup have all the registers that they can name.
+    limited = warpgroups > 1
 
     @pl.when(me == warpgroups)
     def _():
         if limited:
             plgpu.set_max_registers(FETCH_REGISTERS, action="decrease")
-        fetch(refs, shared, index)
+        FetchWarpgroup(refs, shared, index).run()
 
     @pl.when(me < warpgroups)
     def _():

@@ -1,6 +1,7 @@
-"""A warpgroup of the output pass: one query head's rows of a chunk."""
+"""The compute warpgroups of `output.py`, whose docstring has the formulas and the barriers."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,97 +10,81 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.constants import MASKED_LOGIT
-from pallas.gpu.forward.gates import FLOOR, LOG2E
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, ROW, CallSpec
-from pallas.gpu.warpgroup.addresses import store_zero
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOG2E, LOGITS, ROW, CallSpec
+from pallas.gpu.warpgroup.addresses import OpaqueZero
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
-from pallas.gpu.warpgroup.in_chunk import InChunk
+from pallas.gpu.warpgroup.decays import (
+    FLOOR,
+    gather,
+    own_reference,
+    spread,
+    start_decay,
+    store_references,
+    token_decay,
+    write_of,
+)
 from pallas.gpu.warpgroup.launch import Refs
-from pallas.gpu.warpgroup.masks import by_row, in_window, iota
-from pallas.gpu.warpgroup.matmul import Matmul
-from pallas.gpu.warpgroup.row_sums import store_chosen, store_parts, store_zeros, sum_rows, write_of
+from pallas.gpu.warpgroup.masks import by_row, entered, hide_slots, iota, same_segment, sees
+from pallas.gpu.warpgroup.matmul import Matmul, Operands
+from pallas.gpu.warpgroup.row_sums import store_chosen, store_parts, store_zeros, sum_rows
 
 
-class ComputeWarpgroup(InChunk):
-    """Reads what `output_fetch.fetch` fetches; `shared` has the decays of some panels at a time.
+class Softmax(NamedTuple):
+    """An online softmax of the chunk's rows over what they have seen so far, in units of log 2."""
 
-    A panel's stage stands for the panel in `InChunk`. The segments of the first block's tokens are
-    the first of `token_segment`; the stages' follow.
+    total: jax.Array  # sum of p times what it weighs: of values [C, D], or p itself [C, C]
+    maximum: jax.Array  # [C], of the logits
+    denominator: jax.Array  # [C], sum of p
+
+
+class ComputeWarpgroup:
+    """The rows of one query head of a chunk, to which `output_fetch.py` fetches what they read.
+
+    The slots come in panels. A panel's gates pass through one of some stages, and so do its keys
+    and, in a second round, its values.
     """
 
     def __init__(
         self, refs: Refs, shared: Refs, index: ChunkIndex, matmul: Matmul, spec: CallSpec, me
     ):
-        super().__init__(shared, index, matmul, spec)
-        self.refs, self.me = refs, me
-        self.zero: int | jax.Array = 0
+        """me: the warpgroup's number, and the query head's from `index.heads`."""
+        self.refs, self.shared, self.index = refs, shared, index
+        self.matmul, self.spec, self.me = matmul, spec, me
         self.warpgroups, _, self.D = shared["window_query"].shape
+        if spec.slots:
+            self.width = shared["cumulative"].shape[2]
+            self.panels = refs["log_decay"].shape[3] // self.width
+            self.zero = OpaqueZero(shared["zero"].at[me])
 
     def run(self) -> None:
         shared, spec = self.shared, self.spec
         if spec.masked:
             plgpu.barrier_wait(shared["segments_loaded"])
-        carry = self._slots() if spec.slots else self._empty_slots()
+        slots = self._read_slots() if spec.slots else self._empty_slots()
         plgpu.barrier_wait(shared["window_query_loaded"].at[self.me])
-        _, slot_top, slot_mass = carry
-        out, top, mass = lax.fori_loop(0, self.index.blocks, self._block, carry)
-        self._store(out, top, mass, slot_mass * jnp.exp2(slot_top - top))
+        softmax = lax.fori_loop(0, self.index.blocks, self._read_block, slots)
+        self._store(softmax, slots.denominator * jnp.exp2(slots.maximum - softmax.maximum))
 
-    def _empty_slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _empty_slots(self) -> Softmax:
         """Without slots to read: the empty ones have logit 0 and value 0."""
         empty = self.spec.empty_slots
-        return _zeros(self.D), _full(0.0 if empty else MASKED_LOGIT), _full(float(empty))
+        return Softmax(_zeros(self.D), _full(0.0 if empty else MASKED_LOGIT), _full(float(empty)))
 
     # The slots
 
-    def _panels(self) -> tuple[int, int]:
-        width = self.shared["cumulative"].shape[2]
-        return self.refs["log_decay"].shape[3] // width, width
+    def _read_slots(self) -> Softmax:
+        """Reads the slots at the chunk's start, and the first block's tokens that have entered.
 
-    def _token_decays(self, block: int, panel):
-        return self.shared["token_decays"].at[self.zero + block]
-
-    def _build_token_decays(self, stage) -> None:
-        """c, its references and the token_decays of the panel in a stage."""
-        shared = self.shared
-        token_decays = shared["token_decays"]
-        nothing = self.index.first_row < self.spec.ahead  # no tokens enter yet
-        pl.when(nothing)(lambda: store_zeros(shared["cumulative"].at[stage]))
-        log_decay = plgpu.load(shared["cumulative"].at[stage], layout=LOGITS)
-        decay = jnp.maximum(log_decay, FLOOR) * LOG2E
-        parts = lambda i: token_decays.at[i]  # noqa: E731
-        store_parts(decay, parts)  # where the token_decays will be
-        plgpu.commit_smem()
-        cumulative = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
-        write = write_of(plgpu.load(shared["cumulative"].at[stage], layout=LOGITS))
-        shared["cumulative"].at[stage][...] = cumulative  # where log_decay was
-        row, width = iota(cumulative.shape[1], 0), cumulative.shape[1]
-        slots = pl.ds(stage * width, width)
-        for block in range(GATE_BLOCKS):
-            middle = block * GATE_ROWS + GATE_ROWS // 2 - 1
-            reference = jnp.where(row == middle, cumulative, 0.0).sum(
-                axis=0
-            )  # a row can't be loaded alone
-            shared["references"].at[block, slots][...] = reference
-        for block in range(GATE_BLOCKS):
-            token_decays.at[block][...] = self._token_decay(block, stage, cumulative, write)
-        plgpu.commit_smem()
-
-    def _slots(self) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The slots at the chunk's start, and the first block's tokens that entered them.
-
-        An online softmax, a panel of slots after the other: first the weights, then the values.
-        Returns what it goes on from: sum of p times values [C, D], the logits' maximum [C] and the
-        sum of p [C].
+        Every panel's weights come first, then the values: total is of the values.
         """
         shared, me = self.shared, self.me
-        store_zero(shared["zero"].at[me])
+        self.zero.store()
         plgpu.barrier_wait(shared["query_loaded"].at[me])
         plgpu.barrier_wait(shared["key_loaded"])
         scores = self.matmul(lambda: [(shared["query"].at[me], shared["key"].T)], (CHUNK, CHUNK))
         # In shared memory: else the compiler masks them before the loop, and holds four copies.
-        between = shared["between"].at[me]
-        between[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
+        by_token = shared["by_token"].at[me]
+        by_token[...] = jnp.where(self._entered(), scores, 0.0).astype(jnp.bfloat16)
         if "keys" in shared:
             plgpu.barrier_arrive(shared["key_read"])
 
@@ -107,46 +92,29 @@ class ComputeWarpgroup(InChunk):
         def _():
             store_chosen(iota(CHUNK, 1) <= iota(CHUNK, 0), shared["up_to_row"])
 
-        carry = _zeros(CHUNK), _full(MASKED_LOGIT), _full(0.0)
-        within, top, mass = lax.fori_loop(0, self._panels()[0], self._panel, carry)
+        nothing = Softmax(_zeros(CHUNK), _full(MASKED_LOGIT), _full(0.0))
+        softmax = lax.fori_loop(0, self.panels, self._weigh_panel, nothing)
         # Read, not made again: the compiler would keep the mask until here.
-        entered = plgpu.load(shared["up_to_row"], layout=LOGITS) > 0
+        mask = plgpu.load(shared["up_to_row"], layout=LOGITS) > 0
         if self.spec.masked:
-            entered &= self._same_segment(0)
-        between[...] = jnp.where(entered, within, 0.0).astype(jnp.bfloat16)
+            mask &= self._same_segment(0)
+        by_token[...] = jnp.where(mask, softmax.total, 0.0).astype(jnp.bfloat16)
         plgpu.commit_smem()
 
-        out = lax.fori_loop(0, self._panels()[0], self._slot_values, _zeros(self.D))
+        values = lax.fori_loop(0, self.panels, self._add_panel_values, _zeros(self.D))
         plgpu.barrier_wait(shared["value_loaded"].at[0])
-        p_tokens = lambda: [(shared["between"].at[me], shared["value"].at[0])]  # noqa: E731
-        return self.matmul(p_tokens, (CHUNK, self.D), out), top, mass
+        of_tokens = lambda: [(shared["by_token"].at[me], shared["value"].at[0])]  # noqa: E731
+        return softmax._replace(total=self.matmul(of_tokens, (CHUNK, self.D), values))
 
-    def _slot_values(self, panel, out: jax.Array) -> jax.Array:
-        """Adds those of one more panel."""
+    def _weigh_panel(self, panel, softmax: Softmax) -> Softmax:
+        """One more panel; total is what its p give the chunk's tokens, not masked yet."""
+        total, maximum, denominator = softmax
         shared, me = self.shared, self.me
-        stage = self._slot_stage(self._panels()[0] + panel)
-        shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
-        plgpu.barrier_wait(shared["slots_loaded"].at[stage])
-        out = self.matmul(
-            lambda: [(shared["p_start"].at[me, panel], shared["slots"].at[stage].T)],
-            (CHUNK, self.D),
-            out * by_row(shrink, self.D),
-        )
-        plgpu.barrier_arrive(shared["slots_read"].at[stage])
-        return out
-
-    def _slot_stage(self, item):
-        return lax.rem(item, jnp.int32(self.shared["slots"].shape[0]))
-
-    def _panel(self, panel, carry):
-        """The weights of one more panel; `within`: the first block's, before its mask."""
-        within, top, mass = carry
-        shared, me, width = self.shared, self.me, self._panels()[1]
-        self.zero = shared["zero"].at[me][0]
-        stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + self.zero
-        slot_stage = self._slot_stage(panel) + self.zero
+        zero = self.zero.renew()
+        stage = lax.rem(panel, jnp.int32(shared["cumulative"].shape[0])) + zero
+        slot_stage = self._slot_stage(panel) + zero
         plgpu.barrier_wait(shared["decay_loaded"].at[stage])
-        build = functools.partial(self._build_token_decays, stage)
+        build = functools.partial(self._build_decays, stage)
         if self.warpgroups == 1:
             build()
         else:
@@ -154,79 +122,149 @@ class ComputeWarpgroup(InChunk):
             pl.when(me == 0)(build)
             _meet(shared["token_decays_ready"])
         plgpu.barrier_wait(shared["slots_loaded"].at[slot_stage])
-        a = self._to_slots(
+        a = self._products(
             stage,
-            plgpu.load(shared["between"].at[me], layout=LOGITS),
-            lambda: [(shared["query"].at[me + self.zero], shared["slots"].at[slot_stage])],
+            plgpu.load(shared["by_token"].at[me], layout=LOGITS),
+            lambda: [(shared["query"].at[me + zero], shared["slots"].at[slot_stage])],
         )
         plgpu.barrier_arrive(shared["slots_read"].at[slot_stage])
-        a = self._hide(panel, a * (self.spec.scale * LOG2E))
-        new_top = jnp.maximum(top, a.max(axis=1))
-        shrink = jnp.exp2(top - new_top)
+        first_slot, padded_slots = panel * self.width, self.panels * self.width
+        a *= self.spec.scale * LOG2E
+        a = hide_slots(a, first_slot, padded_slots, self._slot_access(), self.spec)
+        new_maximum = jnp.maximum(maximum, a.max(axis=1))
+        shrink = jnp.exp2(maximum - new_maximum)
         shared["shrink"].at[me, panel][...] = shrink
-        p = jnp.exp2(a - by_row(new_top, width))
-        mass = mass * shrink + p.sum(axis=1)
-        shared["p_start"].at[me, panel][...] = (p * self._from_start(stage)).astype(jnp.bfloat16)
-        p_decayed = (p * self._row_decay(stage)).astype(jnp.bfloat16)
-        within = self._gather(stage, p_decayed, within * by_row(shrink, CHUNK))
+        p = jnp.exp2(a - by_row(new_maximum, self.width))
+        denominator = denominator * shrink + p.sum(axis=1)
+        to_start = (p * self._start_decay(stage)).astype(jnp.bfloat16)
+        shared["weights_to_start"].at[me, panel][...] = to_start
+        to_reference = (p * self._row_decay(stage)).astype(jnp.bfloat16)
+        total = gather(to_reference, self._token_decays, self.matmul, total * by_row(shrink, CHUNK))
         plgpu.commit_smem()  # of the sums, before log decays take their place
         plgpu.barrier_arrive(shared["decay_read"].at[stage])
-        return within, new_top, mass
+        return Softmax(total, new_maximum, denominator)
+
+    def _build_decays(self, stage) -> None:
+        """Finds c, its references and the token decays of the panel in a stage."""
+        shared, token_decays = self.shared, self.shared["token_decays"]
+        cumulative_ref = shared["cumulative"].at[stage]
+        nothing = self.index.first_row < self.spec.ahead  # no tokens enter yet
+        pl.when(nothing)(lambda: store_zeros(cumulative_ref))
+        log_decay = plgpu.load(cumulative_ref, layout=LOGITS)
+        parts = lambda i: token_decays.at[i]  # noqa: E731
+        store_parts(jnp.maximum(log_decay, FLOOR) * LOG2E, parts)  # where the token decays will be
+        plgpu.commit_smem()
+        cumulative = sum_rows(lambda: shared["up_to_row"], parts, self.matmul)
+        write = write_of(plgpu.load(cumulative_ref, layout=LOGITS))
+        cumulative_ref[...] = cumulative  # where log_decay was
+        references = self._references(stage)
+        store_references(cumulative, references)
+        for block in range(GATE_BLOCKS):
+            token_decays.at[block][...] = token_decay(write, cumulative, references(block))
+        plgpu.commit_smem()
+
+    def _products(self, stage, scores: jax.Array, with_slots: Operands) -> jax.Array:
+        """[C, slots], the queries times a panel's keys as they are after each row's token.
+
+        scores: the queries times the keys of the chunk's tokens. with_slots: the queries, and the
+        slots' keys at the chunk's start.
+        """
+        products = spread(scores, self._token_decays, self.width, self.matmul)
+        products *= self._row_decay(stage)
+        of_start = self.matmul(with_slots, (CHUNK, self.width))
+        return products + of_start * self._start_decay(stage)
+
+    def _add_panel_values(self, panel, total: jax.Array) -> jax.Array:
+        shared, me = self.shared, self.me
+        stage = self._slot_stage(self.panels + panel)
+        shrink = plgpu.load(shared["shrink"].at[me, panel], layout=ROW)
+        plgpu.barrier_wait(shared["slots_loaded"].at[stage])
+        total = self.matmul(
+            lambda: [(shared["weights_to_start"].at[me, panel], shared["slots"].at[stage].T)],
+            (CHUNK, self.D),
+            total * by_row(shrink, self.D),
+        )
+        plgpu.barrier_arrive(shared["slots_read"].at[stage])
+        return total
+
+    def _slot_stage(self, item):
+        """item: a panel of keys, or of values, which follow the keys'."""
+        return lax.rem(item, jnp.int32(self.shared["slots"].shape[0]))
+
+    def _references(self, stage):
+        slots = pl.ds(stage * self.width, self.width)
+        return lambda block: self.shared["references"].at[block, slots]
+
+    def _token_decays(self, block: int):
+        return self.shared["token_decays"].at[self.zero.value + block]
+
+    def _row_decay(self, stage) -> jax.Array:
+        cumulative = plgpu.load(self.shared["cumulative"].at[stage], layout=LOGITS)
+        return jnp.exp2(cumulative - own_reference(self._references(stage), self.width))
+
+    def _start_decay(self, stage) -> jax.Array:
+        cumulative = plgpu.load(self.shared["cumulative"].at[stage], layout=LOGITS)
+        return start_decay(cumulative, self._slot_access())
+
+    def _slot_access(self) -> Any | None:
+        return self.shared["slot_access"] if self.spec.masked else None
+
+    def _entered(self) -> jax.Array:
+        """[C, C], the first block's tokens that are in the row's slots."""
+        mask = entered(self.index)
+        return mask & self._same_segment(0) if self.spec.masked else mask
 
     # The window
 
-    def _in_window(self, block) -> jax.Array:
-        """[C, C], whatever their segments."""
-        index = self.index
-        row = iota(CHUNK, 0) + index.first_row
-        token = iota(CHUNK, 1) + (index.first_token + block * CHUNK)  # on the timeline
-        return in_window(self.spec, row, token)
-
-    def _window_logits(self, stage, mask: jax.Array) -> jax.Array:
+    def _read_block(self, block, softmax: Softmax) -> Softmax:
+        """One more block of the window's tokens."""
+        total, maximum, denominator = softmax
         shared = self.shared
+        stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
+        plgpu.barrier_wait(shared["window_key_loaded"].at[stage])
+        mask = sees(self.spec, self.index, block)
+        if self.spec.masked:
+            mask &= self._same_segment(1 + stage)
         b = self.matmul(
             lambda: [(shared["window_query"].at[self.me], shared["window_key"].at[stage].T)],
             (CHUNK, CHUNK),
         )
-        return jnp.where(mask, b * (self.spec.scale * LOG2E), -jnp.inf)
-
-    def _block(self, block, carry):
-        """One more block of the window's tokens, by online softmax."""
-        out, top, mass = carry
-        shared = self.shared
-        stage = lax.rem(block, jnp.int32(shared["value"].shape[0]))
-        plgpu.barrier_wait(shared["window_key_loaded"].at[stage])
-        mask = self._in_window(block)
-        if self.spec.masked:
-            mask &= self._same_segment(1 + stage)
-        logits = self._window_logits(stage, mask)
+        b = jnp.where(mask, b * (self.spec.scale * LOG2E), -jnp.inf)
         if self.spec.masked:
             plgpu.commit_smem()  # of what was read, before a copy takes its place
         plgpu.barrier_arrive(shared["window_key_read"].at[stage])
-        new_top = jnp.maximum(top, logits.max(axis=1))
-        shrink = jnp.exp2(top - new_top)
-        p = jnp.exp2(logits - by_row(new_top, CHUNK))
-        mass = mass * shrink + p.sum(axis=1)
+        new_maximum = jnp.maximum(maximum, b.max(axis=1))
+        shrink = jnp.exp2(maximum - new_maximum)
+        p = jnp.exp2(b - by_row(new_maximum, CHUNK))
+        denominator = denominator * shrink + p.sum(axis=1)
         if self.spec.slots:  # the first block is here already
             pl.when(block > 0)(lambda: plgpu.barrier_wait(shared["value_loaded"].at[stage]))
         else:
             plgpu.barrier_wait(shared["value_loaded"].at[stage])
-        out = self.matmul(
+        total = self.matmul(
             lambda: [(p.astype(jnp.bfloat16), shared["value"].at[stage])],
             (CHUNK, self.D),
-            out * by_row(shrink, self.D),
+            total * by_row(shrink, self.D),
         )
         plgpu.barrier_arrive(shared["value_read"].at[stage])
-        return out, new_top, mass
+        return Softmax(total, new_maximum, denominator)
 
-    def _store(self, out, top, mass, slot_mass) -> None:
-        """The query's place in shared memory takes the output."""
+    def _same_segment(self, stage) -> jax.Array:
+        """[C, C]; the first stage is of the slots' tokens, the window's follow."""
+        return same_segment(self.shared["query_segment"], self.shared["token_segment"].at[stage])
+
+    def _store(self, softmax: Softmax, of_slots: jax.Array) -> None:
+        """Writes the results; the output passes through the query's place in shared memory.
+
+        of_slots: the slots' part of the denominator.
+        """
         shared, refs, index, me = self.shared, self.refs, self.index, self.me
-        safe = jnp.where(mass > 0.0, mass, 1.0)  # padding has none
+        total, maximum, denominator = softmax
+        safe = jnp.where(denominator > 0.0, denominator, 1.0)  # padding has none
         buffer = shared["window_query"].at[me]
-        buffer[...] = (out / by_row(safe, self.D)).astype(jnp.bfloat16)
-        shared["lse"].at[me][...] = (top + jnp.log(safe) * LOG2E) / LOG2E
-        shared["slot_weight"].at[me][...] = slot_mass / safe
+        buffer[...] = (total / by_row(safe, self.D)).astype(jnp.bfloat16)
+        shared["lse"].at[me][...] = (maximum + jnp.log(safe) * LOG2E) / LOG2E
+        shared["slot_weight"].at[me][...] = of_slots / safe
         plgpu.commit_smem()
         head = index.heads + me
         plgpu.copy_smem_to_gmem(buffer, refs["out"].at[index.batch, index.rows, head])
@@ -245,6 +283,6 @@ def _full(x: float) -> jax.Array:
 
 
 def _meet(barrier) -> None:
-    """All compute warpgroups wait for each other."""
+    """Makes the compute warpgroups wait for each other."""
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)

@@ -1,4 +1,4 @@
-"""What a thread block of the output pass works on."""
+"""Which rows, tokens and heads a thread block works on, and where they lie in the arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,19 @@ from jax.experimental import pallas as pl
 from pallas.gpu.spec import CHUNK, CallSpec
 
 
+def entering_rows(first_row: int | jax.Array, ahead: int):
+    """The rows, in the arrays of tokens, of the tokens that enter the slots in a chunk.
+
+    first_row: of the chunk, among the query rows. What lies `CallSpec.ahead` of the arrays holds
+    nothing; the arrays' first rows stand for it, and the kernels mask or replace what they read.
+    """
+    return pl.ds(jnp.maximum(first_row - ahead, 0), CHUNK)
+
+
 class ChunkIndex:
-    """A chunk's rows of some query heads of one KV head.
+    """A chunk's rows of some query heads of one KV head: what most kernels give a thread block.
+
+    The grid's axes are "batch", "heads", by `warpgroups` query heads, and "chunk".
 
     Attributes:
       batch, chunk, kv_head: indices.
@@ -21,7 +32,7 @@ class ChunkIndex:
       blocks: how many blocks of C tokens it reads.
     """
 
-    def __init__(self, spec: CallSpec, warpgroups: int):
+    def __init__(self, spec: CallSpec, warpgroups: int = 1):
         self.batch, group, self.chunk = (lax.axis_index(x) for x in ("batch", "heads", "chunk"))
         self.heads = group * warpgroups
         self.kv_head = lax.div(self.heads, jnp.int32(spec.group))
@@ -39,6 +50,44 @@ class ChunkIndex:
             self.blocks = spec.blocks
 
     def token_rows(self, block: int | jax.Array):
-        """Those of a block of tokens in the arrays; what lies ahead of them is masked later."""
-        first = self.first_token + block * CHUNK - self._ahead
-        return pl.ds(jnp.maximum(first, 0), CHUNK)
+        """The rows of a block of tokens in the arrays; see `entering_rows`."""
+        return entering_rows(self.first_token + block * CHUNK, self._ahead)
+
+
+class TokenIndex:
+    """A block of C tokens of one KV head, and the chunks of rows that see some of them.
+
+    The grid's axes are "batch", "head", of keys and values, and "block".
+
+    Attributes:
+      batch, head: indices.
+      tokens: the block's rows in the arrays, and in tables of rotation.
+      first_token: the first of them on the timeline.
+      items: how many pairs of a query head and a chunk there are.
+    """
+
+    def __init__(self, spec: CallSpec, chunks: int):
+        """chunks: of query rows, in all."""
+        self.batch, self.head, block = (lax.axis_index(x) for x in ("batch", "head", "block"))
+        self.tokens = pl.ds(block * CHUNK, CHUNK)
+        self.first_token = block * CHUNK + spec.ahead
+        block += spec.ahead // CHUNK
+        if spec.blocks is None:
+            first, last = block - (spec.offset + CHUNK - 1) // CHUNK, jnp.int32(chunks - 1)
+        else:
+            first, last = block - (spec.blocks - 1), jnp.minimum(block, chunks - 1)
+        self._first = jnp.maximum(first, 0)
+        self._chunks = jnp.maximum(last - self._first + 1, 0)
+        self._group = spec.group
+        self._before = spec.offset - spec.ahead
+        self.items = self._chunks * spec.group
+
+    def head_and_chunk(self, item: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """An item's query head and chunk; a query head's chunks come one after the other."""
+        head = self.head * self._group + lax.div(item, self._chunks)
+        return head, self._first + lax.rem(item, self._chunks)
+
+    def positions(self, item: jax.Array):
+        """The rows of an item's queries in tables of rotation."""
+        _, chunk = self.head_and_chunk(item)
+        return pl.ds(chunk * CHUNK + self._before, CHUNK)

@@ -1,4 +1,4 @@
-"""How the kernels of several warpgroups are called."""
+"""How every kernel is launched, and the room that it has."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,14 @@ REDUCTION = 2048  # bytes, the compiler's own, for maxima and sums
 
 
 def size_of(scratch: Refs) -> int:
-    """Bytes of shared memory of a block whose arrays scratch describes."""
+    """The bytes of shared memory that a block needs for what scratch describes."""
     arrays = [x for x in scratch.values() if not isinstance(x, plgpu.Barrier)]
     sizes = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
     return REDUCTION + sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)
 
 
 def check_shared_memory(scratch: Refs, field: str, value: int) -> None:
-    """Raises ValueError if the arrays in scratch do not fit; `field` of `BlockSizes` is value."""
+    """Raises ValueError if scratch does not fit, naming the field of `BlockSizes` and its value."""
     total = size_of(scratch)
     if total > SHARED_MEMORY:
         raise ValueError(
@@ -46,14 +46,33 @@ def launch(
     updated: dict[str, jax.Array] | None = None,
     approx_math: bool = True,
 ) -> list[jax.Array]:
-    """kernel(refs, shared) of every block of the grid, in each of its warpgroups (axis "wg").
+    """Runs kernel(refs, shared) for every thread block of the grid, in each of its warpgroups.
 
-    refs are inputs, what is updated and outputs by name, in the device's memory; shared is what
-    scratch describes, one for all warpgroups of a block.
-    updated: arrays that the kernel changes where they lie, returned after the outputs; XLA copies
-      those that are read later as they were.
-    interpret: as for `fused_attention`.
-    approx_math: exponentials and the like by the hardware's approximations.
+    Inside, `lax.axis_index` gives a block's place on the grid's axes, and "wg" the warpgroup.
+
+    No two warpgroups of a block may reduce across warps at the same time. A sum or maximum over an
+    axis that the layout divides among warps, such as the rows of [C, n] in LOGITS, passes through
+    one scratch area that the compiler gives a block, and is synchronised within a warpgroup only:
+    two at once read each other's numbers. The interpreter has no such area and shows nothing. So
+    one warpgroup reduces across warps in each kernel, or a barrier stands between them. Sums along
+    a row, which a warp holds whole, are free of this.
+
+    Args:
+      kernel: takes refs, the inputs, updated arrays and outputs by name, in the device's memory,
+        and shared, what scratch describes, one for all warpgroups of a block.
+      inputs, outputs: by name; the kernel reads the ones and writes the others.
+      scratch: shared memory and barriers, by name.
+      grid: the axes' names and sizes.
+      warpgroups: of a block; a barrier's arrivals are counted by warpgroups and copies.
+      name: the kernel's, in profiles and dumps.
+      interpret: `InterpretGPUParams` to run on the CPU, or False.
+      updated: arrays that the kernel changes where they lie. XLA copies those that are read later
+        as they were.
+      approx_math: whether exponentials, divisions and the like may be the hardware's approximate
+        ones.
+
+    Returns:
+      The outputs, then the updated arrays.
     """
     references = {name: jax.new_ref(x) for name, x in (updated or {}).items()}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from pallas.gpu.warpgroup.row_sums import write_of
+from pallas.gpu.warpgroup.decays import write_of
 
 
 @pytest.mark.parametrize("log_decay", [-1e-7, -1e-3, -0.124, -0.126, -1.0, -20.0, -np.inf, 0.0])

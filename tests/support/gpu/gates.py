@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas.gpu.forward.gates import FLOOR, LEAST_WRITE, LOG2E, Gates, chunk_gates, end_gates
-from pallas.gpu.spec import CHUNK
+from pallas.gpu.forward.gates import Gates, chunk_gates, end_gates
+from pallas.gpu.spec import CHUNK, LOG2E
+from pallas.gpu.warpgroup.decays import FLOOR, LEAST_WRITE
 from tests.support.gpu.process import HOPPER, report
 from tests.support.ops.cases import GPU_INTERPRETER
 from tests.support.ops.cases import gates as log_decays

@@ -11,8 +11,9 @@ import numpy as np
 
 from pallas.gpu import default_block_sizes
 from pallas.gpu.backward.slot_tokens import SlotTokens, slot_tokens
-from pallas.gpu.backward.state_grads import StateGrads, state_grads
+from pallas.gpu.backward.state_grads import state_grads
 from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
+from pallas.gpu.warpgroup.state_walk import States
 from tests.support.gpu.process import report
 from tests.support.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
 from tests.support.ops.cases import GPU_INTERPRETER, relative_error
@@ -130,7 +131,7 @@ def check(case: Case) -> None:
     text = kernels(False).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"nha_{name}_mosaic_gpu" in text for name in ("state_grads", "slot_tokens"))
     results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
-    states, tokens = StateGrads(*results[0]), SlotTokens(*results[1])
+    states, tokens = States(*results[0]), SlotTokens(*results[1])
     key, value = _with_windows(case, inputs, chunks.tokens_of(queries, ends))
     decays = decays_of(chunks, inputs, queries, ends)
     entering = slice(case.ahead, None)  # rows before hold nothing
@@ -142,8 +143,8 @@ def check(case: Case) -> None:
         "log_decay": (tokens.log_decay[:, : case.N - case.ahead], decays[:, entering]),
     }
     if case.state:
-        pairs["start_key"] = states.start_key, expected.start[0]
-        pairs["start_value"] = states.start_value, expected.start[1]
+        pairs["start_key"] = states.last[0], expected.start[0]
+        pairs["start_value"] = states.last[1], expected.start[1]
     errors = {name: relative_error(np.asarray(x, np.float64), y) for name, (x, y) in pairs.items()}
     assert not np.any(tokens.log_decay[:, case.N - case.ahead :])
     for name in ("key", "value"):
