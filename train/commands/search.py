@@ -2,23 +2,26 @@
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 
 from train.errors import ConfigError
 
 _DESCRIPTION = """\
-Finds the layers at which wider windows or full attention pay, with the parameters as they are.
+Finds the layers at which wider windows or full attention lower the loss most, within a budget. The
+parameters of the model stay as they are.
 
-From the base layout on, each round tries every wider window at every layer within the budget, and
-keeps what has the lowest held-out loss; it ends when nothing fits or nothing lowers the loss.
-Layouts are 32, none (full attention), 32,32,none or a file that this command wrote. Stopped in any
-way, the same command goes on: every loss is kept, and serves other budgets too."""
+The search starts from the base. Each round tries every wider window at every layer that fits the
+budget, and keeps the windows with the lowest held-out loss. The search ends when nothing more fits
+or nothing lowers the loss. WINDOWS are one number for all layers (32), none for full attention,
+several (32,32,none), or a file that this command wrote. If the command is stopped in any way, the
+same command goes on: every loss is kept, and serves other budgets too."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "search",
-        help="find the layers of a trained model at which wider windows pay",
+        help="find the layers of a trained model at which wider windows lower the loss most",
         usage="nha search RUN (--full-layers K | --cache-bytes N) [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -30,62 +33,81 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--full-layers",
         type=int,
         metavar="K",
-        help="the layers that may have full attention beyond those of the base",
+        help="how many more layers than in the base may have full attention",
     )
     budget.add_argument(
         "--cache-bytes",
         type=float,
         metavar="N",
-        help="the bytes of cache of all layers per token of context: keys and values, for finite "
-        "windows also keys before rotation and decays",
+        help="how many bytes of cache all layers may need per token of context: keys and values, "
+        "and with finite windows also keys before rotation and decays",
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="T",
-        help="the tokens of context at which --cache-bytes counts (default: --sequence-length)",
+        help="tokens of context for which --cache-bytes counts (default: --sequence-length)",
     )
     parser.add_argument(
         "--base",
-        metavar="LAYOUT",
-        help="where to start (default: the narrowest finite window of the model's layout at every "
-        "layer that has full attention, the others as they are)",
+        metavar="WINDOWS",
+        help="the windows to start from (default: the model's own, but its narrowest finite window "
+        "at every layer that has full attention)",
     )
     parser.add_argument(
         "--candidates",
         metavar="WINDOWS",
         default="none",
-        help="windows that a layer may get, e.g. none,256; with --full-layers none only "
+        help="windows that a layer may get, e.g. none,256; with --full-layers only none "
         "(default: none)",
     )
     parser.add_argument(
-        "--beam", type=int, default=1, metavar="B", help="layouts kept a round (default: 1)"
+        "--beam",
+        type=int,
+        default=1,
+        metavar="B",
+        help="how many of the best trials each round goes on from (default: 1)",
     )
     parser.add_argument(
-        "--corpus", help="text to measure on, its held-out part (default: the run's own)"
+        "--corpus", help="corpus whose held-out text to measure on (default: the run's own)"
     )
     parser.add_argument(
         "--sequence-length",
         type=int,
         metavar="T",
-        help="tokens read at once, from an empty state (default: the run's own)",
+        help="tokens of a sequence, read from an empty state (default: the run's own)",
     )
     parser.add_argument(
         "--sequences",
         type=int,
         metavar="N",
-        help="how many of these to measure, evenly spread over the held-out text (default: the "
+        help="how many sequences to measure on, evenly spread over the held-out text (default: the "
         "run's evaluation.final_sequences)",
     )
-    parser.add_argument(  # what --sequences was called before
-        "--windows-count", dest="sequences", type=int, help=argparse.SUPPRESS
+    parser.add_argument(
+        "--windows-count",
+        action=_OldNameOfSequences,
+        dest="sequences",
+        type=int,
+        help=argparse.SUPPRESS,
     )
     parser.add_argument(
         "--output",
         metavar="FILE",
-        help="the result, .json; the losses (.jsonl) and a plot (.png) go beside it (default: "
+        help="the result's file, .json; losses (.jsonl) and a plot (.png) go beside it (default: "
         "search.json in the run's folder, or beside the saved model's)",
     )
+
+
+class _OldNameOfSequences(argparse.Action):
+    """Takes the old name of --sequences, with a warning."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        print(
+            f"nha: {option_string} is now called --sequences; the old name still works",
+            file=sys.stderr,
+        )
+        setattr(namespace, self.dest, values)
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:

@@ -1,4 +1,4 @@
-"""The held-out loss of one model under many window layouts, a layer at a time."""
+"""The held-out loss of one model with many choices of windows, computed a layer at a time."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -15,25 +15,25 @@ from train.step.losses import LossSum, loss_sum
 from train.windows import Window, Windows
 
 DeviceBatch = dict[str, jax.Array]
-"""A `Batch`, its arrays on the device."""
+"""A `Batch` whose arrays are on the device."""
 
 
 class LayerwiseLoss:
-    """Evaluates layouts by compiled functions of one layer each: one for every distinct window.
+    """Evaluates one model with different windows, by a compiled function for each distinct window.
 
-    Which layer it is, is an argument, so that a layout never seen before costs no compilation
-    unless it brings a new window. Everything is on the default device.
+    A compiled function applies one layer, whose index is an argument. So windows that were never
+    seen together compile nothing, unless one of them is new. Everything is on the default device.
     """
 
     def __init__(
         self, model: nha_jax.Model, batches: Iterable[Batch], bytes_per_target: float = 1.0
     ):
-        """Nothing is compiled yet.
+        """Copies the batches to the device; nothing is compiled yet.
 
         Args:
-            model: its own layout does not matter.
+            model: the model, whose own windows do not matter.
             batches: what to measure on, all of one shape [B, T].
-            bytes_per_target: of their text; see `train.data.token_source.Split`.
+            bytes_per_target: of the batches' text; see `train.data.token_source.Split`.
         """
         self._num_layers = model.config.num_layers
         self._bytes_per_target = bytes_per_target
@@ -60,21 +60,20 @@ class LayerwiseLoss:
         self._apply_layer = jax.jit(apply_layer, static_argnames="window_size")
         self._loss = jax.jit(loss)
 
-    def bits_per_byte(self, layouts: Sequence[Windows]) -> Iterator[float]:
-        """The loss under each layout, in order; see `train.step.evaluation.measure_held_out`.
+    def bits_per_byte(self, proposals: Sequence[Windows]) -> Iterator[float]:
+        """Gives the loss with each proposal's windows, as `train.step.evaluation` measures it.
 
-        The layers that a layout shares with the one before it, from the first on, are not run
-        again where their result was kept: one set of hidden states is, of the deepest layer that
-        the next layout shares. So variants of one layout are soonest done in the order of the
-        layer that they change.
+        The first layers that a proposal has in common with the one before it are not run again:
+        the hidden states before the first layer that differs are kept, for the next proposal only.
+        So proposals that each change one layer take least time in the order of that layer.
 
         Args:
-            layouts: a window for each layer, all of them.
+            proposals: each a window for every layer.
         """
         start, inputs = 0, self._embedded()
-        for number, layout in enumerate(layouts):
-            following = layouts[number + 1 : number + 2]
-            shared = max((_shared_layers(layout, other) for other in following), default=0)
+        for number, windows in enumerate(proposals):
+            following = proposals[number + 1 : number + 2]
+            shared = max((_shared_layers(windows, other) for other in following), default=0)
             resume = min(shared, self._num_layers - 1)
             sums, kept = [], []
             for hidden, batch in zip(inputs, self._batches, strict=True):
@@ -82,18 +81,18 @@ class LayerwiseLoss:
                     if index == resume:
                         kept.append(hidden)
                     hidden = self._apply_layer(
-                        self._state, hidden, batch, np.int32(index), window_size=layout[index]
+                        self._state, hidden, batch, np.int32(index), window_size=windows[index]
                     )
                 sums.append(self._loss(self._state, hidden, batch))
             yield bits_per_target(sums) / self._bytes_per_target
             start, inputs = (resume, kept) if resume >= start else (0, self._embedded())
 
     def _embedded(self) -> list[jax.Array]:
-        """What the first layer reads: [B, T, hidden_size] for each batch."""
+        """Returns what the first layer reads: [B, T, hidden_size] for each batch."""
         return [self._embed(self._state, batch) for batch in self._batches]
 
 
-def _shared_layers(layout: Windows, other: Windows) -> int:
-    """How many windows, from the first layer on, are the same."""
-    same = [window == wanted for window, wanted in zip(layout, other, strict=True)]
+def _shared_layers(windows: Windows, other: Windows) -> int:
+    """Counts the layers, from the first on, whose windows are the same."""
+    same = [window == wanted for window, wanted in zip(windows, other, strict=True)]
     return (*same, False).index(False)

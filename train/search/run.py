@@ -1,4 +1,4 @@
-"""A whole search: from a trained run and a budget to a layout on disk."""
+"""Runs a whole search: from a trained model and a budget to the windows found, on disk."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,11 @@ from train.data.batches import Sequences, evaluation_batches
 from train.data.corpus import Corpus, load_corpus
 from train.errors import ConfigError
 from train.report.metrics import ProgressBar
-from train.search.files import EVENLY_SPACED, LossLog, SearchResult
+from train.search.budgets import Budget, CacheBytes, FullLayers
 from train.search.layerwise import LayerwiseLoss
-from train.search.strategies import Budget, CacheBytes, FullLayers, SearchSpace, Trial, best, search
+from train.search.loss_log import LossLog
+from train.search.result import EVENLY_SPACED, SearchResult
+from train.search.strategies import SearchSpace, Trial, best, search
 from train.storage.run_folder import RunFolder
 from train.text.loading import load_model
 from train.windows import Window, Windows, format_windows, read_windows
@@ -28,9 +30,9 @@ _TOKENS_PER_BATCH = 8192
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchOptions:
-    """What `nha search` was asked for; None stands for a default, see its help.
+    """The options of `nha search`, which its help describes; None stands for a default.
 
-    Exactly one of full_layers and cache_bytes is given.
+    Exactly one of `full_layers` and `cache_bytes` is given.
     """
 
     run: str
@@ -53,7 +55,9 @@ def run_search(options: SearchOptions) -> int:
         The exit code, 0.
 
     Raises:
-        ConfigError, ValueError: a value cannot be used; nothing was written.
+        ConfigError, ValueError: an option cannot be used, and nothing was written; or a loss is
+            not finite.
+        DataError: a file of the corpus or of the tokenizer is damaged.
     """
     model = load_model(options.run)
     output = _output(options)
@@ -73,7 +77,7 @@ def run_search(options: SearchOptions) -> int:
     evaluation = LayerwiseLoss(model, batches, sequences.bytes_per_target)
     with (
         LossLog(output.with_suffix(".jsonl"), measured_on) as log,
-        ProgressBar(0, 0, "layout") as bar,
+        ProgressBar(0, 0, "trial") as bar,
     ):
         losses = RecordedLosses(evaluation, log, bar)
         history = search(space, losses)
@@ -92,30 +96,31 @@ def run_search(options: SearchOptions) -> int:
 
 
 class RecordedLosses:
-    """The losses of layouts: those on record, and the others measured and recorded one by one."""
+    """Gives the losses of proposals, measuring and recording those that are not on record."""
 
     def __init__(self, evaluation: LayerwiseLoss, log: LossLog, bar: ProgressBar):
         self._evaluation = evaluation
         self._log = log
         self._bar = bar
 
-    def __call__(self, layouts: Sequence[Windows]) -> Mapping[Windows, float]:
-        """Bits per byte by layout, of these layouts and any others.
+    def __call__(self, proposals: Sequence[Windows]) -> Mapping[Windows, float]:
+        """Returns the bits per byte of these proposals, and of all others on record.
 
         Raises:
             ConfigError: a loss is not finite.
         """
-        unknown = [x for x in dict.fromkeys(layouts) if x not in self._log.losses]
+        unknown = [x for x in dict.fromkeys(proposals) if x not in self._log.losses]
         self._bar.expect(len(unknown))
         losses = self._evaluation.bits_per_byte(unknown)
-        for layout, loss in zip(unknown, losses, strict=True):
-            self._log.write(layout, loss)
+        for windows, loss in zip(unknown, losses, strict=True):
+            self._log.write(windows, loss)
             lowest = min(self._log.losses.values())
             self._bar.advance(**{"bits/byte": f"{loss:.4f}", "lowest": f"{lowest:.4f}"})
         return self._log.losses
 
 
 def _output(options: SearchOptions) -> Path:
+    """Returns the path of the result; raises ConfigError if it cannot be written there."""
     if options.output is None:
         folder = RunFolder(options.run)
         return (folder.path if folder.config() else folder.path.parent) / "search.json"
@@ -130,13 +135,19 @@ def _output(options: SearchOptions) -> Path:
 
 
 def _data(options: SearchOptions) -> tuple[DataConfig, int]:
-    """The held-out text, and how many sequences of it: as told, or else as the run has it."""
+    """Returns which text to measure on, and how many sequences of it.
+
+    What the options leave out is as the run has it.
+
+    Raises:
+        ConfigError, ValueError: something is missing, as the model is no run's, or out of range.
+    """
     stored = RunFolder(options.run).config() or {}
     fields = dict(stored.get("data", {}))
     for name in ("corpus", "sequence_length"):
-        told = getattr(options, name)
-        if told is not None:
-            fields[name] = told
+        given = getattr(options, name)
+        if given is not None:
+            fields[name] = given
         if name not in fields:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{option}: missing; {options.run} is no run that would say it")
@@ -150,8 +161,9 @@ def _data(options: SearchOptions) -> tuple[DataConfig, int]:
 def _space(
     options: SearchOptions, config: nha_jax.ModelConfig, sequence_length: int
 ) -> SearchSpace:
+    """Puts together the base, the candidates and the budget; raises ConfigError or ValueError."""
     base = _base(options, config)
-    candidates = _windows(read_windows(options.candidates, "--candidates"))
+    candidates = _as_tuple(read_windows(options.candidates, "--candidates"))
     finite = [window for window in candidates if window is not None]
     if finite and max(finite) >= sequence_length:
         raise ConfigError(
@@ -177,10 +189,11 @@ def _space(
 
 
 def _base(options: SearchOptions, config: nha_jax.ModelConfig) -> Windows:
+    """Returns the windows to start from, one for each layer."""
     if options.base is not None:
-        layout = read_windows(options.base, "--base")
+        window_size = read_windows(options.base, "--base")
         try:
-            return dataclasses.replace(config, window_size=layout).windows
+            return dataclasses.replace(config, window_size=window_size).windows
         except ValueError as error:
             message = str(error).removeprefix("ModelConfig: ")
             raise ConfigError(f"--base = {options.base!r}: {message}") from None
@@ -190,32 +203,33 @@ def _base(options: SearchOptions, config: nha_jax.ModelConfig) -> Windows:
     return tuple(min(finite) if window is None else window for window in config.windows)
 
 
-def _windows(layout: Window | Windows) -> Windows:
-    return layout if isinstance(layout, tuple) else (layout,)
+def _as_tuple(windows: Window | Windows) -> Windows:
+    return windows if isinstance(windows, tuple) else (windows,)
 
 
 def _compare(
     space: SearchSpace, config: nha_jax.ModelConfig, losses: RecordedLosses
 ) -> dict[str, Trial]:
-    layouts: dict[str, Windows | None] = {
+    """Measures what the result is compared with, by name."""
+    proposals: dict[str, Windows | None] = {
         "base": space.base,
         EVENLY_SPACED: space.evenly_spaced(),
         "all layers full": (None,) * config.num_layers,
     }
-    if config.windows not in layouts.values():
-        layouts["the model's own"] = config.windows
-    present = {name: layout for name, layout in layouts.items() if layout is not None}
+    if config.windows not in proposals.values():
+        proposals["the model's own"] = config.windows
+    present = {name: windows for name, windows in proposals.items() if windows is not None}
     measured = losses(list(present.values()))
     return {
-        name: Trial(0, layout, measured[layout], space.budget.cost(layout))
-        for name, layout in present.items()
+        name: Trial(0, windows, measured[windows], space.budget.cost(windows))
+        for name, windows in present.items()
     }
 
 
 def _measured_on(
     model: nha_jax.Model, corpus: Corpus, data: DataConfig, count: int
 ) -> dict[str, Any]:
-    """All that a layout's loss depends on."""
+    """Returns all that a loss depends on besides the windows, as JSON can hold it."""
     sizes = model.config.to_dict()
     del sizes["window_size"]
     return {
@@ -230,7 +244,7 @@ def _measured_on(
 
 
 def _fingerprint(model: nha_jax.Model) -> str:
-    """A hash of every parameter."""
+    """Returns a hash of all parameters."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(nnx.to_pure_dict(nnx.state(model))):
         digest.update(np.asarray(leaf).tobytes())

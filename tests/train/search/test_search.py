@@ -1,4 +1,4 @@
-"""The search over window layouts: its losses, its choices, what it compiles, and resuming."""
+"""The search for windows of the layers: its losses, its choices, what it compiles, and resuming."""
 
 import itertools
 import json
@@ -18,8 +18,9 @@ from train.cli import main
 from train.data.batches import Batch
 from train.errors import ConfigError
 from train.load_config import load_config
+from train.search.budgets import CacheBytes, FullLayers
 from train.search.layerwise import LayerwiseLoss
-from train.search.strategies import CacheBytes, FullLayers, SearchSpace, best, search
+from train.search.strategies import SearchSpace, best, search
 from train.step.evaluation import bits_per_target
 from train.step.losses import loss_sum
 from train.windows import Windows, format_windows, read_windows
@@ -73,7 +74,7 @@ def arguments(saved_model: Path, corpus: Path) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("text", "layout"),
+    ("text", "windows"),
     [
         ("32", 32),
         ("None", None),
@@ -83,14 +84,14 @@ def arguments(saved_model: Path, corpus: Path) -> list[str]:
         ("[none]", (None,)),
     ],
 )
-def test_layouts_as_text(text: str, layout: Any) -> None:
-    assert read_windows(text) == layout
-    if isinstance(layout, tuple) and len(layout) > 1:
-        assert read_windows(format_windows(layout)) == layout
+def test_windows_as_text(text: str, windows: Any) -> None:
+    assert read_windows(text) == windows
+    if isinstance(windows, tuple) and len(windows) > 1:
+        assert read_windows(format_windows(windows)) == windows
 
 
 @pytest.mark.parametrize("text", ["", "wide", "-1", "32,", "[32", "1.5", "[]", "[[32]]"])
-def test_what_is_no_layout_is_named(text: str) -> None:
+def test_what_is_no_window_is_named(text: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--base = '{re.escape(text)}': expected a window"):
         read_windows(text, "--base")
 
@@ -106,10 +107,10 @@ def test_what_is_no_layout_is_named(text: str) -> None:
     ],
     ids=["missing", "syntax", "other", "negative", "bool"],
 )
-def test_a_layout_file_that_cannot_be_used(
+def test_a_windows_file_that_cannot_be_used(
     nha: Nha, tmp_path: Path, content: str | None, message: str
 ) -> None:
-    path = tmp_path / "layout.json"
+    path = tmp_path / "windows.json"
     if content is not None:
         path.write_text(content)
     with pytest.raises(ConfigError, match=message) as raised:
@@ -118,15 +119,15 @@ def test_a_layout_file_that_cannot_be_used(
 
 
 def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list[Batch]) -> None:
-    layouts: list[Windows] = [(4, 4, 4), (None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
+    proposals: list[Windows] = [(4, 4, 4), (None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
 
-    def loss(layout: Windows) -> float:
-        forward = jax.jit(model.with_windows(layout).__call__)
+    def loss(windows: Windows) -> float:
+        forward = jax.jit(model.with_windows(windows).__call__)
         return bits_per_target([loss_sum(forward, batch) for batch in batches])
 
-    found = list(LayerwiseLoss(model, batches).bits_per_byte(layouts))
-    wanted = {layout: loss(layout) for layout in set(layouts)}
-    np.testing.assert_allclose(found, [wanted[layout] for layout in layouts], rtol=1e-6)
+    found = list(LayerwiseLoss(model, batches).bits_per_byte(proposals))
+    wanted = {windows: loss(windows) for windows in set(proposals)}
+    np.testing.assert_allclose(found, [wanted[windows] for windows in proposals], rtol=1e-6)
     assert len({round(loss, 5) for loss in found}) == 4
 
 
@@ -142,8 +143,8 @@ def test_a_layer_is_compiled_once_for_each_window(
 
     monkeypatch.setattr(nha_jax.Model, "apply_layer", apply_layer)
     evaluation = LayerwiseLoss(model, batches)
-    layouts = list(itertools.product([0, 4, None], repeat=3))
-    assert len(list(evaluation.bits_per_byte(layouts))) == 27
+    proposals = list(itertools.product([0, 4, None], repeat=3))
+    assert len(list(evaluation.bits_per_byte(proposals))) == 27
     assert sorted(traced, key=str) == [0, 4, None]
 
 
@@ -159,24 +160,24 @@ def test_shared_layers_are_not_run_again(model: nha_jax.Model, batches: list[Bat
 
 
 def additive(gains: Sequence[Mapping[int | None, float]]) -> Callable[[Windows], float]:
-    return lambda layout: (
-        5 - sum(gain.get(window, 0) for gain, window in zip(gains, layout, strict=True))
+    return lambda windows: (
+        5 - sum(gain.get(window, 0) for gain, window in zip(gains, windows, strict=True))
     )
 
 
 def tabulated(loss: Callable[[Windows], float], tried: list[Windows] | None = None):
     """Losses as `search` wants them; notes in `tried` what it asked for."""
 
-    def losses(layouts: Sequence[Windows]) -> dict[Windows, float]:
+    def losses(proposals: Sequence[Windows]) -> dict[Windows, float]:
         if tried is not None:
-            tried.extend(layouts)
-        return {layout: loss(layout) for layout in layouts}
+            tried.extend(proposals)
+        return {windows: loss(windows) for windows in proposals}
 
     return losses
 
 
 def cheapest(space: SearchSpace, loss: Callable[[Windows], float]) -> Windows:
-    """The best of all layouts within the budget."""
+    """The best of all windows within the budget."""
     choices = [
         {window, *(x for x in space.candidates if x is None or (window is not None and x > window))}
         for window in space.base
@@ -192,7 +193,7 @@ def test_greedy_finds_the_best_where_gains_add_up(full_layers: int) -> None:
     space = SearchSpace(base=base, candidates=(None,), budget=FullLayers(full_layers, base))
     tried: list[Windows] = []
     trials = search(space, tabulated(loss, tried))
-    assert best(trials).layout == cheapest(space, loss)
+    assert best(trials).windows == cheapest(space, loss)
     assert len(tried) == len(set(tried)) == len(trials)
     assert len(tried) == 1 + sum(range(5 - full_layers, 5))
     assert [trial.round for trial in trials] == sorted(trial.round for trial in trials)
@@ -203,14 +204,14 @@ def test_a_beam_finds_what_greedy_misses() -> None:
     # Layer 1 alone is the best single one, but 2 and 3 together beat every pair with it.
     table = {(1,): 4.0, (2,): 4.5, (3,): 4.4, (0,): 4.9, (0, 1): 3.5, (2, 3): 3.0}
 
-    def loss(layout: Windows) -> float:
-        full = tuple(layer for layer, window in enumerate(layout) if window is None)
+    def loss(windows: Windows) -> float:
+        full = tuple(layer for layer, window in enumerate(windows) if window is None)
         return table.get(full, 5.0 - 0.6 * len(full))
 
     found = {}
     for beam in (1, 3):
         space = SearchSpace(base=base, candidates=(None,), budget=FullLayers(2, base), beam=beam)
-        found[beam] = best(search(space, tabulated(loss))).layout
+        found[beam] = best(search(space, tabulated(loss))).windows
     assert found[1] == (None, None, 8, 8)
     assert found[3] == cheapest(space, loss) == (8, 8, None, None)
 
@@ -218,14 +219,14 @@ def test_a_beam_finds_what_greedy_misses() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_beam_of_everything_is_exhaustive(seed: int) -> None:
     losses = np.random.default_rng(seed).random(4**3)
-    layouts = list(itertools.product([2, 4, 8, None], repeat=3))
-    loss = dict(zip(layouts, losses.tolist(), strict=True)).__getitem__
+    proposals = list(itertools.product([2, 4, 8, None], repeat=3))
+    loss = dict(zip(proposals, losses.tolist(), strict=True)).__getitem__
     budget = CacheBytes(260.0, 64, CONFIG)
     space = SearchSpace(base=(2, 2, 2), candidates=(4, 8, None), budget=budget, beam=64)
     trials = search(space, tabulated(loss))
-    assert best(trials).layout == cheapest(space, loss)
-    within = [layout for layout in layouts if budget.cost(layout) <= budget.limit]
-    assert {trial.layout for trial in trials} == set(within)
+    assert best(trials).windows == cheapest(space, loss)
+    within = [windows for windows in proposals if budget.cost(windows) <= budget.limit]
+    assert {trial.windows for trial in trials} == set(within)
     assert 1 < len(within) < 64
 
 
@@ -234,7 +235,7 @@ def test_the_search_stops_where_nothing_lowers_the_loss() -> None:
     loss = additive([{None: 0.2}, {None: -0.1}, {None: -0.3}])
     space = SearchSpace(base=base, candidates=(None,), budget=FullLayers(3, base))
     trials = search(space, tabulated(loss))
-    assert best(trials).layout == (None, 8, 8)
+    assert best(trials).windows == (None, 8, 8)
     assert [trial.round for trial in trials] == [0, 1, 1, 1, 2, 2]
 
 
@@ -257,9 +258,9 @@ def test_cost_of_cached_bytes() -> None:
 def test_evenly_spaced_layers(num_layers: int, count: int, full: set[int]) -> None:
     base = (8,) * num_layers
     space = SearchSpace(base=base, candidates=(None,), budget=FullLayers(count, base))
-    layout = space.evenly_spaced()
-    assert layout is not None
-    assert {layer for layer, window in enumerate(layout) if window is None} == full
+    windows = space.evenly_spaced()
+    assert windows is not None
+    assert {layer for layer, window in enumerate(windows) if window is None} == full
 
 
 def test_a_stopped_search_goes_on_and_ends_the_same(
@@ -269,11 +270,11 @@ def test_a_stopped_search_goes_on_and_ends_the_same(
     original = LayerwiseLoss.bits_per_byte
     limit: int | None = None
 
-    def bits_per_byte(self: LayerwiseLoss, layouts: Sequence[Windows]):
-        for layout, loss in zip(layouts, original(self, layouts), strict=True):
+    def bits_per_byte(self: LayerwiseLoss, proposals: Sequence[Windows]):
+        for windows, loss in zip(proposals, original(self, proposals), strict=True):
             if limit is not None and len(measured) >= limit:
                 raise KeyboardInterrupt
-            measured.append(layout)
+            measured.append(windows)
             yield loss
 
     monkeypatch.setattr(LayerwiseLoss, "bits_per_byte", bits_per_byte)
@@ -315,7 +316,7 @@ def test_losses_of_something_else_are_refused(
     assert losses.read_text() == before
 
 
-def test_the_result_is_a_layout_to_train_with(
+def test_the_result_is_windows_to_train_with(
     arguments: list[str], saved_model: Path, nha: Nha, capsys: pytest.CaptureFixture
 ) -> None:
     assert main([*arguments, "--full-layers=2", "--base=4"]) == 0
@@ -345,13 +346,13 @@ def test_the_result_is_a_layout_to_train_with(
         (["--full-layers=1", "--context=64"], "--context = 64: only --cache-bytes"),
         (["--cache-bytes=500", "--candidates=24"], "--candidates = '24': a window of 24 sees"),
         (["--cache-bytes=500", "--candidates=2,4"], "candidates = '2,4': expected a window wider"),
-        (["--cache-bytes=9", "--context=48"], "base = '4,4,4': expected a layout within 9 bytes"),
+        (["--cache-bytes=9", "--context=48"], "base = '4,4,4': expected windows within 9 bytes"),
         (["--cache-bytes=nan"], "cache_bytes = nan: expected a number above 0"),
         (["--cache-bytes=500", "--context=0"], "context = 0: expected at least 1"),
         (["--full-layers=1", "--sequences=0"], "sequences = 0: expected at least 1"),
         (["--full-layers=1", "--sequence-length=1"], "sequence_length = 1: expected at least 2"),
         (["--full-layers=1", "--corpus=/nowhere"], "'/nowhere': no such folder"),
-        (["--full-layers=1", "--output=layout.yaml"], "--output = 'layout.yaml': expected a name"),
+        (["--full-layers=1", "--output=found.yaml"], "--output = 'found.yaml': expected a name"),
         (["--full-layers=1", "--output=/no/where.json"], "there is no such folder"),
     ],
     ids=lambda value: str(value)[:40],
@@ -393,3 +394,17 @@ def test_exactly_one_budget(arguments: list[str], budget: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*arguments, *budget])
     assert stopped.value.code == 2
+
+
+def test_the_old_name_of_sequences_still_works_and_warns(
+    arguments: list[str], saved_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed = [x.replace("--sequences", "--windows-count") for x in arguments]
+    assert renamed != arguments
+    assert main([*renamed, "--full-layers=1"]) == 0
+    output = capsys.readouterr()
+    assert "nha: --windows-count is now called --sequences; the old name still works" in output.err
+    assert "4 sequences of 24 tokens" in output.out
+    with pytest.raises(SystemExit):
+        main(["search", "--help"])
+    assert "--windows-count" not in capsys.readouterr().out
