@@ -4,11 +4,12 @@ import dataclasses
 import difflib
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
+from flax.core import FrozenDict
+
 from nha_jax.config_parts import Experts, RopeScaling
-from nha_jax.ops import Implementation
+from nha_jax.ops import backends
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from nha_jax.presets import PRESETS
-from pallas.tpu import BlockSizes
 
 if TYPE_CHECKING:
     DerivedInt = Any
@@ -51,10 +52,8 @@ class ModelConfig:
             mapping of its fields; None: not at all.
         norm_eps: added to the mean square in every RMSNorm.
         tie_embeddings: the head is the embedding table.
-        slot_feature_map, empty_slots, implementation: passed on to `nha_jax.nha_attention`. With
-            implementation "pallas_gpu" decode steps, too, take their kernel for GPUs.
-        block_sizes: likewise: how the TPU kernels cut their work; a mapping of `BlockSizes`' fields
-            will do; None: as suits the chip.
+        slot_feature_map, empty_slots, implementation, kernel_options: passed on to
+            `nha_jax.nha_attention`; decode steps take the same implementation.
         initializer_range: standard deviation of the embedding and the projections at the start.
         dtype: of the computation; norms, softmax, decays and logits are float32 in any case.
         param_dtype: of the parameters.
@@ -95,8 +94,8 @@ class ModelConfig:
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     remat: Remat = "full"
-    implementation: Implementation | None = None
-    block_sizes: BlockSizes | None = None
+    implementation: str | None = None
+    kernel_options: dict[str, dict[str, int]] | None = None
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads"):
@@ -117,7 +116,7 @@ class ModelConfig:
         self._check_heads()
         self._check_window_size()
         self._check_options()
-        self._build("block_sizes", BlockSizes)
+        self._freeze_kernel_options()
         self._build("rope_scaling", RopeScaling)
         self._build("experts", Experts)
 
@@ -174,9 +173,15 @@ class ModelConfig:
         for field in ("tie_embeddings", "output_norm", "qk_norm"):
             if not isinstance(getattr(self, field), bool):
                 self._reject(field, "must be true or false")
+        backends.check_name(self.implementation, "ModelConfig: implementation")
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
+
+    def _freeze_kernel_options(self) -> None:
+        backends.check_kernel_options(self.kernel_options)
+        if self.kernel_options is not None:  # hashable, as a static argument of jax.jit must be
+            object.__setattr__(self, "kernel_options", FrozenDict(self.kernel_options))
 
     def _build(self, field: str, part: type) -> None:
         value = getattr(self, field)
@@ -233,6 +238,8 @@ class ModelConfig:
         fields = dataclasses.asdict(self)
         if isinstance(self.window_size, tuple):
             fields["window_size"] = list(self.window_size)
+        if self.kernel_options is not None:
+            fields["kernel_options"] = {name: dict(x) for name, x in self.kernel_options.items()}
         return fields
 
     @classmethod
@@ -243,6 +250,7 @@ class ModelConfig:
             ValueError: a key is no field (the message suggests the nearest one), a required field
                 is missing, or a value is out of range.
         """
+        fields = _without_old_names(fields)
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key in fields:
             if key not in known:
@@ -333,6 +341,17 @@ class ModelConfig:
         return 3 * self.flops_per_token(sequence_length)
 
 
+def _without_old_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields with those that earlier versions saved under other names."""
+    if "block_sizes" not in fields:
+        return fields
+    fields = dict(fields)
+    block_sizes = fields.pop("block_sizes")
+    if block_sizes is not None:
+        fields.setdefault("kernel_options", {"pallas_tpu": block_sizes})
+    return fields
+
+
 def _article(word: str) -> str:
     return "an" if word[0] in "AEIOU" else "a"
 
@@ -349,5 +368,4 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "remat": get_args(Remat),
     "attention_bias": get_args(AttentionBias),
     "value_activation": get_args(ValueActivation),
-    "implementation": (*get_args(Implementation), None),
 }

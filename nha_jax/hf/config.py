@@ -20,7 +20,7 @@ CONVERTED: dict[str, Any] = {
 
 CHOSEN = (
     "num_slots", "window_size", "gate_logit_normalizer", "slot_feature_map", "empty_slots", "dtype",
-    "param_dtype", "remat", "implementation", "block_sizes",
+    "param_dtype", "remat", "implementation", "kernel_options",
 )  # fmt: skip
 """Fields of `ModelConfig` that the original's config.json does not determine."""
 

@@ -250,7 +250,7 @@ class NativeHybridAttention(nnx.Module):
             slot_feature_map=self.config.slot_feature_map,
             empty_slots=self.config.empty_slots,
             active=active,
-            implementation="pallas_gpu" if self.config.implementation == "pallas_gpu" else None,
+            implementation=self.config.implementation,
         )
         return self._output(attended), LayerCache(state, convolution)
 
@@ -304,7 +304,7 @@ class NativeHybridAttention(nnx.Module):
             slot_feature_map=self.config.slot_feature_map,
             empty_slots=self.config.empty_slots,
             implementation=self.config.implementation,
-            block_sizes=self.config.block_sizes,
+            kernel_options=self.config.kernel_options,
         )
 
     def _log_decay(self, inputs: jax.Array) -> jax.Array:

@@ -1,14 +1,13 @@
 """The operator: `nha_attention`, its implementations, and the state of generation."""
 
-from nha_jax.ops.api import Implementation, nha_attention
-from nha_jax.ops.decode import decode_step
+from nha_jax.ops.api import decode_step, nha_attention
 from nha_jax.ops.mesh.division import use_mesh_axes
 from nha_jax.ops.rope import Rope, apply_rope, rope_tables
 from nha_jax.ops.state import NHAState, init_state, resize_state
-from nha_jax.ops.types import NHAOutput, SlotWeightGradient
+from nha_jax.ops.types import KernelOptions, NHAOutput, SlotWeightGradient
 
 __all__ = [
-    "Implementation",
+    "KernelOptions",
     "NHAOutput",
     "NHAState",
     "Rope",

@@ -1,27 +1,29 @@
-"""`nha_attention`: one door to every implementation of the operator."""
+"""The two doors to every implementation of the operator: `nha_attention` and `decode_step`."""
 
+import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Literal, get_args, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from nha_jax.ops.gpu.attention import gpu_attention
-from nha_jax.ops.gpu.support import compiling_for_gpus
-from nha_jax.ops.mesh.division import over_mesh
-from nha_jax.ops.reference import reference_attention
-from nha_jax.ops.rope import Rope
-from nha_jax.ops.state import NHAState
-from nha_jax.ops.tpu.attention import can_compile_for_tpus, tpu_attention, tpu_unsupported
-from nha_jax.ops.types import EmptySlots, NHAOutput, Options, SlotFeatureMap, SlotWeightGradient
-from nha_jax.ops.validation import validate_arrays, validate_rest
-from nha_jax.ops.xla.chunked import chunked_attention
-from pallas.tpu import BlockSizes
-
-Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+from nha_jax.ops import backends
+from nha_jax.ops.mesh.division import decode_over_mesh, divide_over_mesh, over_mesh
+from nha_jax.ops.rope import Rope, apply_rope
+from nha_jax.ops.state import NHAState, Tokens, compute_dtype
+from nha_jax.ops.types import (
+    EmptySlots,
+    KernelOptions,
+    NHAOutput,
+    Options,
+    SlotFeatureMap,
+    SlotWeightGradient,
+    check_state,
+    validate_arrays,
+    validate_rest,
+)
 
 
 @overload
@@ -41,8 +43,8 @@ def nha_attention(
     return_state: Literal[False] = False,
     return_slot_weight: Literal[False] = False,
     slot_weight_gradient: SlotWeightGradient = "all",
-    implementation: Implementation | None = None,
-    block_sizes: BlockSizes | None = None,
+    implementation: str | None = None,
+    kernel_options: KernelOptions | None = None,
 ) -> jax.Array: ...
 
 
@@ -63,8 +65,8 @@ def nha_attention(
     return_state: bool = False,
     return_slot_weight: bool = False,
     slot_weight_gradient: SlotWeightGradient = "all",
-    implementation: Implementation | None = None,
-    block_sizes: BlockSizes | None = None,
+    implementation: str | None = None,
+    kernel_options: KernelOptions | None = None,
 ) -> jax.Array | NHAOutput: ...
 
 
@@ -85,7 +87,7 @@ def nha_attention(
     return_slot_weight=False,
     slot_weight_gradient="all",
     implementation=None,
-    block_sizes=None,
+    kernel_options=None,
 ):
     """Native Hybrid Attention (arXiv 2510.07019): gated slots and a window under one softmax.
 
@@ -120,13 +122,15 @@ def nha_attention(
       slot_weight_gradient: what the slot weight's gradient reaches. It is sigmoid(A - B), A and B
         the logs of the sums of exp(a_t) and exp(b_t): "all" is its gradient as it stands, "slots"
         that of sigmoid(A - stop_gradient(B)), so that the window's logits are not pulled.
-      implementation: "reference", "xla", "pallas_tpu" or "pallas_gpu"; None picks the fastest that
-        serves this call on the platform it is compiled for (on GPUs "xla", until someone has
-        measured). Kernels run interpreted, and slowly, on other platforms than their own, and need
-        `jax.set_mesh` where a mesh divides the arrays: see `nha_jax.ops.mesh.division`.
-        "pallas_gpu" is for Hopper and bfloat16; what it does not serve runs as "xla", with a
-        warning that says why.
-      block_sizes: how the TPU kernels cut their work; None: as suits the chip.
+      implementation: "reference", "xla", "pallas_tpu", "pallas_gpu", or a name given to
+        `nha_jax.ops.backends.register`; None picks the fastest that serves this call on the
+        platform it is compiled for (on GPUs "xla", until someone has measured). Kernels run
+        interpreted, and slowly, on other platforms than their own, and need `jax.set_mesh` where a
+        mesh divides the arrays: see `nha_jax.ops.mesh.division`. "pallas_gpu" is for Hopper and
+        bfloat16.
+      kernel_options: options that implementations have of their own, such as block sizes, by the
+        implementation's name: `{"pallas_tpu": {"chunk": 128}}`, the fields of
+        `pallas.tpu.BlockSizes`. None: as suits the chip.
 
     Returns:
       out [B, T, Hq, V] in the query's dtype, or, if a state or the slot weight was asked for,
@@ -146,7 +150,6 @@ def nha_attention(
         return_state=return_state,
         return_slot_weight=return_slot_weight,
         slot_weight_gradient=slot_weight_gradient,
-        block_sizes=block_sizes,
     )
     rest = {
         "rope": rope,
@@ -155,9 +158,9 @@ def nha_attention(
         "options": options,
     }
     validate_rest(query, key, value, log_decay, **rest)
-    unsupported = functools.partial(tpu_unsupported, query, key, value, log_decay, options=options)
-    attend = _implementation(implementation, unsupported, block_sizes)
-    result = attend(query, key, value, log_decay, **rest)
+    arrays = (query, key, value, log_decay)
+    attend = _attend(implementation, kernel_options, arrays, rest)
+    result = attend(arrays, {name: x for name, x in rest.items() if name != "options"})
     return result if return_state or return_slot_weight else result.out
 
 
@@ -165,46 +168,123 @@ def _is_integer(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _implementation(
-    name: str | None, unsupported: Callable[[], str | None], block_sizes: BlockSizes | None
+def _attend(
+    name: str | None,
+    kernel_options: KernelOptions | None,
+    arrays: backends.Arrays,
+    rest: dict[str, Any],
 ) -> Callable[..., NHAOutput]:
-    """Raises as `nha_attention` does; `unsupported` says why the TPU kernels can't serve."""
-    match name:
-        case "reference":
-            return over_mesh(reference_attention)
-        case "xla":
-            return over_mesh(chunked_attention)
-        case "pallas_tpu":
-            if reason := unsupported():
-                raise NotImplementedError(f"implementation={name!r}: {reason}")
-            interpreted = functools.partial(tpu_attention, interpret=True)
-            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(interpreted))
-        case None:  # on GPUs plain XLA: nobody has measured their kernels yet
-            if unsupported() or not can_compile_for_tpus():
-                return over_mesh(chunked_attention)
-            return _by_platform(tpu=over_mesh(tpu_attention), default=over_mesh(chunked_attention))
-        case "pallas_gpu":
-            if block_sizes is not None:
-                raise NotImplementedError(
-                    f"implementation={name!r}: block_sizes are those of the TPU kernels: pass None"
-                )
-            return over_mesh(functools.partial(gpu_attention, interpret=not compiling_for_gpus()))
-    raise ValueError(f"implementation must be one of {get_args(Implementation)}, got {name!r}")
+    """Chooses what computes `nha_attention`, of arrays and what goes with them; raises as it."""
+    options = rest["options"]
+
+    def unsupported(backend: backends.Backend) -> str | None:
+        return backend.attend_unsupported(
+            arrays,
+            has_segments=rest["segment_ids"] is not None,
+            has_past=rest["initial_state"] is not None,
+            options=options,
+        )
+
+    def divided(backend: backends.Backend, **how: Any) -> Callable[..., NHAOutput]:
+        own = dataclasses.replace(
+            options, implementation_options=backends.options_for(backend, kernel_options)
+        )
+        attend = over_mesh(functools.partial(backend.attend, **how))
+        return lambda arrays, rest: attend(*arrays, **rest, options=own)
+
+    return _choose(name, unsupported, divided)
 
 
-def _by_platform(
-    tpu: Callable[..., NHAOutput], default: Callable[..., NHAOutput]
-) -> Callable[..., NHAOutput]:
-    """The one for the platform that the program is lowered for, which may not be this machine's.
+def _choose(
+    name: str | None,
+    unsupported: Callable[[backends.Backend], str | None],
+    divided: Callable[..., Callable[..., Any]],
+) -> Callable[..., Any]:
+    """Chooses by name, or for the platform that the program is made for.
 
-    Both are traced; what the other one leaves for the gradient is dropped by the compiler.
+    `divided(backend)` is what a backend computes, over the mesh; one that is made for a platform
+    takes interpret=True or False too.
     """
+    backend, on_platform = backends.choose(name, unsupported)
+    if on_platform is not None:
+        there = divided(on_platform, interpret=False)
+        return backends.by_platform(on_platform.platform, there, divided(backend))
+    if backend.platform is None:
+        return divided(backend)
+    return backend.compiled_or_interpreted(
+        divided(backend, interpret=False), divided(backend, interpret=True)
+    )
 
-    def attend(query, key, value, log_decay, *, options, **rest):
-        def call(implementation):
-            return lambda arrays, rest: implementation(*arrays, **rest, options=options)
 
-        arrays = (query, key, value, log_decay)
-        return lax.platform_dependent(arrays, rest, tpu=call(tpu), default=call(default))
+def decode_step(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: NHAState,
+    *,
+    window_size: int | None,
+    rope: Rope | None = None,
+    scale: float | None = None,
+    slot_feature_map: SlotFeatureMap = "identity",
+    empty_slots: EmptySlots = "attend",
+    active: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, NHAState]:
+    """Reads one more token of every row's segment, which replaces one entry of the state's ring.
 
-    return attend
+    Args:
+      query, key, value, log_decay, rope, window_size, scale, slot_feature_map, empty_slots: as for
+        `nha_attention`, with T = 1.
+      state: of the tokens before. With window_size=None a row's `length` must be below the state's
+        capacity (make room with `resize_state`); at capacity the oldest token is overwritten.
+      active: [B] bool; a row that is False gives 0 and keeps its state.
+      implementation: as for `nha_attention`. None takes one kernel on TPUs, for the shapes that it
+        serves, and "xla" elsewhere; "pallas_gpu" is one kernel for Hopper, which nobody has
+        measured.
+
+    Returns:
+      out [B, 1, Hq, V] in the query's dtype, and the state after the token.
+
+    Raises:
+      ValueError, TypeError: as `nha_attention`; and ValueError if T is not 1.
+      NotImplementedError: the implementation named cannot serve; the message says why.
+
+    The kernels have no gradient, update a donated state in place, and need `jax.set_mesh` where a
+    mesh divides the arrays.
+    """
+    backends.check_name(implementation)
+    validate_arrays(query, key, value, log_decay)
+    B, T, _, K = query.shape
+    if T != 1:
+        raise ValueError(
+            f"decode_step takes one token at a time, got query with shape {query.shape}"
+        )
+    options = Options(
+        window_size=window_size,
+        scale=K**-0.5 if scale is None else scale,
+        slot_feature_map=slot_feature_map,
+        empty_slots=empty_slots,
+        return_state=True,
+        return_slot_weight=False,
+    )
+    validate_rest(
+        query, key, value, log_decay,
+        rope=rope, segment_ids=None, initial_state=None, options=options,
+    )  # fmt: skip
+    check_state("state", state, key, value, log_decay, window_size)
+    active = jnp.ones(B, bool) if active is None else active
+    token = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
+    division = divide_over_mesh(B, key.shape[2])
+    local_state = division.local_shapes(state, division.state)
+
+    def unsupported(backend: backends.Backend) -> str | None:
+        return backend.decode_unsupported(query, local_state, options)
+
+    def divided(backend: backends.Backend, **how: Any) -> Callable[..., Any]:
+        decode = functools.partial(backend.decode, options=options, **how)
+        # Plain XLA is divided by the compiler; a kernel's call has to be divided.
+        return decode if backend.platform is None else decode_over_mesh(decode)
+
+    decode = _choose(implementation, unsupported, divided)
+    return decode(query, apply_rope(query, rope), token, state, active)

@@ -4,15 +4,19 @@ Every other implementation is held against this one. It takes any float dtype (f
 `jax.enable_x64`) and spends T x T memory on the window's logits: for small T.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from nha_jax.ops.backends import Backend
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import Carried, Timeline, Tokens, build_timeline, next_state
-from nha_jax.ops.types import NHAOutput, Options, compute_dtype
+from nha_jax.ops.state import NHAState, Past, Tokens, compute_dtype, empty_slots, resize_state
+from nha_jax.ops.timeline import Timeline, build_timeline, next_state, nothing_leaves
+from nha_jax.ops.types import NHAOutput, Options
 
 
-@jax.default_matmul_precision("highest")
 def reference_attention(
     query: jax.Array,
     key: jax.Array,
@@ -21,10 +25,10 @@ def reference_attention(
     *,
     rope: Rope | None,
     segment_ids: jax.Array | None,
-    carried: Carried | None,
+    past: Past | None,
     options: Options,
 ) -> NHAOutput:
-    """`nha_attention` by the per-token recurrence; shapes as there.
+    """Computes `nha_attention` by the per-token recurrence; shapes as there.
 
     At step t of a segment, with s = 1 - exp(log_decay):
         S_t = exp(log_decay_j) S_{t-1} + s_j [key_j ; value_j]   for j = t - W, if it exists
@@ -32,35 +36,65 @@ def reference_attention(
         b_t = scale rotated(query_t) . rotated(key_i)            t - W < i <= t
         o_t = softmax([a_t ; b_t]) [SV_t ; value_i]
     """
-    B, T, Hq, K = query.shape
-    Hkv, V, M = key.shape[2], value.shape[-1], log_decay.shape[-1]
-    W = options.window_size
-    dtype = compute_dtype(query)
-    tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(dtype))
-    timeline = build_timeline(tokens, segment_ids, carried, W)
-    run, real = timeline.run[:, -T:], timeline.real[:, -T:]  # [B, T]
-    past_key, past_rotated_key, past_value, past_log_decay = (
-        x.astype(dtype) for x in timeline.tokens
-    )
-    query_groups = query.reshape(B, T, Hkv, Hq // Hkv, K)
-    slot_query = options.feature_map(query_groups.astype(dtype))
-    rotated_query = apply_rope(query, rope).reshape(query_groups.shape).astype(dtype)
+    tokens = Tokens(key, apply_rope(key, rope), value, log_decay)
+    return _recurrence(query, apply_rope(query, rope), tokens, segment_ids, past, options)
 
-    window_logits = jnp.where(
-        _visible(timeline, T, W)[:, :, None, None],
-        options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, past_rotated_key),
+
+@jax.default_matmul_precision("highest")
+def _recurrence(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    tokens: Tokens,
+    segment_ids: jax.Array | None,
+    past: Past | None,
+    options: Options,
+) -> NHAOutput:
+    B, T, Hq, K = query.shape
+    Hkv, W = tokens.key.shape[2], options.window_size
+    dtype = compute_dtype(query)
+    tokens = tokens._replace(log_decay=tokens.log_decay.astype(dtype))
+    timeline = build_timeline(tokens, segment_ids, past, W)
+    wide = timeline.tokens.map(lambda x: x.astype(dtype))
+    groups = (B, T, Hkv, Hq // Hkv, K)
+    slot_query = options.feature_map(query.reshape(groups).astype(dtype))
+    rotated_query = rotated_query.reshape(groups).astype(dtype)
+    b = jnp.where(
+        _in_window(timeline)[:, :, None, None],
+        options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, wide.rotated_key),
         -jnp.inf,
     )  # [T, B, Hkv, G, R + T]
     # At step t enters row t of the timeline, the token W back; none if W is everything.
-    enters = jnp.zeros((B, T), bool)
-    if W is not None:
-        enters = timeline.real[:, :T] & (timeline.run[:, :T] == run)
-    entering = (past_key[:, :T], past_value[:, :T], past_log_decay[:, :T], enters)
+    no_token = nothing_leaves(W, T, past)
+    enters = jnp.zeros((B, T), bool) if no_token else timeline.reads_own_slots
+    entering = (wide.key[:, :T], wide.value[:, :T], wide.log_decay[:, :T], enters)
+
+    slots = empty_slots(tokens.key, tokens.value, tokens.log_decay.shape[3])
+    if past is not None and W is not None:
+        slots = past.slots[0].astype(dtype), past.slots[1].astype(dtype)
+    rows = (slot_query, entering, timeline.segment[:, -T:], timeline.query_real)
+    slot_query, *rest = jax.tree.map(lambda x: x.swapaxes(0, 1), rows)  # time first
+    (slots, _), (out, weight) = jax.lax.scan(
+        _step(wide.value, options),
+        (slots, jnp.zeros(B, jnp.int32)),
+        (slot_query, b, *rest),
+    )
+    # [T, B, Hkv, G, ...] -> [B, T, Hq, ...]
+    out = out.swapaxes(0, 1).reshape(B, T, Hq, tokens.value.shape[3]).astype(query.dtype)
+    weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
+    state = next_state(timeline, slots, segment_ids, past) if options.return_state else None
+    return NHAOutput(out, state, weight if options.return_slot_weight else None)
+
+
+def _step(values: jax.Array, options: Options) -> Callable[..., Any]:
+    """Builds a step of the recurrence over the call's tokens, whose values are [B, R + T, Hkv, V].
+
+    It carries the slots and the number of their segment.
+    """
 
     def step(carry, x):
-        (slot_key, slot_value), current_run = carry
-        q, b, (k, v, g, enters), run, real = x
-        starts = (real & (run != current_run))[:, None, None, None]
+        (slot_key, slot_value), current = carry
+        q, b, (k, v, g, enters), segment, real = x
+        starts = (real & (segment != current))[:, None, None, None]
         slot_key, slot_value = (jnp.where(starts, 0, s) for s in (slot_key, slot_value))
         decay = jnp.exp(g)[..., None]  # [B, Hkv, M, 1]
         write = -jnp.expm1(g)[..., None]
@@ -72,47 +106,68 @@ def reference_attention(
         a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", q, slot_key)
         if options.empty_slots == "mask":
             a = jnp.where(enters[:, None, None, None], a, -jnp.inf)
-        p = _softmax(jnp.concatenate([a, b], axis=-1), real[:, None, None, None])
+        M, padding = a.shape[-1], ~real[:, None, None, None]
+        p = _softmax(jnp.concatenate([a, b], axis=-1), padding)
         weight = p
         if options.slot_weight_gradient == "slots":
             still = jax.lax.stop_gradient(b)
-            weight = _softmax(jnp.concatenate([a, still], axis=-1), real[:, None, None, None])
+            weight = _softmax(jnp.concatenate([a, still], axis=-1), padding)
         out = jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
-        out += jnp.einsum("bhgn,bnhv->bhgv", p[..., M:], past_value)
-        carry = (slot_key, slot_value), jnp.where(real, run, current_run)
+        out += jnp.einsum("bhgn,bnhv->bhgv", p[..., M:], values)
+        carry = (slot_key, slot_value), jnp.where(real, segment, current)
         return carry, (out, jnp.sum(weight[..., :M], axis=-1))
 
-    slots = jnp.zeros((B, Hkv, M, K), dtype), jnp.zeros((B, Hkv, M, V), dtype)
-    if carried is not None and W is not None:
-        slots = carried.slots[0].astype(dtype), carried.slots[1].astype(dtype)
-    slot_query, entering, run, real = jax.tree.map(
-        lambda x: x.swapaxes(0, 1), (slot_query, entering, run, real)
-    )  # time first
-    (slots, _), (out, weight) = jax.lax.scan(
-        step,
-        (slots, jnp.zeros(B, jnp.int32)),
-        (slot_query, window_logits, entering, run, real),
-    )
-    # [T, B, Hkv, G, ...] -> [B, T, Hq, ...]
-    out = out.swapaxes(0, 1).reshape(B, T, Hq, V).astype(query.dtype)
-    weight = weight.swapaxes(0, 1).reshape(B, T, Hq)
-    state = None
-    if options.return_state:
-        state = next_state(timeline, T, slots, segment_ids, carried, W)
-    return NHAOutput(out, state, weight if options.return_slot_weight else None)
+    return step
 
 
-def _visible(timeline: Timeline, T: int, window_size: int | None) -> jax.Array:
-    """[T, B, R + T]: the rows of its segment in each query's window."""
-    num_rows = timeline.run.shape[1]
-    row, now = jnp.arange(num_rows), jnp.arange(num_rows - T, num_rows)[:, None]
+def _in_window(timeline: Timeline) -> jax.Array:
+    """[T, B, R + T] bool: the rows of its segment in each query's window."""
+    row, now = jnp.arange(timeline.num_rows), jnp.arange(timeline.num_rows)[:, None]
     inside = row <= now
-    if window_size is not None:
-        inside &= row > now - window_size
-    same = timeline.run[:, None, :] == timeline.run[:, -T:, None]
-    return (inside & same & timeline.real[:, None]).swapaxes(0, 1)
+    if timeline.window_size is not None:
+        inside &= row > now - timeline.window_size
+    own = timeline.token_segment[:, None, :] == timeline.segment[:, :, None]
+    return (inside & own)[:, -timeline.num_tokens :].swapaxes(0, 1)
 
 
-def _softmax(logits: jax.Array, real: jax.Array) -> jax.Array:
+def _softmax(logits: jax.Array, padding: jax.Array) -> jax.Array:
     """Softmax of real rows; padding, which sees nothing, gets zeros (and finite gradients)."""
-    return jnp.where(real, jax.nn.softmax(jnp.where(real, logits, 0.0), axis=-1), 0.0)
+    weights = jax.nn.softmax(jnp.where(padding, 0.0, logits), axis=-1)
+    return jnp.where(padding, 0.0, weights)
+
+
+def reference_decode(
+    query: jax.Array,
+    rotated_query: jax.Array,
+    token: Tokens,
+    state: NHAState,
+    active: jax.Array,
+    *,
+    options: Options,
+) -> tuple[jax.Array, NHAState]:
+    """Computes `Backend.decode` as a call of one token that goes on from the state."""
+    result = _recurrence(query, rotated_query, token, None, state.past, options)
+    after = result.state
+    assert after is not None
+    if options.window_size is None:
+        after = resize_state(after, state.capacity)
+
+    def where_active(x: jax.Array, otherwise: jax.Array) -> jax.Array:
+        return jnp.where(active.reshape(-1, *(1,) * (x.ndim - 1)), x, otherwise)
+
+    out = where_active(result.out, jnp.zeros_like(result.out))
+    return out, NHAState(*map(where_active, after, state))
+
+
+class ReferenceBackend(Backend):
+    """The definition itself: slow, and exact in any float dtype."""
+
+    name = "reference"
+    attend = staticmethod(reference_attention)
+    decode = staticmethod(reference_decode)
+
+    def decode_unsupported(self, query, state, options) -> None:
+        return None
+
+
+BACKEND = ReferenceBackend()

@@ -5,7 +5,21 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-Slots = tuple[jax.Array, jax.Array]  # keys [B, Hkv, M, K] and values [B, Hkv, M, V]
+Slots = tuple[jax.Array, jax.Array]
+"""Slot keys [B, Hkv, M, K] and slot values [B, Hkv, M, V], in the compute dtype."""
+
+
+def compute_dtype(x: jax.Array) -> jnp.dtype:
+    """The dtype of states, softmax and sums: float32, or float64 for float64 inputs."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def empty_slots(key: jax.Array, value: jax.Array, num_slots: int) -> Slots:
+    """The slots before the first token entered: zeros, for keys and values [B, T, Hkv, .]."""
+    B, _, H, K = key.shape
+    dtype = compute_dtype(key)
+    slots = (B, H, num_slots)
+    return jnp.zeros((*slots, K), dtype), jnp.zeros((*slots, value.shape[3]), dtype)
 
 
 class NHAState(NamedTuple):
@@ -35,17 +49,17 @@ class NHAState(NamedTuple):
 
     @property
     def tokens(self) -> "Tokens":
-        """The ring's four arrays."""
+        """The four arrays of the ring, in its order."""
         return Tokens(
             self.window_key, self.window_rotated_key, self.window_value, self.window_log_decay
         )
 
     @property
-    def carried(self) -> "Carried":
-        """The same with the ring unrolled."""
-        return Carried(
+    def past(self) -> "Past":
+        """The same with the ring unrolled, oldest token first."""
+        return Past(
             slots=(self.slot_key, self.slot_value),
-            tokens=self.tokens.map(lambda x: _rotate_rows(x, -self.length)),
+            tokens=self.tokens.map(lambda x: rotate_rows(x, -self.length)),
             real=jnp.arange(self.capacity) >= self.capacity - self.length[:, None],
             length=self.length,
             segment_id=self.segment_id,
@@ -53,9 +67,9 @@ class NHAState(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """What the operator keeps of a token, for N tokens: [B, N, Hkv, .] each.
+    """What the operator keeps of tokens: four arrays [B, tokens, Hkv, .].
 
-    In a `window_size=None` state there are 0 instead of N keys and log decays.
+    A `window_size=None` state has no keys and log decays: 0 tokens in those two arrays.
     """
 
     key: jax.Array
@@ -64,10 +78,11 @@ class Tokens(NamedTuple):
     log_decay: jax.Array
 
     def map(self, function) -> Self:
+        """Applies the function to each of the four arrays."""
         return type(self)(*map(function, self))
 
 
-class Carried(NamedTuple):
+class Past(NamedTuple):
     """What a call goes on from: the slots, and the R tokens before it, oldest first.
 
     `real` are those tokens that belong to the segment of the last of them; only they are ever seen.
@@ -78,19 +93,6 @@ class Carried(NamedTuple):
     real: jax.Array  # [B, R] bool
     length: jax.Array  # [B] int32, tokens so far of that segment
     segment_id: jax.Array  # [B] int32, its id
-
-
-class Timeline(NamedTuple):
-    """A call's tokens behind the R that came before it, oldest first: N = R + T rows.
-
-    A run numbers the segments from 0, the one the carried state belongs to. A row is real unless
-    it is padding or lies before the first token. Of a `window_size=None` state's tokens there are
-    no keys and log decays: those in `tokens` are the call's T.
-    """
-
-    tokens: Tokens
-    run: jax.Array  # [B, N] int32
-    real: jax.Array  # [B, N] bool
 
 
 def init_state(
@@ -155,104 +157,7 @@ def resize_state(state: NHAState, max_length: int) -> NHAState:
     )
 
 
-def build_timeline(
-    tokens: Tokens,
-    segment_ids: jax.Array | None,
-    carried: Carried | None,
-    window_size: int | None,
-) -> Timeline:
-    """Joins a call's T tokens with those carried over, or with as many rows of nothing.
-
-    Without any, R is min(window_size, T) (a longer window reaches no further back), and 0 for
-    `window_size=None`.
-    """
-    B, T = tokens.key.shape[:2]
-    if segment_ids is None:
-        run, real = jnp.zeros((B, T), jnp.int32), jnp.ones((B, T), bool)
-    else:
-        before = segment_ids[:, 0] if carried is None else carried.segment_id
-        changed = segment_ids != jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
-        run, real = jnp.cumsum(changed, axis=1, dtype=jnp.int32), segment_ids != 0
-    if carried is None:
-        R = 0 if window_size is None else min(window_size, T)
-        past = tokens.map(lambda x: jnp.zeros((B, R, *x.shape[2:]), x.dtype))
-        past_real = jnp.zeros((B, R), bool)
-    else:
-        past, past_real = carried.tokens, carried.real
-        R = past_real.shape[1]
-    joined = (jnp.concatenate(pair, axis=1) for pair in zip(past, tokens, strict=True))
-    return Timeline(
-        tokens=Tokens(*joined),
-        run=jnp.concatenate([jnp.zeros((B, R), jnp.int32), run], axis=1),
-        real=jnp.concatenate([past_real, real], axis=1),
-    )
-
-
-def last_real(timeline: Timeline, num_tokens: int) -> jax.Array:
-    """Per row [B], the index in the call of the last real token; -1 if there is none."""
-    index = jnp.arange(num_tokens)
-    return jnp.max(jnp.where(timeline.real[:, -num_tokens:], index, -1), axis=1)
-
-
-def of_last_segment(slots: Slots, timeline: Timeline, T: int) -> Slots:
-    """Empties the slots of rows whose last segment has not reached them yet."""
-    last = last_real(timeline, T)[:, None]
-    entered, now = (
-        jnp.take_along_axis(run, last, axis=1, mode="clip")
-        for run in (timeline.run[:, :T], timeline.run[:, -T:])
-    )
-    keep = ((last < 0) | (entered == now))[..., None, None]  # [B, 1, 1, 1]
-    return jnp.where(keep, slots[0], 0), jnp.where(keep, slots[1], 0)
-
-
-def next_state(
-    timeline: Timeline,
-    num_tokens: int,
-    slots: Slots,
-    segment_ids: jax.Array | None,
-    carried: Carried | None,
-    window_size: int | None,
-) -> NHAState:
-    """The state after the call, given the slots [B, Hkv, M, .] as each row's last token left them.
-
-    Of a window the ring keeps window_size tokens; of `window_size=None` all, so it grows by T, but
-    of their keys and log decays none.
-    """
-    T = num_tokens
-    B, N = timeline.run.shape
-    R = N - T
-    capacity = R + T if window_size is None else window_size
-    last = last_real(timeline, T)
-    run = timeline.run[:, R:]
-    last_run = jnp.where(
-        last >= 0, jnp.take_along_axis(run, last[:, None], 1, mode="clip")[:, 0], 0
-    )
-    inside = timeline.real[:, R:] & (run == last_run[:, None])
-    length = jnp.sum(inside, axis=1, dtype=jnp.int32)
-    if carried is not None:
-        length += jnp.where(last_run == 0, carried.length, 0)
-
-    def ring(x):  # the capacity rows that end with the last real token, at their ring entries
-        padded = jnp.pad(x, ((0, 0), (capacity - R, 0), (0, 0), (0, 0)))
-        rows = last[:, None] + 1 + jnp.arange(capacity)
-        return _rotate_rows(jnp.take_along_axis(padded, rows[:, :, None, None], 1), length)
-
-    tokens = timeline.tokens
-    rotated_key, value = map(ring, (tokens.rotated_key, tokens.value))
-    if window_size is None:
-        key, log_decay = tokens.key[:, :0], tokens.log_decay[:, :0]
-    else:
-        key, log_decay = map(ring, (tokens.key, tokens.log_decay))
-    segment_id = jnp.ones(B, jnp.int32) if carried is None else carried.segment_id
-    if segment_ids is not None:
-        at_last = jnp.take_along_axis(segment_ids, last[:, None], 1, mode="clip")[:, 0]
-        segment_id = jnp.where(last >= 0, at_last.astype(jnp.int32), segment_id)
-    return NHAState(
-        *slots, key, rotated_key, value, log_decay, length=length, segment_id=segment_id
-    )
-
-
-def _rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
+def rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
     """Rolls x [B, R, ...] along R by shift [B]: entry i goes to (i + shift) % R."""
     R = x.shape[1]
     if R == 0:

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from nha_jax import ModelConfig
-from nha_jax.ops.gpu.support import gpu_unsupported, served_by_cudnn
-from nha_jax.ops.tpu.attention import tpu_unsupported
+from nha_jax.ops import backends
 from nha_jax.ops.types import Options
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh
@@ -124,7 +123,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
 
 
 def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
-    """What computes the layers' attention on this chip, in words, and how many layers it does.
+    """Says what computes the layers' attention on this chip, and how many layers it does.
 
     The kernels' limits are of heads, slots and dtype, so those of a whole layer tell.
     """
@@ -135,7 +134,9 @@ def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
         (config.num_kv_heads, config.num_slots),
     )
     dtype = jnp.dtype(config.dtype)
-    arrays: list[Any] = [jax.ShapeDtypeStruct((1, 128, *size), dtype) for size in sizes]
+    arrays: Any = tuple(jax.ShapeDtypeStruct((1, 128, *size), dtype) for size in sizes)
+    platform = "tpu" if chip.startswith("TPU") else "gpu"
+    device = AbstractDevice(chip, platform=platform, num_cores=None)
     kinds: Counter[str] = Counter()
     for window in config.windows:
         options = Options(
@@ -145,31 +146,11 @@ def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
             empty_slots=config.empty_slots,
             return_state=False,
             return_slot_weight=False,
-            block_sizes=config.block_sizes,
         )
-        kernels = "pallas_tpu" if chip.startswith("TPU") else "pallas_gpu"
-        if config.implementation not in (None, kernels):
-            how = f"{config.implementation}, as the configuration says"
-        elif kernels == "pallas_gpu":
-            how = _on_gpus(config, chip, arrays, options)
-        else:
-            reason = tpu_unsupported(*arrays, options=options)
-            how = f"xla: {reason}" if reason else "fused TPU kernels"
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            how = backends.describe(config.implementation, arrays, options, platform)
         kinds[f"{'full attention' if window is None else f'window {window}'}: {how}"] += 1
     return dict(kinds)
-
-
-def _on_gpus(config: ModelConfig, chip: str, arrays: list[Any], options: Options) -> str:
-    if config.implementation is None:
-        return "xla; --model.implementation=pallas_gpu for the kernels, which nobody has timed"
-    device = AbstractDevice(chip, platform="gpu", num_cores=None)
-    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
-        if options.window_size is None and served_by_cudnn(
-            *arrays[:3], segment_ids=None, has_past=False, options=options
-        ):
-            return "cuDNN, or fused GPU kernels where documents are packed"
-        reason = gpu_unsupported(*arrays, options=options)
-    return f"xla: {reason}" if reason else "fused GPU kernels"
 
 
 def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:

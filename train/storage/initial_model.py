@@ -18,7 +18,7 @@ from train.storage.atomic import write_atomically
 _RECORD = "initial_model.json"
 
 # How a model is computed, rather than what it computes.
-_COMPUTATION = ("dtype", "param_dtype", "remat", "implementation", "block_sizes")
+_COMPUTATION = ("dtype", "param_dtype", "remat", "implementation", "kernel_options")
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 

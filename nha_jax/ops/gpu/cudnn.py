@@ -15,8 +15,10 @@ from jax._src.cudnn import fused_attention_stablehlo as jax_cudnn
 from jax.ad_checkpoint import checkpoint_name
 
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import Tokens, build_timeline, next_state
+from nha_jax.ops.state import Tokens, empty_slots
+from nha_jax.ops.timeline import build_timeline, next_state
 from nha_jax.ops.types import NHAOutput, Options
+from pallas.constants import LSE, OUT
 
 HEAD_MULTIPLE = 8
 
@@ -30,11 +32,10 @@ def cudnn_attention(
     rope: Rope | None,
     options: Options,
 ) -> NHAOutput:
-    """`nha_attention` of which nothing leaves the window, with neither segments nor a past.
+    """Computes `nha_attention` where no token leaves the window, without segments or a past.
 
     Shapes as there; bfloat16, heads of up to 256.
     """
-    B, T, H = key.shape[:3]
     M = log_decay.shape[3]
     rotated_key = apply_rope(key, rope)
     out, weight = cudnn_full_attention(
@@ -43,12 +44,8 @@ def cudnn_attention(
     state = None
     if options.return_state:
         tokens = Tokens(key, rotated_key, value, log_decay.astype(jnp.float32))
-        timeline = build_timeline(tokens, None, None, None)
-        slots = (
-            jnp.zeros((B, H, M, key.shape[3]), jnp.float32),
-            jnp.zeros((B, H, M, value.shape[3]), jnp.float32),
-        )
-        state = next_state(timeline, T, slots, None, None, options.window_size)
+        timeline = build_timeline(tokens, None, None, options.window_size)
+        state = next_state(timeline, empty_slots(key, value, M), None, None)
     return NHAOutput(out, state, weight if options.return_slot_weight else None)
 
 
@@ -60,10 +57,11 @@ def cudnn_full_attention(
     num_slots: int,
     options: Options,
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal softmax attention of T tokens to themselves, with the slots still empty.
+    """Computes causal softmax attention of T tokens to themselves, with the slots still empty.
 
     With attended empty slots, whose logits and values are 0, the softmax's denominator grows from
-    exp(L) to exp(L) + M: the output shrinks by sigmoid(L - log M), and the slot weight is the rest.
+    exp(lse) to exp(lse) + M: the output shrinks by sigmoid(lse - log M), and the slot weight is
+    the rest.
 
     Args:
       rotated_query: [B, T, Hq, K] bfloat16, K up to 256.
@@ -91,75 +89,77 @@ def _attend(scale: float, empty: int, weight_pulls: bool, query, key, value):
 
 
 def _attend_fwd(scale, empty, weight_pulls, query, key, value):
-    out, log_mass = _forward(scale, query, key, value)
+    out, lse = _forward(scale, query, key, value)
     if empty:
-        out, log_mass = _with_empty_slots(out, log_mass, empty)
+        out, lse = _with_empty_slots(out, lse, empty)
     # To a rematerialised layer both are given, so that its forward does not run again.
-    out, log_mass = checkpoint_name(out, "nha_out"), checkpoint_name(log_mass, "nha_lse")
-    return (out, _slot_weight(log_mass, empty)), (query, key, value, out, log_mass)
+    out, lse = checkpoint_name(out, OUT), checkpoint_name(lse, LSE)
+    return (out, _slot_weight(lse, empty)), (query, key, value, out, lse)
 
 
 def _attend_bwd(scale, empty, weight_pulls, residuals, cotangents):
-    """cuDNN's backward makes its probabilities of the log-sum-exp that it is given: with that of
-    all, tokens and empty slots, and the output of all, its gradients are those of all.
+    """Computes the gradients by cuDNN's backward.
+
+    It makes its probabilities from the log-sum-exp that it is given: given that of tokens and empty
+    slots together, and their output, its gradients are those of the whole.
     """
-    query, key, value, out, log_mass = residuals
-    out_cotangent, weight_cotangent = cotangents
-    gradients = _backward(scale, query, key, value, out, log_mass, out_cotangent)
+    query, key, value, out, lse = residuals
+    d_out, d_slot_weight = cotangents
+    gradients = _backward(scale, query, key, value, out, lse, d_out)
     if not empty or not weight_pulls:
         return gradients
     # The slot weight w falls with every logit, by its probability p: dw = -w sum_j p_j ds_j. Hence
     # dq = -w scale sum_j p_j k_j, an output with keys for values, and dk_j = -scale sum_t w p_tj
     # q_t, the gradient of such values.
-    query_gradient, key_gradient, value_gradient = gradients
-    weight = _slot_weight(log_mass, empty)
-    pull = (-scale * weight * weight_cotangent).swapaxes(1, 2)[..., None]  # [B, T, Hq, 1]
-    mean_key, mass_of_tokens = _forward(scale, query, key, key)
-    mean_key, _ = _with_empty_slots(mean_key, mass_of_tokens, empty)
+    d_query, d_key, d_value = gradients
+    weight = _slot_weight(lse, empty)
+    pull = (-scale * weight * d_slot_weight).swapaxes(1, 2)[..., None]  # [B, T, Hq, 1]
+    mean_key, token_lse = _forward(scale, query, key, key)
+    mean_key, _ = _with_empty_slots(mean_key, token_lse, empty)
     pulled = (pull * query).astype(query.dtype)
-    key_pull = _backward(scale, query, key, key, mean_key, log_mass, pulled)[2]
-    query_gradient = (query_gradient + pull * mean_key).astype(query.dtype)
-    return query_gradient, key_gradient + key_pull, value_gradient
+    key_pull = _backward(scale, query, key, key, mean_key, lse, pulled)[2]
+    d_query = (d_query + pull * mean_key).astype(query.dtype)
+    return d_query, d_key + key_pull, d_value
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
-def _with_empty_slots(out, log_mass, empty: int):
+def _with_empty_slots(out, lse, empty: int):
     """The output and log-sum-exp of tokens, with `empty` zeros of logit 0 beside them."""
     log_empty = math.log(empty)
-    share = jax.nn.sigmoid(log_mass - log_empty)  # the tokens'
+    share = jax.nn.sigmoid(lse - log_empty)  # the tokens'
     out = (out * share.swapaxes(1, 2)[..., None]).astype(out.dtype)
-    return out, jnp.logaddexp(log_mass, log_empty)
+    return out, jnp.logaddexp(lse, log_empty)
 
 
-def _slot_weight(log_mass, empty: int):
-    """Of the log-sum-exp of all."""
-    return jnp.exp(math.log(empty) - log_mass) if empty else jnp.zeros_like(log_mass)
+def _slot_weight(lse, empty: int):
+    """The slot weight, of the log-sum-exp of tokens and empty slots."""
+    return jnp.exp(math.log(empty) - lse) if empty else jnp.zeros_like(lse)
 
 
 def _forward(scale: float, query, key, value) -> tuple[jax.Array, jax.Array]:
-    """cuDNN's: output [B, T, Hq, D] and log-sum-exp [B, Hq, T] float32."""
+    """Calls cuDNN's forward: output [B, T, Hq, D] and log-sum-exp [B, Hq, T] float32."""
     unused = jnp.zeros(0, query.dtype)
-    out, log_mass = jax_cudnn._dot_product_attention_fwd_p_wrapper.bind(
+    out, lse = jax_cudnn._dot_product_attention_fwd_p_wrapper.bind(
         query, key, value, *[unused] * 7, **_parameters(scale), is_training=True
     )
-    return out, log_mass
+    return out, lse
 
 
 def _backward(
-    scale: float, query, key, value, out, log_mass, cotangent
+    scale: float, query, key, value, out, lse, cotangent
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """cuDNN's: with p = exp(s - log_mass), ds = p (do v^T - sum of do * out)."""
+    """Calls cuDNN's backward: with p = exp(s - lse), ds = p (do v^T - sum of do * out)."""
     unused = jnp.zeros(0, query.dtype)
     gradients = jax_cudnn._dot_product_attention_bwd_p_wrapper.bind(
-        query, key, value, *[unused] * 7, log_mass, out, cotangent, **_parameters(scale)
+        query, key, value, *[unused] * 7, lse, out, cotangent, **_parameters(scale)
     )
     return tuple(gradients)
 
 
 def _parameters(scale: float) -> dict[str, Any]:
-    """What both calls are told."""
+    """The parameters of both cuDNN calls."""
     parameters = {
         "scale": scale,
         "seed": 0,

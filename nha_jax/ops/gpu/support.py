@@ -5,10 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from nha_jax.ops.backends import Arrays
+from nha_jax.ops.kernels import attend_beyond_limits
+from nha_jax.ops.timeline import nothing_leaves
 from nha_jax.ops.types import Options
-from nha_jax.ops.validation import beyond_kernels
 
-LARGEST_HEAD, MOST_SLOTS = 256, 128
 SHORTEST_OF_CUDNN = 64  # tokens: below, what its backward takes goes by its version
 Capability = tuple[int, ...]  # of NVIDIA GPUs; empty: another maker's, or unknown
 AMPERE, HOPPER = (8, 0), (9, 0)
@@ -21,27 +22,22 @@ CAPABILITIES: dict[str, Capability] = {
 }
 
 
-def gpu_unsupported(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    log_decay: jax.Array,
-    *,
-    options: Options,
+def unsupported(
+    arrays: Arrays, *, has_segments: bool, has_past: bool, options: Options
 ) -> str | None:
-    """Why our kernels can't serve this call where it is compiled for, in a line; None if they can.
+    """Says in a line why neither cuDNN nor our kernels serve this call; None if one does.
 
-    Off GPUs they run interpreted.
+    Asked for where it is compiled for; off GPUs our kernels run interpreted.
     """
-    if query.dtype != jnp.bfloat16:
-        return f"its kernels multiply in bfloat16, got query of {query.dtype}"
-    if reason := beyond_kernels(key, value, log_decay, LARGEST_HEAD, MOST_SLOTS):
-        return reason
-    return not_hopper()
+    if served_by_cudnn(arrays, has_segments=has_segments, has_past=has_past, options=options):
+        return None
+    if arrays[0].dtype != jnp.bfloat16:
+        return f"its kernels multiply in bfloat16, got query of {arrays[0].dtype}"
+    return attend_beyond_limits(arrays) or not_hopper()
 
 
 def not_hopper() -> str | None:
-    """Why our kernels can't run on the GPU that is compiled for, in a line; None if they can."""
+    """Says in a line why our kernels can't run on the GPU compiled for; None if they can."""
     device = _gpu_compiled_for()
     if device is not None and _capability(device) != HOPPER:
         return f"its kernels are for Hopper (H100, H200), got {device.device_kind}"
@@ -49,27 +45,22 @@ def not_hopper() -> str | None:
 
 
 def served_by_cudnn(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    segment_ids: jax.Array | None,
-    has_past: bool,
-    options: Options,
+    arrays: Arrays, *, has_segments: bool, has_past: bool, options: Options
 ) -> bool:
     """Whether cuDNN's full attention computes this call: nothing leaves its window.
 
     For packed documents and tokens before the call's it would need a [T, T] bias: those go to our
     kernels, as short sequences do.
     """
-    T, W, device = query.shape[1], options.window_size, _gpu_compiled_for()
-    if device is None or segment_ids is not None or has_past or query.dtype != jnp.bfloat16:
+    query, key, value, _ = arrays
+    T, device = query.shape[1], _gpu_compiled_for()
+    if device is None or has_segments or has_past or query.dtype != jnp.bfloat16:
         return False
     capability = _capability(device)
     largest = 256 if capability == HOPPER else 128
     if capability < AMPERE or max(key.shape[3], value.shape[3]) > largest:
         return False
-    return T >= SHORTEST_OF_CUDNN and (W is None or T <= W)
+    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.window_size, T, None)
 
 
 def compiling_for_gpus() -> bool:

@@ -23,7 +23,7 @@ from nha_jax.ops.types import NHAOutput, Options
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """Names of the mesh axes that arrays are divided over; names the mesh lacks count not.
+    """Names of the mesh axes that arrays are divided over; names that the mesh lacks are ignored.
 
     Fields:
       batch: of B.
@@ -181,9 +181,9 @@ def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
-    """`attend`, an implementation of the operator, on each device's rows, heads and tokens.
+    """Runs `attend`, an implementation of the operator, on each device's rows, heads and tokens.
 
-    It takes what came before as `carried`; this takes it as `initial_state`. With a state, given or
+    `attend` takes what came before as `past`, the result as `initial_state`. With a state, given or
     asked for, sequences stay whole.
     """
 
@@ -207,8 +207,8 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
             devices = division.devices_of_sequence
             if devices.count > 1:
                 return attend_in_context(attend, devices, *arrays, **rest)
-            carried = None if initial_state is None else initial_state.carried
-            return attend(*arrays, **rest, carried=carried)
+            past = None if initial_state is None else initial_state.past
+            return attend(*arrays, **rest, past=past)
 
         rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
         of_every_row = P(division.sequence)
@@ -229,6 +229,24 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
         return divided((query, key, value, log_decay), rope, segment_ids, initial_state)
 
     return attend_over_mesh
+
+
+def decode_over_mesh(
+    step: Callable[..., tuple[jax.Array, NHAState]],
+) -> Callable[..., tuple[jax.Array, NHAState]]:
+    """Runs `step`, a `Backend.decode`, on each device's rows and heads."""
+
+    def step_over_mesh(query, rotated_query, token, state, active):
+        division = divide_over_mesh(query.shape[0], token.key.shape[2])
+        tokens = division.tokens
+        divided = division.map(
+            step,
+            in_specs=(tokens, tokens, tokens, division.state, division.rows),
+            out_specs=(tokens, division.state),
+        )
+        return divided(query, rotated_query, token, state, active)
+
+    return step_over_mesh
 
 
 def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:

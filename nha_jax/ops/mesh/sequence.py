@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.rope import Rope, apply_rope
-from nha_jax.ops.state import Carried, Slots, Tokens
-from nha_jax.ops.types import NHAOutput, Options, compute_dtype
+from nha_jax.ops.state import Past, Slots, Tokens, compute_dtype, empty_slots
+from nha_jax.ops.timeline import nothing_leaves
+from nha_jax.ops.types import NHAOutput, Options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,39 +77,34 @@ def attend_in_context(
     """
     B, T = query.shape[:2]
     W = options.window_size
-    if W is not None and devices.count * T <= W:
-        W = None  # nothing leaves it
+    if nothing_leaves(W, devices.count * T, None):
+        W = None
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     if W is None:
-        carried = _whole_past(devices, tokens, ids)
+        past = _whole_past(devices, tokens, ids)
         options = dataclasses.replace(options, window_size=None)
     else:
-        carried = _window_and_slots(devices, tokens, ids, options)
+        past = _window_and_slots(devices, tokens, ids, options)
     return attend(
         query, key, value, log_decay,
-        rope=rope, segment_ids=segment_ids, carried=carried, options=options,
+        rope=rope, segment_ids=segment_ids, past=past, options=options,
     )  # fmt: skip
 
 
-def _whole_past(devices: Devices, tokens: Tokens, ids: jax.Array) -> Carried:
+def _whole_past(devices: Devices, tokens: Tokens, ids: jax.Array) -> Past:
     """All tokens before, as a layer of full attention keeps them."""
-    B, _, H, K = tokens.key.shape
-    M, V = tokens.log_decay.shape[3], tokens.value.shape[3]
-    wide = tokens.log_decay.dtype
     past = Tokens(
         tokens.key[:, :0],
         devices.all_before(tokens.rotated_key),
         devices.all_before(tokens.value),
         tokens.log_decay[:, :0],
     )
-    slots = jnp.zeros((B, H, M, K), wide), jnp.zeros((B, H, M, V), wide)
-    return _carried(slots, past, devices.all_before(ids))
+    slots = empty_slots(tokens.key, tokens.value, tokens.log_decay.shape[3])
+    return _build_past(slots, past, devices.all_before(ids))
 
 
-def _window_and_slots(
-    devices: Devices, tokens: Tokens, ids: jax.Array, options: Options
-) -> Carried:
+def _window_and_slots(devices: Devices, tokens: Tokens, ids: jax.Array, options: Options) -> Past:
     """The W tokens before this device's, and the slots that they left."""
     T, W = ids.shape[1], options.window_size
     assert W is not None
@@ -126,13 +122,13 @@ def _window_and_slots(
     )
     kept, added = _effect(entering, goes_on[:, -T - W :][:, :T], options)
     kept = jnp.where(goes_on[:, -T - 1][:, None, None], kept, 0)
-    return _carried(_slots_before(devices, kept, added), past, ids_before)
+    return _build_past(_slots_before(devices, kept, added), past, ids_before)
 
 
-def _carried(slots: Slots, past: Tokens, ids: jax.Array) -> Carried:
+def _build_past(slots: Slots, past: Tokens, ids: jax.Array) -> Past:
     """Of the tokens before, with the ids of at least as many; id 0 where there is none."""
     real = _of_last_segment(ids)
-    return Carried(
+    return Past(
         slots=slots,
         tokens=past,
         real=real[:, real.shape[1] - past.value.shape[1] :],

@@ -1,4 +1,4 @@
-"""Full attention through JAX's splash attention kernel for TPUs, for layers without a window."""
+"""Full attention by JAX's splash kernel for TPUs, where no token leaves the window."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-from nha_jax.ops.state import Timeline
+from nha_jax.ops.timeline import NO_TOKEN, PADDING_ROW, Timeline
 from nha_jax.ops.types import Options
 from pallas.constants import OUT
 
@@ -28,7 +28,7 @@ def splash_full_attention(
     options: Options,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """`full_attention` on a TPU; arguments and results as there, for bfloat16 and float32.
+    """Computes `nha_jax.ops.xla.full.full_attention` on a TPU, for bfloat16 and float32.
 
     The M empty slots, of logit 0 and value 0, are one attention sink of logit log(M). Rows of
     padding see nothing: what they give is finite, and means nothing.
@@ -44,8 +44,8 @@ def splash_full_attention(
     query = _heads_first((rotated_query.astype(jnp.float32) * options.scale).astype(dtype))
     key, value = map(_heads_first, (timeline.tokens.rotated_key, timeline.tokens.value))
     segment_ids = splash.SegmentIds(
-        q=_pad_rows(timeline.run[:, -T:], -2),
-        kv=_pad_rows(jnp.where(timeline.real, timeline.run, -1), -1),
+        q=_pad_rows(timeline.row_segment[:, -T:], PADDING_ROW),
+        kv=_pad_rows(timeline.token_segment, NO_TOKEN),
     )
     attend_empty = options.empty_slots == "attend" and num_slots > 0
     sinks = jnp.full(Hq, math.log(num_slots), jnp.float32) if attend_empty else None
@@ -53,7 +53,7 @@ def splash_full_attention(
     def attend(query, key, value, *, save_residuals=False):
         kernel = _kernel(
             (Hq, query.shape[2], key.shape[2]),
-            offset=timeline.run.shape[1] - T,
+            offset=timeline.rows_before,
             save_residuals=save_residuals,
             interpret=interpret,
         )
@@ -65,8 +65,8 @@ def splash_full_attention(
     if not (attend_empty and options.return_slot_weight):
         out = tokens_first(attend(query, key, value))
         return out, jnp.zeros(out.shape[:3], jnp.float32)
-    _, (log_mass,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
-    weight = tokens_first(jnp.exp(math.log(num_slots) - log_mass))
+    _, (lse,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
+    weight = tokens_first(jnp.exp(math.log(num_slots) - lse))
     if options.slot_weight_gradient == "slots":  # empty slots are constants
         return tokens_first(attend(query, key, value)), weight
     # The output of a column of ones is the weight of all but the slots. It has the gradient, but

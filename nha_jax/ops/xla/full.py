@@ -1,12 +1,14 @@
-"""Full attention in plain XLA, for layers whose window is the whole past."""
+"""Full attention in plain XLA, where no token leaves the window."""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from nha_jax.ops.state import Timeline
-from nha_jax.ops.types import Options, compute_dtype
+from nha_jax.ops.state import compute_dtype
+from nha_jax.ops.timeline import Timeline
+from nha_jax.ops.types import Options
+from pallas.constants import OUT
 
 ROWS = 128  # queries a step
 
@@ -14,13 +16,13 @@ ROWS = 128  # queries a step
 def full_attention(
     rotated_query: jax.Array, timeline: Timeline, *, num_slots: int, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """Causal softmax attention of T queries to R + T rows, with the slots still empty.
+    """Computes causal softmax attention of T queries to R + T rows, with the slots still empty.
 
     Empty slots that are attended to have logit 0 and value 0: they add `num_slots * exp(0)` to the
     softmax's denominator and nothing to its numerator. Queries go through in blocks, computed
     again for the gradient, so that no T x T matrix is ever stored.
 
-    Returns out [B, T, Hq, V] and the slot weight [B, T, Hq], both in the wide dtype.
+    Returns out [B, T, Hq, V] and the slot weight [B, T, Hq], both in the compute dtype.
     """
     B, T, Hq, K = rotated_query.shape
     wide = compute_dtype(rotated_query)
@@ -37,12 +39,12 @@ def full_attention(
         x = jnp.pad(x, ((0, 0), (0, steps * rows - T), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(B, steps, rows, *x.shape[2:]).swapaxes(0, 1)
 
-    visible = jnp.where(timeline.real, timeline.run, -1)[:, None]  # [B, 1, R + T]
+    token_segment = timeline.token_segment[:, None]  # [B, 1, R + T]
 
     def attend(x):
-        index, query, run = x
+        index, query, segment = x
         now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
-        mask = (jnp.arange(num_rows) <= now) & (visible == run[..., None])
+        mask = (jnp.arange(num_rows) <= now) & (token_segment == segment[..., None])
         logits = options.scale * jnp.einsum("bthgk,bnhk->bhgtn", query.astype(wide), rotated_key)
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
         top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
@@ -61,11 +63,11 @@ def full_attention(
         return out / mass, weight
 
     queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
-    run = cut(timeline.run[:, -T:])
+    segment = cut(timeline.row_segment[:, -T:])
     out, weight = lax.map(
-        jax.checkpoint(attend, prevent_cse=False), (jnp.arange(steps), queries, run)
+        jax.checkpoint(attend, prevent_cse=False), (jnp.arange(steps), queries, segment)
     )
     # [steps, B, H, G, rows, ...] -> [B, T, Hq, ...]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, steps * rows, Hq, -1)[:, :T]
-    out = checkpoint_name(out, "nha_out")
+    out = checkpoint_name(out, OUT)
     return out, weight.transpose(1, 0, 4, 2, 3).reshape(B, steps * rows, Hq)[:, :T]

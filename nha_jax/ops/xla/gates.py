@@ -1,15 +1,17 @@
 """The gates inside a chunk, exact for every decay.
 
-Between two rows j <= t of a chunk a slot decays by exp(G_t - G_j), G the cumulative log decay. The
+Between two rows j <= t of a chunk a slot decays by exp(c_t - c_j), c the cumulative log decay. The
 difference of cumulative sums loses the small terms behind a large one and is NaN at -inf, so only
 sums are ever taken. Halve the chunk recursively: for rows t in the second half of a block of 2h
 rows and j in its first half,
 
-    exp(G_t - G_j) = exp(F_t) exp(R_j),   F_t = sum of the half's decays up to t, t included,
-                                          R_j = sum of the half's decays after j,
+    exp(c_t - c_j) = exp(upto_t) exp(after_j),
+
+with upto_t the sum of the half's decays up to t, t included, and after_j that of those after j;
 
 and each pair j < t is split by exactly one level h = 1, 2, 4 ... C/2. Both sums follow from the
-level below: F2 grows by the total of the first half, R1 by that of the second.
+level below: in the second half `upto` grows by the total of the first, in the first half `after`
+grows by the total of the second.
 """
 
 from typing import NamedTuple
@@ -23,13 +25,13 @@ class ChunkGates(NamedTuple):
     """Gates of chunks of C rows (a power of two), M slots, s = 1 - exp(log_decay)."""
 
     write: jax.Array  # [..., C, M], s
-    levels: tuple[jax.Array, ...]  # per level h, [..., C, M]: exp(F) or s exp(R), by the row's half
-    from_start: jax.Array  # [..., C, M], exp(G): decay since before the chunk's first row
-    to_end: jax.Array  # [..., C, M], s exp(G_C - G): what is left of a row's write at the end
-    total: jax.Array  # [..., M], exp(G_C)
+    levels: tuple[jax.Array, ...]  # per level h, [..., C, M]: exp(upto) or s exp(after), by half
+    from_start: jax.Array  # [..., C, M], exp(c): decay since before the chunk's first row
+    to_end: jax.Array  # [..., C, M], s exp(c_C - c): what is left of a row's write at the end
+    total: jax.Array  # [..., M], exp(c_C)
 
     def spread(self, scores: jax.Array) -> jax.Array:
-        """Slot logits sum_{j<=t} scores[t, j] s_j exp(G_t - G_j): [..., Q, C, C] -> [..., Q, C, M].
+        """Slot logits sum_{j<=t} scores[t, j] s_j exp(c_t - c_j): [..., Q, C, C] -> [..., Q, C, M].
 
         Q stands for query heads that share the gates.
         """
@@ -41,7 +43,7 @@ class ChunkGates(NamedTuple):
         return logits
 
     def gather(self, weights: jax.Array) -> jax.Array:
-        """Weight of each row's value, sum_m weights[t, m] s_j exp(G_t - G_j), 0 for j > t.
+        """Weight of each row's value, sum_m weights[t, m] s_j exp(c_t - c_j), 0 for j > t.
 
         The transpose of `spread`: [..., Q, C, M] -> [..., Q, C, C].
         """
@@ -59,21 +61,23 @@ def chunk_gates(log_decay: jax.Array) -> ChunkGates:
     """The gates of log_decay [..., C, M], C a power of two, values in [-inf, 0]."""
     *lead, C, M = log_decay.shape
     write = -jnp.expm1(log_decay)
-    F, R = log_decay, jnp.zeros_like(log_decay)
+    upto, after = log_decay, jnp.zeros_like(log_decay)
     levels = []
     half = 1
     while half < C:
         blocks = (*lead, C // (2 * half), 2, half, M)
         first, second = np.arange(2)[:, None, None] == 0, np.arange(2)[:, None, None] == 1
-        F, R, s = (x.reshape(blocks) for x in (F, R, write))
-        level = jnp.exp(jnp.where(second, F, R)) * jnp.where(second, 1, s)
+        upto, after, s = (x.reshape(blocks) for x in (upto, after, write))
+        level = jnp.exp(jnp.where(second, upto, after)) * jnp.where(second, 1, s)
         levels.append(level.reshape(log_decay.shape))
-        totals = F[..., -1:, :]  # of either half: [..., blocks, 2, 1, M]
+        totals = upto[..., -1:, :]  # of either half: [..., blocks, 2, 1, M]
         other = jnp.flip(totals, axis=-3)
-        F = jnp.where(second, F + other, F).reshape(log_decay.shape)
-        R = jnp.where(first, R + other, R).reshape(log_decay.shape)
+        upto = jnp.where(second, upto + other, upto).reshape(log_decay.shape)
+        after = jnp.where(first, after + other, after).reshape(log_decay.shape)
         half *= 2
-    return ChunkGates(write, tuple(levels), jnp.exp(F), write * jnp.exp(R), jnp.exp(F[..., -1, :]))
+    return ChunkGates(
+        write, tuple(levels), jnp.exp(upto), write * jnp.exp(after), jnp.exp(upto[..., -1, :])
+    )
 
 
 def _pairs(C: int, level: int) -> np.ndarray:

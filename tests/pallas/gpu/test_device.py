@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from nha_jax.ops.decode import decode_gpu, decode_xla
+
 from tests.nha_jax.ops import test_attention
 from tests.pallas.tpu.test_decode_kernel import a_state, a_token, options
 from tests.support.gpu.interpreted import CASES

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from nha_jax.ops.decode import decode_tpu, decode_xla
 
 from nha_jax.ops import init_state, rope_tables
-from nha_jax.ops.decode import decode_tpu, decode_xla
 from nha_jax.ops.rope import apply_rope
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.types import Options

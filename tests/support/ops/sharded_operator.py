@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 
 from nha_jax.ops import NHAState, init_state, rope_tables
-from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 from nha_jax.ops.mesh.division import over_mesh, use_mesh_axes
 from nha_jax.ops.state import Tokens
 from nha_jax.ops.tpu.attention import tpu_attention
