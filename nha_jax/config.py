@@ -173,13 +173,16 @@ class ModelConfig:
         for field in ("tie_embeddings", "output_norm", "qk_norm"):
             if not isinstance(getattr(self, field), bool):
                 self._reject(field, "must be true or false")
-        backends.check_name(self.implementation, "ModelConfig: implementation")
-        for field, choices in _CHOICES.items():
+        implementations = (*backends.names(), None)
+        for field, choices in (*_CHOICES.items(), ("implementation", implementations)):
             if getattr(self, field) not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
 
     def _freeze_kernel_options(self) -> None:
-        backends.check_kernel_options(self.kernel_options)
+        try:
+            backends.check_kernel_options(self.kernel_options)
+        except ValueError as error:
+            raise ValueError(f"ModelConfig: {error}") from None
         if self.kernel_options is not None:  # hashable, as a static argument of jax.jit must be
             object.__setattr__(self, "kernel_options", FrozenDict(self.kernel_options))
 

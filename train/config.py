@@ -16,6 +16,7 @@ from nha_jax.config import DType
 RENAMED_KEYS = {
     "evaluation.windows": "evaluation.sequences",
     "evaluation.final_windows": "evaluation.final_sequences",
+    "model.block_sizes": "model.kernel_options.pallas_tpu",
 }
 """Old dotted keys -> what they are called now. Files and options with the old ones still work."""
 
@@ -46,20 +47,30 @@ def rename_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         section, key = _find_section(renamed, old)
         if key not in section:
             continue
+        value = section.pop(key)
+        if value is None and new.count(".") > old.count("."):
+            continue  # null: there is no such section, as by default
         found.append(old)
         target, new_key = _find_section(renamed, new)
         if new_key in target:
             raise ValueError(f"{old} is the old name of {new}, and both are given; remove {old}")
-        target[new_key] = section.pop(key)
+        target[new_key] = value
     return renamed, found
 
 
 def _find_section(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The mapping that holds, or would hold, a dotted key, and the last part of the key."""
-    *parents, last = name.split(".")
-    section: Any = values
+    """The mapping that holds, or would hold, a dotted key, and the last part of the key.
+
+    Of a key two levels deep and more, mappings that are not there are made.
+    """
+    first, *parents, last = name.split(".")
+    section: Any = values.get(first)
     for parent in parents:
-        section = section.get(parent) if isinstance(section, dict) else None
+        if not isinstance(section, dict):
+            break
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
     return (section if isinstance(section, dict) else {}), last
 
 

@@ -181,7 +181,10 @@ def check_kernel_options(kernel_options: KernelOptions | None) -> None:
                 raise ValueError(
                     f"kernel_options[{name!r}] has no {key!r}; there are {', '.join(known)}"
                 )
-        kind(**given)
+        try:
+            kind(**given)
+        except ValueError as error:
+            raise ValueError(f"kernel_options[{name!r}]: {error}") from None
 
 
 def choose(

@@ -7,13 +7,16 @@ import pytest
 
 from nha_jax import ModelConfig
 from nha_jax.config_parts import Experts, RopeScaling
-from pallas.tpu import BlockSizes
 
 SMALL = {"vocab_size": 50, "num_layers": 4, "hidden_size": 96, "num_query_heads": 6}
 
 
 def small(**overrides) -> ModelConfig:
     return ModelConfig.from_dict(SMALL | overrides)
+
+
+def tpu_options(**options) -> dict:
+    return {"kernel_options": {"pallas_tpu": options}}
 
 
 def test_sizes_left_out_follow_from_the_others():
@@ -74,9 +77,12 @@ def _fields(value: object) -> str:
         ({"empty_slots": "drop"}, "empty_slots='drop' must be one of 'attend', 'mask'"),
         ({"slot_feature_map": "elu"}, "slot_feature_map='elu' must be one of 'identity'"),
         ({"implementation": "cuda"}, "implementation='cuda' must be one of 'reference', 'xla'"),
-        ({"block_sizes": {"chunk": 7}}, r"block_sizes=\{'chunk': 7\}.*32, 64 or 128, got 7"),
-        ({"block_sizes": {"chunks": 7}}, "block_sizes=.*'chunks'"),
-        ({"block_sizes": 64}, "block_sizes=64 must be a BlockSizes"),
+        (tpu_options(chunk=7), r"kernel_options\['pallas_tpu'\].*32, 64 or 128, got 7"),
+        (tpu_options(chunks=7), r"kernel_options\['pallas_tpu'\] has no 'chunks'; there are chunk"),
+        ({"kernel_options": {"xla": {}}}, "kernel_options: implementation 'xla' has no options"),
+        ({"kernel_options": {"pallas": {}}}, "a key of kernel_options must be one of .*'pallas'"),
+        ({"kernel_options": {"pallas_tpu": 7}}, r"\['pallas_tpu'\] must be a mapping, got 7"),
+        ({"kernel_options": 64}, "kernel_options must be a mapping of implementations .* got 64"),
         ({"value_activation": "gelu"}, "value_activation='gelu' must be one of 'silu', 'identity'"),
         ({"attention_bias": True}, "attention_bias=True must be one of 'none', 'qkv', 'all'"),
         ({"output_norm": 1}, "output_norm=1 must be true or false"),
@@ -143,6 +149,11 @@ def test_a_wrong_mixture_is_one_line_that_names_it(fields, message):
         Experts(**{"count": 4, "per_token": 2, "size": 8} | fields)
 
 
+def test_block_sizes_of_before_are_options_of_the_tpu_kernels():
+    assert small(block_sizes=None) == small()
+    assert small(block_sizes={"chunk": 128}) == small(**tpu_options(chunk=128))
+
+
 def test_missing_fields_are_named():
     with pytest.raises(ValueError, match="missing num_layers, num_query_heads"):
         ModelConfig.from_dict({"vocab_size": 5, "hidden_size": 8})
@@ -153,13 +164,13 @@ def test_dictionary_survives_json():
         window_size=(8, None),
         num_kv_heads=2,
         implementation="xla",
-        block_sizes={"chunk": 128},
+        kernel_options={"pallas_tpu": {"chunk": 128}},
         rope_scaling={"kind": "yarn", "factor": 4, "original_length": 32, "truncate": False},
         experts={"count": 8, "per_token": 2, "size": 32, "normalize": False},
     )
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert config.to_dict()["window_size"] == [8, None]
-    assert config.block_sizes == BlockSizes(chunk=128)
+    assert config.kernel_options == {"pallas_tpu": {"chunk": 128}}
     assert config.rope_scaling == RopeScaling(
         kind="yarn", factor=4, original_length=32, truncate=False
     )

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from pallas.tpu import BlockSizes
 from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
 from train.cli import main
@@ -40,9 +39,10 @@ MISTAKES = [
     (["--model.vocab_size=256"], ["model.vocab_size = 256", "257"]),
     (["--model.dtype=float16"], ['model.dtype = "float16"', "bfloat16, float32"]),
     (["--model={preset: nha-9b}"], ['model.preset = "nha-9b"', "nha-340m"]),
-    (["--model.block_sizes.chunks=8"], ["model.block_sizes.chunks = 8", "chunk"]),
-    (["--model.block_sizes.chunk=7"], ["model.block_sizes.chunk must be", "got 7"]),
-    (["--model.block_sizes=7"], ["model.block_sizes = 7", "a section of keys or null"]),
+    (["--model.kernel_options.pallas_tpu.chunks=8"], ["'pallas_tpu'] has no 'chunks'", "chunk"]),
+    (["--model.kernel_options.pallas_tpu.chunk=7"], ["'pallas_tpu']", "chunk must be", "got 7"]),
+    (["--model.kernel_options=7"], ["model.kernel_options = 7", "a mapping of text to"]),
+    (["--model.implementation=pallas"], ["model.implementation", "'pallas_tpu'", "'pallas'"]),
     (["--model.rope_scaling.kind=llama3"], ["model.rope_scaling.factor: missing", "a number"]),
     (["--model.rope_scaling={kind: ntk, factor: 2}"], ['model.rope_scaling.kind = "ntk"', "yarn"]),
     (
@@ -163,10 +163,19 @@ def test_numbers_with_an_exponent_are_numbers(nha: Nha) -> None:
 
 
 def test_preset_with_overrides(nha: Nha) -> None:
-    overrides = {"num_layers": 2, "block_sizes": {"chunk": 128}}
+    overrides = {"num_layers": 2, "kernel_options": {"pallas_tpu": {"chunk": 128}}}
     model = nha.config(model={"preset": "nha-340m", **overrides}).model
     assert (model.hidden_size, model.num_layers, model.mlp_size) == (1024, 2, 2816)
-    assert model.block_sizes == BlockSizes(chunk=128)
+    assert model.kernel_options == {"pallas_tpu": {"chunk": 128}}
+
+
+def test_block_sizes_are_now_options_of_the_tpu_kernels(nha: Nha) -> None:
+    wanted = {"pallas_tpu": {"chunk": 128}}
+    assert nha.config(model__block_sizes__chunk=128).model.kernel_options == wanted
+    model = nha.config().model.to_dict()
+    del model["kernel_options"]
+    assert nha.config(model=model | {"block_sizes": None}).model.kernel_options is None
+    assert nha.config(model=model | {"block_sizes": {"chunk": 128}}).model.kernel_options == wanted
 
 
 def test_every_key_has_help() -> None:

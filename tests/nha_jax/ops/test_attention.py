@@ -29,7 +29,6 @@ TOLERANCE = {
     ("pallas_tpu", "float32"): Tolerance(1e-4, 5e-4),
     ("pallas_tpu", "bfloat16"): Tolerance(5e-3, 2e-2),
     ("pallas_gpu", "bfloat16"): Tolerance(5e-3, 2e-2),
-    ("pallas_gpu", "float32"): Tolerance(5e-6, 5e-6),  # it falls back to xla
 }
 
 

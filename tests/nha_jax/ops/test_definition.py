@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nha_jax.ops import nha_attention
-from tests.support.ops.cases import BLOCK_SIZES, Case, make_inputs, relative_error, run
+from tests.support.ops.cases import SMALL_BLOCKS, Case, make_inputs, relative_error, run
 
 
 def written_out(query, key, value, log_decay, case: Case, rope, ids):
@@ -164,7 +164,11 @@ def test_without_slots_is_sliding_window_attention(implementation):
 
     found = loss(
         lambda *arrays: nha_attention(
-            *arrays, empty, window_size=W, implementation=implementation, block_sizes=BLOCK_SIZES
+            *arrays,
+            empty,
+            window_size=W,
+            implementation=implementation,
+            kernel_options=SMALL_BLOCKS,
         )
     )
     wanted = loss(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nha_jax.ops.state import Timeline, Tokens
+from nha_jax.ops.state import Tokens
+from nha_jax.ops.timeline import Timeline
 from nha_jax.ops.tpu.splash import splash_full_attention
 from nha_jax.ops.types import EmptySlots, Options
 from nha_jax.ops.xla.full import full_attention
@@ -54,9 +55,9 @@ CASES = [
 
 
 def make_inputs(case: Case):
-    """query, key and value in float32, rounded to the case's dtype; runs, what is real; cotangents.
+    """Arrays in float32, rounded to the case's dtype; segments and what is real; cotangents.
 
-    Documents of some 40 rows; every third is padding.
+    The arrays are query, key and value. Documents of some 40 rows; every third is padding.
     """
     rng = np.random.default_rng(0)
     N = case.R + case.T
@@ -69,21 +70,21 @@ def make_inputs(case: Case):
         normal(2, N, case.Hkv, case.K),
         normal(2, N, case.Hkv, case.V),
     )
-    run = np.cumsum(rng.random((2, N)) < 1 / 40, axis=1) if case.segments else np.zeros((2, N))
-    real = run % 3 != 1
+    segment = np.cumsum(rng.random((2, N)) < 1 / 40, axis=1) if case.segments else np.zeros((2, N))
+    real = segment % 3 != 1
     cotangents = (
         normal(2, case.T, case.Hq, case.V, dtype="float32"),
         normal(2, case.T, case.Hq, dtype="float32"),
     )
-    return arrays, (jnp.asarray(run, jnp.int32), jnp.asarray(real)), cotangents
+    return arrays, (jnp.asarray(segment, jnp.int32), jnp.asarray(real)), cotangents
 
 
 def run(attend, case: Case, dtype: str, **keywords) -> dict[str, np.ndarray]:
     """Values where the query is real, as the operator takes them, and gradients."""
-    arrays, (run, real), cotangents = make_inputs(case)
+    arrays, (segment, real), cotangents = make_inputs(case)
 
     def results(query, key, value):
-        timeline = Timeline(Tokens(key, key, value, value), run, real)
+        timeline = Timeline(Tokens(key, key, value, value), segment, real, case.T, None)
         out, weight = attend(query, timeline, num_slots=SLOTS, options=case.options(), **keywords)
         assert out.dtype == weight.dtype == jnp.float32
         if not case.slot_weight:
@@ -134,8 +135,8 @@ def test_compiles_for_v5e(case, monkeypatch):
     ]
 
     def loss(query, key, value):
-        run, real = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows), bool)
-        timeline = Timeline(Tokens(key, key, value, value), run, real)
+        segment, real = jnp.zeros((1, rows), jnp.int32), jnp.ones((1, rows), bool)
+        timeline = Timeline(Tokens(key, key, value, value), segment, real, case.T, None)
         out, weight = splash_full_attention(
             query, timeline, num_slots=SLOTS, options=case.options()
         )

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nha_jax.ops.decode import decode_gpu, decode_xla
 
+from nha_jax.ops.gpu import decode_gpu
+from nha_jax.ops.xla.decode import decode_xla
 from tests.nha_jax.ops import test_attention
 from tests.pallas.tpu.test_decode_kernel import a_state, a_token, options
 from tests.support.gpu.interpreted import CASES
@@ -40,14 +41,6 @@ def gpu(optimized) -> None:
 @pytest.mark.parametrize("case", CASES + LARGER, ids=str)
 def test_compiled_kernels_match_float64_reference(case):
     test_attention.check(case, "pallas_gpu", "bfloat16", make_inputs(case))
-
-
-@pytest.mark.gpu
-def test_float32_runs_plain_xla():
-    """Whose products are in TF32 unless told otherwise."""
-    case = CASES[0]
-    with jax.default_matmul_precision("highest"), pytest.warns(UserWarning, match="running 'xla'"):
-        test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
 
 
 @pytest.mark.gpu

@@ -15,11 +15,9 @@ from nha_jax.ops import nha_attention
 from pallas.gpu import BlockSizes
 from pallas.gpu.backward.window_queries import window_queries
 from pallas.gpu.backward.window_tokens import window_tokens
-from tests.nha_jax.ops import test_attention
 from tests.support.gpu import gates, slot_queries, slot_tokens, window_grads
 from tests.support.gpu.interpreted import CASES, ORDINARY
 from tests.support.gpu.process import HOPPER, THREADS, run_cases
-from tests.support.ops.cases import Case, make_inputs
 
 run_suite = functools.partial(run_cases, module="tests.support.gpu.interpreted")
 
@@ -33,12 +31,6 @@ def ordinary_results() -> dict[int, str]:
 @pytest.mark.parametrize("index", range(len(ORDINARY)), ids=map(str, ORDINARY))
 def test_matches_float64_reference(index, ordinary_results):
     assert ordinary_results[index] == "ok"
-
-
-def test_float32_runs_xla_and_says_so():
-    case = Case(T=12, window="4", segments=True)
-    with pytest.warns(UserWarning, match="multiply in bfloat16, got query of float32"):
-        test_attention.check(case, "pallas_gpu", "float32", make_inputs(case))
 
 
 @pytest.mark.full

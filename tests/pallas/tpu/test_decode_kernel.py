@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from nha_jax.ops.decode import decode_tpu, decode_xla
 
 from nha_jax.ops import init_state, rope_tables
 from nha_jax.ops.rope import apply_rope
 from nha_jax.ops.state import NHAState, Tokens
+from nha_jax.ops.tpu import decode_tpu
 from nha_jax.ops.types import Options
+from nha_jax.ops.xla.decode import decode_xla
 
 B, K, V, M = 3, 128, 128, 16
 

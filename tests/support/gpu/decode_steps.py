@@ -9,9 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from nha_jax.ops.decode import decode_gpu
 
 from nha_jax.ops import decode_step
+from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.types import Options
 from tests.pallas.tpu.test_decode_kernel import a_state, a_token, check, options

@@ -13,8 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from nha_jax.config_parts import RopeScaling
-from nha_jax.ops import NHAState, nha_attention, rope_tables
-from pallas.tpu import BlockSizes
+from nha_jax.ops import KernelOptions, NHAState, nha_attention, rope_tables
 
 WINDOWS = ("0", "1", "16", "64", "100", "T", "T+5", "None")
 GATES = ("normaliser-0.1", "normaliser-1", "normaliser-8", "-1000", "-inf", "0", "mixed", "holes")
@@ -63,8 +62,8 @@ class Case:
         return pltpu.force_tpu_interpret_mode(INTERPRETER)  # a race raises
 
     @property
-    def block_sizes(self) -> BlockSizes | None:
-        return BLOCK_SIZES if self.small_blocks else None
+    def kernel_options(self) -> KernelOptions | None:
+        return SMALL_BLOCKS if self.small_blocks else None
 
     def __str__(self) -> str:
         flags = [name for name in ("segments", "state") if getattr(self, name)]
@@ -140,7 +139,7 @@ def make_inputs(case: Case, seed: int | None = None) -> dict:
 
 
 # Two chunks a grid step: the interpreter's time is compilation, which goes by the chunks.
-BLOCK_SIZES = BlockSizes(chunks_per_step=2, forward_group=2, backward_group=1)
+SMALL_BLOCKS = {"pallas_tpu": {"chunks_per_step": 2, "forward_group": 2, "backward_group": 1}}
 INTERPRETER = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 GPU_INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
@@ -165,7 +164,7 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
             return_slot_weight=True,
             slot_weight_gradient=case.slot_weight_gradient,
             implementation=implementation,
-            block_sizes=None if implementation == "pallas_gpu" else case.block_sizes,
+            kernel_options=case.kernel_options,
         )
         # The state's slots take part in the loss, so that gradients flow through them too.
         total = jnp.vdot(result.out, cotangents["out"].astype(result.out.dtype))

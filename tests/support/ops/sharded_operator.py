@@ -13,14 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from nha_jax.ops.decode import decode_over_mesh, decode_tpu, decode_xla
 
 from nha_jax.ops import NHAState, init_state, rope_tables
-from nha_jax.ops.mesh.division import over_mesh, use_mesh_axes
+from nha_jax.ops.mesh.division import decode_over_mesh, over_mesh, use_mesh_axes
 from nha_jax.ops.state import Tokens
+from nha_jax.ops.tpu import decode_tpu
 from nha_jax.ops.tpu.attention import tpu_attention
 from nha_jax.ops.types import Options
 from nha_jax.ops.xla.chunked import chunked_attention
+from nha_jax.ops.xla.decode import decode_xla
 
 T, K, V, M, W = 12, 4, 4, 2, 4
 
