@@ -1,12 +1,13 @@
 """Times generation: a decode step's cost against the context, the batch, and reading prompts.
 
 One model (4 layers, hidden size 256, 4 query and 2 key/value heads of 64, 64 slots, bytes) under
-three window layouts that share its parameters: W=64 everywhere ("nha"), full attention in one layer
-of four ("1 in 4 full") and in all ("full": the usual cache of keys and values). Contenders take
-turns, so that a change of the machine's speed meets them all; medians are printed, and ratios of
-medians. Contexts are not read: a cache of their size is made, whose contents change no step's cost.
+three choices of windows that share its parameters: W=64 everywhere ("nha"), full attention in one
+layer of four ("1 in 4 full") and in all ("full": the usual cache of keys and values). Contenders
+take turns, so that a change of the machine's speed meets them all; medians are printed, and ratios
+of medians. Contexts are not read: a cache of their size is made, whose contents change no step's
+cost.
 
-    uv run python benchmarks/decode.py --seconds 5           # the README's tables
+    uv run python benchmarks/decode.py --seconds 5           # the tables of benchmarks/README.md
     uv run python benchmarks/decode.py --contexts 1024 4096  # short
 
 It runs on whatever device JAX finds; on an accelerator try --dtype bfloat16 --batch-sizes 1 64 256,

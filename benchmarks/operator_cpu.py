@@ -3,7 +3,7 @@
 Forward and backward at B=1, K=V=64, M=64 slots. The contenders of one length take turns, so that
 a change of the machine's speed meets them all; medians are printed, and ratios of medians.
 
-    uv run python benchmarks/operator_cpu.py --seconds 5  # the README's table, about 20 minutes
+    uv run python benchmarks/operator_cpu.py --seconds 5  # about 20 minutes
     uv run python benchmarks/operator_cpu.py --quick      # short lengths only
 """
 

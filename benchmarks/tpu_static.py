@@ -3,7 +3,7 @@
 Compiles for compile-only topologies, forward and forward+backward: `nha_attention` as its Pallas
 kernels and as plain XLA, and JAX's splash attention with the window alone (no slots, no rotation).
 
-    uv run --extra tpu python benchmarks/tpu_static.py                     # the README's table
+    uv run --extra tpu python benchmarks/tpu_static.py  # the table of benchmarks/README.md
     uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e --shapes G=4
     uv run --extra tpu python benchmarks/tpu_static.py --shapes G=1,W=1024 G=4,K=64 --json out.json
 
