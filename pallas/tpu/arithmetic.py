@@ -37,26 +37,28 @@ def _dot(a, b, contract_a, contract_b):
     )
 
 
-def flat(x: jax.Array) -> jax.Array:
-    """[G, rows, D] -> [G * rows, D]."""
+def merge_group(x: jax.Array) -> jax.Array:
+    """[G, rows, D] -> [G * rows, D]: the operand of one product for all heads of the group."""
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
-def by_head(x: jax.Array, group: int) -> jax.Array:
-    """[G * rows, D] -> [G, rows, D]."""
+def split_group(x: jax.Array, group: int) -> jax.Array:
+    """[G * rows, D] -> [G, rows, D], the inverse of `merge_group`."""
     return x.reshape(group, x.shape[0] // group, x.shape[1])
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """x * factor, without an operation if the factor is 1."""
     return x if factor == 1.0 else x * factor
 
 
 def join(parts: list[jax.Array], axis: int) -> jax.Array:
+    """Concatenates, without an operation if there is one part."""
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
 
 
-def widen(x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
-    """Columns of `fill` up to `width`."""
+def pad_columns(x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
+    """Appends columns of `fill` up to `width`."""
     missing = width - x.shape[-1]
     if not missing:
         return x
@@ -66,57 +68,66 @@ def widen(x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
 def overlay(
     op: Callable[..., jax.Array], a: jax.Array, b: jax.Array | None, neutral: float
 ) -> jax.Array:
-    """op(a, b), the narrower one widened by op's neutral element, for one reduction of both."""
+    """op(a, b), column by column; the narrower one is first padded with op's neutral element.
+
+    A reduction over the columns by op then serves both arrays at once. b None: a alone.
+    """
     if b is None:
         return a
     width = max(a.shape[-1], b.shape[-1])
-    return op(widen(a, width, neutral), widen(b, width, neutral))
+    return op(pad_columns(a, width, neutral), pad_columns(b, width, neutral))
 
 
 def apply_feature_map(x: jax.Array, name: str) -> jax.Array:
-    """The slot branch's map of queries and keys, in their dtype."""
+    """Maps queries or keys for the slots, by the operator's slot_feature_map, in their dtype."""
     if name == "identity":
         return x
-    wide = x.astype(jnp.float32)
-    mapped = jnp.maximum(wide, 0.0) if name == "relu" else wide * _sigmoid(wide)
+    x_float32 = x.astype(jnp.float32)
+    mapped = jnp.maximum(x_float32, 0.0) if name == "relu" else x_float32 * _sigmoid(x_float32)
     return mapped.astype(x.dtype)
 
 
 def feature_map_pullback(gradient: jax.Array, x: jax.Array, name: str) -> jax.Array:
-    """The float32 gradient at x, of the same shape, of what the feature map made of it."""
+    """The gradient at x, given that (float32, of x's shape) of `apply_feature_map(x, name)`."""
     if name == "identity":
         return gradient
-    wide = x.astype(jnp.float32)
+    x_float32 = x.astype(jnp.float32)
     if name == "relu":
-        return jnp.where(wide > 0.0, gradient, 0.0)
-    sigmoid = _sigmoid(wide)
-    return gradient * (sigmoid * (1.0 + wide * (1.0 - sigmoid)))
+        return jnp.where(x_float32 > 0.0, gradient, 0.0)
+    sigmoid = _sigmoid(x_float32)
+    return gradient * (sigmoid * (1.0 + x_float32 * (1.0 - sigmoid)))
 
 
 def _sigmoid(x):
     return 1.0 / (1.0 + jnp.exp2(-x * LOG2E))
 
 
+def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """[..., K / 2] each -> [..., 2 K], the rotation table of `rotate`.
+
+    Cosine and sine for both halves of a head; the sign of the first half's sine is in the table.
+    """
+    return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
+
+
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotate-half by a table [rows, 2 K] (`expand_table`); float32."""
+    """Rotates x [..., rows, K] by halves (as Llama does) with a table [rows, 2 K]; float32."""
     cos, sin = jnp.split(table, 2, axis=1)
-    turned = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
-    return x.astype(jnp.float32) * cos + turned * sin
+    swapped = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
+    return x.astype(jnp.float32) * cos + swapped * sin
 
 
 def rotate_back(x: jax.Array, table: jax.Array) -> jax.Array:
-    """The transpose of `rotate`, of float32 x."""
+    """The transpose of `rotate`, for float32 x."""
     cos, sin = jnp.split(table, 2, axis=1)
     return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
 
 
-def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """[..., K / 2] each -> [..., 2 K]: for both halves, the sign of the first's sine folded in."""
-    return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
-
-
 def cumulative_sum(x: jax.Array) -> jax.Array:
-    """Inclusive, along the rows of [rows, M] float32; in log steps, as Mosaic has no cumsum."""
+    """Sums each row of [rows, M] float32 and all rows above it.
+
+    In log2(rows) shifted additions, because Mosaic has no cumulative sum.
+    """
     rows, columns = x.shape
     step = 1
     while step < rows:
@@ -126,7 +137,7 @@ def cumulative_sum(x: jax.Array) -> jax.Array:
 
 
 def reverse_cumulative_sum(x: jax.Array) -> jax.Array:
-    """Of each row of [rows, M] and all below it."""
+    """Sums each row of [rows, M] float32 and all rows below it."""
     rows, columns = x.shape
     step = 1
     while step < rows:
@@ -136,6 +147,7 @@ def reverse_cumulative_sum(x: jax.Array) -> jax.Array:
 
 
 def identity_mask(size: int) -> jax.Array:
+    """Bool [size, size], True on the diagonal."""
     shape = (size, size)
     return lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
 

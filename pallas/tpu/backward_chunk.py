@@ -1,371 +1,344 @@
 """A chunk of the fused backward, stage by stage.
 
-Symbols as in `spec.py` and `forward.py`; D = d_out value^T, dS the gradient of the slots at the
-chunk's end, and, with the forward's weights w_rj = s_j exp(G_r - G_j):
+Symbols as in `spec.py`, S0 the slots at the chunk's start and S_end at its end. With the forward's
+factors w_rj = s_j exp(c_r - c_j), of tokens j in the slots of row r:
 
-    a = exp(G) (q SK0^T) + sum_j (q k^T)_rj w_rj     da = exp(G) (d_out SV0^T) + sum_j D_rj w_rj
-    ds = scale pa (da - delta)                       db = pb (D - delta)
-    A_rj = sum_m pa w_rj                             L_rj = sum_m ds w_rj
+    a = exp(c) (q SK0^T) + sum_j (q k^T)_rj w_rj     da = exp(c) (d_out SV0^T) + sum_j D_rj w_rj
+    ds = scale p (da - delta)                        db = p_b (D - delta)
+    A_rj = sum_m p_rm w_rjm                          L_rj = sum_m ds_rm w_rjm
 
-and of the slot weight omega = sum pa, its cotangent dw adds dw to da (and so to delta); if only the
-slots' logits are to be pulled, dw (1 - omega) is added to da and nothing to delta.
+with D = d_out value^T, p the softmax weights of the slots and p_b those of the window. The slot
+weight omega = sum p, of gradient d_omega, adds d_omega to da and so to delta; with
+spec.pull_slots_only, d_omega (1 - omega) is added to da and nothing to delta.
 
-The same map gives a and da, and its transpose A and L: the pairs are stacked and share the gates.
+One map takes q k^T to a and D to da, and its transpose takes ds to L and p to A: each pair is
+stacked and goes through one product. The gradients:
 
-    dq = (ds exp(G)) SK0 + L k + rotate_back(db rotated_k)
-    dk = L^T q + (s exp(G_C - G)) dSK + rotate_back(db^T rotated_q),  dv = P^T d_out + ... dSV
-    dg_j = x1 + sum_{r >= j} (R_r - s_r Y_r) - exp(g_j) Y_j
+    dq = (ds exp(c)) SK0 + L k + rotate_back(db rotated_k)
+    dk = L^T q + (s exp(c_C - c)) d_SK + rotate_back(db^T rotated_q)
+    dv = P^T d_out + (s exp(c_C - c)) d_SV, with P as in `forward.py`: A, and p_b for the others
+    dg_j = x + sum_{r >= j} (R_r - s_r Y_r) - exp(g_j) Y_j
 
-with R_r = sum over the heads of ds a + pa da, Y_j the gradient of s_j, x1 = sum(dS * S_end). dg is
-a difference of sums that nearly cancel when decays are strong, so R, Y and x1 are made of the very
-operands, rounded, that enter the products: what cancels in exact arithmetic then cancels here.
+d_SK and d_SV are the gradients of S_end; R_r is the sum over the heads of ds a + p da; Y_j is the
+gradient of s_j; x = sum(d_S_end * S_end). dg is a difference of sums that nearly cancel when decays
+are strong, so R, Y and x are made of the very operands, rounded, that enter the products: what
+cancels in exact arithmetic then cancels here.
 """
 
-import dataclasses
-import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
     LOG2E,
     apply_feature_map,
-    by_head,
-    feature_map_pullback,
-    flat,
     join,
     matmul,
     matmul_nt,
     matmul_tn,
+    merge_group,
     overlay,
-    reverse_cumulative_sum,
-    rotate_back,
+    pad_columns,
     scaled,
+    split_group,
     to_column,
     to_row,
-    widen,
 )
-from pallas.tpu.chunk_tokens import (
-    Tokens,
-    chunk_segments,
-    rotated_queries,
-    rows_of,
-    stack_heads,
-    unstack_heads,
+from pallas.tpu.chunk_tokens import Refs, read_group, rows_of, segments_of, window_queries
+from pallas.tpu.decays import ChunkDecays
+from pallas.tpu.gradients import (
+    ChunkGradients,
+    ChunkStates,
+    DecayGradients,
+    GridStep,
+    add_to_first,
+    decay_gradient,
+    store_decays,
+    store_tokens,
 )
-from pallas.tpu.gates import Gates, floor_of
-from pallas.tpu.launch import Arrays
 from pallas.tpu.masks import Masks
-from pallas.tpu.segments import where_entering
 from pallas.tpu.spec import CallSpec
 
 
-@dataclasses.dataclass
-class Step:
-    """What the chunks of a grid step share.
-
-    Fields:
-      slots: [M, K + V], at the start of the next chunk whose forward is to come.
-      carry: what the later chunks add to the gradients of this one's tokens (`_overlap_add`), and
-        of the slots at its end.
-      decays: the gradients [C, M] of the chunks' decays, as far as they are known.
-    """
-
-    refs: Any
-    outs: Any
-    tokens: Tokens
-    spec: CallSpec
-    index: jax.Array  # of the step
-    slots: jax.Array
-    carry: Arrays
-    decays: list[jax.Array] = dataclasses.field(default_factory=list)
-
-
-class Chunk:
-    """One chunk's work; the stages leave to each other what they set as attributes."""
-
-    def __init__(self, n: int, step: Step):
-        self.n, self.step, self.spec, self.rows = n, step, step.spec, rows_of(n, step.spec)
-        self.dtype = step.refs["value"].dtype
-        self.K, self.V = (step.refs[name].shape[2] for name in ("key", "value"))
-
-    def forward_stages(self) -> Iterator[None]:
-        """The chunk's gates, and the slots at its start and end."""
-        for stage in (self._gate, self._write_slots, self._pass_slots_on):
-            stage()
-            yield
-
-    def backward_stages(self) -> Iterator[None]:
-        for stage in (
-            self._start, self._slot_logits, self._softmax, self._probabilities, self._tokens,
-            self._finish,
-        ):  # fmt: skip
-            stage()
-            yield
-
-    def _gate(self) -> None:
-        decay = self.step.tokens.cat("decay", self.n, self.spec.entering_tokens)
-        self.gates = Gates(decay, self.spec, self.dtype)
-
-    def _write_slots(self) -> None:
-        C, tokens = self.spec.chunk, self.step.tokens
-        self.to_end, keep = self.gates.to_end, jnp.exp2(self.gates.end)
-        self.segments = chunk_segments(self.step.refs, tokens, self.n, self.spec)
-        if self.segments is not None:
-            self.to_end, keep = (
-                self.segments.where_token_reaches_end(self.to_end),
-                self.segments.where_start_reaches_end(keep),
-            )
-        self.written = (self.gates.write[:C] * self.to_end).astype(self.dtype)
-        self.keep = to_column(keep)
-        entered = jnp.concatenate([tokens.cat(name, self.n, C) for name in ("key", "value")], 1)
-        self.added = matmul_tn(self.written, entered)
-
-    def _pass_slots_on(self) -> None:
-        start = self.step.slots
-        self.start_key, self.start_value = (
-            x.astype(self.dtype) for x in (start[:, : self.K], start[:, self.K :])
-        )
-        self.end = self.step.slots = self.keep * start + self.added
-
-    def _start(self) -> None:
-        n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
-        self.entering = tokens.cat("key", n, spec.entering_tokens)
-        self.value = tokens.cat("value", n, spec.chunk_tokens)
-        self.rotated_key = tokens.cat("rotated_key", n, spec.chunk_tokens)
-        self.raw_query = stack_heads(refs["query"], self.rows, spec.group)
-        self.d_out = stack_heads(refs["out_cotangent"], self.rows, spec.group)
-        self.rotated_query = rotated_queries(refs, self.rows, spec)
-        self.query = apply_feature_map(self.raw_query, spec.feature_map)
-        self.scores = by_head(matmul_nt(self.query, self.entering), spec.group)  # [G, C, columns]
-        self.products = by_head(matmul_nt(self.d_out, self.value), spec.group)  # D, [G, C, width]
-        self.lse = self._row_column("lse")
-
-    def _slot_logits(self) -> None:
-        spec, gates, G = self.spec, self.gates, self.spec.group
-        self.masks = Masks(spec, self.segments, self.n, self.step.index)
-        self.carried = jnp.exp2(gates.rows)
-        if self.segments is not None:
-            self.carried = self.segments.where_row_sees_start(self.carried)
-        size = range(len(gates.blocks))
-        self.weights, self.rises = [gates.weight(i) for i in size], [gates.rise(i) for i in size]
-        masked = [
-            jnp.where(self.masks.entering, x[..., : spec.entering_tokens], 0.0)
-            for x in (self.scores, self.products)
-        ]
-        self.stacked = [
-            jnp.concatenate([flat(x[:, block, extent]) for x in masked], 0).astype(self.dtype)
-            for block, extent in zip(gates.blocks, gates.extents, strict=True)
-        ]
-        self.carried_a = by_head(matmul_nt(self.query, self.start_key), G)  # [G, C, M]
-        self.carried_da = by_head(matmul_nt(self.d_out, self.start_value), G)
-        self.spread = [matmul(x, w) for x, w in zip(self.stacked, self.weights, strict=True)]
-        if spec.has_window:
-            self.b = by_head(matmul_nt(self.rotated_query, self.rotated_key), G)  # [G, C, width]
-        self.half = G * gates.blocks[0].stop
-        self.a, self.da = (
-            x * self.carried
-            + join([
-                by_head(y[part], G) * rise
-                for y, rise in zip(self.spread, self.rises, strict=True)
-            ], 1)
-            for x, part in (
-                (self.carried_a, slice(0, self.half)), (self.carried_da, slice(self.half, None))
-            )
-        )  # fmt: skip
-
-    def _softmax(self) -> None:
-        spec, da, products = self.spec, self.da, self.products
-        logits = self.masks.slot_logits(self.a * (spec.scale * LOG2E))
-        pa = jnp.exp2(logits - self.lse)
-        d_weight = self._row_column("weight_cotangent") if spec.slot_weight else 0.0
-        if spec.has_window:
-            b = jnp.where(self.masks.window, scaled(self.b, spec.window_scale), MASKED_LOGIT)
-            self.pb = jnp.exp2(b - self.lse)
-        if spec.wide_window:
-            delta = self._row_column("delta")
-        else:
-            share = self.pb * products if spec.has_window else None
-            pulled = da if spec.pull_slots_only else da + d_weight
-            delta = jnp.sum(overlay(jnp.add, pa * pulled, share, 0.0), -1, keepdims=True)
-        ds = pa * ((da + (d_weight - delta)) * spec.scale)
-        if spec.has_window:
-            self.db = flat(self.pb * ((products - delta) * spec.window_slope)).astype(self.dtype)
-        self.ds_carried, self.pa_carried = (
-            flat(x * self.carried).astype(self.dtype) for x in (ds, pa)
-        )
-        self.pairs = [
-            jnp.concatenate([flat(x[:, block] * rise) for x in (ds, pa)], 0).astype(self.dtype)
-            for block, rise in zip(self.gates.blocks, self.rises, strict=True)
-        ]
-
-    def _probabilities(self) -> None:
-        spec, G, half, dtype = self.spec, self.spec.group, self.half, self.dtype
-        self.into_rows = self._into_rows()
-        gathered = [matmul_nt(x, w) for x, w in zip(self.pairs, self.weights, strict=True)]
-        d_scores = join(
-            [widen(by_head(x[:half], G), spec.entering_tokens) for x in gathered], 1
-        )  # L
-        self.d_scores = flat(jnp.where(self.masks.entering, d_scores, 0.0)).astype(dtype)
-        p = join([widen(by_head(x[half:], G), spec.chunk_tokens) for x in gathered], 1)  # A, then P
-        p = jnp.where(self.masks.slots, p, self.pb if spec.has_window else 0.0)
-        self.p = flat(p).astype(dtype)
-        self.per_block = [matmul_tn(x, y) for x, y in zip(self.stacked, self.pairs, strict=True)]
-        self.d_start = jnp.concatenate(
-            [matmul_tn(self.ds_carried, self.query), matmul_tn(self.pa_carried, self.d_out)], 1
-        )
-        if spec.has_window:
-            self.d_rotated_query = by_head(matmul(self.db, self.rotated_key), G)
-            self.d_rotated_key = matmul_tn(self.db, self.rotated_query)  # [width, K]
-
-    def _into_rows(self) -> jax.Array:
-        """R, [C, M]."""
-        wide, G = jnp.float32, self.spec.group
-        within = [
-            jnp.sum((pair.astype(wide) * x).reshape(2 * G, -1, x.shape[1]), 0)
-            for pair, x in zip(self.pairs, self.spread, strict=True)
-        ]
-        carried = (
-            by_head(self.ds_carried.astype(wide), G) * self.carried_a
-            + by_head(self.pa_carried.astype(wide), G) * self.carried_da
-        )
-        return join(within, 0) + jnp.sum(carried, 0)
-
-    def _tokens(self) -> None:
-        C, K, carry = self.spec.chunk, self.K, self.step.carry
-        d_end = carry["slots"]
-        d_end_key, d_end_value = (x.astype(self.dtype) for x in (d_end[:, :K], d_end[:, K:]))
-        d_end_narrow = jnp.concatenate([d_end_key, d_end_value], 1)
-        into_end = jnp.sum(d_end_narrow.astype(jnp.float32) * self.end, -1, keepdims=True)
-        self.into_end = to_row(into_end)  # x1
-        carry["slots"] = self.keep * d_end + self.d_start
-
-        d_query = matmul(self.ds_carried, self.start_key) + matmul(self.d_scores, self.entering)
-        self.d_query = by_head(d_query, self.spec.group)
-        written = matmul(self.written, d_end_narrow)  # [C, K + V]
-        d_key = matmul_tn(self.d_scores, self.query)  # [columns, K]
-        d_value = matmul_tn(self.p, self.d_out)  # [width, V]
-        self.d_key, self.d_value = (
-            _add_to_first(x, y) for x, y in ((d_key, written[:, :K]), (d_value, written[:, K:]))
-        )
-        self.ending = matmul_nt(self.entering[:C], d_end_key)
-        self.ending += matmul_nt(self.value[:C], d_end_value)  # [C, M]
-
-    def _finish(self) -> None:
-        d_decay = self._decay_gradient()
-        self._store_tokens()
-        self._store_decays(d_decay)
-
-    def _decay_gradient(self) -> jax.Array:
-        """[columns, M]."""
-        gates, spec = self.gates, self.spec
-        falls = [gates.fall(i) for i in range(len(gates.blocks))]
-        d_write = _sum_blocks(self.per_block, falls, gates, spec)
-        weights = [x.astype(jnp.float32) for x in self.weights]
-        rounded = _sum_blocks(self.per_block, weights, gates, spec)
-        d_write = _add_to_first(d_write, self.ending * self.to_end)
-        rounded = _add_to_first(rounded, self.ending * self.written.astype(jnp.float32))
-        d_decay = reverse_cumulative_sum(_at_tokens(self.into_rows, spec) - rounded)
-        d_decay -= (1.0 - gates.write) * d_write
-        d_decay = _add_to_first(d_decay, self.into_end, spec.chunk)
-        decay = self.step.tokens.cat("decay", self.n, spec.entering_tokens)
-        return jnp.where(decay > floor_of(self.dtype), d_decay, 0.0)
-
-    def _store_tokens(self) -> None:
-        spec, rows, refs, outs, carry = (
-            self.spec, self.rows, self.step.refs, self.step.outs, self.step.carry
-        )  # fmt: skip
-        raw_query = by_head(self.raw_query, spec.group)
-        d_query = feature_map_pullback(self.d_query, raw_query, spec.feature_map)
-        d_key = _overlap_add(self.d_key, carry, "key", spec)
-        d_key = feature_map_pullback(d_key, refs["key"][0, rows], spec.feature_map)
-        if spec.has_window:
-            d_rotated_query = self.d_rotated_query
-            d_rotated_key = _overlap_add(self.d_rotated_key, carry, "rotated_key", spec)
-            if spec.rotated:
-                unstack_heads(outs["rotated_query"], rows, d_rotated_query)
-                outs["rotated_key"][0, rows] = d_rotated_key.astype(self.dtype)
-            elif spec.rope:
-                d_query += rotate_back(d_rotated_query, refs["rope_table"][0, rows])
-                d_key += rotate_back(d_rotated_key, refs[spec.rope_tables[-1]][0, rows])
-            else:
-                d_query += d_rotated_query
-                d_key += d_rotated_key
-        unstack_heads(outs["query"], rows, d_query)
-        outs["key"][0, rows] = d_key.astype(self.dtype)
-        d_value = _overlap_add(self.d_value, carry, "value", spec)
-        outs["value"][0, rows] = d_value.astype(self.dtype)
-
-    def _store_decays(self, d_decay: jax.Array) -> None:
-        """A tile of 128 lanes at a time, once all its chunks are known."""
-        spec, refs, decays = self.spec, self.step.refs, self.step.decays
-        decays.insert(0, _overlap_add(d_decay, self.step.carry, "log_decay", spec))
-        lanes, first = min(128, spec.step_rows), self.rows.start
-        if first % lanes:
-            return
-        tile = slice(first, first + lanes)
-        turned = join(decays[: lanes // spec.chunk], 0).T
-        if spec.segments:
-            turned = where_entering(turned, refs["row_segments"][0, :, tile])
-        self.step.outs["log_decay"][0, 0, :, tile] = turned
-
-    def _row_column(self, name: str) -> jax.Array:
-        """The chunk's rows of [1, 1, G, rows] -> [G, C, 1]."""
-        return to_column(self.step.refs[name][0, 0, :, self.rows][:, None, :])
-
-
-def _add_to_first(x: jax.Array, y: jax.Array, rows: int | None = None) -> jax.Array:
-    """y added to the first rows of x, as many as y has, or `rows`."""
-    rows = y.shape[0] if rows is None else rows
-    if x.shape[0] == rows:
-        return x + y
-    return jnp.concatenate([x[:rows] + y, x[rows:]], 0)
-
-
-def _sum_blocks(
-    per_block: list[jax.Array], factors: list[jax.Array], gates: Gates, spec: CallSpec
-) -> jax.Array:
-    """[columns, M]: the blocks' products, each up to its last column, summed."""
-    size, parts = gates.blocks[0].stop, []
-    for first in range(0, spec.entering_tokens, size):
-        rows = slice(first, first + size)
-        terms = [
-            x[rows] * factor[rows]
-            for x, factor, extent in zip(per_block, factors, gates.extents, strict=True)
-            if first < extent.stop
-        ]
-        parts.append(functools.reduce(jnp.add, terms))
-    return join(parts, 0)
-
-
-def _at_tokens(x: jax.Array, spec: CallSpec) -> jax.Array:
-    """Row r of [C, M] to the last token that it finds in the slots, row r + d of [columns, M]."""
-    if not spec.halo_padding:
-        return x
-    padded = jnp.concatenate(
-        [x, jnp.zeros((spec.entering_tokens - spec.chunk, x.shape[1]), x.dtype)], 0
+def forward_stages(n: int, step: GridStep) -> Iterator[None]:
+    """Emits chunk n's decays and states, which `backward_stages` find in step.states[n]."""
+    spec, tokens, dtype = step.spec, step.tokens, step.refs["token_value"].dtype
+    C, K = spec.chunk, step.refs["token_key"].shape[2]
+    decays = ChunkDecays(tokens.of_chunk("decay", n, spec.entering_tokens), spec, dtype)
+    yield
+    bare_end_decay, chunk_decay = decays.bare_end_decay, jnp.exp2(decays.chunk)
+    segments = segments_of(step.refs, tokens, n, spec)
+    if segments is not None:
+        bare_end_decay = segments.where_token_reaches_end(bare_end_decay)
+        chunk_decay = segments.where_start_reaches_end(chunk_decay)
+    end_decay = (decays.write[:C] * bare_end_decay).astype(dtype)
+    chunk_decay = to_column(chunk_decay)
+    key_value = [tokens.of_chunk(name, n, C) for name in ("entering_key", "value")]
+    entered = matmul_tn(end_decay, jnp.concatenate(key_value, 1))
+    yield
+    start = step.slots
+    start_key, start_value = (x.astype(dtype) for x in (start[:, :K], start[:, K:]))
+    end = step.slots = chunk_decay * start + entered
+    step.states[n] = ChunkStates(
+        decays, segments, bare_end_decay, end_decay, chunk_decay, start_key, start_value, end
     )
-    return pltpu.roll(padded, spec.halo_padding, 0)
+    yield
 
 
-def _overlap_add(x: jax.Array, carry: Arrays, name: str, spec: CallSpec) -> jax.Array:
-    """The chunk's own [C, D] of the gradients x of cat's first rows, with the later chunks' share.
+def backward_stages(n: int, step: GridStep) -> Iterator[None]:
+    """Emits chunk n's gradients, a stage up to each `yield`."""
+    states = step.states[n]
+    reads = _read(n, step)
+    yield
+    logits = _slot_logits(n, step, reads, states)
+    yield
+    softmax = _softmax(n, step, reads, states, logits)
+    yield
+    products = _transposed_products(step.spec, reads, states, logits, softmax)
+    yield
+    gradients, decay_gradients = _gradients(step, reads, states, logits, softmax, products)
+    yield
+    d_decay = decay_gradient(n, step, states, decay_gradients)
+    store_tokens(n, step, gradients)
+    store_decays(n, step, d_decay)
+    yield
 
-    carry[name], [halo, D], is what the later chunks have added to the rows of cat from the C-th on;
-    it becomes what this chunk and they add to the halo.
+
+class _Reads(NamedTuple):
+    """What a chunk reads, and the products that need nothing else."""
+
+    entering_key: jax.Array  # [entering_tokens, K], after the feature map
+    value: jax.Array  # [chunk_tokens, V]
+    window_key: jax.Array  # [chunk_tokens, K], rotated
+    query: jax.Array  # [G * C, K]
+    d_out: jax.Array  # [G * C, V]
+    window_query: jax.Array  # [G * C, K], rotated
+    slot_query: jax.Array  # [G * C, K], after the feature map
+    query_key: jax.Array  # q k^T of the slots' branch, [G, C, entering_tokens] float32
+    d_out_value: jax.Array  # D, [G, C, chunk_tokens] float32
+    lse: jax.Array  # [G, C, 1] float32
+
+
+def _read(n: int, step: GridStep) -> _Reads:
+    spec, refs, tokens = step.spec, step.refs, step.tokens
+    rows, G = rows_of(n, spec), spec.group
+    entering_key = tokens.of_chunk("entering_key", n, spec.entering_tokens)
+    value = tokens.of_chunk("value", n, spec.chunk_tokens)
+    window_key = tokens.of_chunk("window_key", n, spec.chunk_tokens)
+    query = read_group(refs["query"], rows, G)
+    d_out = read_group(refs["d_out"], rows, G)
+    window_query = window_queries(refs, rows, spec)
+    slot_query = apply_feature_map(query, spec.feature_map)
+    query_key = split_group(matmul_nt(slot_query, entering_key), G)
+    d_out_value = split_group(matmul_nt(d_out, value), G)
+    lse = _row_column(refs, "lse", rows)
+    return _Reads(
+        entering_key, value, window_key, query, d_out, window_query, slot_query, query_key,
+        d_out_value, lse,
+    )  # fmt: skip
+
+
+class _Logits(NamedTuple):
+    """The slots' logits a and their softmax weights' gradients da, with all that they are made of.
+
+    Lists have an entry for each gate block; "a over da" are [2 * G * rows, .], a's rows first.
     """
-    if not spec.halo:
-        return x
-    C, more = spec.chunk, carry[name]
-    parts = [x[:C]]
-    if x.shape[0] > C:
-        parts.append(x[C:] + more[: x.shape[0] - C])
-    if x.shape[0] - C < spec.halo:
-        parts.append(more[x.shape[0] - C :])
-    total = join(parts, 0)
-    carry[name] = total[: spec.halo]
-    return total[spec.halo :]
+
+    masks: Masks
+    start_decay: jax.Array  # exp(c_r), [C, M] float32
+    token_decays: list[jax.Array]  # [the block's tokens, M]
+    row_decays: list[jax.Array]  # [the block's rows, M] float32
+    block_products: list[jax.Array]  # a over da: q k^T and D, [., the block's tokens]
+    block_sums: list[jax.Array]  # a over da, before the row's decay: [., M] float32
+    start_a: jax.Array  # q SK0^T, [G, C, M] float32
+    start_da: jax.Array  # d_out SV0^T, [G, C, M] float32
+    window_product: jax.Array | None  # rotated q k^T, [G, C, chunk_tokens] float32
+    a: jax.Array  # [G, C, M] float32
+    da: jax.Array  # [G, C, M] float32
+
+
+def _slot_logits(n: int, step: GridStep, reads: _Reads, states: ChunkStates) -> _Logits:
+    spec, decays, segments, G = step.spec, states.decays, states.segments, step.spec.group
+    masks = Masks(spec, segments, n, step.index)
+    start_decay = jnp.exp2(decays.at_rows)
+    if segments is not None:
+        start_decay = segments.where_row_sees_start(start_decay)
+    blocks = range(len(decays.gate_blocks))
+    token_decays = [decays.token_decay(i) for i in blocks]
+    row_decays = [decays.row_decay(i) for i in blocks]
+    products = [
+        jnp.where(masks.entering, x[..., : spec.entering_tokens], 0.0)
+        for x in (reads.query_key, reads.d_out_value)
+    ]
+    block_products = [
+        jnp.concatenate([merge_group(x[:, rows, seen]) for x in products], 0).astype(
+            reads.value.dtype
+        )
+        for rows, seen in zip(decays.gate_blocks, decays.block_tokens, strict=True)
+    ]
+    start_a = split_group(matmul_nt(reads.slot_query, states.start_key), G)
+    start_da = split_group(matmul_nt(reads.d_out, states.start_value), G)
+    block_sums = [matmul(x, w) for x, w in zip(block_products, token_decays, strict=True)]
+    window_product = None
+    if spec.has_window:
+        window_product = split_group(matmul_nt(reads.window_query, reads.window_key), G)
+    half = G * decays.gate_blocks[0].stop
+    a, da = (
+        from_start * start_decay
+        + join([
+            split_group(sums[part], G) * row_decay
+            for sums, row_decay in zip(block_sums, row_decays, strict=True)
+        ], 1)
+        for from_start, part in ((start_a, slice(0, half)), (start_da, slice(half, None)))
+    )  # fmt: skip
+    return _Logits(
+        masks, start_decay, token_decays, row_decays, block_products, block_sums, start_a,
+        start_da, window_product, a, da,
+    )  # fmt: skip
+
+
+class _Softmax(NamedTuple):
+    """The softmax weights and the logits' gradients, as operands of the products to come."""
+
+    window_p: jax.Array | None  # p_b, [G, C, chunk_tokens] float32
+    db: jax.Array | None  # [G * C, chunk_tokens]
+    start_ds: jax.Array  # ds exp(c), [G * C, M]
+    start_p: jax.Array  # p exp(c), [G * C, M]
+    block_ds_p: list[jax.Array]  # for each gate block: ds over p, times the row's decay
+
+
+def _softmax(
+    n: int, step: GridStep, reads: _Reads, states: ChunkStates, logits: _Logits
+) -> _Softmax:
+    spec, refs, rows, dtype = step.spec, step.refs, rows_of(n, step.spec), reads.value.dtype
+    da, d_out_value = logits.da, reads.d_out_value
+    a = logits.masks.slot_logits(logits.a * (spec.scale * LOG2E))
+    slot_p = jnp.exp2(a - reads.lse)
+    d_slot_weight = _row_column(refs, "d_slot_weight", rows) if spec.slot_weight else 0.0
+    window_p = db = None
+    if logits.window_product is not None:
+        b = scaled(logits.window_product, spec.window_scale)
+        window_p = jnp.exp2(jnp.where(logits.masks.window, b, MASKED_LOGIT) - reads.lse)
+    if spec.wide_window:
+        delta = _row_column(refs, "delta", rows)
+    else:
+        window_term = None if window_p is None else window_p * d_out_value
+        slot_term = slot_p * (da if spec.pull_slots_only else da + d_slot_weight)
+        delta = jnp.sum(overlay(jnp.add, slot_term, window_term, 0.0), -1, keepdims=True)
+    ds = slot_p * ((da + (d_slot_weight - delta)) * spec.scale)
+    if window_p is not None:
+        d_logits = window_p * ((d_out_value - delta) * spec.window_slope)
+        db = merge_group(d_logits).astype(dtype)
+    start_ds, start_p = (merge_group(x * logits.start_decay).astype(dtype) for x in (ds, slot_p))
+    block_ds_p = [
+        jnp.concatenate([merge_group(x[:, block] * row_decay) for x in (ds, slot_p)], 0).astype(
+            dtype
+        )
+        for block, row_decay in zip(states.decays.gate_blocks, logits.row_decays, strict=True)
+    ]
+    return _Softmax(window_p, db, start_ds, start_p, block_ds_p)
+
+
+class _Products(NamedTuple):
+    """What the logits' gradients and softmax weights give back, but for the tokens' gradients."""
+
+    d_at_rows: jax.Array  # R, [C, M] float32
+    d_query_key: jax.Array  # L, [G * C, entering_tokens]
+    token_p: jax.Array  # P, [G * C, chunk_tokens]
+    d_token_decays: list[jax.Array]  # for each gate block, [its tokens, M] float32
+    d_start: jax.Array  # of the slots at the chunk's start, [M, K + V] float32
+    d_window_query: jax.Array | None  # [G, C, K] float32
+    d_window_key: jax.Array | None  # [chunk_tokens, K] float32
+
+
+def _transposed_products(
+    spec: CallSpec, reads: _Reads, states: ChunkStates, logits: _Logits, softmax: _Softmax
+) -> _Products:
+    G, dtype = spec.group, reads.value.dtype
+    half = G * states.decays.gate_blocks[0].stop
+    d_at_rows = _row_decay_gradient(G, logits, softmax)
+    gathered = [
+        matmul_nt(x, w) for x, w in zip(softmax.block_ds_p, logits.token_decays, strict=True)
+    ]
+    d_query_key = join(
+        [pad_columns(split_group(x[:half], G), spec.entering_tokens) for x in gathered], 1
+    )
+    d_query_key = merge_group(jnp.where(logits.masks.entering, d_query_key, 0.0)).astype(dtype)
+    slot_token_p = join(
+        [pad_columns(split_group(x[half:], G), spec.chunk_tokens) for x in gathered], 1
+    )
+    window_p = 0.0 if softmax.window_p is None else softmax.window_p
+    token_p = merge_group(jnp.where(logits.masks.slots, slot_token_p, window_p)).astype(dtype)
+    d_token_decays = [
+        matmul_tn(x, y) for x, y in zip(logits.block_products, softmax.block_ds_p, strict=True)
+    ]
+    d_start = jnp.concatenate(
+        [matmul_tn(softmax.start_ds, reads.slot_query), matmul_tn(softmax.start_p, reads.d_out)], 1
+    )
+    d_window_query = d_window_key = None
+    if softmax.db is not None:
+        d_window_query = split_group(matmul(softmax.db, reads.window_key), G)
+        d_window_key = matmul_tn(softmax.db, reads.window_query)
+    return _Products(
+        d_at_rows, d_query_key, token_p, d_token_decays, d_start, d_window_query, d_window_key
+    )
+
+
+def _row_decay_gradient(G: int, logits: _Logits, softmax: _Softmax) -> jax.Array:
+    """R, [C, M]."""
+    within_chunk = [
+        jnp.sum((ds_p.astype(jnp.float32) * sums).reshape(2 * G, -1, sums.shape[1]), 0)
+        for ds_p, sums in zip(softmax.block_ds_p, logits.block_sums, strict=True)
+    ]
+    from_start = (
+        split_group(softmax.start_ds.astype(jnp.float32), G) * logits.start_a
+        + split_group(softmax.start_p.astype(jnp.float32), G) * logits.start_da
+    )
+    return join(within_chunk, 0) + jnp.sum(from_start, 0)
+
+
+def _gradients(
+    step: GridStep,
+    reads: _Reads,
+    states: ChunkStates,
+    logits: _Logits,
+    softmax: _Softmax,
+    products: _Products,
+) -> tuple[ChunkGradients, DecayGradients]:
+    """Takes the gradient of the slots at the chunk's end from `step`, leaves that of its start."""
+    spec, dtype, later = step.spec, reads.value.dtype, step.later
+    C, K = spec.chunk, reads.entering_key.shape[1]
+    d_end = later["d_slots"]
+    d_end_key, d_end_value = (x.astype(dtype) for x in (d_end[:, :K], d_end[:, K:]))
+    d_end_operand = jnp.concatenate([d_end_key, d_end_value], 1)
+    d_chunk = jnp.sum(d_end_operand.astype(jnp.float32) * states.end, -1, keepdims=True)
+    d_chunk = to_row(d_chunk)
+    later["d_slots"] = states.chunk_decay * d_end + products.d_start
+
+    d_query = matmul(softmax.start_ds, states.start_key)
+    d_query += matmul(products.d_query_key, reads.entering_key)
+    d_query = split_group(d_query, spec.group)
+    through_end = matmul(states.end_decay, d_end_operand)  # [C, K + V]
+    d_key = matmul_tn(products.d_query_key, reads.slot_query)
+    d_value = matmul_tn(products.token_p, reads.d_out)
+    d_key, d_value = (
+        add_to_first(x, y) for x, y in ((d_key, through_end[:, :K]), (d_value, through_end[:, K:]))
+    )
+    d_end_decay = matmul_nt(reads.entering_key[:C], d_end_key)
+    d_end_decay += matmul_nt(reads.value[:C], d_end_value)
+    return (
+        ChunkGradients(
+            reads.query, d_query, d_key, d_value, products.d_window_query, products.d_window_key
+        ),
+        DecayGradients(
+            products.d_at_rows, logits.token_decays, products.d_token_decays, d_end_decay, d_chunk
+        ),
+    )
+
+
+def _row_column(refs: Refs, name: str, rows: slice) -> jax.Array:
+    """The chunk's rows of [1, 1, G, step rows] -> [G, C, 1]."""
+    return to_column(refs[name][0, 0, :, rows][:, None, :])

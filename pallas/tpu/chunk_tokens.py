@@ -1,156 +1,155 @@
-"""A grid step's tokens, chunk by chunk, and the order in which the chunks' work is emitted."""
+"""The rows and tokens of a grid step, read chunk by chunk in the forms that the products need."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
-from pallas.tpu.arithmetic import apply_feature_map, by_head, flat, join, rotate
-from pallas.tpu.gates import turned_decays
+from pallas.tpu.arithmetic import apply_feature_map, join, merge_group, rotate, split_group
+from pallas.tpu.decays import floored_decays
 from pallas.tpu.segments import Segments, row_columns, where_entering
-from pallas.tpu.spec import CallSpec
+from pallas.tpu.spec import LANES, CallSpec
 
-Block = Callable[[int], jax.Array]
+Refs = Mapping[str, Any]  # references to a kernel's arrays, by name
+ReadChunk = Callable[[int], jax.Array]  # from a chunk's number to [C, D]
 
 
-class Tokens:
-    """A step's tokens behind the halo's: of each array, the halo's rows and the chunks' blocks."""
+class StepTokens:
+    """The tokens of a grid step behind those of its halo, in each form that chunks read.
 
-    def __init__(self, spec: CallSpec, own: dict[str, Block], halo: dict[str, jax.Array]):
-        """own: what computes a chunk's [C, D] of each array; halo: [halo, D] of each, or empty.
+    The forms, by name: entering_key [., K], after the feature map; window_key [., K], rotated;
+    value [., V]; decay [., M] float32, of `floored_decays`, 0 for tokens that do not enter the
+    slots. With spec.segments also, of the step's rows alone, the columns [., 128] of `row_columns`.
+    """
 
-        A chunk's is computed where it is first asked for.
+    def __init__(self, spec: CallSpec, own: dict[str, ReadChunk], halo: dict[str, jax.Array]):
+        """own: of each form, what reads a chunk's own [C, D]; halo: of each, [halo, D], or empty.
+
+        A form is computed where it is first asked for, and then kept.
         """
-        self.spec, self.halo = spec, halo
-        self._own = {name: functools.cache(block) for name, block in own.items()}
+        self._spec, self._halo = spec, halo
+        self._own = {name: functools.cache(read) for name, read in own.items()}
 
-    def block(self, name: str, n: int) -> jax.Array:
-        """The rows [C, D] of chunk n."""
+    def own(self, name: str, n: int) -> jax.Array:
+        """[C, D]: the tokens of chunk n's own rows."""
         return self._own[name](n)
 
-    def issue(self) -> None:
-        """Computes every chunk's, array by array."""
+    def compute_all(self) -> None:
+        """Computes every form of every chunk, form by form."""
         for name in self._own:
-            for n in range(self.spec.chunks):
-                self.block(name, n)
+            for n in range(self._spec.chunks):
+                self.own(name, n)
 
-    def cat(self, name: str, n: int, rows: int) -> jax.Array:
-        """The first `rows` rows of chunk n's cat."""
-        C, halo = self.spec.chunk, self.spec.halo
-        first, last = n * C - halo, n * C - halo + rows  # in rows of the step
-        parts = [self.halo[name][first + halo : min(last, 0) + halo]] if first < 0 else []
+    def of_chunk(self, name: str, n: int, count: int) -> jax.Array:
+        """[count, D]: the first tokens that chunk n reads, its halo's first of all.
+
+        With n = spec.chunks and count = spec.halo, the halo of the next grid step.
+        """
+        C, halo = self._spec.chunk, self._spec.halo
+        first, last = n * C - halo, n * C - halo + count  # in rows of the step
+        parts = [self._halo[name][first + halo : min(last, 0) + halo]] if first < 0 else []
         for m in range(max(first, 0) // C, -(-last // C)):
-            block = self.block(name, m)
-            parts.append(block[max(first - m * C, 0) : min(last - m * C, C)])
+            own = self.own(name, m)
+            parts.append(own[max(first - m * C, 0) : min(last - m * C, C)])
         return join(parts, 0)
 
 
-def column_blocks(turned: Callable[[slice], jax.Array], spec: CallSpec) -> Block:
-    """A chunk's rows of what `turned` gives for the tile of 128 lanes that they were."""
-    lanes = min(128, spec.step_rows)
-    tile = functools.cache(lambda i: turned(slice(i * lanes, (i + 1) * lanes)))
+def own_tokens(refs: Refs, spec: CallSpec) -> dict[str, ReadChunk]:
+    """What reads the step's own rows, for `StepTokens`."""
+    dtype = refs["token_key"].dtype
 
-    def block(n):
+    def entering_keys(n):
+        return apply_feature_map(refs["token_key"][0, rows_of(n, spec)], spec.feature_map)
+
+    def decays(lanes):
+        return floored_decays(entering_log_decays(refs, lanes, spec), dtype)
+
+    own: dict[str, ReadChunk] = {
+        "window_key": lambda n: window_keys(refs, rows_of(n, spec), spec),
+        "entering_key": entering_keys,
+        "value": lambda n: refs["token_value"][0, rows_of(n, spec)],
+        "decay": _rows_from_lanes(decays, spec),
+    }
+    if not spec.segments:
+        return own
+    names = _segment_names(spec)
+    columns = _rows_from_lanes(
+        lambda lanes: row_columns(refs["row_segments"][0, :, lanes], names), spec
+    )
+
+    def column(i):
+        return lambda n: columns(n)[:, i * LANES : (i + 1) * LANES]
+
+    return own | {name: column(i) for i, name in enumerate(names)}
+
+
+def _rows_from_lanes(transposed: Callable[[slice], jax.Array], spec: CallSpec) -> ReadChunk:
+    """Reads a chunk's rows of what lies in lanes, `transposed` a tile of 128 lanes at a time."""
+    lanes = min(LANES, spec.step_rows)
+    tile = functools.cache(lambda i: transposed(slice(i * lanes, (i + 1) * lanes)))
+
+    def read(n):
         i, row = divmod(n * spec.chunk, lanes)
         return tile(i)[row : row + spec.chunk]
 
-    return block
-
-
-def own_blocks(refs, spec: CallSpec) -> dict[str, Block]:
-    """Of the step's own tokens: rotated_key, key (feature-mapped), value, decay, and the facts."""
-    dtype = refs["key"].dtype
-
-    def decay(lanes):
-        return turned_decays(written_decays(refs, lanes, spec), dtype)
-
-    blocks = {
-        "rotated_key": lambda n: rotated_keys(refs, rows_of(n, spec), spec),
-        "key": lambda n: apply_feature_map(refs["key"][0, rows_of(n, spec)], spec.feature_map),
-        "value": lambda n: refs["value"][0, rows_of(n, spec)],
-        "decay": column_blocks(decay, spec),
-    }
-    if not spec.segments:
-        return blocks
-    names = _segment_names(spec)
-    tiles = column_blocks(lambda lanes: row_columns(refs["row_segments"][0, :, lanes], names), spec)
-
-    def fact(i):
-        return lambda n: tiles(n)[:, i * 128 : (i + 1) * 128]
-
-    return blocks | {name: fact(i) for i, name in enumerate(names)}
+    return read
 
 
 def _segment_names(spec: CallSpec) -> list[str]:
     return ["row_segment", "slot_segment"] + ["slots_filled"] * spec.mask_empty
 
 
-def chunk_segments(refs, tokens: Tokens, n: int, spec: CallSpec) -> Segments | None:
+def segments_of(refs: Refs, tokens: StepTokens, n: int, spec: CallSpec) -> Segments | None:
+    """The segments of chunk n; None if the call has none."""
     if not spec.segments:
         return None
-    of_rows = {name: tokens.block(name, n) for name in _segment_names(spec)}
+    of_rows = {name: tokens.own(name, n) for name in _segment_names(spec)}
     return Segments(of_rows, refs["chunk_segments"][0, n : n + 1], spec)
 
 
 def rows_of(n: int, spec: CallSpec) -> slice:
-    """Chunk n's rows of the step."""
+    """The rows of chunk n in its grid step."""
     return slice(n * spec.chunk, (n + 1) * spec.chunk)
 
 
-def written_decays(refs, lanes: slice, spec: CallSpec) -> jax.Array:
-    """log_decay [M, lanes], 0 of tokens that do not enter the slots."""
-    log_decay = refs["log_decay"][0, 0, :, lanes]
-    return (
-        where_entering(log_decay, refs["row_segments"][0, :, lanes]) if spec.segments else log_decay
-    )
+def entering_log_decays(refs: Refs, lanes: slice, spec: CallSpec) -> jax.Array:
+    """[M, lanes]: log decays, 0 of tokens that do not enter the slots."""
+    log_decay = refs["token_log_decay"][0, 0, :, lanes]
+    if not spec.segments:
+        return log_decay
+    return where_entering(log_decay, refs["row_segments"][0, :, lanes])
 
 
-def rotated_keys(refs, rows: slice, spec: CallSpec) -> jax.Array:
-    """[rows, K], what the window's logits read."""
+def window_keys(refs: Refs, rows: slice, spec: CallSpec) -> jax.Array:
+    """[rows, K]: keys as the window's logits read them, rotated if the call rotates."""
     if spec.rotated:
-        return refs["rotated_key"][0, rows]
-    key = refs["key"][0, rows]
-    return rotate(key, refs[spec.rope_tables[-1]][0, rows]).astype(key.dtype) if spec.rope else key
+        return refs["token_rotated_key"][0, rows]
+    key = refs["token_key"][0, rows]
+    if not spec.rope:
+        return key
+    return rotate(key, refs[spec.rope_tables[-1]][0, rows]).astype(key.dtype)
 
 
-def rotated_queries(refs, rows: slice, spec: CallSpec) -> jax.Array:
-    """[G * C, K], what the window's logits read."""
+def window_queries(refs: Refs, rows: slice, spec: CallSpec) -> jax.Array:
+    """[G * C, K]: queries as the window's logits read them, rotated if the call rotates."""
     if spec.rotated:
-        return stack_heads(refs["rotated_query"], rows, spec.group)
-    query = stack_heads(refs["query"], rows, spec.group)
+        return read_group(refs["rotated_query"], rows, spec.group)
+    query = read_group(refs["query"], rows, spec.group)
     if not spec.rope:
         return query
-    return flat(rotate(by_head(query, spec.group), refs["rope_table"][0, rows])).astype(query.dtype)
+    rotated = rotate(split_group(query, spec.group), refs["rope_table"][0, rows])
+    return merge_group(rotated).astype(query.dtype)
 
 
-def stack_heads(ref, rows: slice, group: int) -> jax.Array:
-    """The rows of [1, rows, G * D], the heads one below the other: [G * C, D]."""
+def read_group(ref: Any, rows: slice, group: int) -> jax.Array:
+    """Reads the rows of [1, step rows, G * D] as [G * C, D], the heads one below the other."""
     D = ref.shape[2] // group
     return join([ref[0, rows, g * D : (g + 1) * D] for g in range(group)], 0)
 
 
-def unstack_heads(ref, rows: slice, x: jax.Array) -> None:
-    """Writes [G, C, D] into the columns of [1, rows, G * D]."""
+def write_group(ref: Any, rows: slice, x: jax.Array) -> None:
+    """Writes [G, C, D] to the rows of [1, step rows, G * D]."""
     D = x.shape[2]
     for g in range(x.shape[0]):
         ref[0, rows, g * D : (g + 1) * D] = x[g].astype(ref.dtype)
-
-
-def emit(units: list[Iterator[None]], group: int, skew: int) -> None:
-    """Runs the units' stages (a stage ends at each `yield`): `group` in lockstep, each group
-    `skew` stages behind the one before.
-    """
-    groups = [units[i : i + group] for i in range(0, len(units), group)]
-    tick, running = 0, True
-    while running:
-        running = False
-        for i in reversed(range(len(groups))):
-            if tick < skew * i:
-                running = True
-                continue
-            for unit in groups[i]:
-                running |= next(unit, _DONE) is not _DONE
-        tick += 1
-
-
-_DONE = object()

@@ -1,17 +1,45 @@
-"""The fused forward: slots, window, rotary embedding and one softmax in one pass over the tokens.
+"""The fused forward kernel: slots, window, rotation and one softmax in one pass over the rows.
 
-With symbols as in `spec.py`, S0 the slots at the chunk's start, s = 1 - exp(decay), G the
-cumulative decay and a, b the logits of slots and window:
+Inputs (symbols as in `spec.py`, blocks in `grid.py`; `token_` arrays are of the tokens that chunks
+read: the rows' own or, of a wide window, those that enter the slots at the rows). bfloat16 or
+float32, where it does not say float32:
 
-    a_r = exp(G_r) (q_r . SK0) + sum_{i <= r + d} (q_r . k_i) s_i exp(G_r - G_i)
-    o_r = (p_r exp(G_r)) SV0 + sum_i P_ri v_i
-    P_ri = sum_m p_rm s_im exp(G_rm - G_im) for i <= r + d, and the window's p beyond
+    query              [B, T, Hq K]
+    token_key          [B, T, Hkv K]
+    token_value        [B, T, Hkv V]
+    token_log_decay    [B, Hkv, M, T] float32
+    rotated_query      as query              with spec.rotated
+    token_rotated_key  as token_key          with spec.rotated
+    rope_table         [1 or B, T, 2 K]      with spec.rope; float32, `expand_table` of the rotation
+                                             times the root of scale * log2(e)
+    token_rope_table   as rope_table         with spec.rope and spec.wide_window: for the tokens
+    row_segments       [B, 8, T]             with spec.segments; float32, of `pack_row_segments`
+    chunk_segments     [B, T / C, 256 + chunk_tokens]  likewise, of `pack_chunk_segments`
+    slots              [B, Hkv, M, K + V]    with spec.state; float32, the slots at the start
+
+Outputs, all but out float32:
+
+    out                [B, T, Hq V]
+    lse                [B, Hkv, G, T]        in units of log 2
+    slot_weight        [B, Hkv, G, T]        with spec.slot_weight
+    end                [B, Hkv, M, K + V]    with spec.state: the slots at the end
+    starts             [B, Hkv, steps, M, K + V]     with save: the slots at each step's start
+
+Scratch, for each of the heads that take turns: the slots, and the halo of the next step in all
+forms of `StepTokens`. Grid steps run from the first rows to the last.
+
+What a chunk computes, for row r, token i and slot m, with S0 the slots at its start:
+
+    a_r = exp(c_r) (q_r . SK0) + sum_{i <= r + halo_padding} (q_r . k_i) s_i exp(c_r - c_i)
+    o_r = (p_r exp(c_r)) SV0 + sum_i P_ri v_i
+    P_ri = sum_m p_rm s_im exp(c_rm - c_im) for tokens in the slots, the window's p for the others
+    S_end = exp(c_C) S0 + sum_{i < C} s_i exp(c_C - c_i) [k_i v_i]
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,76 +50,68 @@ from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
     LOG2E,
     apply_feature_map,
-    by_head,
-    flat,
     join,
     matmul,
     matmul_nt,
     matmul_tn,
+    merge_group,
     overlay,
+    pad_columns,
     scaled,
+    split_group,
     to_column,
     to_row,
-    widen,
 )
 from pallas.tpu.chunk_tokens import (
-    Tokens,
-    chunk_segments,
-    emit,
-    own_blocks,
-    rotated_queries,
+    Refs,
+    StepTokens,
+    own_tokens,
+    read_group,
     rows_of,
-    stack_heads,
-    unstack_heads,
+    segments_of,
+    window_queries,
+    write_group,
 )
-from pallas.tpu.gates import Gates
+from pallas.tpu.decays import ChunkDecays
+from pallas.tpu.emission import emit
 from pallas.tpu.grid import Grid
 from pallas.tpu.launch import Arrays, Output, launch
 from pallas.tpu.masks import Masks
+from pallas.tpu.segments import Segments
 from pallas.tpu.spec import CallSpec
 
 
 def forward(
-    inputs: Arrays, spec: CallSpec, *, group: int, skew: int, save: bool, interpret: bool
+    inputs: Arrays, spec: CallSpec, *, lockstep: int, skew: int, save: bool, interpret: bool
 ) -> Arrays:
-    """The kernel's call.
+    """Launches the kernel; inputs and outputs by name as in this module's docstring.
 
-    inputs: query [B, T, H * G * K], key [B, T, H * K], value [B, T, H * V], log_decay [B, H, M, T]
-    float32; with spec.rope, rope_table [1 or B, T, 2 K] float32 (`expand_table` of the rotation
-    times the root of scale * log2(e)), and, if spec.wide_window, token_rope_table, the keys'; with
-    spec.rotated, rotated_query and rotated_key; with spec.segments, row_segments [B, 8, T] float32
-    (`pack_row_segments`) and chunk_segments [B, T / C, 256 + chunk_tokens] float32
-    (`pack_chunk_segments`); with spec.state, slots [B, H, M, K + V] float32. T is a multiple of
-    spec.step_rows, K and V of 128.
-
-    Returns out [B, T, H * G * V] and lse [B, H, G, T] float32 (base 2); with spec.slot_weight,
-    slot_weight [B, H, G, T]; with spec.state, end [B, H, M, K + V]; with `save`, starts
-    [B, H, T/(C N), M, K + V], the slots at the start of every grid step.
+    lockstep, skew: of `emit`. save: return the starts, which the backward needs.
     """
     grid = Grid.of(inputs, spec)
-    B, H, T, K, V, M = grid.B, grid.H, grid.T, grid.K, grid.V, grid.M
-    dtype, wide = inputs["query"].dtype, jnp.float32
+    B, Hkv, T, K, V, M = grid.B, grid.Hkv, grid.T, grid.K, grid.V, grid.M
+    dtype, float32 = inputs["query"].dtype, jnp.float32
     outputs = {
-        "out": Output((B, T, H * spec.group * V), dtype, grid.tokens(spec.group * V)),
-        "lse": Output((B, H, spec.group, T), wide, grid.lanes(spec.group)),
+        "out": Output((B, T, Hkv * spec.group * V), dtype, grid.tokens(spec.group * V)),
+        "lse": Output((B, Hkv, spec.group, T), float32, grid.lanes(spec.group)),
     }
     if spec.slot_weight:
         outputs["slot_weight"] = outputs["lse"]
     if spec.state:
-        outputs["end"] = Output((B, H, M, K + V), wide, grid.slots())
+        outputs["end"] = Output((B, Hkv, M, K + V), float32, grid.slots())
     if save:
-        outputs["starts"] = Output((B, H, grid.steps, M, K + V), wide, grid.starts())
-    scratch = {"slots": pltpu.VMEM((grid.heads, M, K + V), wide)}
+        outputs["starts"] = Output((B, Hkv, grid.steps, M, K + V), float32, grid.starts())
+    scratch = {"slots": pltpu.VMEM((grid.heads, M, K + V), float32)}
     if spec.halo:
         scratch |= {
             name: pltpu.VMEM((grid.heads, spec.halo, size), kind)
             for name, size, kind in (
-                ("key", K, dtype), ("rotated_key", K, dtype), ("value", V, dtype),
-                ("decay", M, wide),
+                ("entering_key", K, dtype), ("window_key", K, dtype), ("value", V, dtype),
+                ("decay", M, float32),
             )
         }  # fmt: skip
     return launch(
-        functools.partial(_kernel, spec=spec, group=group, skew=skew),
+        functools.partial(_kernel, spec=spec, lockstep=lockstep, skew=skew),
         (inputs, grid.input_specs(inputs)),
         name="nha_forward",
         grid=grid.shape,
@@ -102,136 +122,204 @@ def forward(
     )
 
 
-def _kernel(refs, outs, past, *, spec: CallSpec, group: int, skew: int):
+def _kernel(refs: Refs, outs: Refs, carried: Refs, *, spec: CallSpec, lockstep: int, skew: int):
     step, head = pl.program_id(2), pl.program_id(3)
-    halos = ["key", "rotated_key", "value", "decay"] if spec.halo else []
+    halo_forms = ["entering_key", "window_key", "value", "decay"] if spec.halo else []
 
     @pl.when(step == 0)
     def _():
-        for ref in (past[name] for name in ("slots", *halos)):
+        for ref in (carried[name] for name in ("slots", *halo_forms)):
             ref[head] = jnp.zeros(ref.shape[1:], ref.dtype)
         if spec.state:
-            past["slots"][head] = refs["slots"][0, 0]
+            carried["slots"][head] = refs["slots"][0, 0]
 
-    tokens = Tokens(spec, own_blocks(refs, spec), {name: past[name][head] for name in halos})
-    tokens.issue()  # the transpositions and rotations, long in coming, ahead of all else
-    shared = _Step(refs, outs, tokens, spec, step, slots=past["slots"][head])
+    halo = {name: carried[name][head] for name in halo_forms}
+    tokens = StepTokens(spec, own_tokens(refs, spec), halo)
+    tokens.compute_all()  # transpositions and rotations take long: they go first
+    shared = _GridStep(refs, outs, tokens, spec, step, slots=carried["slots"][head])
     if "starts" in outs:
         outs["starts"][0, 0, 0] = shared.slots
-    emit([_Chunk(n, shared).stages() for n in range(spec.chunks)], group, skew)
-    past["slots"][head] = shared.slots
+    emit([_chunk_stages(n, shared) for n in range(spec.chunks)], lockstep, skew)
+    carried["slots"][head] = shared.slots
     if spec.state:
         outs["end"][0, 0] = shared.slots
-    for name in halos:
-        past[name][head] = tokens.cat(name, spec.chunks, spec.halo)
+    for name in halo_forms:
+        carried[name][head] = tokens.of_chunk(name, spec.chunks, spec.halo)
 
 
 @dataclasses.dataclass
-class _Step:
-    """What the chunks of a grid step share."""
+class _GridStep:
+    """What the chunks of a grid step share.
 
-    refs: Any
-    outs: Any
-    tokens: Tokens
+    `slots` is the one value that chunks hand on to each other: each takes it as its start and
+    leaves its end there, in one stage, so it is right as long as the chunks reach that stage in
+    their order, as `emit` has them do.
+    """
+
+    refs: Refs
+    outs: Refs
+    tokens: StepTokens
     spec: CallSpec
     index: jax.Array  # of the step
     slots: jax.Array  # [M, K + V], at the start of the next chunk
 
 
-class _Chunk:
-    """One chunk's work; the stages leave to each other what they set as attributes."""
+def _chunk_stages(n: int, step: _GridStep) -> Iterator[None]:
+    """Emits chunk n's work, a stage up to each `yield`."""
+    reads = _read(n, step)
+    yield
+    slots = _pass_slots_on(n, step, reads)
+    yield
+    logits = _slot_logits(step.spec, reads, slots)
+    yield
+    softmax = _softmax(step.spec, reads, slots, logits)
+    yield
+    sums = _sum_values(step.spec, reads, slots, logits, softmax)
+    yield
+    _store(n, step, reads, softmax, sums)
+    yield
 
-    def __init__(self, n: int, step: _Step):
-        self.n, self.step, self.spec, self.rows = n, step, step.spec, rows_of(n, step.spec)
 
-    def stages(self) -> Iterator[None]:
-        for stage in (
-            self._start, self._write_slots, self._slot_logits, self._softmax, self._probabilities,
-            self._store,
-        ):  # fmt: skip
-            stage()
-            yield
+class _Reads(NamedTuple):
+    """What a chunk reads, and the products that need nothing else."""
 
-    def _start(self) -> None:
-        n, spec, refs, tokens = self.n, self.spec, self.step.refs, self.step.tokens
-        self.entering = tokens.cat("key", n, spec.entering_tokens)
-        self.value = tokens.cat("value", n, spec.chunk_tokens)
-        self.dtype = self.value.dtype
-        self.rotated_query = rotated_queries(refs, self.rows, spec)
-        query = stack_heads(refs["query"], self.rows, spec.group)
-        self.query = apply_feature_map(query, spec.feature_map)
-        self.segments = chunk_segments(refs, tokens, n, spec)
-        self.masks = Masks(spec, self.segments, n, self.step.index)
-        self.scores = by_head(matmul_nt(self.query, self.entering), spec.group)  # [G, C, columns]
-        self.gates = Gates(tokens.cat("decay", n, spec.entering_tokens), spec, self.dtype)
+    slot_query: jax.Array  # [G * C, K], after the feature map
+    window_query: jax.Array  # [G * C, K], rotated
+    entering_key: jax.Array  # [entering_tokens, K]
+    value: jax.Array  # [chunk_tokens, V]
+    segments: Segments | None
+    masks: Masks
+    query_key: jax.Array  # [G, C, entering_tokens] float32, q . k of the slots' branch
+    decays: ChunkDecays
 
-    def _write_slots(self) -> None:
-        C, gates, segments, dtype = self.spec.chunk, self.gates, self.segments, self.dtype
-        to_end, keep = gates.write[:C] * gates.to_end, jnp.exp2(gates.end)
-        self.carried = jnp.exp2(gates.rows)
-        if segments is not None:
-            to_end, keep = (
-                segments.where_token_reaches_end(to_end),
-                segments.where_start_reaches_end(keep),
-            )
-            self.carried = segments.where_row_sees_start(self.carried)
-        keep = to_column(keep)
-        entered = jnp.concatenate([self.entering[:C], self.value[:C]], 1)
-        added = matmul_tn(to_end.astype(dtype), entered)
-        self.b = None
-        if self.spec.has_window:
-            rotated_key = self.step.tokens.cat("rotated_key", self.n, self.spec.chunk_tokens)
-            self.b = by_head(matmul_nt(self.rotated_query, rotated_key), self.spec.group)
-        K = self.entering.shape[1]
-        self.start_key, self.start_value = (
-            x.astype(dtype) for x in (self.step.slots[:, :K], self.step.slots[:, K:])
+
+def _read(n: int, step: _GridStep) -> _Reads:
+    spec, refs, tokens = step.spec, step.refs, step.tokens
+    rows = rows_of(n, spec)
+    entering_key = tokens.of_chunk("entering_key", n, spec.entering_tokens)
+    value = tokens.of_chunk("value", n, spec.chunk_tokens)
+    window_query = window_queries(refs, rows, spec)
+    query = read_group(refs["query"], rows, spec.group)
+    slot_query = apply_feature_map(query, spec.feature_map)
+    segments = segments_of(refs, tokens, n, spec)
+    masks = Masks(spec, segments, n, step.index)
+    query_key = split_group(matmul_nt(slot_query, entering_key), spec.group)
+    decays = ChunkDecays(tokens.of_chunk("decay", n, spec.entering_tokens), spec, value.dtype)
+    return _Reads(slot_query, window_query, entering_key, value, segments, masks, query_key, decays)
+
+
+class _Slots(NamedTuple):
+    """The slots at the chunk's start, and what is left of them."""
+
+    start_key: jax.Array  # SK0, [M, K] in the operands' dtype
+    start_value: jax.Array  # SV0, [M, V]
+    start_decay: jax.Array  # exp(c_r), [C, M] float32
+    window_product: jax.Array | None  # [G, C, chunk_tokens] float32, rotated q . k
+
+
+def _pass_slots_on(n: int, step: _GridStep, reads: _Reads) -> _Slots:
+    """Takes the slots at the chunk's start from `step` and leaves those at its end there."""
+    spec, decays, segments, dtype = step.spec, reads.decays, reads.segments, reads.value.dtype
+    C, K = spec.chunk, reads.entering_key.shape[1]
+    end_decay = decays.write[:C] * decays.bare_end_decay  # s exp(c_C - c), [C, M]
+    chunk_decay = jnp.exp2(decays.chunk)
+    start_decay = jnp.exp2(decays.at_rows)
+    if segments is not None:
+        end_decay = segments.where_token_reaches_end(end_decay)
+        chunk_decay = segments.where_start_reaches_end(chunk_decay)
+        start_decay = segments.where_row_sees_start(start_decay)
+    chunk_decay = to_column(chunk_decay)
+    key_value = jnp.concatenate([reads.entering_key[:C], reads.value[:C]], 1)
+    entered = matmul_tn(end_decay.astype(dtype), key_value)
+    window_product = None
+    if spec.has_window:
+        window_key = step.tokens.of_chunk("window_key", n, spec.chunk_tokens)
+        window_product = split_group(matmul_nt(reads.window_query, window_key), spec.group)
+    start_key, start_value = (x.astype(dtype) for x in (step.slots[:, :K], step.slots[:, K:]))
+    step.slots = chunk_decay * step.slots + entered
+    return _Slots(start_key, start_value, start_decay, window_product)
+
+
+class _Logits(NamedTuple):
+    """The slots' logits, and the factors that their softmax weights take back to the tokens."""
+
+    a: jax.Array  # [G, C, M] float32, in units of log 2
+    token_decays: list[jax.Array]  # for each gate block, [its tokens, M]
+    row_decays: list[jax.Array]  # for each gate block, [its rows, M] float32
+
+
+def _slot_logits(spec: CallSpec, reads: _Reads, slots: _Slots) -> _Logits:
+    G, decays, dtype = spec.group, reads.decays, reads.value.dtype
+    query_key = jnp.where(reads.masks.entering, reads.query_key, 0.0)
+    blocks = range(len(decays.gate_blocks))
+    token_decays = [decays.token_decay(i) for i in blocks]
+    row_decays = [decays.row_decay(i) for i in blocks]
+    a = split_group(matmul_nt(reads.slot_query, slots.start_key), G) * slots.start_decay
+    a += join([
+        split_group(matmul(merge_group(query_key[:, rows, seen]).astype(dtype), token_decay), G)
+        * row_decay
+        for rows, seen, token_decay, row_decay in zip(
+            decays.gate_blocks, decays.block_tokens, token_decays, row_decays, strict=True
         )
-        self.step.slots = keep * self.step.slots + added
+    ], 1)  # fmt: skip
+    return _Logits(a * (spec.scale * LOG2E), token_decays, row_decays)
 
-    def _slot_logits(self) -> None:
-        G, gates = self.spec.group, self.gates
-        masked = jnp.where(self.masks.entering, self.scores, 0.0)
-        self.weights = [gates.weight(i) for i in range(len(gates.blocks))]
-        self.rises = [gates.rise(i) for i in range(len(gates.blocks))]
-        a = by_head(matmul_nt(self.query, self.start_key), G) * self.carried
-        a += join([
-            by_head(matmul(flat(masked[:, block, extent]).astype(self.dtype), weight), G) * rise
-            for block, extent, weight, rise in zip(
-                gates.blocks, gates.extents, self.weights, self.rises, strict=True
-            )
-        ], 1)  # fmt: skip
-        self.a = a * (self.spec.scale * LOG2E)
 
-    def _softmax(self) -> None:
-        a, b = self.masks.slot_logits(self.a), self.b
-        if b is not None:
-            b = jnp.where(self.masks.window, scaled(b, self.spec.window_scale), MASKED_LOGIT)
-        logits = overlay(jnp.maximum, a, b, MASKED_LOGIT)
-        if self.segments is not None:  # then all p are 0, here and in the backward
-            logits = overlay(jnp.maximum, logits, self.segments.least_max[None], MASKED_LOGIT)
-        self.top = jnp.max(logits, -1, keepdims=True)
-        self.pa = jnp.exp2(a - self.top)
-        self.pb = None if b is None else jnp.exp2(b - self.top)
-        self.mass = jnp.sum(overlay(jnp.add, self.pa, self.pb, 0.0), -1, keepdims=True)
-        if self.segments is not None:
-            self.mass = jnp.maximum(self.mass, 0.5)  # padding has none
-        self.inverse = pltpu.reciprocal(self.mass, approx=self.dtype != jnp.float32)
+class _Softmax(NamedTuple):
+    """One softmax over slots and window, before the division by its sum."""
 
-    def _probabilities(self) -> None:
-        G, width, dtype = self.spec.group, self.spec.chunk_tokens, self.dtype
-        self.out = matmul(flat(self.pa * self.carried).astype(dtype), self.start_value)
-        within = [
-            matmul_nt(flat(self.pa[:, block] * rise).astype(dtype), weight)
-            for block, weight, rise in zip(self.gates.blocks, self.weights, self.rises, strict=True)
-        ]
-        p = join([widen(by_head(x, G), width) for x in within], 1)
-        self.p = jnp.where(self.masks.slots, p, 0.0 if self.pb is None else self.pb)
+    row_max: jax.Array  # [G, C, 1] float32
+    slot_p: jax.Array  # [G, C, M] float32
+    window_p: jax.Array | None  # [G, C, chunk_tokens] float32
+    row_sum: jax.Array  # [G, C, 1] float32
+    inverse_sum: jax.Array  # [G, C, 1] float32
 
-    def _store(self) -> None:
-        outs, rows = self.step.outs, self.rows
-        out = self.out + matmul(flat(self.p).astype(self.dtype), self.value)
-        unstack_heads(outs["out"], rows, by_head(out, self.spec.group) * self.inverse)
-        outs["lse"][0, 0, :, rows] = to_row(self.top + jnp.log2(self.mass))
-        if self.spec.slot_weight:
-            weight = jnp.sum(self.pa, -1, keepdims=True) * self.inverse
-            outs["slot_weight"][0, 0, :, rows] = to_row(weight)
+
+def _softmax(spec: CallSpec, reads: _Reads, slots: _Slots, logits: _Logits) -> _Softmax:
+    a, b, segments = reads.masks.slot_logits(logits.a), slots.window_product, reads.segments
+    if b is not None:
+        b = jnp.where(reads.masks.window, scaled(b, spec.window_scale), MASKED_LOGIT)
+    highest = overlay(jnp.maximum, a, b, MASKED_LOGIT)
+    if segments is not None:
+        highest = overlay(jnp.maximum, highest, segments.least_max[None], MASKED_LOGIT)
+    row_max = jnp.max(highest, -1, keepdims=True)
+    slot_p = jnp.exp2(a - row_max)
+    window_p = None if b is None else jnp.exp2(b - row_max)
+    row_sum = jnp.sum(overlay(jnp.add, slot_p, window_p, 0.0), -1, keepdims=True)
+    if segments is not None:
+        row_sum = jnp.maximum(row_sum, 0.5)  # that of padding is 0
+    inverse_sum = pltpu.reciprocal(row_sum, approx=reads.value.dtype != jnp.float32)
+    return _Softmax(row_max, slot_p, window_p, row_sum, inverse_sum)
+
+
+class _Sums(NamedTuple):
+    """What is left of the output's sum."""
+
+    from_start: jax.Array  # [G * C, V] float32, what the slots at the chunk's start give
+    token_p: jax.Array  # P, [G, C, chunk_tokens] float32
+
+
+def _sum_values(
+    spec: CallSpec, reads: _Reads, slots: _Slots, logits: _Logits, softmax: _Softmax
+) -> _Sums:
+    G, dtype, slot_p = spec.group, reads.value.dtype, softmax.slot_p
+    from_start = matmul(merge_group(slot_p * slots.start_decay).astype(dtype), slots.start_value)
+    to_tokens = [
+        matmul_nt(merge_group(slot_p[:, rows] * row_decay).astype(dtype), token_decay)
+        for rows, token_decay, row_decay in zip(
+            reads.decays.gate_blocks, logits.token_decays, logits.row_decays, strict=True
+        )
+    ]
+    p = join([pad_columns(split_group(x, G), spec.chunk_tokens) for x in to_tokens], 1)
+    window_p = 0.0 if softmax.window_p is None else softmax.window_p
+    return _Sums(from_start, jnp.where(reads.masks.slots, p, window_p))
+
+
+def _store(n: int, step: _GridStep, reads: _Reads, softmax: _Softmax, sums: _Sums) -> None:
+    outs, rows, dtype = step.outs, rows_of(n, step.spec), reads.value.dtype
+    out = sums.from_start + matmul(merge_group(sums.token_p).astype(dtype), reads.value)
+    write_group(outs["out"], rows, split_group(out, step.spec.group) * softmax.inverse_sum)
+    outs["lse"][0, 0, :, rows] = to_row(softmax.row_max + jnp.log2(softmax.row_sum))
+    if step.spec.slot_weight:
+        weight = jnp.sum(softmax.slot_p, -1, keepdims=True) * softmax.inverse_sum
+        outs["slot_weight"][0, 0, :, rows] = to_row(weight)

@@ -1,4 +1,4 @@
-"""How every kernel of a pass over the tokens is called: arrays by name, in and out."""
+"""How every kernel of a pass over the rows is launched: arrays by name, in and out."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -7,13 +7,13 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-VMEM = 64 << 20  # bytes that a kernel may use
+VMEM_BYTES = 64 << 20  # that a kernel may use
 
 Arrays = dict[str, jax.Array]
 
 
 class Output(NamedTuple):
-    """An array that a kernel writes."""
+    """An array that a kernel writes, and the block that a grid step writes of it."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -21,6 +21,7 @@ class Output(NamedTuple):
 
 
 def like(x: jax.Array, block: pl.BlockSpec) -> Output:
+    """An output of x's shape and dtype."""
     return Output(x.shape, x.dtype, block)
 
 
@@ -34,9 +35,14 @@ def launch(
     scratch: dict[str, Any],
     interpret: bool,
 ) -> Arrays:
-    """kernel(*input references, output references, scratch references), each a dict by name.
+    """Calls kernel(*input references, output references, scratch references), dicts by name.
 
-    parallel: the grid's first axes, whose order does not matter.
+    Args:
+      inputs: one or more dicts of arrays, each with a dict of their blocks.
+      parallel: how many of the grid's first axes may run in any order; the others run in order.
+      interpret: run the kernel on the CPU.
+
+    Returns the outputs by name.
     """
     semantics: list[Literal["parallel", "arbitrary"]] = [
         "parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))
@@ -48,7 +54,9 @@ def launch(
         out_specs=[{name: output.block for name, output in outputs.items()}],
         out_shape=[{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in outputs.items()}],
         scratch_shapes=[scratch],
-        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES
+        ),
         interpret=interpret,
         name=name,
     )
