@@ -271,40 +271,11 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers the model learns."""
-        experts = self.experts.count if self.experts else 1
-        block = self._projection_parameters(experts) + self._convolution_parameters()
-        block += self._vector_parameters()
-        tables = 1 if self.tie_embeddings else 2
-        embeddings = tables * self.vocab_size * self.hidden_size
-        return embeddings + self.num_layers * block + self.hidden_size
+        """How many numbers a model of this config learns, counted on the model's own shapes."""
+        # Imported here: the model imports this module, and loads far more than a config needs.
+        from nha_jax.parameter_shapes import num_parameters
 
-    def _projection_parameters(self, experts: int) -> int:
-        """Of one block's matrices: query, key, value, decay, output, and so many SwiGLUs' three."""
-        attention = (
-            self.num_query_heads * (self.key_dim + self.value_dim)
-            + self.num_kv_heads * (self.key_dim + self.value_dim)
-            + self.num_kv_heads * self.num_slots
-        )
-        if self.experts is None:
-            return self.hidden_size * (attention + 3 * self.mlp_size)
-        mixture = self.experts.count + experts * 3 * self.experts.size
-        return self.hidden_size * (attention + mixture)
-
-    def _vector_parameters(self) -> int:
-        """Of one block's norms and biases."""
-        output_size = self.num_query_heads * self.value_dim
-        total = 2 * self.hidden_size + self.output_norm * output_size
-        total += self.qk_norm * 2 * self.key_dim
-        if self.attention_bias != "none":
-            total += self.num_query_heads * self.key_dim
-            total += self.num_kv_heads * (self.key_dim + self.value_dim)
-        return total + (self.attention_bias == "all") * self.hidden_size
-
-    def _convolution_parameters(self) -> int:
-        channels = self.num_query_heads * self.key_dim
-        channels += self.num_kv_heads * (self.key_dim + self.value_dim)
-        return self.conv_width * channels
+        return num_parameters(self)
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Forward floating-point operations a token, on average over a sequence of this length.
@@ -325,9 +296,9 @@ class ModelConfig:
             raise ValueError(
                 f"sequence_length={sequence_length!r} must be an integer of at least 1"
             )
-        experts = self.experts.per_token if self.experts else 1
-        block = self._projection_parameters(experts) + self._convolution_parameters()
-        total = 2.0 * (self.num_layers * block + self.vocab_size * self.hidden_size)
+        from nha_jax.parameter_shapes import multiplied_weights  # as for num_parameters
+
+        total = 2.0 * sum(multiplied_weights(self).values())
         entry = self.key_dim + self.value_dim
         for window in self.windows:
             window = sequence_length if window is None else min(window, sequence_length)

@@ -1,26 +1,26 @@
 """The decoder-only language model: `Model`, its forward pass, prefill and decode step."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from collections.abc import Sequence
+from typing import NamedTuple, Self, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.argument_checks import check_integers, check_lengths, check_segments_and_positions
-from nha_jax.config import ModelConfig, Remat
+from nha_jax.config import ModelConfig
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.diagnostics import Diagnostics
 from nha_jax.layers.layer_stack import (
+    block_of_layer,
     in_layer_order,
-    layer_of,
+    scan_blocks,
     stack_layers,
-    unstack,
+    stacked_blocks,
     unstack_layers,
 )
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
-from nha_jax.layers.remat import remat_policy
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.mesh.division import divide_over_mesh, shard_tokens, shard_vocabulary
 
@@ -60,7 +60,7 @@ class Model(nnx.Module):
             ),
             rngs=rngs,
         )
-        self.blocks = _stacked_blocks(config, rngs)
+        self.blocks = stacked_blocks(config, rngs)
         self.norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
         if not config.tie_embeddings:
             self.head = linear(
@@ -176,9 +176,7 @@ class Model(nnx.Module):
         segment_ids, positions = check_segments_and_positions(
             hidden.shape[:2], segment_ids, positions
         )
-        graph, stack = nnx.split(self.blocks)
-        block = nnx.merge(graph, layer_of(stack, index))
-        return block(
+        return block_of_layer(self.blocks, index)(
             hidden,
             window_size=window_size,
             rope=self._rope(positions),
@@ -196,9 +194,8 @@ class Model(nnx.Module):
         """
         layout = tuple(window_size) if isinstance(window_size, Sequence) else window_size
         config = dataclasses.replace(self.config, window_size=layout)
-        # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
-        graph, _ = jax.eval_shape(lambda: nnx.split(type(self)(config, rngs=nnx.Rngs(0))))
-        return nnx.merge(graph, nnx.state(self))
+        graph, _ = abstract_model(config, type(self))
+        return cast(Self, nnx.merge(graph, nnx.state(self)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[..., hidden_size], as `hidden_states` gives it -> [..., vocab_size] float32."""
@@ -286,7 +283,9 @@ class Model(nnx.Module):
 
         period = len(self.config.window_period)
         caches = None if cache is None else stack_layers(cache.layers, period)
-        hidden, caches = self._scan_blocks(prefill, self.embed_tokens(tokens), caches)
+        hidden, caches = scan_blocks(
+            prefill, self.blocks, self.embed_tokens(tokens), self.config.window_period, caches
+        )
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
@@ -320,14 +319,12 @@ class Model(nnx.Module):
                 f"got shape {tokens.shape}"
             )
         rope = self._rope(cache.length[:, None])
-        graph, stack = nnx.split(self.blocks)
         hidden, layers = self.embed_tokens(tokens[:, None]), []
         # No scan over the layers: it would copy every cache into and out of its stack.
         for index, (layer, window_size) in enumerate(
             zip(cache.layers, self.config.windows, strict=True)
         ):
-            block = nnx.merge(graph, layer_of(stack, index))
-            hidden, layer = block.decode_step(
+            hidden, layer = block_of_layer(self.blocks, index).decode_step(
                 hidden, layer, window_size=window_size, rope=rope, active=active
             )
             layers.append(layer)
@@ -383,58 +380,28 @@ class Model(nnx.Module):
                 diagnose=diagnose,
             )
 
-        hidden, layers = self._scan_blocks(
-            forward, self.embed_tokens(tokens), remat=self.config.remat
+        hidden, layers = scan_blocks(
+            forward,
+            self.blocks,
+            self.embed_tokens(tokens),
+            self.config.window_period,
+            remat=self.config.remat,
         )
         return self.norm(hidden), layers
 
-    def _scan_blocks(
-        self,
-        step: Callable[[Block, jax.Array, Any, int | None], tuple[jax.Array, Any]],
-        hidden: jax.Array,
-        caches: tuple[Any, ...] | None = None,
-        *,
-        remat: Remat = "none",
-    ) -> tuple[jax.Array, tuple[Any, ...]]:
-        """Runs step(block, hidden, cache, window_size) -> (hidden, cache) through all layers.
 
-        The stack of L layers is scanned as L/P groups of P, P being the window period, with the
-        group's P blocks written out one after the other: each has its own static window.
-        """
-        windows = self.config.window_period
-        graph, stack = nnx.split(self.blocks)
-        groups = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), stack
-        )  # [L, ...] -> [L/P, P, ...]
+def abstract_model(
+    config: ModelConfig, kind: type[Model] = Model
+) -> tuple[nnx.GraphDef[Model], nnx.State]:
+    """The model of a config without its numbers: nothing is computed or allocated.
 
-        def run(parameters: nnx.State, hidden: jax.Array, cache: Any, window_size: int | None):
-            return step(nnx.merge(graph, parameters), hidden, cache, window_size)
+    Args:
+        config: of the model.
+        kind: `Model`, or a subclass of it.
 
-        if remat != "none":
-            # Inside a scan nothing can be merged with the recomputation, so no barrier is needed.
-            run = jax.checkpoint(
-                run, prevent_cse=False, static_argnums=3, policy=remat_policy(remat)
-            )
-
-        def run_group(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
-            blocks = unstack(group[0], len(windows))
-            new_caches = []
-            for parameters, cache, window_size in zip(blocks, group[1], windows, strict=True):
-                hidden, cache = run(parameters, hidden, cache, window_size)
-                new_caches.append(cache)
-            return hidden, tuple(new_caches)
-
-        if caches is None:
-            caches = (None,) * len(windows)
-        return jax.lax.scan(run_group, hidden, (groups, caches))
-
-
-def _stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
-    """num_layers blocks in one module: every parameter has a leading axis named "layers"."""
-
-    @nnx.split_rngs(splits=config.num_layers)
-    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
-    def create(rngs: nnx.Rngs) -> Block:
-        return Block(config, rngs=rngs)
-
-    return create(rngs)
+    Returns:
+        The graph and the state, each of whose variables holds a `jax.ShapeDtypeStruct`.
+        `nnx.merge(graph, state)` with arrays in their place is a model.
+    """
+    # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
+    return jax.eval_shape(lambda: nnx.split(kind(config, rngs=nnx.Rngs(0))))

@@ -11,13 +11,8 @@ import numpy as np
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.tensors import IGNORED_SUFFIXES, TIED_HEAD, Entry
-from nha_jax.storage.weights import (
-    Index,
-    SafetensorsSource,
-    Shapes,
-    abstract_parameters,
-    differences,
-)
+from nha_jax.parameter_shapes import Shapes, abstract_parameters
+from nha_jax.storage.weights import Index, SafetensorsSource, differences
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -21,11 +21,11 @@ from nha_jax.hf.published import native_notices, read_native, write_native
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
 from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table
 from nha_jax.model import Model
+from nha_jax.parameter_shapes import Shapes
 from nha_jax.storage.saved_model import EXTRA_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
 from nha_jax.storage.weights import (
     Index,
     ModelSource,
-    Shapes,
     WeightSource,
     weight_bytes,
     write_weights,

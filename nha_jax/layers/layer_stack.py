@@ -1,42 +1,123 @@
-"""Layers as one stack [L, ...], as groups of a window period, and each by itself.
+"""The blocks of a model as one stacked module: creating it, and running its layers in order.
 
-P is the window period: a scan over the L/P groups gives, for each of their P places, leaves
-[L/P, ...]; layer g * P + p is place p at index g.
+Every parameter of the stack has a leading axis of num_layers entries. The windows of the layers
+repeat with a *period* (`ModelConfig.window_period`), so a scan over the num_layers / period
+repetitions, with the period's blocks written out one after the other inside it, compiles each
+window once. In the scan's trees, layer `repetition * period + i` is entry `repetition` of tree `i`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.layers import LayerCache
+from nha_jax.config import ModelConfig, Remat
+from nha_jax.layers.attention import LayerCache
+from nha_jax.layers.block import Block
+from nha_jax.layers.remat import remat_policy
+
+LayerStep = Callable[[Block, jax.Array, Any, int | None], tuple[jax.Array, Any]]
+"""step(block, hidden, cache, window_size) -> (hidden, new cache or other results of the layer)."""
 
 
-def layer_of(stack: nnx.State, index: int | jax.Array) -> nnx.State:
-    """[L, ...] -> [...], of each parameter."""
-    return jax.tree.map(
+def stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
+    """Creates num_layers blocks as one module; its parameters' leading axis is named "layers"."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def create(rngs: nnx.Rngs) -> Block:
+        return Block(config, rngs=rngs)
+
+    return create(rngs)
+
+
+def block_of_layer(blocks: Block, index: int | jax.Array) -> Block:
+    """Takes one layer's block out of the stack.
+
+    Args:
+        blocks: as `stacked_blocks` creates them.
+        index: which layer; it may be traced, and is then clamped to [0, num_layers).
+    """
+    graph, stack = nnx.split(blocks)
+    parameters = jax.tree.map(
         lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack
-    )
+    )  # [num_layers, ...] -> [...]
+    return nnx.merge(graph, parameters)
+
+
+def scan_blocks(
+    step: LayerStep,
+    blocks: Block,
+    hidden: jax.Array,
+    windows: Sequence[int | None],
+    caches: tuple[Any, ...] | None = None,
+    *,
+    remat: Remat = "none",
+) -> tuple[jax.Array, tuple[Any, ...]]:
+    """Runs `step` through all layers, in order.
+
+    Args:
+        step: what a layer does.
+        blocks: as `stacked_blocks` creates them.
+        hidden: [B, T, hidden_size], what the first layer reads.
+        windows: the window of each layer of one period.
+        caches: a tree for each layer of the period, its leaves stacked over the repetitions, as
+            `stack_layers` gives them; None: `step` gets None.
+        remat: what the backward pass keeps of each block, as `ModelConfig.remat`.
+
+    Returns:
+        What the last layer gave, [B, T, hidden_size], and the second results of `step`, arranged
+        like `caches`.
+    """
+    graph, stack = nnx.split(blocks)
+    groups = jax.tree.map(
+        lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), stack
+    )  # [num_layers, ...] -> [repetitions, period, ...]
+
+    def run(parameters: nnx.State, hidden: jax.Array, cache: Any, window_size: int | None):
+        return step(nnx.merge(graph, parameters), hidden, cache, window_size)
+
+    if remat != "none":
+        # Inside a scan nothing can be merged with the recomputation, so no barrier is needed.
+        run = jax.checkpoint(run, prevent_cse=False, static_argnums=3, policy=remat_policy(remat))
+
+    def run_period(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
+        parameters_of_layers = unstack(group[0], len(windows))
+        results = []
+        for parameters, cache, window_size in zip(
+            parameters_of_layers, group[1], windows, strict=True
+        ):
+            hidden, result = run(parameters, hidden, cache, window_size)
+            results.append(result)
+        return hidden, tuple(results)
+
+    if caches is None:
+        caches = (None,) * len(windows)
+    return jax.lax.scan(run_period, hidden, (groups, caches))
 
 
 def stack_layers(layers: Sequence[LayerCache], period: int) -> tuple[LayerCache, ...]:
-    """Of L layers -> of each place in the window period, stacked over its L/P repetitions."""
+    """Stacks the caches of all layers as `scan_blocks` takes them: one tree a layer of the period.
+
+    Args:
+        layers: num_layers caches.
+        period: layers of a window period; it divides num_layers.
+    """
     return tuple(
-        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[place::period])
-        for place in range(period)
+        jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers[i::period]) for i in range(period)
     )
 
 
-def unstack_layers(stacked: Sequence[LayerCache], repeats: int) -> tuple[LayerCache, ...]:
-    """The inverse of `stack_layers`."""
-    places = [unstack(place, repeats) for place in stacked]
-    return tuple(layer for layers in zip(*places, strict=True) for layer in layers)
+def unstack_layers(stacked: Sequence[LayerCache], repetitions: int) -> tuple[LayerCache, ...]:
+    """Gives the cache of each layer by itself: the inverse of `stack_layers`."""
+    by_period = [unstack(tree, repetitions) for tree in stacked]
+    return tuple(layer for layers in zip(*by_period, strict=True) for layer in layers)
 
 
 def unstack(tree: Any, count: int) -> list[Any]:
-    """The `count` trees whose leaves are stacked along axis 0."""
+    """Gives the `count` trees whose leaves are stacked along axis 0."""
     leaves, structure = jax.tree.flatten(tree)
     # The gradient of split is one concatenation; that of indexing would be a sum of padded parts.
     parts = [jax.lax.split(leaf, (1,) * count, axis=0) for leaf in leaves]
@@ -45,11 +126,11 @@ def unstack(tree: Any, count: int) -> list[Any]:
     ]
 
 
-def in_layer_order(period: tuple[Any, ...]) -> Any:
-    """P trees with leaves [L/P, ...], as a scan over groups of P layers gives them -> [L, ...]."""
+def in_layer_order(results: tuple[Any, ...]) -> Any:
+    """Turns the results of `scan_blocks` into one tree with leaves [num_layers, ...]."""
 
-    def stack(*leaves: jax.Array) -> jax.Array:
-        repeats = len(leaves[0])  # not -1: there may be no entries, without slots
-        return jnp.stack(leaves, axis=1).reshape(repeats * len(leaves), *leaves[0].shape[1:])
+    def merge(*leaves: jax.Array) -> jax.Array:
+        repetitions = len(leaves[0])  # not -1: there may be no entries, without slots
+        return jnp.stack(leaves, axis=1).reshape(repetitions * len(leaves), *leaves[0].shape[1:])
 
-    return jax.tree.map(stack, *period)
+    return jax.tree.map(merge, *results)

@@ -16,10 +16,8 @@ import safetensors
 from flax import nnx
 
 from nha_jax.config import ModelConfig
-from nha_jax.model import Model
-
-Shapes = Mapping[str, jax.ShapeDtypeStruct]
-"""Shape and dtype of each parameter, by its dotted name: `blocks.attention.q_proj.kernel`."""
+from nha_jax.model import Model, abstract_model
+from nha_jax.parameter_shapes import Shapes, by_name
 
 Index = tuple[slice, ...]
 """A slice for every axis of an array."""
@@ -84,7 +82,7 @@ class ModelSource:
 
     def __init__(self, model: Model):
         self.name = "the model"
-        self._arrays = {name: jnp.asarray(x) for name, x in _named(nnx.state(model)).items()}
+        self._arrays = {name: jnp.asarray(x) for name, x in by_name(nnx.state(model)).items()}
         self._dtype = jnp.dtype(model.config.param_dtype)
         self.shapes: Shapes = {
             name: jax.ShapeDtypeStruct(x.shape, self._dtype) for name, x in self._arrays.items()
@@ -97,11 +95,6 @@ class ModelSource:
         starts, sizes = [low for low, _ in bounds], [high - low for low, high in bounds]
         part = np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
         return part.astype(self._dtype, copy=False)
-
-
-def abstract_parameters(config: ModelConfig) -> Shapes:
-    """What a model of this config has."""
-    return _named(_abstract(config)[1])
 
 
 def differences(expected: Shapes, found: Shapes) -> list[str]:
@@ -144,8 +137,8 @@ def build_model(
         ValueError: the source does not hold what the config says; the message names every
             parameter that differs.
     """
-    graph, state = _abstract(config)
-    expected = _named(state)
+    graph, state = abstract_model(config)
+    expected = by_name(state)
     check_weights(expected, source)
     default = jax.sharding.SingleDeviceSharding(_default_device())
     places = jax.tree.map(lambda _: default, state) if shardings is None else shardings(state)
@@ -161,9 +154,10 @@ def read_state(source: WeightSource, abstract: nnx.State, shardings: Any) -> nnx
         abstract: shapes and dtypes; a parameter that has another dtype is cast as it is read.
         shardings: the same tree, a `jax.sharding.Sharding` in place of each variable.
     """
-    state, places = jax.tree.map(lambda leaf: leaf, abstract), _named(shardings)
+    state, places = jax.tree.map(lambda leaf: leaf, abstract), by_name(shardings)
     arrays = {
-        name: _place(source, name, places[name], leaf.dtype) for name, leaf in _named(state).items()
+        name: _place(source, name, places[name], leaf.dtype)
+        for name, leaf in by_name(state).items()
     }
     nnx.replace_by_pure_dict(state, _nested(arrays))
     return state
@@ -220,11 +214,6 @@ def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
         yield slice(start, min(start + rows, shape[0])), *rest
 
 
-def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
-    return jax.eval_shape(lambda: nnx.split(Model(config, rngs=nnx.Rngs(0))))
-
-
 def _place(
     source: WeightSource, name: str, sharding: jax.sharding.Sharding, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
@@ -245,14 +234,8 @@ def _default_device() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
 
 
-def _named(state: Any) -> dict[str, Any]:
-    """The leaves of an nnx state by dotted name."""
-    leaves, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(state))
-    return {".".join(str(entry.key) for entry in keys): leaf for keys, leaf in leaves}
-
-
 def _nested(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The inverse of `_named`: a dictionary for each dot."""
+    """The inverse of `by_name`: a dictionary for each dot."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, leaf = name.split(".")

@@ -193,6 +193,33 @@ def test_llama_preset_is_llama_and_its_gates():
     assert ModelConfig.preset("llama-3-8b").num_parameters == published + gates
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "parameters", "flops"),
+    [
+        ("nha-tiny", {}, 702_336, 1_571_852.0),
+        ("nha-20m", {}, 19_325_952, 41_976_816.0),
+        ("nha-340m", {}, 347_415_552, 713_286_400.0),
+        ("nha-1.3b", {}, 1_311_393_792, 2_659_698_176.0),
+        ("llama-3-8b", {}, 8_097_370_112, 15_680_667_648.0),
+        ("nha-tiny", {"experts": {"count": 8, "per_token": 2, "size": 64}}, 852_864, 988_172.0),
+        (
+            "nha-tiny",
+            {"attention_bias": "qkv", "qk_norm": True, "num_kv_heads": 1, "value_dim": 32}
+            | {"tie_embeddings": False},
+            635_872,
+            1_301_753.0,
+        ),
+        ("nha-tiny", {"num_slots": 0}, 677_760, 1_401_740.0),
+    ],
+    ids=["tiny", "20m", "340m", "1.3b", "llama", "experts", "biases-and-norms", "no-slots"],
+)
+def test_counts_are_those_of_the_formula_that_was_written_out(name, overrides, parameters, flops):
+    """Figures of the commit that still added the counts up by hand, at 2048 tokens."""
+    config = ModelConfig.preset(name, **overrides)
+    assert config.num_parameters == parameters
+    assert config.flops_per_token(2048) == flops
+
+
 def test_preset_overrides_reach_derived_sizes():
     config = ModelConfig.preset("nha-tiny", num_query_heads=4)
     assert (config.num_kv_heads, config.key_dim) == (4, 32)

@@ -97,8 +97,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
     """A saved model as it lies on the disk; of a run, its newest checkpoint."""
+    from nha_jax.parameter_shapes import abstract_parameters
     from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
-    from nha_jax.storage.weights import ModelSource, abstract_parameters, check_weights
+    from nha_jax.storage.weights import ModelSource, check_weights
     from train.text.loading import load_model
 
     if (Path(path) / WEIGHTS_FILE).exists():

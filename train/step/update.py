@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nha_jax
+from nha_jax.model import abstract_model
 from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
@@ -87,7 +88,7 @@ class Steps:
         self.original_shardings, _ = self._split(self.shardings.model)  # and of gradients
         self.abstract_original = None
         if original is not None:
-            self._original_graph = jax.eval_shape(lambda: nnx.split(_new_model(original, 0)))[0]
+            self._original_graph, _ = abstract_model(original)
             self.abstract_original = self._abstract_original()
         replicated = NamedSharding(mesh, PartitionSpec())
         self._update = jax.jit(
@@ -185,7 +186,7 @@ class Steps:
         return nnx.merge(self._model_graph, model_state)
 
     def _create(self) -> tuple[nha_jax.Model, nnx.Optimizer]:
-        model = _new_model(self._config.model, self._config.seed)
+        model = nha_jax.Model(self._config.model, rngs=nnx.Rngs(self._config.seed))
         trained, frozen = self._split(nnx.state(model))
         nnx.update(model, jax.tree.map(lambda x: x.astype(self._frozen_dtype), frozen))
         transform = make_optimizer(self._config.optimizer, self.learning_rate, trained)
@@ -298,10 +299,6 @@ class Steps:
         parts = cut_rows(self._mesh, batch, self._config.micro_batches)
         one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         return jax.lax.scan(add, place(jax.tree.map(zeros, one)), parts)[0]
-
-
-def _new_model(config: nha_jax.ModelConfig, seed: int) -> nha_jax.Model:
-    return nha_jax.Model(config, rngs=nnx.Rngs(seed))
 
 
 def all_finite(tree: Any) -> jax.Array:

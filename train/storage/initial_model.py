@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Self
 
 from nha_jax import ModelConfig
+from nha_jax.parameter_shapes import abstract_parameters
 from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
-from nha_jax.storage.weights import SafetensorsSource, abstract_parameters, differences
+from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.storage.atomic import write_atomically

@@ -4,10 +4,10 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from flax import nnx
 
 import nha_jax
+from nha_jax.model import abstract_model
 from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
 from train.checkpoint.checkpoints import load_model_state
 from train.data.tokenizer.as_bytes import BYTE_VOCABULARY
@@ -31,7 +31,7 @@ def load_model(path: str) -> nha_jax.Model:
             return nha_jax.load(path)
     folder = RunFolder(path)
     config = nha_jax.ModelConfig.from_dict(folder.model_config())
-    graph, state = jax.eval_shape(lambda: nnx.split(nha_jax.Model(config, rngs=nnx.Rngs(0))))
+    graph, state = abstract_model(config)
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
 
 

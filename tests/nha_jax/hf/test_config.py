@@ -8,7 +8,7 @@ from nha_jax import ModelConfig
 from nha_jax.hf.config import from_hf_config, to_hf_config
 from nha_jax.hf.families import FAMILIES
 from nha_jax.hf.tensors import table
-from nha_jax.storage.weights import abstract_parameters
+from nha_jax.parameter_shapes import abstract_parameters
 from tests.support.hf.originals import FIXTURES, NAMES
 
 SIZES = {

@@ -14,6 +14,7 @@ from nha_jax import Model, ModelConfig, load, save
 from nha_jax.storage import saved_model as serialization
 from nha_jax.storage import weights
 from nha_jax.storage.saved_model import EXTRA_FILES, extra_files_of
+from tests.support.paths import FIXTURES
 
 
 def tiny_model(seed: int = 0, **overrides) -> Model:
@@ -33,6 +34,14 @@ def test_loaded_model_is_bit_equal(tmp_path, param_dtype, tie_embeddings):
     chex.assert_trees_all_equal_shapes_and_dtypes(nnx.state(loaded), nnx.state(model))
     names = loaded.blocks.attention.q_proj.kernel.get_metadata()["out_sharding"]
     assert names == ("layers", "embed", "heads")
+
+
+def test_model_saved_before_the_house_was_redesigned_loads():
+    folder = FIXTURES / "saved_before"
+    with np.load(folder / "expected.npz") as expected:
+        logits = load(folder / "model")(jnp.asarray(expected["tokens"]))
+        np.testing.assert_allclose(logits, expected["logits"], rtol=1e-5, atol=1e-5)
+    assert extra_files_of(folder / "model") == {"generation_config.json": b'{"eos_token_id": 0}\n'}
 
 
 def test_loaded_model_runs(tmp_path):

@@ -16,7 +16,8 @@ import pytest
 from flax import nnx
 
 import nha_jax
-from nha_jax.storage.weights import Index, SafetensorsSource, abstract_parameters
+from nha_jax.parameter_shapes import abstract_parameters
+from nha_jax.storage.weights import Index, SafetensorsSource
 from tests.support.eight_devices import run_on_eight_devices
 from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
