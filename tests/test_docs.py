@@ -17,6 +17,7 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from nha_jax.ops import backends
 from tests.support import documents
 from tests.support.paths import ROOT
 from train.cli import main
@@ -164,11 +165,14 @@ def _python_documents() -> list[str]:
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as one goes through a notebook."""
     monkeypatch.chdir(tmp_path)
+    known = backends.names()
     names: dict = {}
     exec(BEFORE.get(document, ""), names)
     for block in documents.code_blocks("python", [document]):
         code = compile(ast.parse(block.text), str(block), "exec")
         exec(code, names)
+    for name in set(backends.names()) - set(known):
+        backends.unregister(name)
 
 
 def test_the_commands_that_a_newcomer_runs_first_are_as_ci_expects() -> None:
@@ -181,6 +185,13 @@ def test_the_commands_that_a_newcomer_runs_first_are_as_ci_expects() -> None:
     install = "pip install -q uv && uv run "
     assert blocks["Quick start"][1] == f"{install}nha train configs/quickstart.yaml\n"
     assert blocks["Tests"][1] == f"{install}pytest -n 2\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.name)
+def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(example), run_name="__main__")
 
 
 def test_the_figure_is_what_its_script_draws() -> None:
