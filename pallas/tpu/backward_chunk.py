@@ -69,21 +69,21 @@ def forward_stages(n: int, step: GridStep) -> Iterator[None]:
     C, K = spec.chunk, step.refs["token_key"].shape[2]
     decays = ChunkDecays(tokens.of_chunk("decay", n, spec.entering_tokens), spec, dtype)
     yield
-    bare_end_decay, chunk_decay = decays.bare_end_decay, jnp.exp2(decays.chunk)
+    bare_to_end, total = decays.bare_to_end, jnp.exp2(decays.at_end)
     segments = segments_of(step.refs, tokens, n, spec)
     if segments is not None:
-        bare_end_decay = segments.where_token_reaches_end(bare_end_decay)
-        chunk_decay = segments.where_start_reaches_end(chunk_decay)
-    end_decay = (decays.write[:C] * bare_end_decay).astype(dtype)
-    chunk_decay = to_column(chunk_decay)
+        bare_to_end = segments.where_token_reaches_end(bare_to_end)
+        total = segments.where_start_reaches_end(total)
+    to_end = (decays.write[:C] * bare_to_end).astype(dtype)
+    total = to_column(total)
     key_value = [tokens.of_chunk(name, n, C) for name in ("entering_key", "value")]
-    entered = matmul_tn(end_decay, jnp.concatenate(key_value, 1))
+    entered = matmul_tn(to_end, jnp.concatenate(key_value, 1))
     yield
     start = step.slots
     start_key, start_value = (x.astype(dtype) for x in (start[:, :K], start[:, K:]))
-    end = step.slots = chunk_decay * start + entered
+    end = step.slots = total * start + entered
     step.states[n] = ChunkStates(
-        decays, segments, bare_end_decay, end_decay, chunk_decay, start_key, start_value, end
+        decays, segments, bare_to_end, to_end, total, start_key, start_value, end
     )
     yield
 
@@ -148,7 +148,7 @@ class _Logits(NamedTuple):
     """
 
     masks: Masks
-    start_decay: jax.Array  # exp(c_r), [C, M] float32
+    from_start: jax.Array  # exp(c_r), [C, M] float32
     token_decays: list[jax.Array]  # [the block's tokens, M]
     row_decays: list[jax.Array]  # [the block's rows, M] float32
     block_products: list[jax.Array]  # a over da: q k^T and D, [., the block's tokens]
@@ -163,9 +163,9 @@ class _Logits(NamedTuple):
 def _slot_logits(n: int, step: GridStep, reads: _Reads, states: ChunkStates) -> _Logits:
     spec, decays, segments, G = step.spec, states.decays, states.segments, step.spec.group
     masks = Masks(spec, segments, n, step.index)
-    start_decay = jnp.exp2(decays.at_rows)
+    from_start = jnp.exp2(decays.at_rows)
     if segments is not None:
-        start_decay = segments.where_row_sees_start(start_decay)
+        from_start = segments.where_row_sees_start(from_start)
     blocks = range(len(decays.gate_blocks))
     token_decays = [decays.token_decay(i) for i in blocks]
     row_decays = [decays.row_decay(i) for i in blocks]
@@ -187,15 +187,15 @@ def _slot_logits(n: int, step: GridStep, reads: _Reads, states: ChunkStates) -> 
         window_product = split_group(matmul_nt(reads.window_query, reads.window_key), G)
     half = G * decays.gate_blocks[0].stop
     a, da = (
-        from_start * start_decay
+        start_product * from_start
         + join([
             split_group(sums[part], G) * row_decay
             for sums, row_decay in zip(block_sums, row_decays, strict=True)
         ], 1)
-        for from_start, part in ((start_a, slice(0, half)), (start_da, slice(half, None)))
+        for start_product, part in ((start_a, slice(0, half)), (start_da, slice(half, None)))
     )  # fmt: skip
     return _Logits(
-        masks, start_decay, token_decays, row_decays, block_products, block_sums, start_a,
+        masks, from_start, token_decays, row_decays, block_products, block_sums, start_a,
         start_da, window_product, a, da,
     )  # fmt: skip
 
@@ -232,7 +232,7 @@ def _softmax(
     if window_p is not None:
         d_logits = window_p * ((d_out_value - delta) * spec.window_slope)
         db = merge_group(d_logits).astype(dtype)
-    start_ds, start_p = (merge_group(x * logits.start_decay).astype(dtype) for x in (ds, slot_p))
+    start_ds, start_p = (merge_group(x * logits.from_start).astype(dtype) for x in (ds, slot_p))
     block_ds_p = [
         jnp.concatenate([merge_group(x[:, block] * row_decay) for x in (ds, slot_p)], 0).astype(
             dtype
@@ -293,11 +293,11 @@ def _row_decay_gradient(G: int, logits: _Logits, softmax: _Softmax) -> jax.Array
         jnp.sum((ds_p.astype(jnp.float32) * sums).reshape(2 * G, -1, sums.shape[1]), 0)
         for ds_p, sums in zip(softmax.block_ds_p, logits.block_sums, strict=True)
     ]
-    from_start = (
+    through_start = (
         split_group(softmax.start_ds.astype(jnp.float32), G) * logits.start_a
         + split_group(softmax.start_p.astype(jnp.float32), G) * logits.start_da
     )
-    return join(within_chunk, 0) + jnp.sum(from_start, 0)
+    return join(within_chunk, 0) + jnp.sum(through_start, 0)
 
 
 def _gradients(
@@ -314,27 +314,27 @@ def _gradients(
     d_end = later["d_slots"]
     d_end_key, d_end_value = (x.astype(dtype) for x in (d_end[:, :K], d_end[:, K:]))
     d_end_operand = jnp.concatenate([d_end_key, d_end_value], 1)
-    d_chunk = jnp.sum(d_end_operand.astype(jnp.float32) * states.end, -1, keepdims=True)
-    d_chunk = to_row(d_chunk)
-    later["d_slots"] = states.chunk_decay * d_end + products.d_start
+    d_at_end = jnp.sum(d_end_operand.astype(jnp.float32) * states.end, -1, keepdims=True)
+    d_at_end = to_row(d_at_end)
+    later["d_slots"] = states.total * d_end + products.d_start
 
     d_query = matmul(softmax.start_ds, states.start_key)
     d_query += matmul(products.d_query_key, reads.entering_key)
     d_query = split_group(d_query, spec.group)
-    through_end = matmul(states.end_decay, d_end_operand)  # [C, K + V]
+    through_end = matmul(states.to_end, d_end_operand)  # [C, K + V]
     d_key = matmul_tn(products.d_query_key, reads.slot_query)
     d_value = matmul_tn(products.token_p, reads.d_out)
     d_key, d_value = (
         add_to_first(x, y) for x, y in ((d_key, through_end[:, :K]), (d_value, through_end[:, K:]))
     )
-    d_end_decay = matmul_nt(reads.entering_key[:C], d_end_key)
-    d_end_decay += matmul_nt(reads.value[:C], d_end_value)
+    d_to_end = matmul_nt(reads.entering_key[:C], d_end_key)
+    d_to_end += matmul_nt(reads.value[:C], d_end_value)
     return (
         ChunkGradients(
             reads.query, d_query, d_key, d_value, products.d_window_query, products.d_window_key
         ),
         DecayGradients(
-            products.d_at_rows, logits.token_decays, products.d_token_decays, d_end_decay, d_chunk
+            products.d_at_rows, logits.token_decays, products.d_token_decays, d_to_end, d_at_end
         ),
     )
 

@@ -25,8 +25,8 @@ class ChunkDecays:
       cumulative: [entering_tokens, M], c of each token, in units of log 2.
       at_rows: [C, M], c of the last token in the slots of each row.
       write: [entering_tokens, M], s.
-      chunk: [1, M], c over the chunk: of its C-th token.
-      bare_end_decay: [C, M], exp(c_C - c_j), without s: from the first C tokens to the chunk's end.
+      at_end: [1, M], c of the C-th token, the last to be in the slots at the chunk's end.
+      bare_to_end: [C, M], exp(c_C - c_j), without s: from the first C tokens to the chunk's end.
       gate_blocks: the rows of each gate block.
       block_tokens: for each gate block, the tokens that may be in the slots of its rows.
       references: for each gate block, c_ref [1, M].
@@ -40,8 +40,8 @@ class ChunkDecays:
         self.cumulative = cumulative
         self.at_rows = cumulative[spec.halo_padding : spec.halo_padding + C]
         self.write = 1.0 - jnp.exp2(decay)
-        self.chunk = cumulative[C - 1 : C]
-        self.bare_end_decay = jnp.exp2(self.chunk - cumulative[:C])
+        self.at_end = cumulative[C - 1 : C]
+        self.bare_to_end = jnp.exp2(self.at_end - cumulative[:C])
         self.gate_blocks = [slice(r, r + block) for r in range(0, C, block)]
         beyond = spec.entering_tokens - C
         self.block_tokens = [slice(0, rows.stop + beyond) for rows in self.gate_blocks]

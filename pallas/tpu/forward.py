@@ -213,7 +213,7 @@ class _Slots(NamedTuple):
 
     start_key: jax.Array  # SK0, [M, K] in the operands' dtype
     start_value: jax.Array  # SV0, [M, V]
-    start_decay: jax.Array  # exp(c_r), [C, M] float32
+    from_start: jax.Array  # exp(c_r), [C, M] float32
     window_product: jax.Array | None  # [G, C, chunk_tokens] float32, rotated q . k
 
 
@@ -221,23 +221,23 @@ def _pass_slots_on(n: int, step: _GridStep, reads: _Reads) -> _Slots:
     """Takes the slots at the chunk's start from `step` and leaves those at its end there."""
     spec, decays, segments, dtype = step.spec, reads.decays, reads.segments, reads.value.dtype
     C, K = spec.chunk, reads.entering_key.shape[1]
-    end_decay = decays.write[:C] * decays.bare_end_decay  # s exp(c_C - c), [C, M]
-    chunk_decay = jnp.exp2(decays.chunk)
-    start_decay = jnp.exp2(decays.at_rows)
+    to_end = decays.write[:C] * decays.bare_to_end  # s exp(c_C - c), [C, M]
+    total = jnp.exp2(decays.at_end)
+    from_start = jnp.exp2(decays.at_rows)
     if segments is not None:
-        end_decay = segments.where_token_reaches_end(end_decay)
-        chunk_decay = segments.where_start_reaches_end(chunk_decay)
-        start_decay = segments.where_row_sees_start(start_decay)
-    chunk_decay = to_column(chunk_decay)
+        to_end = segments.where_token_reaches_end(to_end)
+        total = segments.where_start_reaches_end(total)
+        from_start = segments.where_row_sees_start(from_start)
+    total = to_column(total)
     key_value = jnp.concatenate([reads.entering_key[:C], reads.value[:C]], 1)
-    entered = matmul_tn(end_decay.astype(dtype), key_value)
+    entered = matmul_tn(to_end.astype(dtype), key_value)
     window_product = None
     if spec.has_window:
         window_key = step.tokens.of_chunk("window_key", n, spec.chunk_tokens)
         window_product = split_group(matmul_nt(reads.window_query, window_key), spec.group)
     start_key, start_value = (x.astype(dtype) for x in (step.slots[:, :K], step.slots[:, K:]))
-    step.slots = chunk_decay * step.slots + entered
-    return _Slots(start_key, start_value, start_decay, window_product)
+    step.slots = total * step.slots + entered
+    return _Slots(start_key, start_value, from_start, window_product)
 
 
 class _Logits(NamedTuple):
@@ -254,7 +254,7 @@ def _slot_logits(spec: CallSpec, reads: _Reads, slots: _Slots) -> _Logits:
     blocks = range(len(decays.gate_blocks))
     token_decays = [decays.token_decay(i) for i in blocks]
     row_decays = [decays.row_decay(i) for i in blocks]
-    a = split_group(matmul_nt(reads.slot_query, slots.start_key), G) * slots.start_decay
+    a = split_group(matmul_nt(reads.slot_query, slots.start_key), G) * slots.from_start
     a += join([
         split_group(matmul(merge_group(query_key[:, rows, seen]).astype(dtype), token_decay), G)
         * row_decay
@@ -295,7 +295,7 @@ def _softmax(spec: CallSpec, reads: _Reads, slots: _Slots, logits: _Logits) -> _
 class _Sums(NamedTuple):
     """What is left of the output's sum."""
 
-    from_start: jax.Array  # [G * C, V] float32, what the slots at the chunk's start give
+    start_out: jax.Array  # [G * C, V] float32, what the slots at the chunk's start give
     token_p: jax.Array  # P, [G, C, chunk_tokens] float32
 
 
@@ -303,7 +303,7 @@ def _sum_values(
     spec: CallSpec, reads: _Reads, slots: _Slots, logits: _Logits, softmax: _Softmax
 ) -> _Sums:
     G, dtype, slot_p = spec.group, reads.value.dtype, softmax.slot_p
-    from_start = matmul(merge_group(slot_p * slots.start_decay).astype(dtype), slots.start_value)
+    start_out = matmul(merge_group(slot_p * slots.from_start).astype(dtype), slots.start_value)
     to_tokens = [
         matmul_nt(merge_group(slot_p[:, rows] * row_decay).astype(dtype), token_decay)
         for rows, token_decay, row_decay in zip(
@@ -312,12 +312,12 @@ def _sum_values(
     ]
     p = join([pad_columns(split_group(x, G), spec.chunk_tokens) for x in to_tokens], 1)
     window_p = 0.0 if softmax.window_p is None else softmax.window_p
-    return _Sums(from_start, jnp.where(reads.masks.slots, p, window_p))
+    return _Sums(start_out, jnp.where(reads.masks.slots, p, window_p))
 
 
 def _store(n: int, step: _GridStep, reads: _Reads, softmax: _Softmax, sums: _Sums) -> None:
     outs, rows, dtype = step.outs, rows_of(n, step.spec), reads.value.dtype
-    out = sums.from_start + matmul(merge_group(sums.token_p).astype(dtype), reads.value)
+    out = sums.start_out + matmul(merge_group(sums.token_p).astype(dtype), reads.value)
     write_group(outs["out"], rows, split_group(out, step.spec.group) * softmax.inverse_sum)
     outs["lse"][0, 0, :, rows] = to_row(softmax.row_max + jnp.log2(softmax.row_sum))
     if step.spec.slot_weight:

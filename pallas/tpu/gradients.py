@@ -31,9 +31,9 @@ class ChunkStates(NamedTuple):
 
     decays: ChunkDecays
     segments: Segments | None
-    bare_end_decay: jax.Array  # exp(c_C - c_j), 0 for tokens that do not reach the end; [C, M]
-    end_decay: jax.Array  # s_j times that, [C, M] in the operands' dtype
-    chunk_decay: jax.Array  # exp(c_C), 0 if the start does not reach the end; [M, 1]
+    bare_to_end: jax.Array  # exp(c_C - c_j), 0 for tokens that do not reach the end; [C, M]
+    to_end: jax.Array  # s_j times that, [C, M] in the operands' dtype
+    total: jax.Array  # exp(c_C), 0 if the start does not reach the end; [M, 1]
     start_key: jax.Array  # SK0, [M, K] in the operands' dtype
     start_value: jax.Array  # SV0, [M, V]
     end: jax.Array  # [M, K + V] float32
@@ -84,8 +84,8 @@ class DecayGradients(NamedTuple):
     d_at_rows: jax.Array  # R, of c at the rows; [C, M]
     token_decays: list[jax.Array]  # for each gate block, [its tokens, M] in the operands' dtype
     d_token_decays: list[jax.Array]  # their gradients
-    d_end_decay: jax.Array  # [C, M]
-    d_chunk: jax.Array  # x, of c over the chunk; [1, M]
+    d_to_end: jax.Array  # [C, M]
+    d_at_end: jax.Array  # x, of c at the chunk's end; [1, M]
 
 
 def decay_gradient(
@@ -97,13 +97,13 @@ def decay_gradient(
     d_write = _sum_blocks(gradients.d_token_decays, bare, decays, spec)  # Y
     token_decays = [x.astype(jnp.float32) for x in gradients.token_decays]
     write_d_write = _sum_blocks(gradients.d_token_decays, token_decays, decays, spec)  # s Y
-    d_write = add_to_first(d_write, gradients.d_end_decay * states.bare_end_decay)
+    d_write = add_to_first(d_write, gradients.d_to_end * states.bare_to_end)
     write_d_write = add_to_first(
-        write_d_write, gradients.d_end_decay * states.end_decay.astype(jnp.float32)
+        write_d_write, gradients.d_to_end * states.to_end.astype(jnp.float32)
     )
     d_decay = reverse_cumulative_sum(_from_rows(gradients.d_at_rows, spec) - write_d_write)
     d_decay -= (1.0 - decays.write) * d_write
-    d_decay = add_to_first(d_decay, gradients.d_chunk, spec.chunk)
+    d_decay = add_to_first(d_decay, gradients.d_at_end, spec.chunk)
     decay = step.tokens.of_chunk("decay", n, spec.entering_tokens)
     floor = decay_floor(step.refs["token_value"].dtype)
     return jnp.where(decay > floor, d_decay, 0.0)
@@ -196,6 +196,6 @@ def _add_later(x: jax.Array, later: dict[str, jax.Array], name: str, spec: CallS
         parts.append(x[C:] + from_later[: x.shape[0] - C])
     if x.shape[0] - C < spec.halo:
         parts.append(from_later[x.shape[0] - C :])
-    total = join(parts, 0)
-    later[name] = total[: spec.halo]
-    return total[spec.halo :]
+    summed = join(parts, 0)
+    later[name] = summed[: spec.halo]
+    return summed[spec.halo :]
