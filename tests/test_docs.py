@@ -34,6 +34,15 @@ RUN = {
 
 NOT_RUN = {
     "needs what it downloads": (),
+    "takes minutes to hours, and is a test or a compiler of its own": (
+        "uv run pytest tests/pallas/gpu",
+        "uv run pytest -m full tests/pallas/gpu",
+        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
+        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_tokens 0 1",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/pallas/gpu",
+        "uv run --extra cuda python benchmarks/gpu_static.py --groups 1",
+    ),
+    "needs a GPU": ("benchmarks/gpu_check.sh",),
 }
 
 # What the Python blocks of a document take for granted.

@@ -1,13 +1,11 @@
 """Mosaic GPU kernels of the operator, for Hopper."""
 
-from pallas.constants import RESIDUAL_NAMES
 from pallas.gpu.attention import Fused, fused_attention
 from pallas.gpu.block_sizes import BlockSizes, default_block_sizes
 from pallas.gpu.spec import CHUNK, CallSpec
 
 __all__ = [
     "CHUNK",
-    "RESIDUAL_NAMES",
     "BlockSizes",
     "CallSpec",
     "Fused",

@@ -1,4 +1,4 @@
-"""The operator on the kernels' own arrays: forward and backward joined by one custom_vjp."""
+"""The operator on the kernels' own arrays: its forward and backward, joined by one custom_vjp."""
 
 import functools
 from typing import Any, NamedTuple
@@ -18,12 +18,12 @@ Arrays = dict[str, jax.Array]
 
 
 class Fused(NamedTuple):
-    """What the kernels return."""
+    """What `fused_attention` returns."""
 
     out: jax.Array  # [B, Tq, Hq, D] bfloat16
     lse: jax.Array  # [B, Hq, Tq] float32, natural log of the softmax's denominator
     slot_weight: jax.Array  # [B, Hq, Tq] float32; differentiable with spec.weight
-    end: tuple[jax.Array, jax.Array] | None  # [B, Hkv, D, M] float32 each; with spec.state
+    end: tuple[jax.Array, jax.Array] | None  # the slots at the end, as the inputs' start; see there
 
 
 def fused_attention(
@@ -34,26 +34,35 @@ def fused_attention(
     block_sizes: BlockSizes,
     interpret: Any = False,
 ) -> Fused:
-    """The operator: a state pass, which finds the slots at the chunks' starts, and an output pass.
+    """The operator, with its gradient.
 
-    B rows, Tq query rows, a multiple of C = 64, Tk token rows, Hq query heads, Hkv KV heads, D 64,
-    128, 192 or 256, M 16 (D up to 192), 32, 64 or 128; symbols as in `spec.py`. The inputs are
-    differentiated, the constants are not, and lse has no gradient.
+    With slots it is three launches: the gates of the chunks, the slots at the chunks' starts, and
+    the output; without, it is the last alone. C = 64 divides Tq; D is 64, 128, 192 or 256; M is 16
+    (with D up to 192), 32, 64 or 128; the other symbols are those of `spec.py`.
 
-    inputs: window_query [B, Tq, Hq, D], window_key and value [B, Tk, Hkv, D] bfloat16; with
-      spec.slots log_decay [B, Tq, Hkv, M] float32, whose row r is of the token that enters at row
-      r + spec.ahead (0 where none does), and query and key, where the slots do not read those of
-      the window; with spec.state start_key and start_value, the slots at the start, [B, Hkv, D, M]
-      float32.
-    constants: cos and sin of a `Rotation`, if the kernels are to rotate window_query and
-      window_key; with spec.masked query_segment and token_segment, int32 arrays of `Segments`,
-      and, with slots, slot_access and the token_reaches_end [B, Tq] and start_reaches_end
-      [B, Tq / C] of `end_gates`.
-    interpret: `InterpretGPUParams` run the kernels on the CPU.
+    Args:
+      inputs: what is differentiated.
+        window_query [B, Tq, Hq, D], window_key and value [B, Tk, Hkv, D], bfloat16. Tk reaches as
+          far as whole blocks of C tokens do that the last rows see.
+        log_decay, with slots: [B, Tq, Hkv, M] float32. Its row r is of the token that enters at
+          row r + spec.ahead, and 0 where none does.
+        query, key, with slots that do not read those of the window: shaped as those.
+        start_key, start_value, with spec.state: the slots at the start, [B, Hkv, D, M] float32.
+      constants: what is not.
+        cos, sin, of a `Rotation`, if the kernels are to rotate window_query and window_key.
+        query_segment, token_segment and, with slots, slot_access, with spec.masked: of `Segments`.
+        token_reaches_end, start_reaches_end, with slots and spec.masked: as for `end_gates`.
+      spec: the static facts of the call.
+      block_sizes: how the kernels cut their work.
+      interpret: `InterpretGPUParams` to run the kernels on the CPU, or False.
 
-    Saved for the backward, beside the inputs: the output, lse, the slot weight and the slots
-    at the chunks' starts. A `jax.checkpoint` policy that saves `RESIDUAL_NAMES` spares itself the
-    forward.
+    Returns:
+      The output and what goes with it. lse has no gradient. The backward needs, beside the inputs,
+      the output, lse, the slot weight and the slots at the chunks' starts: a `jax.checkpoint`
+      policy that saves `RESIDUAL_NAMES` spares itself the forward.
+
+    Raises:
+      ValueError: block_sizes do not fit the shapes; the message names the field.
     """
     return _fused(spec, block_sizes, interpret, inputs, constants)
 

@@ -8,11 +8,11 @@ class BlockSizes:
     """Warpgroups and pipeline depths; a chunk has 64 rows, those of a warpgroup's product.
 
     Fields:
-      warpgroups: query heads of a KV head that a block of the output pass serves, one warpgroup
-        each, 1 or 2 (of an even number, and of heads up to 128); they share the keys, the values,
-        the slots and the gates.
-      stages: blocks of keys and values in flight in the output pass, 1 to 4.
-      state_stages: chunks in flight in the state pass, and heads' chunks in its reverse, 1 to 4.
+      warpgroups: query heads of a KV head that a thread block of `forward/output.py` serves, by a
+        compute warpgroup each: 1, or 2 where the group is even and D is up to 128. They share the
+        keys, the values, the slots and the gates.
+      stages: blocks of keys and values in flight in `forward/output.py`, 1 to 4.
+      state_stages: items in flight in the walk of the states and of their gradients, 1 to 4.
       window_stages: blocks of rows or tokens in flight in the window's backward, 1 to 4.
       token_stages: heads in flight in the backward of the slots' tokens, 1 to 4; fewer if they do
         not fit.
@@ -36,12 +36,12 @@ class BlockSizes:
 
 
 def default_block_sizes(head_dim: int, slots: int) -> BlockSizes:
-    """What fits a Hopper block's 227 KB of shared memory without spilling registers.
+    """Block sizes that fit a Hopper block's 227 KB of shared memory without spilling registers.
 
-    By static figures, nothing was measured. Two consuming warpgroups would share what they read,
-    but have 168 registers a thread and spill: `setmaxnreg`, by which they would take the
-    producer's, is ignored (ptxas: C7504) in code to be linked, and jax has nvJitLink compile that
-    wherever it finds the library, which CUDA's others need.
+    Chosen by what ptxas says; nothing was measured. Two compute warpgroups would share what they
+    read, but have 168 registers a thread and spill: `setmaxnreg`, by which they would take the
+    fetch warpgroup's, is ignored (ptxas: C7504) in code to be linked, and jax has nvJitLink compile
+    that wherever it finds the library, which CUDA's others need.
 
     Args:
       head_dim: D.

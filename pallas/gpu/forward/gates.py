@@ -21,9 +21,10 @@ own c of log_decay.
 A thread block has up to 32 slots of a chunk: with more, its registers would let fewer blocks share
 a multiprocessor. It reads log_decay once and writes each result once. One warpgroup does all.
 
-| barrier | arrivals (number)                                            | waits         | often |
-| ------- | ------------------------------------------------------------ | ------------- | ----- |
-| loaded  | copies of log_decay and, if given, token_reaches_end (1 or 2) | the warpgroup | once  |
+| barrier | arrivals (number)                              | waits         | how often |
+| ------- | ---------------------------------------------- | ------------- | --------- |
+| loaded  | copies of log_decay and, with segments,        | the warpgroup | once      |
+|         | token_reaches_end (1 or 2)                     |               |           |
 """
 
 import functools

@@ -12,8 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 Refs = dict[str, Any]
 
 SHARED_MEMORY = 227 * 1024  # bytes, of a block on Hopper
-ALIGNMENT = 1024  # of an array in it
-REDUCTION = 2048  # bytes, the compiler's own, for maxima and sums
+ALIGNMENT = 1024  # bytes, of an array in it
+REDUCTION = 2048  # bytes, the compiler's own, for maxima and sums across warps
 
 
 def size_of(scratch: Refs) -> int:

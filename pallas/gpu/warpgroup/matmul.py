@@ -12,16 +12,18 @@ Operands = Callable[[], Sequence[tuple[Any, Any]]]
 
 
 class Matmul:
-    """start + the sum of a @ b over pairs of operands, in float32.
+    """Computes start + the sum of a @ b over pairs of operands, in float32.
 
-    b is a reference to shared memory, a is one or an array in registers. The operands are made by a
-    function, because references must be indexed where they are used.
+    b is a reference to shared memory, a is one or an array in registers, both bfloat16. The
+    operands are made by a function, because references must be indexed where they are used. The
+    call returns when all of its products are done.
     """
 
     def __init__(self, interpret: bool, buffer: Any = None):
-        """interpret: for the interpreter, which multiplies nothing in registers.
+        """Prepares for the GPU, or with `interpret` for the interpreter.
 
-        buffer: what it uses instead, [C, 64] bfloat16 of shared memory of the warpgroup's own.
+        buffer: with `interpret`, [C, 64] bfloat16 of shared memory of the warpgroup's own, through
+          which an a in registers passes: the interpreter multiplies what lies in shared memory.
         """
         self.interpret, self.buffer = interpret, buffer
 

@@ -1,4 +1,4 @@
-"""A warpgroup that fetches what another computes with, some items ahead of it."""
+"""How a fetch warpgroup keeps some items ahead of the warpgroup that computes with them."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 def fetch_ahead(
     count: int | jax.Array, read: Any, *steps: Callable[[jax.Array, int | jax.Array], None]
 ) -> None:
-    """Calls steps(item, stage) for items 0 to count - 1, each when its stage's buffers are free.
+    """Calls every step(item, stage) for items 0 to count - 1, when the stage's buffers are free.
 
-    read: barriers, one for each stage, at which the reader arrives after each item. steps: of an
-    item, one after the other; the first starts its copies, and a second may wait for them.
+    Item i uses the buffers of stage i modulo the number of stages.
+
+    Args:
+      count: of items.
+      read: barriers, one for each stage, at which the reader arrives after each item.
+      steps: called for an item one after the other; the first starts its copies, and a second may
+        wait for them.
     """
     stages = read.shape[0]
     for step in steps:

@@ -1,10 +1,10 @@
 """Rotary embedding (rotate-half) of what lies in shared memory, in place.
 
-Of x = [x1, x2], the halves of a head, with the tables cos and sin of the row's position:
+With x1 and x2 the halves of a head, and the tables cos and sin of the row's position:
 
     y1 = x1 cos - x2 sin        y2 = x2 cos + x1 sin
 
-and of a gradient the other way, with -sin. It is computed in float32 and rounded to bfloat16.
+A gradient is rotated back, with -sin. The sums are float32 and are rounded to bfloat16.
 """
 
 import math
@@ -20,19 +20,26 @@ from pallas.gpu.warpgroup.launch import Refs
 
 
 class Rotation(NamedTuple):
-    """Tables of the token rows' positions, [B or 1, Tk, D / 2] float32."""
+    """The tables of the token rows' positions, [B or 1, Tk, D / 2] float32 each."""
 
     cos: jax.Array
     sin: jax.Array
 
 
 def halves_tile(D: int, columns: int = 64) -> tuple[Any, ...]:
-    """`tile` of [rows, D] of which either half is a whole number of tiles, of columns or fewer."""
+    """`tile` for [rows, D] such that each half of D is a whole number of tiles.
+
+    columns: of a tile, at most.
+    """
     return tile(math.gcd(D // 2, columns))
 
 
 def arrival(shared: Refs, name: str, loaded: Any) -> Any:
-    """Where copies to shared[name] arrive: what `rotate_copied` is to rotate is not loaded yet."""
+    """The barriers at which the copies to shared[name] arrive.
+
+    They are `loaded`, or, if `rotate_copied` has to rotate what is copied before it counts as
+    loaded, shared[name + "_copied"].
+    """
     return shared.get(name + "_copied", loaded)
 
 
@@ -47,9 +54,14 @@ def rotate_copied(
     *,
     columns: int = 64,
 ) -> None:
-    """Rotates what a copy leaves at a stage of shared[name], if the kernel is to.
+    """Waits for the copy to a stage of shared[name], rotates it and arrives at `loaded`.
 
-    shared[name + "_copied"]: the barriers of the copies. loaded: those of what is rotated.
+    Does nothing in a kernel that is given no tables.
+
+    Args:
+      positions: the slice of the rows in the tables.
+      loaded: the stages' barriers.
+      columns: as for `rotate`.
     """
     if "cos" not in refs:
         return
@@ -62,13 +74,15 @@ def rotate_copied(
 def rotate(
     x: Any, refs: Refs, batch, positions: Any, *, columns: int = 64, back: bool = False
 ) -> None:
-    """Rotates x, a reference to [C, D] bfloat16 that lies as `halves_tile` says.
+    """Rotates x in place; before others read it, it needs a `commit_smem`.
 
-    refs: with cos and sin of a `Rotation`. positions: the slice of x's rows in them. back: the
-    other way, a gradient. columns: as for `halves_tile`; so many of either half at a time, which
-    take `2 * columns` registers of a thread.
-
-    What others are to read of it needs a `commit_smem` afterwards.
+    Args:
+      x: a reference to [C, D] bfloat16 that lies as `halves_tile` says.
+      refs: with cos and sin of a `Rotation`.
+      positions: the slice of x's rows in the tables.
+      columns: of either half that are rotated at a time, as for `halves_tile`; they take
+        `2 * columns` registers of a thread.
+      back: the other way, for a gradient.
     """
     half = x.shape[1] // 2
     step = math.gcd(half, columns)

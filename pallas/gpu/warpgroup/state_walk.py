@@ -16,10 +16,11 @@ Outputs:
 
 One warpgroup, which fetches some items ahead of its products.
 
-| barrier     | arrivals (number)                                   | waits         | how often   |
-| ----------- | --------------------------------------------------- | ------------- | ----------- |
-| loaded      | the copies of an item's rows, weights and total (3) | the warpgroup | once a item |
-| wide_loaded | the copy of first_* (1)                             | the warpgroup | once        |
+| barrier       | arrivals (number)                              | waits         | how often    |
+| ------------- | ---------------------------------------------- | ------------- | ------------ |
+| loaded[stage] | the copies of an item's rows, weights and      | the warpgroup | once an item |
+|               | total (3)                                      |               |              |
+| wide_loaded   | the copy of first_* (1)                        | the warpgroup | once         |
 """
 
 import functools
