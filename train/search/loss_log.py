@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from nha_jax import ModelConfig
 from train.config import rename_keys
 from train.errors import ConfigError
 from train.storage.atomic import write_atomically
@@ -96,5 +97,16 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
             continue
     if not rows or not isinstance(rows[0], dict) or WINDOWS_KEY in rows[0]:
         raise ConfigError(f"{path}: holds no losses of a search; choose another --output")
-    header, _ = rename_keys(rows[0])
-    return [{_RENAMED.get(key, key): value for key, value in header.items()}, *rows[1:]]
+    return [_update_header(rows[0]), *rows[1:]]
+
+
+def _update_header(header: dict[str, Any]) -> dict[str, Any]:
+    """Gives a header that an earlier version wrote the keys that it would have today."""
+    header, _ = rename_keys(header)
+    header = {_RENAMED.get(key, key): value for key, value in header.items()}
+    try:
+        model = ModelConfig.from_dict(header["model"]).to_dict()
+    except (KeyError, TypeError, ValueError):
+        return header  # not what any version wrote: it will differ from what is expected
+    del model["window_size"]
+    return header | {"model": model}

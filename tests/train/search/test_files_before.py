@@ -10,6 +10,7 @@ import pytest
 from tests.support.paths import FIXTURES
 from train.cli import main
 from train.search.layerwise import LayerwiseLoss
+from train.search.loss_log import LossLog
 from train.windows import read_windows
 
 
@@ -41,3 +42,15 @@ def test_the_losses_are_not_measured_again(before: Path, monkeypatch: pytest.Mon
         assert new[key] == old[key]
     assert main([*command, "--windows-count=4", "--full-layers=3"]) == 0
     assert measured == []  # every choice of three layers was among them
+
+
+def test_a_model_option_that_is_new_and_unused_does_not_matter(before: Path) -> None:
+    path = before / "search.jsonl"
+    header, *losses = path.read_text().splitlines(keepends=True)
+    measured_on = json.loads(header)
+    assert measured_on["model"].pop("qk_norm") is False  # as if the option had come later
+    path.write_text(json.dumps(measured_on) + "\n" + "".join(losses))
+    present = json.loads(header)
+    present["sequences"] = present.pop("windows_count")
+    with LossLog(path, present) as log:
+        assert len(log.losses) == len(losses) == 7
