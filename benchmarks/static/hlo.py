@@ -16,9 +16,9 @@ def estimated_cycles(text: str) -> int:
         ValueError: a loop's trip count is not in the text.
     """
     total = 0
-    for step in Program(text).steps():
-        estimate = _CYCLES.search(step.instruction.attributes)
-        total += step.times * int(estimate[1]) if estimate else 0
+    for executed in Program(text).executed():
+        estimate = _CYCLES.search(executed.instruction.attributes)
+        total += executed.times * int(estimate[1]) if estimate else 0
     return total
 
 
@@ -34,10 +34,10 @@ def bytes_moved(text: str) -> int:
         ValueError: a loop's trip count is not in the text.
     """
     total = 0
-    for step in Program(text).steps():
-        instruction = step.instruction
+    for executed in Program(text).executed():
+        instruction = executed.instruction
         if instruction.opcode not in _FREE:
             operands = tuple(dict.fromkeys(instruction.operands))
-            arrays = *step.computation.arrays(operands), *instruction.results
-            total += step.times * sum(array.bytes for array in arrays)
+            arrays = *executed.computation.arrays(operands), *instruction.results
+            total += executed.times * sum(array.bytes for array in arrays)
     return total

@@ -1,1 +1,1 @@
-"""What a training step takes on a machine that is not there: `nha plan`."""
+"""`nha plan`: what a training step needs on a machine that is not there."""

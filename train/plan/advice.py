@@ -1,4 +1,4 @@
-"""What would make a step fit that does not: really tried, the cheapest change first."""
+"""Looks for a change that makes a step fit, by compiling it with each, the cheapest first."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +10,7 @@ from train.plan.compiling import CompiledStep
 Overrides = dict[str, Any]
 
 MOST_TRIES = 8
-# What each policy keeps for the backward pass: less and less, for more and more recomputation.
+# From left to right a policy keeps less for the backward pass and computes more of it again.
 REMAT = ("none", "dots", "operator", "full")
 
 
@@ -19,15 +19,15 @@ def find_advice(
     compile_with: Callable[[Overrides], CompiledStep],
     report: Callable[[str], None],
 ) -> tuple[Overrides, CompiledStep] | None:
-    """The first change that makes the step fit.
+    """Finds the first change that makes a step fit.
 
     Args:
-        compiled: the step that does not.
-        compile_with: compiles it with these keys of the configuration replaced.
-        report: is told, in a line, what is tried and what came of it.
+        compiled: the step that does not fit.
+        compile_with: compiles the step with these keys of the configuration replaced.
+        report: called with a line about each change that was tried and what came of it.
 
     Returns:
-        The change and the step with it; None if none of `MOST_TRIES` fits.
+        The change and the step with it; None if the first `MOST_TRIES` changes do not fit.
     """
     tries = 0
     temporaries: dict[str, int] = {compiled.config.model.remat: compiled.memory.temporaries}
@@ -37,7 +37,7 @@ def find_advice(
         try:
             attempt = compile_with(overrides)
         except ConfigError:
-            continue  # not possible with these sizes
+            continue  # the sizes of the configuration do not allow it
         tries += 1
         memory = attempt.memory
         if list(overrides) == ["model.remat"]:
@@ -49,14 +49,17 @@ def find_advice(
 
 
 def as_arguments(overrides: Overrides) -> str:
-    """As the command line takes them."""
+    """Writes overrides as the command line takes them."""
     return " ".join(f"--{key}={value}" for key, value in overrides.items())
 
 
 def _candidates(compiled: CompiledStep, temporaries: Mapping[str, int]) -> Iterator[Overrides]:
-    """Recomputation; smaller parts of the batch, if need be with it; a mesh that divides more.
+    """Proposes changes: recomputation, then more micro-batches, then a mesh that divides more.
 
-    `temporaries` are the bytes of each policy that was tried, the configuration's own included.
+    Args:
+        compiled: the step that does not fit.
+        temporaries: bytes of temporaries by each remat policy tried so far, which the caller adds
+            to; the configuration's own policy is among them.
     """
     config, mesh, memory = compiled.config, dict(compiled.mesh), compiled.memory
     more_remat = REMAT[REMAT.index(config.model.remat) + 1 :]
@@ -68,7 +71,7 @@ def _candidates(compiled: CompiledStep, temporaries: Mapping[str, int]) -> Itera
     for count in parts:
         for change in ({}, full) if full else ({},):
             known = temporaries.get(change.get("model.remat", config.model.remat), 0)
-            # They shrink by as many times at best: gradients do not.
+            # Temporaries shrink by that factor at best: gradients stay as large as they are.
             if memory.state + known * config.micro_batches // count <= memory.available:
                 yield change | {"micro_batches": count}
     smallest: Overrides = full | ({"micro_batches": parts[-1]} if parts else {})
@@ -84,7 +87,7 @@ def _candidates(compiled: CompiledStep, temporaries: Mapping[str, int]) -> Itera
 
 
 def _doublings(above: int, most: int) -> Iterator[int]:
-    """2 x `above`, 4 x `above` ... up to `most`."""
+    """Gives 2 x `above`, 4 x `above` ... up to `most`."""
     size = 2 * above
     while size <= most:
         yield size

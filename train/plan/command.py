@@ -1,4 +1,4 @@
-"""`nha plan`, from its options to what it prints."""
+"""Runs `nha plan`: compiles the step and prints the plan, and advice if it does not fit."""
 
 import json
 import sys
@@ -16,15 +16,15 @@ DOES_NOT_FIT = 1
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What was asked for.
+    """The options of `nha plan`.
 
     Attributes:
-        config: a YAML file.
+        config: path of a YAML file.
         overrides: (dotted key, YAML text) pairs.
         topology: the machine, e.g. `v5p:4x4x4`.
         mfu: share of the chips' peak to assume, above 0.
-        json: print JSON.
-        advice: try what would make the step fit if it does not.
+        json: whether to print JSON instead of a table.
+        advice: whether to look for a change that makes the step fit if it does not.
     """
 
     config: str
@@ -41,7 +41,7 @@ def run_plan(options: PlanOptions) -> int:
     Raises:
         ConfigError: there is no such machine, or the configuration is wrong or does not suit it.
     """
-    load_config(options.config, options.overrides)  # its mistakes come before the wait
+    load_config(options.config, options.overrides)  # reports its mistakes before the long wait
     topology = find_topology(options.topology)
 
     def compile_with(overrides: Overrides) -> CompiledStep:

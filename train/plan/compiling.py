@@ -1,4 +1,4 @@
-"""Compiles the training step for devices that are not there, and says what came out."""
+"""Compiles the training step for devices that are not there, and measures the program."""
 
 import math
 import time
@@ -26,17 +26,17 @@ from train.storage.initial_model import model_to_learn_from
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """What a step needs of one device's memory, in bytes.
 
     Attributes:
-        parameters: of the model, and what is held of one to learn from.
+        parameters: the model's, and those that are held of a model to learn from.
         optimizer: moments and counters.
-        batch: tokens, targets, segments and mask.
+        batch: tokens, targets, segment ids and loss mask.
         temporaries: activations kept for the backward pass, gradients, and everything else that
-            lives for a part of the step; if the step does not fit, all that it needs beyond the
-            three above.
-        program: the code.
-        available: to all of them.
+            lives for a part of the step; if the step does not fit, all that it needs beyond
+            parameters and optimizer.
+        program: the program's code.
+        available: what all of these may need together.
     """
 
     parameters: int
@@ -48,7 +48,7 @@ class Memory:
 
     @property
     def state(self) -> int:
-        """What stays from step to step."""
+        """Bytes that stay in memory from step to step."""
         return self.parameters + self.optimizer
 
     @property
@@ -57,7 +57,7 @@ class Memory:
 
     @property
     def headroom(self) -> int:
-        """Negative by how much it does not fit."""
+        """Bytes to spare; negative if the step does not fit."""
         return self.available - self.total
 
 
@@ -68,11 +68,11 @@ class CompiledStep:
     Attributes:
         config: the configuration.
         topology: the machine.
-        mesh: devices along each axis.
-        memory: of one device.
-        fits: whether the step can run.
-        costs: of one device; None if the compiler gave no program, for want of memory.
-        seconds: that compiling took.
+        mesh: number of devices along each axis of the mesh.
+        memory: what it needs of one device's memory.
+        fits: whether that is there.
+        costs: what one device does; None if the compiler gave no program because of its memory.
+        seconds: how long compiling took.
     """
 
     config: TrainConfig
@@ -88,8 +88,8 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
     """Compiles `train.step.update.Steps.update`, as `nha train` would run it there.
 
     Raises:
-        ConfigError: the mesh does not fit the machine, or the configuration the mesh.
-        jax.errors.JaxRuntimeError: it does not compile, for another reason than want of memory.
+        ConfigError: the mesh does not fit the machine, or the configuration does not fit the mesh.
+        jax.errors.JaxRuntimeError: the step does not compile, and memory is not the reason.
     """
     mesh = make_mesh(config, topology.devices)
     with jax.set_mesh(mesh):
@@ -154,6 +154,7 @@ def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
 
 
 def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:
+    """Puts together what a compiled step needs, from the compiler's analysis."""
     results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     return Memory(
         **state,
@@ -165,7 +166,7 @@ def _memory(analysis: Any, state: dict[str, int], available: int) -> Memory:
 
 
 def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, tuple[int, int]]:
-    """The program; or, if there is too little memory for it, the bytes it needs and there are."""
+    """Returns the program, or None and the bytes it needs and there are, if these are too few."""
     try:
         return lowered.compile(), (0, 0)
     except jax.errors.JaxRuntimeError as error:
@@ -176,12 +177,13 @@ def _compile(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled | None, t
 
 
 def _memory_of_refusal(needed: int, available: int, state: dict[str, int]) -> Memory:
+    """Puts together what a step needs that the compiler refused for its memory."""
     rest = needed - sum(state.values())
     return Memory(**state, batch=0, temporaries=rest, program=0, available=available)
 
 
 def _device_bytes(tree: Any, shardings: Any) -> int:
-    """Of one device's parts."""
+    """Returns the bytes of one device's parts of the arrays."""
     leaves = zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True)
     return sum(
         math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -190,7 +192,7 @@ def _device_bytes(tree: Any, shardings: Any) -> int:
 
 
 def _kernel_costs(jaxpr: Any) -> dict[str, KernelCost]:
-    """By name; of several kernels of one name, the costliest."""
+    """Returns the cost of a call by the kernel's name, that of the largest if calls differ."""
     costs: dict[str, KernelCost] = {}
     for call in calls_of_jaxpr(jaxpr):
         known = costs.get(call.name, KernelCost(0, 0))

@@ -1,4 +1,4 @@
-"""What a compiled program does: floating-point operations, memory traffic, collectives."""
+"""Counts what a compiled program does: matrix products, memory traffic and collectives."""
 
 import math
 import re
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from train.plan.hlo import Array, Computation, Instruction, Program, Step
+from train.plan.hlo import Array, Computation, ExecutedInstruction, Instruction, Program
 
 COLLECTIVES = (
     "all-gather",
@@ -17,7 +17,7 @@ COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
-# They move nothing: names for what is there already, or the end of what was counted at its start.
+# These move nothing: they name arrays that are there already, or make constants on the chip.
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "add-dependency", "iota", "broadcast",
@@ -28,7 +28,12 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode -> the operand th
 
 @dataclass(frozen=True)
 class KernelCost:
-    """What one call of a kernel does that XLA cannot see into."""
+    """What one call of a Pallas kernel does: XLA cannot see into it.
+
+    Attributes:
+        flops: floating-point operations of its matrix products.
+        bytes: bytes that it moves in and out of main memory.
+    """
 
     flops: int
     bytes: int
@@ -36,12 +41,12 @@ class KernelCost:
 
 @dataclass(frozen=True)
 class Collective:
-    """The collectives of one kind, of one device and run.
+    """The collectives of one kind, for one device and one run of the program.
 
     Attributes:
         kind: one of COLLECTIVES.
-        count: how many.
-        bytes: that a device sends in all, each collective done as a ring.
+        count: number of collectives.
+        bytes: bytes that the device sends in all, if each collective is done as a ring.
     """
 
     kind: str
@@ -51,14 +56,14 @@ class Collective:
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one device and run of the program.
+    """What one device does in one run of the program.
 
     Attributes:
-        flops: of all matrix products, those of recomputation and of kernels included.
-        hbm_bytes: in and out of main memory: every array that an operation reads or writes there.
-            An upper estimate, as caches and what the compiler keeps on the chip may spare some.
-        collectives: most bytes first.
-        kernels: calls by the kernel's name.
+        flops: operations of all matrix products, with recomputation and kernels.
+        hbm_bytes: bytes of every array that an operation reads from or writes to main memory. It is
+            an upper estimate, as caches and what the compiler keeps on the chip may save some.
+        collectives: by kind, most bytes first.
+        kernels: number of calls by the kernel's name.
     """
 
     flops: int
@@ -72,44 +77,47 @@ class Costs:
 
 
 def count_costs(program: Program, kernels: Mapping[str, KernelCost]) -> Costs:
-    """Adds up the program's steps.
+    """Adds up what the program executes.
 
     Args:
-        program: as compiled.
-        kernels: of each name, as `kernel_name` has it. Other custom calls count no operations, and
-            their arrays once.
+        program: the compiled program.
+        kernels: the cost of a kernel's call, by its name as `kernel_name` returns it. Other custom
+            calls count as no operations, and their arrays once.
     """
     flops, moved = 0, 0
     calls: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     sent: Counter[str] = Counter()
     seen: set[str] = set()
-    for step in program.steps():
-        kernel = kernels.get(kernel_name(step.instruction))
+    for executed in program.executed():
+        computation, instruction, times = executed
+        kernel = kernels.get(kernel_name(instruction))
         if kernel:
-            calls[kernel_name(step.instruction)] += step.times
-            flops += step.times * kernel.flops
-            moved += step.times * kernel.bytes
+            calls[kernel_name(instruction)] += times
+            flops += times * kernel.flops
+            moved += times * kernel.bytes
             continue
-        flops += step.times * sum(_flops(step.computation, step.instruction))
-        moved += step.times * _hbm_bytes(program, step.computation, step.instruction)
-        for inner in program.inside(step.instruction):
-            for instruction in inner.instructions.values():
-                flops += step.times * sum(_flops(inner, instruction))
-        for kind, ring_bytes in _collectives(program, step, seen):
-            counts[kind] += step.times
-            sent[kind] += step.times * ring_bytes
+        flops += times * sum(_flops(computation, instruction))
+        moved += times * _hbm_bytes(program, computation, instruction)
+        for fused in program.inside(instruction):
+            flops += times * sum(sum(_flops(fused, x)) for x in fused.instructions.values())
+        for kind, ring_bytes in _collectives(program, executed, seen):
+            counts[kind] += times
+            sent[kind] += times * ring_bytes
     found = tuple(Collective(kind, counts[kind], sent[kind]) for kind, _ in sent.most_common())
     return Costs(flops, moved, found, dict(calls))
 
 
 def kernel_name(instruction: Instruction) -> str:
-    """`nha_forward` of `nha_forward.2`, a Pallas kernel's call; empty if it is none."""
+    """Returns the name of the Pallas kernel that an instruction calls, or "" if it calls none.
+
+    The name is `nha_forward` for the instruction `nha_forward.2`.
+    """
     target = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
     if instruction.opcode != "custom-call" or not target or target[1] not in PALLAS_TARGETS:
         return ""
     if found := re.search(r'op_name="[^"]*?(\w+)/mpmd_map"', instruction.attributes):
-        return found[1]  # on GPUs
+        return found[1]  # programs for GPUs name it here
     return re.sub(r"(\.(clone|\d+))*$", "", instruction.name)
 
 
@@ -117,7 +125,7 @@ PALLAS_TARGETS = ("tpu_custom_call", "mosaic_gpu_v2")
 
 
 def _flops(computation: Computation, instruction: Instruction) -> Iterator[int]:
-    """Of a matrix product, 2 for each pair that is multiplied; nothing else counts."""
+    """Counts a matrix product as 2 operations for each pair that is multiplied, all else as 0."""
     if instruction.opcode == "convolution":
         yield _convolution_flops(computation, instruction)
     elif instruction.opcode == "dot":
@@ -131,7 +139,7 @@ def _flops(computation: Computation, instruction: Instruction) -> Iterator[int]:
 
 
 def _attention_flops(computation: Computation, call: Instruction) -> int:
-    """Of cuDNN's causal attention: half of T x T pairs, two products forward and five backward."""
+    """Counts cuDNN's causal attention: T x T / 2 pairs; 2 products forward and 5 backward."""
     query, key = computation.arrays(call.operands[:2])  # [B, T, heads, K]
     pairs = query.size * key.shape[1] // 2
     return 2 * pairs * (5 if "Backward" in call.attributes else 2)
@@ -145,20 +153,21 @@ def _dot_flops(computation: Computation, dot: Instruction, contracted: str) -> i
 
 
 def _ragged_dot_flops(computation: Computation, call: Instruction) -> int:
-    """Of XLA's own kernels for TPUs: rows [N, D] and a matrix [D, I] for each group of them.
+    """Counts XLA's own TPU kernels that multiply groups of rows, each by a matrix of its own.
 
-    The three arrays are [N, D], [groups, D, I] and [N, I], whichever of them is the result.
+    The three arrays are rows [N, D], matrices [groups, D, I] and rows [N, I], and any of the three
+    may be the result.
     """
     arrays = [*computation.arrays(call.operands), *call.results]
     rows = [array.shape[0] for array in arrays if len(array.shape) == 2]
     matrices = [array.shape[1:] for array in arrays if len(array.shape) == 3]
-    if not rows or not matrices:  # the call that prepares the groups
+    if not rows or not matrices:  # the call that only prepares the groups
         return 0
     return 2 * rows[0] * math.prod(matrices[0])
 
 
 def _convolution_flops(computation: Computation, convolution: Instruction) -> int:
-    """TPU programs write matrix products as convolutions, some with windows over padding."""
+    """Counts a convolution, as which TPU programs write matrix products, without its padding."""
     left, right = computation.arrays(convolution.operands[:2])
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", convolution.attributes)
     assert labels is not None, convolution.name
@@ -166,7 +175,7 @@ def _convolution_flops(computation: Computation, convolution: Instruction) -> in
     out = convolution.results[0].shape
     pairs = out[outputs.index("b")] * out[outputs.index("f")] * right.shape[kernel.index("i")]
     for axis in range(len(inputs) - 2):
-        pairs *= _window_pairs(
+        pairs *= _tap_pairs(
             left.shape[inputs.index(str(axis))],
             right.shape[kernel.index(str(axis))],
             out[outputs.index(str(axis))],
@@ -179,7 +188,7 @@ _DILATIONS = ("lhs_dilate", "rhs_dilate")
 
 
 def _entry(convolution: Instruction, name: str, axis: int) -> int:
-    """Of `window={size=1x4 pad=0_0x3_3}`: of padding, that before the first."""
+    """Reads one axis of an option of `window={size=1x4 pad=0_0x3_3}`; of pad, the first number."""
     window = re.search(r"window=\{([^}]*)\}", convolution.attributes)
     found = re.search(rf"\b{name}=(\S+)", window[1]) if window else None
     if found is None:
@@ -187,19 +196,20 @@ def _entry(convolution: Instruction, name: str, axis: int) -> int:
     return int(found[1].split("x")[axis].split("_")[0])
 
 
-def _window_pairs(inputs: int, taps: int, outputs: int, window: Mapping[str, int]) -> int:
-    """How many products of an input and a tap one axis of a convolution has, padding left out."""
+def _tap_pairs(inputs: int, taps: int, outputs: int, options: Mapping[str, int]) -> int:
+    """Counts the products of an input and a tap along one axis of a convolution."""
     pairs = 0
     for tap in range(taps):
-        first = tap * window["rhs_dilate"] - window["pad"]
+        first = tap * options["rhs_dilate"] - options["pad"]
         for output in range(outputs):
-            place = first + output * window["stride"]
-            valid = 0 <= place < (inputs - 1) * window["lhs_dilate"] + 1
-            pairs += valid and place % window["lhs_dilate"] == 0
+            position = first + output * options["stride"]
+            inside = 0 <= position < (inputs - 1) * options["lhs_dilate"] + 1
+            pairs += inside and position % options["lhs_dilate"] == 0
     return pairs
 
 
 def _hbm_bytes(program: Program, computation: Computation, instruction: Instruction) -> int:
+    """Counts the bytes that an instruction reads from and writes to main memory."""
     opcode = instruction.opcode
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0
@@ -212,13 +222,13 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
     if opcode in _UPDATES:
         update = operands[_UPDATES[opcode]]
         return _in_hbm([update]) + (update.bytes if operands[0].in_hbm else 0)
-    if opcode.endswith("-start"):  # its results are its operands, and then what it gives
+    if opcode.endswith("-start"):  # its results list its operands again, then what it returns
         return _in_hbm(instruction.results)
     return _in_hbm(operands) + _in_hbm(instruction.results)
 
 
 def _fusion_bytes(program: Program, computation: Computation, fusion: Instruction) -> int:
-    """Of each operand what the fusion reads of it: of a layers' stack, one layer."""
+    """Counts of each operand only what the fusion reads of it: one layer of a stack of layers."""
     inside = program.computations[fusion.called("calls")[0]]
     moved = 0
     for parameter, name in zip(inside.parameters, fusion.operands, strict=True):
@@ -234,7 +244,7 @@ def _fusion_bytes(program: Program, computation: Computation, fusion: Instructio
 
 
 def _read_bytes(program: Program, inside: Computation, source: Instruction) -> int:
-    """Slices only, if nothing else is read; nothing of what is updated in place."""
+    """Counts the slices if only slices are read, and nothing of an array updated in place."""
     whole, parts = source.results[0].bytes, 0
     for user in inside.users[source.name]:
         if user.opcode == "bitcast":
@@ -252,7 +262,7 @@ def _read_bytes(program: Program, inside: Computation, source: Instruction) -> i
 
 
 def _written_bytes(program: Program, inside: Computation, result: Instruction) -> int:
-    """What is updated of the array, if it is updated in place; else all of it."""
+    """Counts what is updated of an array if that happens in place, or else all of it."""
     if result.opcode == "bitcast":
         return _written_bytes(program, inside, inside.instructions[result.operands[0]])
     if result.opcode == "fusion" and len(result.results) == 1:
@@ -268,15 +278,17 @@ def _in_hbm(arrays: Iterable[Array]) -> int:
     return sum(array.bytes for array in arrays if array.in_hbm)
 
 
-def _collectives(program: Program, step: Step, seen: set[str]) -> Iterator[tuple[str, int]]:
-    """Kind and ring bytes of a step's collectives.
+def _collectives(
+    program: Program, executed: ExecutedInstruction, seen: set[str]
+) -> Iterator[tuple[str, int]]:
+    """Gives the kind and the ring bytes of the collectives that an instruction does.
 
-    A TPU program may spread one over several fusions, that other work goes on in: they have the
-    same chain_id, and `seen` are those found before.
+    A TPU program may spread a collective over several fusions, which do other work meanwhile. They
+    have the same chain_id; `seen` holds those found so far, and new ones are added to it.
     """
-    fused = [(inner, x) for inner in program.inside(step.instruction) for x in
+    fused = [(inner, x) for inner in program.inside(executed.instruction) for x in
              inner.instructions.values()]  # fmt: skip
-    for computation, instruction in [(step.computation, step.instruction), *fused]:
+    for computation, instruction in [(executed.computation, executed.instruction), *fused]:
         kind = instruction.opcode.removesuffix("-start")
         if kind not in COLLECTIVES:
             continue
@@ -286,13 +298,13 @@ def _collectives(program: Program, step: Step, seen: set[str]) -> Iterator[tuple
                 continue
             seen.add(chain[1])
         if computation.name.startswith("all-reduce-scatter"):
-            kind = "reduce-scatter"  # which is how TPU programs write it
+            kind = "reduce-scatter"  # TPU programs write it as an all-reduce and a slice
         operands = sum(array.bytes for array in computation.arrays(instruction.operands))
         yield kind, _ring_bytes(kind, operands, _group_size(program, instruction))
 
 
 def _ring_bytes(kind: str, operands: int, devices: int) -> int:
-    """What each device sends for a collective over so many: see `Collective`."""
+    """Returns the bytes that each device sends for a collective over `devices`, done as a ring."""
     match kind:
         case "all-gather":
             return operands * (devices - 1)
@@ -304,7 +316,10 @@ def _ring_bytes(kind: str, operands: int, devices: int) -> int:
 
 
 def _group_size(program: Program, collective: Instruction) -> int:
-    """Devices of one group: `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['x'=2,'y'=2] {'x'}`."""
+    """Reads how many devices a group has.
+
+    Programs write groups as `{{0,1},{2,3}}`, `[2,2]<=[4]` or `mesh['x'=2,'y'=2] {'x'}`.
+    """
     groups = collective.attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", groups):
         return len(listed[1].split(","))

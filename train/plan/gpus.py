@@ -1,22 +1,22 @@
-"""What XLA must know of a GPU to compile for one that is not there."""
+"""GPUs as XLA must know them to compile for one that is not there."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """One kind; numbers as its driver gives them.
+    """A kind of GPU; the numbers are its driver's.
 
     Attributes:
-        device_kind: jax's name of it, as in `train.devices.chips.CHIPS`.
+        device_kind: jax's name for it, as in `train.devices.chips.CHIPS`.
         capability: major and minor version of its instruction set.
-        cores: streaming multiprocessors.
-        fpus_per_core: float32 units of each.
-        shared_memory: bytes of each core; a block may have 1024 less.
-        l2_cache: bytes.
-        clock: GHz.
-        memory: bytes.
-        memory_bandwidth: bytes a second.
+        cores: number of streaming multiprocessors.
+        fpus_per_core: number of float32 units of each.
+        shared_memory: bytes of shared memory of each; a block of threads may have 1024 less.
+        l2_cache: bytes of the L2 cache.
+        clock: clock rate in GHz.
+        memory: bytes of main memory.
+        memory_bandwidth: bytes a second to and from main memory.
     """
 
     device_kind: str
@@ -31,7 +31,7 @@ class Gpu:
 
     @property
     def target_config(self) -> str:
-        """XLA's GpuTargetConfigProto, as text."""
+        """The description as text of XLA's GpuTargetConfigProto."""
         major, minor = self.capability
         return f"""
             gpu_device_info {{
@@ -62,7 +62,7 @@ class Gpu:
 
 _MIB = 2**20
 
-# As XLA's own collection of device descriptions has them.
+# Taken from XLA's own collection of device descriptions.
 GPUS = {
     "A100": Gpu(
         device_kind="NVIDIA A100-SXM4-80GB",

@@ -1,10 +1,11 @@
-"""Reads the text of a compiled XLA program: what runs, on which arrays, and how often."""
+"""Reads the text of a compiled XLA program (HLO): what runs, on which arrays, and how often."""
 
 import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 _END = re.compile(r"^\}(, .*)?$")
@@ -13,7 +14,7 @@ _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _PARTITIONS = re.compile(r"num_partitions=(\d+)")
-# Opcodes whose called computations run as they stand there, an instruction at a time.
+# Opcodes whose called computations run instruction by instruction -> the attribute that names them.
 _CALLERS = {"call": "to_apply", "async-start": "calls", "conditional": "branch_computations"}
 
 
@@ -23,8 +24,8 @@ class Array:
 
     Attributes:
         dtype: as XLA writes it, e.g. `bf16`.
-        shape: of one device's part.
-        in_hbm: whether it lies in the device's main memory, not in a core's.
+        shape: shape of one device's part.
+        in_hbm: whether it lies in the device's main memory and not in a core's.
     """
 
     dtype: str
@@ -48,7 +49,7 @@ class Instruction:
     Attributes:
         name: unique in its computation.
         opcode: e.g. `fusion`.
-        results: the arrays that it gives, tuples flattened.
+        results: the arrays that it returns; tuples are flattened.
         operands: names of instructions of the same computation.
         attributes: the rest of the line.
     """
@@ -60,14 +61,20 @@ class Instruction:
     attributes: str
 
     def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute names, e.g. `calls=%a` or `branches={%a, %b}`."""
+        """Returns the computations that an attribute names: `calls=%a` or `branches={%a, %b}`."""
         found = re.search(rf"\b{attribute}=(\{{[^}}]*\}}|%[\w.\-]+)", self.attributes)
         return _NAME.findall(found[1]) if found else []
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in the order in which they run; the last is the root."""
+    """A function of the program.
+
+    Attributes:
+        name: unique in the program.
+        instructions: by name, in the order in which they run.
+        root: the instruction whose result the computation returns.
+    """
 
     name: str
     instructions: Mapping[str, Instruction]
@@ -75,13 +82,13 @@ class Computation:
 
     @functools.cached_property
     def parameters(self) -> list[Instruction]:
-        """In the order of the caller's operands."""
+        """The parameters, in the order of the caller's operands."""
         found = [x for x in self.instructions.values() if x.opcode == "parameter"]
         return sorted(found, key=lambda x: int(x.attributes.split(")")[0]))
 
     @functools.cached_property
     def users(self) -> Mapping[str, list[Instruction]]:
-        """Instructions by the operand that they take."""
+        """The instructions that take a result, by the name of the instruction that made it."""
         users: dict[str, list[Instruction]] = {name: [] for name in self.instructions}
         for instruction in self.instructions.values():
             for operand in set(instruction.operands):
@@ -89,18 +96,17 @@ class Computation:
         return users
 
     def arrays(self, names: tuple[str, ...]) -> list[Array]:
-        """The results of these instructions."""
+        """Returns the results of these instructions."""
         return [array for name in names for array in self.instructions[name].results]
 
 
-@dataclass(frozen=True)
-class Step:
-    """An instruction that a run of the program comes to.
+class ExecutedInstruction(NamedTuple):
+    """An instruction that runs when the program does.
 
     Attributes:
-        computation: where it stands.
-        instruction: never a loop or a call: those are gone into.
-        times: how often.
+        computation: the computation that it is in.
+        instruction: neither a loop nor a call, as what they run is listed instead.
+        times: how often it runs.
     """
 
     computation: Computation
@@ -109,12 +115,12 @@ class Step:
 
 
 class Program:
-    """A compiled program, from `jax.stages.Compiled.as_text()`.
+    """A compiled program, read from `jax.stages.Compiled.as_text()`.
 
     Attributes:
-        computations: by name.
-        entry: the one that runs.
-        devices: how many run it together.
+        computations: all computations by name.
+        entry: the computation that a run starts with.
+        devices: how many devices run the program together.
     """
 
     def __init__(self, text: str):
@@ -136,21 +142,21 @@ class Program:
             elif line.startswith("  ") or not lines:
                 lines.append(line)
             else:
-                lines[-1] += line  # one of its attributes is a text of several lines
+                lines[-1] += line  # an attribute of the instruction goes on over several lines
         if not entry:
             raise ValueError("this is no text of an XLA program: it has no ENTRY")
         self.entry = self.computations[entry]
 
-    def steps(self) -> Iterator[Step]:
-        """What one run does, in order; of a conditional, every branch.
+    def executed(self) -> Iterator[ExecutedInstruction]:
+        """Lists what one run executes, in order, with all branches of a conditional.
 
         Raises:
-            ValueError: a loop's trip count is not in the text.
+            ValueError: the text does not say how often a loop runs.
         """
-        return self._steps(self.entry, 1)
+        return self._executed(self.entry, 1)
 
     def inside(self, instruction: Instruction) -> list[Computation]:
-        """The computations that a fusion is made of, those of fusions in it too."""
+        """Returns the computations that a fusion is made of, with those of fusions inside it."""
         found = [self.computations[name] for name in instruction.called("calls")]
         for computation in found:
             for nested in computation.instructions.values():
@@ -158,18 +164,19 @@ class Program:
                     found += [self.computations[name] for name in nested.called("calls")]
         return found
 
-    def _steps(self, computation: Computation, times: int) -> Iterator[Step]:
+    def _executed(self, computation: Computation, times: int) -> Iterator[ExecutedInstruction]:
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 body = self.computations[instruction.called("body")[0]]
-                yield from self._steps(body, times * self._trips(instruction))
+                yield from self._executed(body, times * self._trips(instruction))
             elif instruction.opcode in _CALLERS:
                 for name in instruction.called(_CALLERS[instruction.opcode]):
-                    yield from self._steps(self.computations[name], times)
+                    yield from self._executed(self.computations[name], times)
             else:
-                yield Step(computation, instruction, times)
+                yield ExecutedInstruction(computation, instruction, times)
 
     def _trips(self, loop: Instruction) -> int:
+        """Returns how often a loop runs."""
         known = _TRIPS.search(loop.attributes)
         if known:
             return int(known[1])
@@ -178,7 +185,7 @@ class Program:
         return -(-bound // _increment(body, counter))
 
     def _counter(self, loop: Instruction) -> tuple[int, int]:
-        """Which of the loop's arrays counts, and where it ends; all count from 0."""
+        """Finds which of a loop's arrays counts its rounds from 0, and where the count ends."""
         condition = self.computations[loop.called("condition")[0]]
         constants = [x for x in condition.instructions.values() if x.opcode == "constant"]
         reads = [x for x in condition.instructions.values() if x.opcode == "get-tuple-element"]
@@ -188,28 +195,30 @@ class Program:
 
 
 def _increment(body: Computation, counter: int) -> int:
-    """What is added to the counter each time; 1 if the text does not say."""
+    """Returns what is added to the counter in each round; 1 if the text does not say."""
     update = body.instructions[body.root.operands[counter]]
     if update.opcode == "add":
         operands = [body.instructions[name] for name in update.operands]
-        steps = [_constant(x) for x in operands if x.opcode == "constant"]
-        if len(steps) == 1:
-            return steps[0]
+        added = [_constant(x) for x in operands if x.opcode == "constant"]
+        if len(added) == 1:
+            return added[0]
     return 1
 
 
 def _index(read: Instruction) -> int:
-    """Of a get-tuple-element."""
+    """Returns which element a get-tuple-element reads."""
     found = re.search(r"\bindex=(\d+)", read.attributes)
     assert found is not None, read
     return int(found[1])
 
 
 def _constant(constant: Instruction) -> int:
+    """Returns the value of an integer constant."""
     return int(constant.attributes.split(")")[0])
 
 
 def _computation(name: str, lines: list[str]) -> Computation:
+    """Reads a computation from its lines."""
     instructions, root = {}, None
     for line in lines:
         match = _INSTRUCTION.match(line)
@@ -222,8 +231,9 @@ def _computation(name: str, lines: list[str]) -> Computation:
 
 
 def _instruction(name: str, text: str) -> Instruction:
-    """From `TYPE opcode(operands), attributes`; of a parameter or constant, the attributes begin
-    with what stands in the parentheses.
+    """Reads an instruction from `TYPE opcode(operands), attributes`.
+
+    For a parameter or a constant, the attributes begin with what is in the parentheses.
     """
     end = _closing(text, 0) + 1 if text.startswith("(") else text.index(" ")
     results, rest = _arrays(text[:end]), text[end:].lstrip()
@@ -236,7 +246,7 @@ def _instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis opened at `opening` closes."""
+    """Finds where the parenthesis that opens at `opening` closes."""
     depth = 0
     for position in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[position], 0)
@@ -246,7 +256,8 @@ def _closing(text: str, opening: int) -> int:
 
 
 def _arrays(text: str) -> tuple[Array, ...]:
+    """Reads all arrays that a type names."""
     return tuple(
-        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" not in layout)
-        for dtype, shape, layout in _ARRAY.findall(text)
+        Array(dtype, tuple(int(n) for n in shape.split(",") if n), "S(" not in placement)
+        for dtype, shape, placement in _ARRAY.findall(text)
     )

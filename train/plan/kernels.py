@@ -1,4 +1,4 @@
-"""What the Pallas kernels of a function do, which XLA cannot see into."""
+"""Counts what the Pallas kernels of a function do: XLA cannot see into them."""
 
 import dataclasses
 import math
@@ -10,20 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-GPU_CALL = "mpmd_map"  # what `mosaic_gpu.kernel` is to jax
+GPU_CALL = "mpmd_map"
+"""The name of jax's operation for a `mosaic_gpu.kernel`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
-    """One `pallas_call`, repeated `times` (it may stand in a scan).
+class KernelCall:
+    """One call of a Pallas kernel.
 
     Attributes:
-        steps: of the whole grid.
-        flops: of the matrix products over the whole grid; of branches the costlier, at every step;
-            a loop of a length that is not known before the run counts once.
-        bytes: blocks fetched and written over the whole grid: one whenever its index changes.
-        exact: whether that holds for all blocks; else those whose index is not known before the
-            run (scalar prefetch), or that the kernel copies itself, count as the array, once.
+        name: the kernel's name.
+        steps: number of steps of the grid.
+        flops: operations of the matrix products over the whole grid. Of the branches of a
+            conditional the costlier counts at every step; a loop whose length is only known when
+            the kernel runs counts once.
+        bytes: bytes of the blocks that are fetched and written over the whole grid; a block is
+            fetched whenever its index changes.
+        exact: whether `bytes` was counted so for all blocks. If not, those whose index is only
+            known when the kernel runs (scalar prefetch), and those that the kernel copies itself,
+            count as their whole array once.
+        times: how often the call is repeated, as by a scan around it.
     """
 
     name: str
@@ -34,20 +40,21 @@ class Call:
     times: int
 
 
-def pallas_calls(function, *arguments) -> list[Call]:
-    """The kernels that `function` of these (abstract) arguments calls, in program order."""
+def pallas_calls(function, *arguments) -> list[KernelCall]:
+    """Returns the kernel calls of `function` with these abstract arguments, in program order."""
     return calls_of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
-def calls_of_jaxpr(jaxpr: core.Jaxpr) -> list[Call]:
-    """The kernels that a traced function calls, in program order."""
+def calls_of_jaxpr(jaxpr: core.Jaxpr) -> list[KernelCall]:
+    """Returns the kernel calls of a traced function, in program order."""
     return list(_walk(jaxpr, 1))
 
 
-def _walk(jaxpr, times: int) -> Iterator[Call]:
+def _walk(jaxpr, times: int) -> Iterator[KernelCall]:
+    """Finds kernel calls in a function that is called `times` times."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            yield _call(equation.params, times)
+            yield _tpu_call(equation.params, times)
             continue
         if equation.primitive.name == GPU_CALL:
             yield _gpu_call(equation, times)
@@ -58,7 +65,7 @@ def _walk(jaxpr, times: int) -> Iterator[Call]:
 
 
 def _inner(equation) -> Iterator[core.Jaxpr]:
-    """The functions that an operation calls."""
+    """Gives the functions that an operation calls."""
     for value in equation.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             if isinstance(inner, core.ClosedJaxpr):
@@ -68,7 +75,7 @@ def _inner(equation) -> Iterator[core.Jaxpr]:
 
 
 def _flops(jaxpr: Any) -> int:
-    """Of the matrix products: 2 for each pair that is multiplied."""
+    """Counts 2 operations for each pair that a matrix product multiplies."""
     flops = 0
     for equation in jaxpr.eqns:
         inner = [_flops(function) for function in _inner(equation)]
@@ -79,7 +86,8 @@ def _flops(jaxpr: Any) -> int:
                 flops += 2 * out.size * math.prod(left.shape[axis] for axis in contracted)
             case "wgmma_ref":
                 out, left = (x.aval for x in equation.invars[:2])
-                # In shared memory it is cut in tiles, behind axes of stages: [rows / 8, ., 8, .].
+                # In shared memory a matrix lies in tiles, [rows / 8, ., 8, .], behind
+                # axes of pipeline stages.
                 shape = left.shape[-4:] if len(left.shape) > 2 else left.shape
                 flops += 2 * out.shape[1] * math.prod(shape)
             case "cond":
@@ -91,7 +99,8 @@ def _flops(jaxpr: Any) -> int:
     return flops
 
 
-def _call(parameters, times: int) -> Call:
+def _tpu_call(parameters, times: int) -> KernelCall:
+    """Counts a `pallas_call`, whose blocks the compiler copies."""
     mapping = parameters["grid_mapping"]
     moved, exact = 0, True
     for block in mapping.block_mappings:
@@ -102,20 +111,20 @@ def _call(parameters, times: int) -> Call:
         else:
             moved += fetches * _bytes(block.transformed_block_aval)
     name, steps = parameters["name"] or "pallas_call", math.prod(mapping.grid)
-    return Call(name, steps, steps * _flops(parameters["jaxpr"]), moved, exact, times)
+    return KernelCall(name, steps, steps * _flops(parameters["jaxpr"]), moved, exact, times)
 
 
-def _gpu_call(equation, times: int) -> Call:
-    """A Mosaic GPU kernel copies its blocks itself."""
+def _gpu_call(equation, times: int) -> KernelCall:
+    """Counts a Mosaic GPU kernel, which copies its blocks itself."""
     meshes, jaxprs = equation.params["meshes"], equation.params["jaxprs"]
     steps = math.prod(meshes[0].grid)
     moved = sum(_bytes(x.aval) for x in (*equation.invars, *equation.outvars))
     name, flops = equation.params["name"], sum(_flops(jaxpr) for jaxpr in jaxprs)
-    return Call(name, steps, steps * flops, moved, False, times)
+    return KernelCall(name, steps, steps * flops, moved, False, times)
 
 
 def _fetches(block, mapping) -> int | None:
-    """How often the block's index changes over the grid; None if that is not known."""
+    """Counts how often a block is fetched over the grid; None if only the run can tell."""
     space = str(block.transformed_block_aval.memory_space)
     if mapping.num_index_operands or "any" in space or "hbm" in space:
         return None

@@ -1,4 +1,4 @@
-"""A plan in figures, as a table and as JSON."""
+"""Shows a plan as a table and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -12,18 +12,20 @@ SECONDS_A_DAY = 86400
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """What the chips' peaks say of a step; lower bounds, as each part is taken to run alone.
+    """How fast a step can be, by the chips' peaks.
+
+    Each of the three bounds takes one part of the step to run alone.
 
     Attributes:
-        model_flops: of the definition of what is trained, a device and step; recomputation is not
-            counted.
+        model_flops: operations for a device and step by the model's definition, without
+            recomputation.
         compute: seconds that the program's matrix products take at the peak.
-        memory: seconds that its HBM traffic takes at the peak; the traffic is an upper estimate.
+        memory: seconds that its HBM traffic, an upper estimate, takes at the peak.
         network: seconds that its collectives take with every link busy.
-        mfu: the share of the peak assumed below.
-        step: seconds a step at that share.
-        tokens_a_day: over all devices.
-        days: for the configuration's steps.
+        mfu: the share of the peak that is assumed for the rest.
+        step: seconds a step takes at that share.
+        tokens_a_day: tokens that all devices train on in a day at that share.
+        days: days that the configuration's steps take at that share.
     """
 
     model_flops: float
@@ -37,7 +39,7 @@ class Speed:
 
 
 def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
-    """None if there is no program to take it from."""
+    """Computes the speed; None if the compiler gave no program."""
     if compiled.costs is None:
         return None
     config, chip = compiled.config, compiled.topology.chip
@@ -58,7 +60,7 @@ def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
 
 
 def as_json(compiled: CompiledStep, mfu: float) -> dict[str, Any]:
-    """All figures: bytes, seconds and operations of one device, unless their names say more."""
+    """Returns all figures: bytes, seconds and operations of one device, unless a name says more."""
     memory, costs, speed = compiled.memory, compiled.costs, speed_of(compiled, mfu)
     return {
         "topology": compiled.topology.name,
@@ -75,7 +77,7 @@ def as_json(compiled: CompiledStep, mfu: float) -> dict[str, Any]:
 
 
 def table(compiled: CompiledStep, mfu: float) -> str:
-    """For people: a line for each figure."""
+    """Writes a line for each figure, for people."""
     config, topology = compiled.config, compiled.topology
     model, length = config.model, config.data.sequence_length
     mesh = ", ".join(f"{axis} {size}" for axis, size in compiled.mesh.items())

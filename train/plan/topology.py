@@ -1,4 +1,4 @@
-"""The machine that a plan is for: devices that can be compiled for though they are not there."""
+"""The machine of a plan: devices to compile for, which need not be there."""
 
 import importlib.util
 import os
@@ -25,14 +25,14 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 @dataclass(frozen=True)
 class Topology:
-    """Where the step is to run.
+    """A machine to compile for.
 
     Attributes:
-        name: as given, e.g. `v5p:4x4x4`.
+        name: its name as the user gave it, e.g. `v5p:4x4x4`.
         platform: "tpu" or "cuda".
-        devices: compile-only, as jax counts them.
-        chip: their peaks.
-        memory: bytes of a device that a program may have.
+        devices: its devices, as jax counts them; programs can only be compiled for them.
+        chip: peaks of a device.
+        memory: bytes of a device's memory that a program may use.
     """
 
     name: str
@@ -43,10 +43,10 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """The devices of `v5p:4x4x4` or `cuda:8xH200`.
+    """Finds the devices of a machine such as `v5p:4x4x4` or `cuda:8xH200`.
 
     Raises:
-        ConfigError: there is no such machine, or what compiles for it is not installed.
+        ConfigError: there is no such machine, or the package that compiles for it is missing.
     """
     kind, _, shape = name.partition(":")
     if kind == "cuda":
@@ -57,9 +57,12 @@ def find_topology(name: str) -> Topology:
 
 
 def needed_memory(error: Exception) -> tuple[int, int] | None:
-    """Bytes that a program needs and that a device has, if the error says so; None otherwise.
+    """Reads from an error how many bytes a program needs, and how many a device has.
 
-    "Needs" is all of it: arguments, results and temporaries.
+    What it needs are its arguments, results and temporaries together.
+
+    Returns:
+        Both numbers, or None if the error is about something else.
     """
     found = _NEEDED.search(str(error))
     if found is None:
@@ -79,7 +82,7 @@ def _tpus(name: str) -> Topology:
 
 
 def _retry(describe: Callable[[], Any], name: str) -> tuple[Any, ...]:
-    """Waits for another process that is loading libtpu, for a minute."""
+    """Calls `describe`, waiting up to a minute for another process that is loading libtpu."""
     for _ in range(20):
         try:
             return tuple(describe().devices)
@@ -91,9 +94,9 @@ def _retry(describe: Callable[[], Any], name: str) -> tuple[Any, ...]:
 
 
 def _available_memory(device: Any) -> int:
-    """Bytes of HBM that the compiler lets a program have: less than the chip's.
+    """Finds how many bytes of HBM the compiler lets a program use, which is less than the chip has.
 
-    Only its refusal of a program that needs more tells.
+    The compiler only says so when it refuses a program that needs more.
     """
     sharding = SingleDeviceSharding(device)
     double = jax.jit(lambda x: 2 * x, in_shardings=sharding, out_shardings=sharding)
@@ -119,7 +122,7 @@ def _gpus(name: str, shape: str) -> Topology:
     description = topologies.get_topology_desc(
         platform="cuda",
         topology_name=name,
-        topology=f"1x1x{count}",  # partitions, hosts of each, devices of each
+        topology=f"1x1x{count}",  # partitions x hosts in each x devices in each
         target_config=gpu.target_config,
     )
     chip = chip_of(gpu.device_kind)
