@@ -26,7 +26,7 @@ from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
 from train.step.evaluation import measure_held_out
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 
@@ -83,12 +83,12 @@ def _held_out(config: TrainConfig) -> float:
     corpus, mesh = load_corpus(config.data), make_mesh(config)
     sequences = Sequences(corpus.held_out, config.data.sequence_length)
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
-        state = steps.initial_state(
+        functions = TrainingFunctions(config, mesh)
+        state = functions.initial_state(
             InitialModel.open(config.initial_model or "").source(config.model)
         )
         count = config.evaluation.final_sequences
-        found = measure_held_out(steps, state.model, sequences, config.batch_size, count)
+        found = measure_held_out(functions, state.model, sequences, config.batch_size, count)
     return found.bits_per_byte
 
 

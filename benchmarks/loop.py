@@ -27,7 +27,7 @@ from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
 from train.loop.trainer import Trainer
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 from train.storage.run_folder import RunFolder
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
@@ -51,11 +51,11 @@ class Turns:
     def __init__(self, config: TrainConfig, checkpoints: Checkpoints):
         mesh, corpus = make_mesh(config), load_corpus(config.data)
         self._trainer = Trainer(config, corpus, mesh, RunFolder(config.run), checkpoints)
-        self._steps = Steps(config, mesh)
+        self._functions = TrainingFunctions(config, mesh)
         sequences = Sequences(corpus.training, config.data.sequence_length)
         batch = next(training_batches(sequences, config.batch_size, config.seed, 0))
-        self._batch = self._steps.place(batch)
-        self._state = self._steps.initial_state()
+        self._batch = self._functions.place(batch)
+        self._state = self._functions.initial_state()
 
     def by_the_loop(self, steps: int) -> Times:
         """Of a step, between the starts of the second step and of the last."""
@@ -80,7 +80,7 @@ class Turns:
         before = None
         for _ in range(steps):
             starts.append(now())
-            self._state, metrics = self._steps.update_placed(self._state, self._batch)
+            self._state, metrics = self._functions.update_placed(self._state, self._batch)
             jax.block_until_ready(before)
             before = metrics
         jax.block_until_ready(before)

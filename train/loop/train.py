@@ -76,7 +76,7 @@ def _train(config: TrainConfig) -> int:
             print(f"This run is finished: {done} of {config.steps} steps; raise steps to go on.")
     if processes.is_first():
         print(result)
-        print(f"\nIn {folder.path}: loss.png, slot_share.png, metrics.jsonl,")
+        print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
         print("tensorboard, checkpoints, model")
     return 0
 

@@ -19,8 +19,8 @@ from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
 from train.report.reporting import Reporting, fetch, plot_run
 from train.step.evaluation import HeldOut, gzip_references, measure_held_out
-from train.step.update import Steps, TrainState
-from train.storage.initial_model import InitialModel, model_to_learn_from
+from train.step.update import TrainingFunctions, TrainState
+from train.storage.initial_model import InitialModel, teacher_config
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder
 from train.text.continuation import complete
@@ -55,14 +55,14 @@ class Trainer:
         self._held_out = Sequences(corpus.held_out, config.data.sequence_length)
         self._rows = rows_of_process(mesh, config.batch_size)
         self._initial = initial
-        self._steps = Steps(config, mesh, model_to_learn_from(config))
+        self._functions = TrainingFunctions(config, mesh, teacher_config(config))
         self.state: TrainState
         source = None if initial is None else initial.source(config.model)
-        restored = checkpoints.restore(self._steps.abstract_state, self._steps.shardings)
-        self.state, self.progress = restored or (self._steps.initial_state(source), Progress())
-        self._original = None
+        restored = checkpoints.restore(self._functions.abstract_state, self._functions.shardings)
+        self.state, self.progress = restored or (self._functions.initial_state(source), Progress())
+        self._teacher = None
         if config.loss.distillation and source is not None:
-            self._original = self._steps.read_original(source)
+            self._teacher = self._functions.read_teacher(source)
         self._mesh = mesh
         self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
@@ -87,7 +87,9 @@ class Trainer:
             unreported: dict[int, Metrics] = {}
             for step in range(first + 1, config.steps + 1):
                 profiler.before(step)
-                self.state, metrics = self._steps.update(self.state, next(batches), self._original)
+                self.state, metrics = self._functions.update(
+                    self.state, next(batches), self._teacher
+                )
                 profiler.after(step, metrics)
                 # The step before is fetched while the devices work on this one.
                 self._report_steps(unreported, reporting)
@@ -138,7 +140,7 @@ class Trainer:
 
     def _write_result(self, held_out: HeldOut, model_state: Any) -> Result:
         config = self._config
-        model = self._steps.model(model_state)
+        model = self._functions.model(model_state)
         sample = complete(
             model,
             self._corpus.tokenizer,
@@ -187,7 +189,7 @@ class Trainer:
 
     def _evaluate(self, count: int) -> HeldOut:
         return measure_held_out(
-            self._steps,
+            self._functions,
             self.state.model,
             self._held_out,
             self._config.batch_size,
@@ -207,8 +209,8 @@ class Trainer:
         if self._initial is not None:
             changes = "; ".join(self._initial.changes(model)) or "as it is"
             print(f"from     {self._initial.folder}: {changes}")
-        if self._steps.num_trained < model.num_parameters:
-            print(f"trained  {self._steps.num_trained:,} parameters")
+        if self._functions.num_trained < model.num_parameters:
+            print(f"trained  {self._functions.num_trained:,} parameters")
         for name, part in (
             ("training", self._corpus.training),
             ("held out", self._corpus.held_out),

@@ -20,8 +20,8 @@ from train.plan.costs import Costs, KernelCost, count_costs
 from train.plan.hlo import Program
 from train.plan.kernels import calls_of_jaxpr
 from train.plan.topology import Topology, needed_memory
-from train.step.update import Steps
-from train.storage.initial_model import model_to_learn_from
+from train.step.update import TrainingFunctions
+from train.storage.initial_model import teacher_config
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class CompiledStep:
 
 
 def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
-    """Compiles `train.step.update.Steps.update`, as `nha train` would run it there.
+    """Compiles `train.step.update.TrainingFunctions.update`, as `nha train` would run it there.
 
     Raises:
         ConfigError: the mesh does not fit the machine, or the configuration does not fit the mesh.
@@ -93,17 +93,19 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
     """
     mesh = make_mesh(config, topology.devices)
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh, model_to_learn_from(config))
-        traced = steps.trace_update()
+        functions = TrainingFunctions(config, mesh, teacher_config(config))
+        traced = functions.trace_update()
         start = time.perf_counter()
         lowered = traced.lower()
         compiled, refusal = _compile(lowered)
-    parameters = _device_bytes(steps.abstract_state.model, steps.shardings.model)
-    if steps.abstract_original is not None:
-        parameters += _device_bytes(steps.abstract_original, steps.original_shardings)
+    parameters = _device_bytes(functions.abstract_state.model, functions.shardings.model)
+    if functions.abstract_teacher is not None:
+        parameters += _device_bytes(functions.abstract_teacher, functions.trained_shardings)
     state = {
         "parameters": parameters,
-        "optimizer": _device_bytes(steps.abstract_state.optimizer, steps.shardings.optimizer),
+        "optimizer": _device_bytes(
+            functions.abstract_state.optimizer, functions.shardings.optimizer
+        ),
     }
     if compiled is None:
         memory, costs = _memory_of_refusal(*refusal, state), None

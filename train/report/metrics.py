@@ -1,4 +1,4 @@
-"""What a run reports: rows in a file, TensorBoard events, a progress bar."""
+"""Where a run reports to: rows in a file, TensorBoard events, a progress bar."""
 
 import contextlib
 import json
@@ -17,27 +17,31 @@ from tqdm import tqdm
 from train.storage.atomic import write_atomically
 
 Row = dict[str, Any]
+"""The metrics of one step: `step`, and numbers or lists of a number a layer, by name."""
+
+_RENAMED = {"slot_share": "slot_weight"}
+"""Metrics as rows of an earlier version call them -> as they are called now."""
 
 
 class Reporter(Protocol):
-    """Somewhere that rows are written to."""
+    """A place that rows are written to."""
 
     def write(self, row: Row) -> None:
-        """Takes a row: `step`, and any numbers or lists of a number a layer."""
+        """Writes a row."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Ends the report: no row will follow."""
 
 
 class JsonLines:
-    """A file with a row a line; steps ascend.
+    """A file with one row a line, in the order of their steps.
 
     A row is written whole and at once, so a kill leaves at most one torn line, the last. Numbers
     that are not finite are null.
     """
 
     def __init__(self, path: Path, after_step: int):
-        """Opens the file, made if missing; rows after `after_step`, and a torn one, are dropped."""
+        """Opens or makes the file; drops rows after the step `after_step`, and a torn last one."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
         write_atomically(path, "".join(map(_to_line, kept)))
         self._file = path.open("a", encoding="utf-8")
@@ -51,13 +55,13 @@ class JsonLines:
 
 
 class TensorBoard:
-    """Events in TensorBoard's folder; numbers that are not finite are left out."""
+    """A folder of TensorBoard events; numbers that are not finite are left out."""
 
     def __init__(self, folder: Path, after_step: int):
         folder.mkdir(parents=True, exist_ok=True)
         # Not its SummaryWriter: on a full disk that one's thread dies, and then its queue blocks.
         self._events = EventsWriter(str(folder / "events"))
-        # What an earlier session wrote from this step on counts no more.
+        # Tells TensorBoard to forget what an earlier session wrote from this step on.
         start = SessionLog(status=SessionLog.START)
         self._add(after_step + 1, session_log=start)
 
@@ -103,7 +107,7 @@ class MetricsLog:
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """The finite numbers of a row but its step; those of lists by name/layer_0 and so on."""
+    """The finite numbers of a row except its step; a list's are named name/layer_0 and so on."""
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, list):
@@ -114,7 +118,10 @@ def scalars(row: Row) -> dict[str, float]:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All whole rows of a metrics file; empty if there is no file."""
+    """Reads all whole rows of a metrics file; none if there is no file.
+
+    Metrics that an earlier version called otherwise get their present names.
+    """
     if not path.exists():
         return []
     rows = []
@@ -124,12 +131,16 @@ def read_rows(path: Path) -> list[Row]:
         except ValueError:  # the torn last line, or the empty one after the last
             continue
         if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
+            rows.append(_with_present_names(row))
     return rows
 
 
+def _with_present_names(row: Row) -> Row:
+    return {_RENAMED.get(name, name): value for name, value in row.items()}
+
+
 class ProgressBar:
-    """tqdm on stderr: steps (or whatever `unit` says), time left, and named values beside it."""
+    """A tqdm bar on stderr: steps (or what `unit` names), the time left, and named values."""
 
     def __init__(self, total: int, initial: int, unit: str = "step", shown: bool = True):
         # Where no one watches it live, a line every ten seconds is enough.
@@ -151,12 +162,12 @@ class ProgressBar:
         self._bar.close()
 
     def expect(self, more: int) -> None:
-        """There are so many steps more than was known before."""
+        """Adds `more` steps to those that the bar is to reach."""
         self._bar.total = (self._bar.total or 0) + more
         self._bar.refresh()
 
     def advance(self, **shown: str) -> None:
-        """One step done; `shown` replaces what stands beside the bar under these names."""
+        """Advances by a step; `shown` replaces the values beside the bar that have these names."""
         self._shown |= shown
         self._bar.set_postfix(self._shown, refresh=False)
         self._bar.update()

@@ -1,4 +1,4 @@
-"""The pictures of a run: its loss and its slots' share over the steps, as PNGs."""
+"""The pictures of a run: its loss and its slot weights over the steps, as PNGs."""
 
 import math
 from pathlib import Path
@@ -9,12 +9,12 @@ from train.storage.atomic import replacing
 
 
 def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -> None:
-    """Draws training loss (smoothed) and held-out loss, in bits per byte over steps.
+    """Draws training loss (smoothed) and held-out loss, in bits per byte, over the steps.
 
     Args:
-        rows: of the metrics file; nothing is drawn if there are none.
+        rows: the rows of the metrics file; without any, nothing is drawn.
         references: label -> bits per byte, drawn as horizontal lines.
-        path: where to.
+        path: the picture to write.
     """
     if not rows:
         return
@@ -37,23 +37,23 @@ def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -
     _save(figure, axes, path)
 
 
-def plot_slot_share(rows: list[Row], path: Path) -> None:
-    """Draws every layer's share of the softmax that goes to its slots, over the evaluations.
+def plot_slot_weight(rows: list[Row], path: Path) -> None:
+    """Draws every layer's slot weight, the share of the softmax on its slots, over the evaluations.
 
     Args:
-        rows: of the metrics file; nothing is drawn if none has a `slot_share`.
-        path: where to.
+        rows: the rows of the metrics file; if none has a `slot_weight`, nothing is drawn.
+        path: the picture to write.
     """
-    rows = [row for row in rows if "slot_share" in row]
+    rows = [row for row in rows if "slot_weight" in row]
     if not rows:
         return
     from matplotlib import colormaps
 
-    figure, axes = _figure("slots' share of the softmax", "Slot share of each layer, held out")
-    layers = list(zip(*(row["slot_share"] for row in rows), strict=True))
-    for layer, shares in enumerate(layers):
+    figure, axes = _figure("slots' share of the softmax", "Slot weight of each layer, held out")
+    layers = list(zip(*(row["slot_weight"] for row in rows), strict=True))
+    for layer, weights in enumerate(layers):
         color = colormaps["viridis"](layer / max(len(layers) - 1, 1))
-        values = [math.nan if share is None else share for share in shares]
+        values = [math.nan if weight is None else weight for weight in weights]
         steps = [row["step"] for row in rows]
         axes.plot(steps, values, color=color, marker="o", markersize=3, label=f"layer {layer}")
     axes.set_ylim(0, 1)
@@ -75,7 +75,7 @@ def _save(figure: Any, axes: Any, path: Path) -> None:
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:
-    """Exponential running mean, without the bias towards 0 at the start; skips non-numbers."""
+    """Takes an exponential running mean without its bias towards 0 at the start; skips NaN."""
     mean, total, smoothed = 0.0, 0.0, []
     for value in values:
         if math.isfinite(value):

@@ -12,7 +12,7 @@ from train.devices import processes
 from train.devices.chips import chip_of
 from train.report.clock import Clock
 from train.report.metrics import MetricsLog, ProgressBar, Reporter, Row, read_rows
-from train.report.plots import plot_loss_curve, plot_slot_share
+from train.report.plots import plot_loss_curve, plot_slot_weight
 from train.report.wandb_reporter import WeightsAndBiases
 from train.step.evaluation import HeldOut
 from train.step.flops import training_flops_per_token
@@ -82,7 +82,7 @@ class Reporting:
 
         Args:
             step: its number.
-            metrics: as `train.step.update.Steps.update` returns them, fetched.
+            metrics: as `train.step.update.TrainingFunctions.update` returns them, fetched.
             skipped_updates: so far.
             held_out: the evaluation after it, if there was one.
         """
@@ -116,7 +116,7 @@ class Reporting:
         if held_out is not None:
             row["held_out_bits_per_byte"] = held_out.bits_per_byte
             row["held_out_perplexity"] = held_out.perplexity
-            row["slot_share"] = list(held_out.slot_share)
+            row["slot_weight"] = list(held_out.slot_weight)
         return row
 
     def _speed(self, step: int) -> dict[str, float]:
@@ -134,7 +134,7 @@ def plot_run(folder: RunFolder, references: Mapping[str, float]) -> None:
     """Draws the run's pictures from its rows; references as for `plot_loss_curve`."""
     rows = read_rows(folder.metrics)
     plot_loss_curve(rows, dict(references), folder.curve)
-    plot_slot_share(rows, folder.slot_share)
+    plot_slot_weight(rows, folder.slot_weight)
 
 
 def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""What held-out text says of a model, and gzip's bits per byte beside it."""
+"""Measuring a model on held-out text, and gzip's bits per byte to compare with."""
 
 import gzip
 import math
@@ -12,38 +12,39 @@ import numpy as np
 from train.data.batches import Sequences, evaluation_batches
 from train.data.token_source import Split
 from train.step.losses import LossSum
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 
 REFERENCE_TOKENS = 4_000_000
-"""Text of so many tokens is compressed for comparison: seconds, and gzip looks back 32 KiB only."""
+"""How many tokens' text gzip compresses: it takes seconds, and gzip looks back 32 KiB only."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What held-out text says of a model.
+    """What a model reached on held-out text.
 
     Attributes:
-        bits_per_target: cross-entropy, in bits.
-        bytes_per_target: of the text, in the mean; see `train.data.token_source.Split`.
-        slot_share: of every layer, the slots' share of the softmax, over tokens and query heads.
+        bits_per_target: the mean cross-entropy, in bits.
+        bytes_per_target: mean bytes of text that a target stands for, see `Split`.
+        slot_weight: the mean slot weight of every layer, over tokens and query heads.
     """
 
     bits_per_target: float
     bytes_per_target: float
-    slot_share: tuple[float, ...]
+    slot_weight: tuple[float, ...]
 
     @property
     def bits_per_byte(self) -> float:
+        """The cross-entropy in bits per byte of text."""
         return self.bits_per_target / self.bytes_per_target
 
     @property
     def perplexity(self) -> float:
-        """Of a token; infinite if it is more than a float holds."""
+        """The perplexity of a token; infinite if it is more than a float holds."""
         return 2**self.bits_per_target if self.bits_per_target < 1024 else math.inf
 
 
 def measure_held_out(
-    steps: Steps,
+    functions: TrainingFunctions,
     model_state: Any,
     sequences: Sequences,
     batch_size: int,
@@ -53,31 +54,39 @@ def measure_held_out(
     """Measures `count` sequences spread over the held-out text.
 
     Each sequence is read on its own, from an empty state; a document's first token is given, and
-    its end counts like any other. `rows` are those of a batch that this process holds; None: all.
+    its end counts like any other.
+
+    Args:
+        functions: the run's compiled functions.
+        model_state: the parameters to measure.
+        sequences: the held-out text.
+        batch_size: sequences per batch.
+        count: how many sequences to measure.
+        rows: the rows of a batch that this process holds; None: all.
     """
     batches = jax.device_get(
         [
-            steps.evaluate(model_state, batch)
+            functions.evaluate(model_state, batch)
             for batch in evaluation_batches(sequences, batch_size, count, rows)
         ]
     )
-    shares = sum(int(batch.shares) for batch in batches)
-    slot_share = np.sum([batch.slot_share for batch in batches], axis=0, dtype=np.float64)
+    number = sum(int(batch.slot_weights) for batch in batches)
+    slot_weight = np.sum([batch.slot_weight for batch in batches], axis=0, dtype=np.float64)
     return HeldOut(
         bits_per_target([batch.loss for batch in batches]),
         sequences.bytes_per_target,
-        tuple((slot_share / max(shares, 1)).tolist()),
+        tuple((slot_weight / max(number, 1)).tolist()),
     )
 
 
 def bits_per_target(sums: Sequence[LossSum]) -> float:
-    """The cross-entropy of all batches together; on bytes, bits per byte."""
+    """Divides the cross-entropy of several batches by their targets: mean bits per target."""
     nats = math.fsum(float(total.nats) for total in sums)
     return nats / max(sum(int(total.targets) for total in sums), 1) / math.log(2)
 
 
 def gzip_bits_per_byte(text: bytes, piece_bytes: int | None = None) -> float:
-    """What `gzip -9` needs for `text`, headers included.
+    """Measures how many bits `gzip -9` needs per byte of `text`, headers included.
 
     Args:
         text: what to compress.
@@ -89,7 +98,7 @@ def gzip_bits_per_byte(text: bytes, piece_bytes: int | None = None) -> float:
 
 
 def gzip_references(split: Split) -> dict[str, float]:
-    """Bits per byte by what was compressed, of four million tokens' text at most.
+    """Measures gzip on the text of at most REFERENCE_TOKENS tokens: label -> bits per byte.
 
     A thousand bytes are about what a small model sees at once, and too few for gzip to find
     many repeats; all the text at once is the other extreme.

@@ -1,20 +1,20 @@
-"""What a run's updates take: of a model of which a part is trained, and of one to learn from."""
+"""The arithmetic of a run's updates, with frozen parameters and a teacher taken into account."""
 
 from nha_jax.parameter_shapes import multiplied_weights
 from train.config import TrainConfig
 from train.step.trainable import Trainable
-from train.storage.initial_model import model_to_learn_from
+from train.storage.initial_model import teacher_config
 
 
 def training_flops_per_token(config: TrainConfig) -> float:
-    """Floating-point operations a token of one update; recomputation is not counted.
+    """Counts the floating-point operations of one update per token, recomputation left out.
 
     Forward and backward are three times the forward, less the gradients of the frozen matrices;
-    distillation adds the forward of the model to learn from.
+    distillation adds the teacher's forward.
     """
     model, length = config.model, config.data.sequence_length
     trained = Trainable.match(config.trainable, model).names
     spared = sum(2 * n for name, n in multiplied_weights(model).items() if name not in trained)
-    original = model_to_learn_from(config)
-    further = 0.0 if original is None else original.flops_per_token(length)
+    teacher = teacher_config(config)
+    further = 0.0 if teacher is None else teacher.flops_per_token(length)
     return model.training_flops_per_token(length) - spared + further

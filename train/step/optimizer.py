@@ -11,11 +11,15 @@ from train.devices.mesh import logical_axes
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0 to the peak, then the decay; step -> learning rate.
+    """Makes the schedule, step -> learning rate: a linear warm-up from 0 to the peak, then a decay.
 
     Step n is the update that n others went before. With warmup_stable_decay a checkpoint from
     before the decay goes on under more `steps` with the rates it would have had anyway; the other
     schedules stretch.
+
+    Args:
+        config: the peak, the shape and the end.
+        steps: updates of the whole run.
     """
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     decay_steps = max(steps - config.warmup_steps, 1)
@@ -41,10 +45,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 def make_optimizer(
     config: OptimizerConfig, learning_rate: optax.Schedule, parameters: Any
 ) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm.
+    """Makes AdamW behind clipping by the global norm.
 
     Args:
-        config: its numbers.
+        config: their numbers.
         learning_rate: step -> learning rate.
         parameters: nnx state whose variables name their axes; which of them decay is decided
             here, as the optimizer itself sees bare arrays.

@@ -1,4 +1,4 @@
-"""Which of a model's parameters are trained."""
+"""The choice of the parameters that are trained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,20 +14,24 @@ _SHOWN = 6
 
 @dataclass(frozen=True)
 class Trainable:
-    """A filter for flax.nnx: the parameters that are trained.
+    """A filter for flax.nnx that admits the parameters that are trained.
 
     Attributes:
-        names: theirs, dotted, as `nha_jax.save` writes them.
+        names: their dotted names, as `nha_jax.save` writes them.
     """
 
     names: frozenset[str]
 
     @classmethod
     def match(cls, patterns: Sequence[str], model: ModelConfig) -> Self:
-        """The parameters of a model whose names match one of the patterns, as of a shell's files.
+        """Chooses the parameters of a model whose names match one of the patterns.
+
+        Args:
+            patterns: patterns as a shell matches file names, e.g. `blocks.attention.*`.
+            model: the model's configuration.
 
         Raises:
-            ConfigError: a pattern matches none.
+            ConfigError: a pattern matches no parameter.
         """
         known = sorted(abstract_parameters(model))
         names: set[str] = set()
@@ -43,4 +47,5 @@ class Trainable:
         return cls(frozenset(names))
 
     def __call__(self, path: tuple[Any, ...], value: Any) -> bool:
+        """Whether the parameter at `path` is trained; flax.nnx calls this."""
         return ".".join(map(str, path)) in self.names

@@ -1,4 +1,4 @@
-"""The compiled parts of training: initial state, one update, one evaluation."""
+"""The compiled functions of training: initial state, one update, one evaluation."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,60 +15,61 @@ from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.devices.mesh import batch_sharding, cut_rows, state_shardings, to_devices
-from train.step.losses import LossSum, Original, counts, cross_entropy_of_hidden, losses
+from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.trainable import Trainable
 
 DeviceBatch = dict[str, jax.Array]
-"""A batch, [B, T] each, divided over the mesh."""
+"""A batch as arrays [B, T] that are divided over the mesh."""
 
 
 class TrainState(NamedTuple):
     """All arrays that an update changes.
 
     Attributes:
-        model: nnx state of the model, of which some parameters may not be trained.
-        optimizer: nnx state of the optimizer, of those that are.
+        model: nnx state of the model, trained parameters and frozen ones.
+        optimizer: nnx state of the optimizer, for the trained parameters alone.
     """
 
     model: Any
     optimizer: Any
 
 
-class Evaluation(NamedTuple):
-    """Of one batch, before division, so that batches can be added up.
+class EvaluationSums(NamedTuple):
+    """What an evaluation finds in one batch, before division, so that batches can be added up.
 
     Attributes:
         loss: the cross-entropy.
-        slot_share: [layers] float32, the slots' share of the softmax, summed over real tokens and
-            query heads.
-        shares: int32 scalar, how many those are of a layer.
+        slot_weight: [layers] float32, the slot weights summed over real tokens and query heads.
+        slot_weights: int32 scalar, how many slot weights a layer's sum is of.
     """
 
     loss: LossSum
-    slot_share: jax.Array
-    shares: jax.Array
+    slot_weight: jax.Array
+    slot_weights: jax.Array
 
 
-class Steps:
+class TrainingFunctions:
     """A model and its optimizer as functions over sharded state; compiled at the first call.
 
-    `read_original` gives a tree like `abstract_original`, which is None if there is no model to
-    learn from, on the devices that `original_shardings` says.
+    The batch of every call is a `train.data.batches.Batch` with those of its rows that this
+    process holds (`train.devices.mesh.rows_of_process`).
 
-    The batch of every call is a `train.data.batches.Batch` of those of its rows that are this
-    process's (`train.devices.mesh.rows_of_process`).
+    Attributes:
+        learning_rate: the schedule, step -> learning rate.
+        abstract_state: shapes and dtypes of the state, as a `TrainState`.
+        shardings: where each array of the state lies, in the same structure.
+        trained_shardings: likewise of the trained parameters, their gradients and the teacher's.
+        abstract_teacher: shapes and dtypes of what `read_teacher` gives; None without a teacher.
     """
 
-    def __init__(
-        self, config: TrainConfig, mesh: Mesh, original: nha_jax.ModelConfig | None = None
-    ):
+    def __init__(self, config: TrainConfig, mesh: Mesh, teacher: nha_jax.ModelConfig | None = None):
         """Traces shapes only; nothing is allocated or compiled.
 
         Args:
-            config: of the run.
+            config: the run's configuration.
             mesh: its devices.
-            original: of the model to learn from, which the distillation needs.
+            teacher: the configuration of the model that distillation learns from.
 
         Raises:
             ConfigError: a pattern of `trainable` matches no parameter.
@@ -85,30 +86,30 @@ class Steps:
         self.shardings = TrainState(
             state_shardings(mesh, model_state), state_shardings(mesh, optimizer_state)
         )
-        self.original_shardings, _ = self._split(self.shardings.model)  # and of gradients
-        self.abstract_original = None
-        if original is not None:
-            self._original_graph, _ = abstract_model(original)
-            self.abstract_original = self._abstract_original()
+        self.trained_shardings, _ = self._split(self.shardings.model)
+        self.abstract_teacher = None
+        if teacher is not None:
+            self._teacher_graph, _ = abstract_model(teacher)
+            self.abstract_teacher = self._make_abstract_teacher()
         replicated = NamedSharding(mesh, PartitionSpec())
         self._update = jax.jit(
             self._update_function,
             donate_argnums=0,
             out_shardings=(self.shardings, replicated),
-            keep_unused=True,  # an original's gates are not read, but held: a plan counts them
+            keep_unused=True,  # the teacher's gates are not read, but held: a plan counts them
         )
         self._evaluate = jax.jit(self._evaluate_function, out_shardings=replicated)
 
     @property
     def num_trained(self) -> int:
-        """How many numbers are trained."""
+        """How many entries the trained parameters have."""
         return sum(leaf.size for leaf in jax.tree.leaves(self._split(self.abstract_state.model)[0]))
 
     def initial_state(self, source: WeightSource | None = None) -> TrainState:
-        """Parameters and an empty optimizer, created on their own devices.
+        """Makes parameters and an empty optimizer, each array on its own devices.
 
         Args:
-            source: of the parameters; None: they come from the seed.
+            source: where the parameters are read from; None: they are drawn by the seed.
         """
 
         def create() -> TrainState:
@@ -121,35 +122,42 @@ class Steps:
         optimizer = jax.jit(lambda: create().optimizer, out_shardings=self.shardings.optimizer)()
         return TrainState(parameters, optimizer)
 
-    def read_original(self, source: WeightSource) -> nnx.State:
-        """Those parameters of the model to learn from that are trained: the rest are the state's.
-
-        They are kept in frozen_dtype.
-        """
-        if self.abstract_original is None:
-            raise ValueError("original was not given: there is no model to learn from")
-        return read_state(source, self.abstract_original, self.original_shardings)
-
-    def update(
-        self, state: TrainState, batch: Batch, original: nnx.State | None = None
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """One optimizer step; `state` is consumed.
+    def read_teacher(self, source: WeightSource) -> nnx.State:
+        """Reads the teacher's own version of the trained parameters; it shares the frozen ones.
 
         Args:
-            state: of the run.
-            batch: to learn from.
-            original: what `read_original` gave, if there is distillation.
+            source: the teacher's weights.
+
+        Returns:
+            A state like `abstract_teacher`, in frozen_dtype.
+
+        Raises:
+            ValueError: no teacher was given to the constructor.
+        """
+        if self.abstract_teacher is None:
+            raise ValueError("teacher was not given: there is no model to learn from")
+        return read_state(source, self.abstract_teacher, self.trained_shardings)
+
+    def update(
+        self, state: TrainState, batch: Batch, teacher: nnx.State | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Makes one optimizer step; `state` is consumed.
+
+        Args:
+            state: the run's state.
+            batch: what to learn from.
+            teacher: what `read_teacher` gave, if there is distillation.
 
         Returns:
             The new state, and float32 scalars: `loss` (nats a target), `z_loss`, `slot_loss` and
-            `distillation` if they have a weight (all without it), `learning_rate`,
-            `gradient_norm` before clipping, of what is trained, and `skipped`: 1 if loss, gradient
-            or new state were not finite, in which case the state returned is the old one.
+            `distillation` if they have a weight (each before it is weighted), `learning_rate`,
+            `gradient_norm` of the trained parameters before clipping, and `skipped`: 1 if loss,
+            gradient or new state were not finite, in which case the state returned is the old one.
         """
-        return self.update_placed(state, self.place(batch), original)
+        return self.update_placed(state, self.place(batch), teacher)
 
     def trace_update(self) -> jax.stages.Traced:
-        """`update` of abstract arrays, to be compiled for devices that may not be there."""
+        """Traces `update` on abstract arrays, to be compiled for devices that may not be there."""
 
         def place(tree: Any, sharding: NamedSharding) -> Any:
             return jax.tree.map(
@@ -158,31 +166,31 @@ class Steps:
 
         is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
         state = jax.tree.map(place, self.abstract_state, self.shardings, is_leaf=is_variable)
-        original = self.abstract_original
-        if original is not None:
-            original = jax.tree.map(place, original, self.original_shardings, is_leaf=is_variable)
+        teacher = self.abstract_teacher
+        if teacher is not None:
+            teacher = jax.tree.map(place, teacher, self.trained_shardings, is_leaf=is_variable)
         shape = self._config.batch_size, self._config.data.sequence_length
         integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
         placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
-        return self._update.trace(state, original, placed)
+        return self._update.trace(state, teacher, placed)
 
     def update_placed(
-        self, state: TrainState, batch: DeviceBatch, original: nnx.State | None = None
+        self, state: TrainState, batch: DeviceBatch, teacher: nnx.State | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        """`update` on a batch that is on the devices already, as `place` returns it."""
-        return self._update(state, original, batch)
+        """Makes the step of `update` on a batch that is on the devices, as `place` returns it."""
+        return self._update(state, teacher, batch)
 
-    def evaluate(self, model_state: Any, batch: Batch) -> Evaluation:
-        """The loss and the slots' share on a batch, with no update."""
+    def evaluate(self, model_state: Any, batch: Batch) -> EvaluationSums:
+        """Measures loss and slot weights on a batch, with no update."""
         return self._evaluate(model_state, self.place(batch))
 
     def place(self, batch: Batch) -> DeviceBatch:
-        """The batch on the devices, its rows and tokens divided over them."""
+        """Puts the batch on the devices, its rows and tokens divided over them."""
         return to_devices(self._mesh, batch, self._config.batch_size)
 
     def model(self, model_state: Any) -> nha_jax.Model:
-        """The model with these parameters."""
+        """Makes the model that has these parameters."""
         return nnx.merge(self._model_graph, model_state)
 
     def _create(self) -> tuple[nha_jax.Model, nnx.Optimizer]:
@@ -193,28 +201,28 @@ class Steps:
         return model, nnx.Optimizer(model, transform, wrt=self._trainable)
 
     def _split(self, state: Any) -> tuple[nnx.State, nnx.State]:
-        """What is trained of a model's state, or of a tree like it, and what is not."""
+        """Splits a model's state, or a tree like it, into what is trained and what is frozen."""
         trained, frozen = nnx.split_state(state, self._trainable, ...)
         return trained, frozen
 
-    def _abstract_original(self) -> nnx.State:
+    def _make_abstract_teacher(self) -> nnx.State:
         trained, _ = self._split(self.abstract_state.model)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self._frozen_dtype), trained
         )
 
     def _update_function(
-        self, state: TrainState, original: nnx.State | None, batch: DeviceBatch
+        self, state: TrainState, teacher: nnx.State | None, batch: DeviceBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         trained, frozen = self._split(state.model)
-        loss, terms, gradients = self._gradients(trained, frozen, original, batch)
+        loss, terms, gradients = self._gradients(trained, frozen, teacher, batch)
         gradient_norm = optax.tree.norm(gradients)
 
         # nnx.merge takes over the state's variables, and the update writes into them.
         old = jax.tree.map(lambda leaf: leaf, (trained, state.optimizer))
         model = nnx.merge(self._model_graph, state.model)
         optimizer = nnx.merge(self._optimizer_graph, state.optimizer)
-        count = optimizer.step[...]  # which skipped updates do not raise
+        count = optimizer.step[...]  # skipped updates are not in it
         optimizer.update(model, gradients)
         new = nnx.state(model, self._trainable), nnx.state(optimizer)
         finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm) & all_finite(new)
@@ -228,46 +236,46 @@ class Steps:
         return TrainState(nnx.merge_state(kept, frozen), kept_optimizer), metrics
 
     def _gradients(
-        self, trained: Any, frozen: Any, original: Any, batch: DeviceBatch
+        self, trained: Any, frozen: Any, teacher_state: Any, batch: DeviceBatch
     ) -> tuple[jax.Array, dict[str, jax.Array], Any]:
-        """The loss to minimise, its terms, and the gradient, in the trained parameters' dtype.
+        """Computes the loss to minimise, its terms, and the gradient in the parameters' dtype.
 
-        The parts of the batch go through the model in turn. Each is divided by what the whole
-        batch has, so that the sums are the whole batch's; they are kept in float32.
+        The parts of the batch go through the model in turn. Each is divided by the counts of the
+        whole batch, so that the sums are the whole batch's; they are kept in float32.
         """
         config = self._config
         total = counts(config.model, batch)
 
         def of_part(part: DeviceBatch) -> Any:
-            wanted = None
-            if original is not None:
-                teacher = nnx.merge(self._original_graph, original, frozen)
-                hidden = teacher.hidden_states(part["tokens"], part["segment_ids"])
-                wanted = Original(teacher, hidden)
+            teacher = None
+            if teacher_state is not None:
+                teacher_model = nnx.merge(self._teacher_graph, teacher_state, frozen)
+                hidden = teacher_model.hidden_states(part["tokens"], part["segment_ids"])
+                teacher = Teacher(teacher_model, hidden)
 
             def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
                 model = nnx.merge(self._model_graph, trained, frozen)
-                return losses(model, part, config.loss, total, wanted, config.head_parts)
+                return losses(model, part, config.loss, total, teacher, config.head_parts)
 
             return jax.value_and_grad(loss, has_aux=True)(trained)
 
         def place(sums: Any) -> Any:
             values, gradients = sums
-            return values, jax.lax.with_sharding_constraint(gradients, self.original_shardings)
+            return values, jax.lax.with_sharding_constraint(gradients, self.trained_shardings)
 
         (loss, terms), gradients = self._sum_of_parts(of_part, batch, place)
         gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, trained)
         return loss, terms, gradients
 
-    def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> Evaluation:
-        """In the parts of training, which need not have room for more."""
+    def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> EvaluationSums:
+        """Evaluates a batch in the parts of training: there may be no room for more at once."""
         config, model = self._config, nnx.merge(self._model_graph, model_state)
 
-        def of_part(part: DeviceBatch) -> Evaluation:
+        def of_part(part: DeviceBatch) -> EvaluationSums:
             seen = model.diagnose(part["tokens"], part["segment_ids"])
-            # Padding has a share of 0.
+            # Padding has a slot weight of 0.
             real = (part["segment_ids"] > 0).sum(dtype=jnp.int32)
-            return Evaluation(
+            return EvaluationSums(
                 cross_entropy_of_hidden(model, seen.hidden, part, config.head_parts),
                 seen.slot_weight.sum((1, 2, 3)),
                 real * config.model.num_query_heads,
@@ -281,9 +289,9 @@ class Steps:
         batch: DeviceBatch,
         place: Callable[[Any], Any] = lambda sums: sums,
     ) -> Any:
-        """What the micro-batches give one after the other, added up, in float32 if not integers.
+        """Adds up what `of_part` gives for each micro-batch in turn, in float32 if not integers.
 
-        `place` says where the sums lie.
+        `place` constrains the devices that the sums lie on.
         """
         if self._config.micro_batches == 1:
             return of_part(batch)
@@ -302,6 +310,6 @@ class Steps:
 
 
 def all_finite(tree: Any) -> jax.Array:
-    """Whether every floating-point entry is finite: a bool scalar."""
+    """Whether every floating-point entry of a tree is finite: a bool scalar."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()

@@ -19,7 +19,7 @@ from train.storage.atomic import write_atomically
 _RECORD = "initial_model.json"
 
 # How a model is computed, rather than what it computes.
-_COMPUTATION = ("dtype", "param_dtype", "remat", "implementation", "kernel_options")
+_HOW_COMPUTED = ("dtype", "param_dtype", "remat", "implementation", "kernel_options")
 
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
@@ -107,10 +107,11 @@ class InitialModel:
         return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
-def model_to_learn_from(config: TrainConfig) -> ModelConfig | None:
-    """The initial model's configuration if there is distillation; computed as the run's model is.
+def teacher_config(config: TrainConfig) -> ModelConfig | None:
+    """The configuration of the model that distillation learns from; None without distillation.
 
-    For a plan the folder need not be there: it is then the run's model with full attention.
+    It is the initial model's, computed as the run's model is. For a plan the folder need not be
+    there: it is then the run's model with full attention.
 
     Raises:
         ConfigError: the folder's configuration is not valid.
@@ -120,7 +121,7 @@ def model_to_learn_from(config: TrainConfig) -> ModelConfig | None:
         return None
     if not has_config(name):
         return dataclasses.replace(model, window_size=None, empty_slots="mask")
-    same = {field: getattr(model, field) for field in _COMPUTATION}
+    same = {field: getattr(model, field) for field in _HOW_COMPUTED}
     return dataclasses.replace(read_config(name), **same)
 
 

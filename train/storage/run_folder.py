@@ -36,7 +36,7 @@ class RunFolder:
         metrics: JSON lines, one per logged step.
         tensorboard: folder of the events.
         curve: the loss curve, a PNG.
-        slot_share: the slots' share of every layer, a PNG.
+        slot_weight: the slot weight of every layer over the steps, a PNG.
         profile: folder of the profiler's trace.
         wandb: folder of Weights & Biases, and the name of its run.
         model: the finished model, for `nha_jax.load`.
@@ -49,7 +49,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curve = self.path / "loss.png"
-        self.slot_share = self.path / "slot_share.png"
+        self.slot_weight = self.path / "slot_weight.png"
         self.profile = self.path / "profile"
         self.wandb = self.path / "wandb"
         self.model = self.path / "model"

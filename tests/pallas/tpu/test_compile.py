@@ -21,7 +21,7 @@ from pallas.constants import RESIDUAL_NAMES
 from tests.support.tpu_topology import CHIPS, compile_for, devices, make_mesh, relayouts
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.devices.mesh import make_mesh as make_training_mesh
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 
 HEADS, GROUP = 4, 2
 # So large that XLA does not bring whole arrays into VMEM ahead of a kernel: that would hide copies.
@@ -227,7 +227,7 @@ def test_training_step(mesh: MeshConfig) -> None:
     count = max(mesh.data, 1) * mesh.fsdp * mesh.context
     placed = make_training_mesh(config, devices("v5e")[:count])
     with jax.set_mesh(placed):
-        compiled = Steps(config, placed).trace_update().lower().compile()
+        compiled = TrainingFunctions(config, placed).trace_update().lower().compile()
     assert "nha_backward" in compiled.as_text()
     memory = compiled.memory_analysis()
     assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 16e9

@@ -17,7 +17,7 @@ from nha_jax import ModelConfig
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.devices.mesh import make_mesh
 from train.step.losses import loss_sum
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 
 B, T, VOCABULARY = 8, 32, 264
 KINDS: dict[str, dict[str, Any]] = {
@@ -71,14 +71,14 @@ def gradients(config: TrainConfig, devices: list[jax.Device]) -> tuple[float, di
     """The mean loss of the batch, and its gradients on the host."""
     mesh = make_mesh(config, devices)
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
-        batch = steps.place(make_batch())
+        functions = TrainingFunctions(config, mesh)
+        batch = functions.place(make_batch())
 
         def mean_loss(state: Any) -> jax.Array:
-            total = loss_sum(steps.model(state), batch)
+            total = loss_sum(functions.model(state), batch)
             return total.nats / total.targets
 
-        loss, found = jax.jit(jax.value_and_grad(mean_loss))(steps.initial_state().model)
+        loss, found = jax.jit(jax.value_and_grad(mean_loss))(functions.initial_state().model)
         return float(loss), jax.device_get(nnx.to_pure_dict(found))
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from nha_jax.storage.weights import Index, WeightSource
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
-from train.step.update import Steps
-from train.storage.initial_model import InitialModel, model_to_learn_from
+from train.step.update import TrainingFunctions
+from train.storage.initial_model import InitialModel, teacher_config
 
 
 class Recorded:
@@ -41,8 +41,8 @@ def main(config_file: str, what: str) -> None:
     with jax.set_mesh(mesh):
         initial = InitialModel.open(config.initial_model or "")
         source = Recorded(initial.source(config.model))
-        steps = Steps(config, mesh, model_to_learn_from(config))
-        state, original = steps.initial_state(source), steps.read_original(source)
+        functions = TrainingFunctions(config, mesh, teacher_config(config))
+        state, original = functions.initial_state(source), functions.read_teacher(source)
         if what == "read":
             shapes = {name: math.prod(shape.shape) for name, shape in source.shapes.items()}
             print(json.dumps({name: (source.largest[name], shapes[name]) for name in shapes}))
@@ -56,7 +56,7 @@ def main(config_file: str, what: str) -> None:
         }
         rows = []
         for _ in range(3):
-            state, metrics = steps.update(state, batch, original)
+            state, metrics = functions.update(state, batch, original)
             rows.append({name: float(x) for name, x in metrics.items()})
         print(json.dumps(rows))
 

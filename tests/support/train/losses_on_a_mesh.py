@@ -14,7 +14,7 @@ from train.data.batches import Sequences, training_batches
 from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
-from train.step.update import Steps, TrainState
+from train.step.update import TrainingFunctions, TrainState
 
 
 def main(config_file: str, folder: str) -> None:
@@ -26,13 +26,13 @@ def main(config_file: str, folder: str) -> None:
     def follow(state: TrainState, progress: Progress, count: int) -> None:
         batches = training_batches(sequences, config.batch_size, config.seed, progress.next_batch)
         for step in range(progress.step + 1, progress.step + count + 1):
-            state, metrics = steps.update(state, next(batches))
+            state, metrics = functions.update(state, next(batches))
             losses[step] = float(metrics["loss"])
 
     with jax.set_mesh(mesh), Checkpoints(Path(folder), config.checkpoint) as checkpoints:
-        steps = Steps(config, mesh)
-        follow(steps.initial_state(), Progress(), 3)
-        restored = checkpoints.restore(steps.abstract_state, steps.shardings)
+        functions = TrainingFunctions(config, mesh)
+        follow(functions.initial_state(), Progress(), 3)
+        restored = checkpoints.restore(functions.abstract_state, functions.shardings)
         assert restored is not None
         follow(*restored, 5)
     assert mesh.devices.size == 8

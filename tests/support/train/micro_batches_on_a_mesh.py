@@ -12,15 +12,15 @@ import numpy as np
 from tests.support.train.gradients_on_meshes import make_batch, make_config
 from train.config import LossConfig, OptimizerConfig, TrainConfig
 from train.devices.mesh import make_mesh
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 
 
 def update(config: TrainConfig) -> tuple[dict[str, float], list[np.ndarray]]:
     """Metrics and state after one update."""
     mesh = make_mesh(config)
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
-        state, metrics = steps.update(steps.initial_state(), make_batch())
+        functions = TrainingFunctions(config, mesh)
+        state, metrics = functions.update(functions.initial_state(), make_batch())
         return jax.device_get(metrics), jax.tree.leaves(jax.device_get(state))
 
 

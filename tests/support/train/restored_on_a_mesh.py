@@ -17,7 +17,7 @@ import numpy as np
 from train.checkpoint.checkpoints import Checkpoints, Progress
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
-from train.step.update import Steps, TrainState
+from train.step.update import TrainingFunctions, TrainState
 
 
 def made_up(state: TrainState) -> TrainState:
@@ -35,14 +35,14 @@ def main(config_file: str, folder: str, *overrides: str) -> None:
     config = load_config(config_file, pairs)
     mesh = make_mesh(config)
     with jax.set_mesh(mesh), Checkpoints(Path(folder), config.checkpoint) as checkpoints:
-        steps = Steps(config, mesh)
-        restored = checkpoints.restore(steps.abstract_state, steps.shardings)
+        functions = TrainingFunctions(config, mesh)
+        restored = checkpoints.restore(functions.abstract_state, functions.shardings)
         if restored is None:
-            create = jax.jit(made_up, out_shardings=steps.shardings)
-            restored = create(steps.initial_state()), Progress()
+            create = jax.jit(made_up, out_shardings=functions.shardings)
+            restored = create(functions.initial_state()), Progress()
         state, progress = restored
         for array, sharding in zip(
-            jax.tree.leaves(state), jax.tree.leaves(steps.shardings), strict=True
+            jax.tree.leaves(state), jax.tree.leaves(functions.shardings), strict=True
         ):
             assert array.sharding.is_equivalent_to(sharding, array.ndim)
         checkpoints.save(state, Progress(progress.step + 1, progress.step + 1, 0))

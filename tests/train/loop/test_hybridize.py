@@ -32,8 +32,8 @@ from train.loop.extra_files import check_tokenizer, merge_extra_files
 from train.step.flops import training_flops_per_token
 from train.step.losses import kl_divergence
 from train.step.trainable import Trainable
-from train.step.update import Steps, TrainState
-from train.storage.initial_model import InitialModel, model_to_learn_from
+from train.step.update import TrainingFunctions, TrainState
+from train.storage.initial_model import InitialModel, teacher_config
 from train.text.loading import load_model
 
 
@@ -91,10 +91,10 @@ def batch() -> Batch:
     }
 
 
-def make_steps(config: TrainConfig) -> tuple[Steps, InitialModel]:
+def make_functions(config: TrainConfig) -> tuple[TrainingFunctions, InitialModel]:
     assert config.initial_model is not None
     initial = InitialModel.open(config.initial_model)
-    return Steps(config, make_mesh(config), model_to_learn_from(config)), initial
+    return TrainingFunctions(config, make_mesh(config), teacher_config(config)), initial
 
 
 def by_name(state: nnx.State) -> dict[str, np.ndarray]:
@@ -108,13 +108,13 @@ def follow(
     config: TrainConfig, batch: Batch, count: int
 ) -> tuple[list[dict[str, float]], TrainState]:
     """The metrics of so many updates on one batch, and the state after them."""
-    steps, initial = make_steps(config)
+    functions, initial = make_functions(config)
     source = initial.source(config.model)
-    state = steps.initial_state(source)
-    teacher = steps.read_original(source) if config.loss.distillation else None
+    state = functions.initial_state(source)
+    teacher = functions.read_teacher(source) if config.loss.distillation else None
     metrics = []
     for _ in range(count):
-        state, arrays = steps.update(state, batch, teacher)
+        state, arrays = functions.update(state, batch, teacher)
         metrics.append({name: float(x) for name, x in arrays.items()})
     return metrics, state
 
@@ -156,8 +156,8 @@ def test_only_what_is_trainable_changes(hybrid: Nha, batch: Batch, changes: dict
 
 def test_frozen_parameters_cost_no_gradient(hybrid: Nha) -> None:
     def flops(**changes: Any) -> float:
-        steps, _ = make_steps(hybrid.config(**changes))
-        return steps.trace_update().lower().cost_analysis()["flops"]
+        functions, _ = make_functions(hybrid.config(**changes))
+        return functions.trace_update().lower().cost_analysis()["flops"]
 
     config = hybrid.config()
     tokens = config.batch_size * config.data.sequence_length
@@ -387,7 +387,7 @@ def test_the_shipped_configuration() -> None:
     assert config.model.windows.count(None) == 4
     names = Trainable.match(config.trainable, config.model).names
     assert {name.split(".")[-2] for name in names} == {f"{x}_proj" for x in "qkvfo"}
-    other = model_to_learn_from(config)
+    other = teacher_config(config)
     assert other is not None
     assert set(other.windows) == {None}
 
@@ -417,7 +417,7 @@ def test_a_plan_needs_no_folder(hybrid: Nha) -> None:
         "loss__distillation": 1,
     }
     config = hybrid.config(initial_model="/nowhere", **changes)
-    other = model_to_learn_from(config)
+    other = teacher_config(config)
     assert other == dataclasses.replace(config.model, window_size=None, empty_slots="mask")
     with pytest.raises(ConfigError, match="no model in this folder"):
         hybrid.config(initial_model="/nowhere")

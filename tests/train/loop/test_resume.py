@@ -86,7 +86,7 @@ def test_run_leaves_all_it_promises(undisturbed: Nha) -> None:
         "model",
         "result.json",
         "run.json",
-        "slot_share.png",
+        "slot_weight.png",
         "tensorboard",
     }
     assert (undisturbed.run / "loss.png").read_bytes().startswith(b"\x89PNG")

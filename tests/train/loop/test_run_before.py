@@ -1,7 +1,7 @@
-"""What an earlier version left on disk still works: a run, its tokens, its saved model, its search.
+"""A run that an earlier version made goes on, with its configuration, tokens and checkpoint.
 
-The run was made before `evaluation.windows` became `evaluation.sequences` and `slot_share` became
-`slot_weight`. `resumed.jsonl` holds the steps that the same version then made of it.
+It was made before `evaluation.windows` became `evaluation.sequences` and `slot_share` became
+`slot_weight`. `resumed.jsonl` has the next steps, as that version made them.
 """
 
 import json
@@ -12,19 +12,16 @@ import numpy as np
 import pytest
 
 import nha_jax
-from tests.support.paths import ROOT
+from tests.support.paths import FIXTURES
 from train.cli import main
-from train.data.prepared_folder import PreparedFolder
 from train.storage.run_folder import RunFolder
 from train.text.loading import load_model
-
-BEFORE = ROOT / "tests" / "support" / "fixtures" / "run_before"
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the earlier version's files, as the working directory."""
-    copy = shutil.copytree(BEFORE, tmp_path / "before")
+    copy = shutil.copytree(FIXTURES / "run_before", tmp_path / "before")
     monkeypatch.chdir(copy)
     return copy
 
@@ -42,6 +39,8 @@ def test_a_run_of_before_resumes(folder: Path, capsys: pytest.CaptureFixture[str
         found, wanted = json.loads(line), json.loads(before)
         for name in ("step", "loss", "gradient_norm"):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5)
+        assert ("slot_weight" in found) == ("slot_share" in wanted)
+        assert "slot_share" not in found
     stored = RunFolder("run").config()
     assert stored is not None
     assert stored["evaluation"] == {"every": 3, "sequences": 8, "final_sequences": 16}
@@ -53,21 +52,3 @@ def test_models_of_before_are_read(folder: Path) -> None:
     tokens = np.arange(12)[None]
     saved, newest = nha_jax.load("run/model"), load_model("run")
     np.testing.assert_array_equal(saved(tokens), newest(tokens))
-
-
-def test_tokens_of_before_are_read(folder: Path) -> None:
-    prepared = PreparedFolder.open(Path("corpus"))
-    text = prepared.training.text(1000)
-    assert len(prepared.training) == prepared.manifest.totals["tokens"] - len(prepared.held_out)
-    assert text.startswith(b"line 0 of file ")
-
-
-def test_a_search_of_before_goes_on(folder: Path) -> None:
-    losses = (folder / "run" / "search.jsonl").read_text().splitlines()
-    before = json.loads((folder / "run" / "search.json").read_text())
-    assert main(["search", "run", "--base=8", "--full-layers=2", "--windows-count=16"]) == 0
-    # Nothing was measured again.
-    assert (folder / "run" / "search.jsonl").read_text().splitlines()[1:] == losses[1:]
-    found = json.loads((folder / "run" / "search.json").read_text())
-    assert found["window_size"] == before["window_size"]
-    assert found["measured_on"]["sequences"] == before["measured_on"]["windows_count"]

@@ -1,4 +1,4 @@
-"""What a run reports: speed, shares, schedules, traces, caches and wandb."""
+"""What a run reports: speed, slot weights, schedules, traces, caches and wandb."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from train.devices.compilation_cache import use_compilation_cache
 from train.devices.mesh import make_mesh
 from train.loop.profiling import Profiler
 from train.report.metrics import MetricsLog, scalars
-from train.report.plots import plot_slot_share
+from train.report.plots import plot_slot_weight
 from train.report.reporting import Reporting
 from train.report.wandb_reporter import WeightsAndBiases
 from train.step.evaluation import HeldOut
@@ -38,7 +38,7 @@ def reporting(nha: Nha, **overrides: Any) -> Reporting:
 
 
 def test_row_of_an_evaluation(nha: Nha) -> None:
-    held_out = HeldOut(bits_per_target=3.0, bytes_per_target=2.0, slot_share=(0.25, 0.5))
+    held_out = HeldOut(bits_per_target=3.0, bytes_per_target=2.0, slot_weight=(0.25, 0.5))
     with reporting(nha) as report:
         report.step(1, METRICS | {"slot_loss": 0.7}, 0, None)
         report.step(2, METRICS, 1, held_out)
@@ -49,7 +49,7 @@ def test_row_of_an_evaluation(nha: Nha) -> None:
     assert second["skipped_updates"] == 1
     assert second["held_out_bits_per_byte"] == 1.5
     assert second["held_out_perplexity"] == 8.0
-    assert second["slot_share"] == [0.25, 0.5]
+    assert second["slot_weight"] == [0.25, 0.5]
     assert second["tokens_per_second_per_chip"] == second["tokens_per_second"] > 0
     assert "mfu" not in second  # nobody knows a CPU's peak
 
@@ -74,16 +74,16 @@ def test_chips_by_jaxs_name(kind: str, name: str | None) -> None:
 
 
 def test_lists_are_scalars_of_layers_elsewhere() -> None:
-    row = {"step": 3, "loss": math.nan, "slot_share": [0.1, math.nan, 0.3]}
-    assert scalars(row) == {"slot_share/layer_0": 0.1, "slot_share/layer_2": 0.3}
+    row = {"step": 3, "loss": math.nan, "slot_weight": [0.1, math.nan, 0.3]}
+    assert scalars(row) == {"slot_weight/layer_0": 0.1, "slot_weight/layer_2": 0.3}
 
 
-def test_slot_shares_are_drawn(tmp_path: Path) -> None:
-    rows = [{"step": step, "slot_share": [0.1 * step, None]} for step in (1, 2)]
-    plot_slot_share([{"step": 1}], tmp_path / "none.png")
-    plot_slot_share(rows, tmp_path / "slot_share.png")
-    assert [path.name for path in tmp_path.iterdir()] == ["slot_share.png"]
-    assert (tmp_path / "slot_share.png").read_bytes().startswith(b"\x89PNG")
+def test_slot_weights_are_drawn(tmp_path: Path) -> None:
+    rows = [{"step": step, "slot_weight": [0.1 * step, None]} for step in (1, 2)]
+    plot_slot_weight([{"step": 1}], tmp_path / "none.png")
+    plot_slot_weight(rows, tmp_path / "slot_weight.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["slot_weight.png"]
+    assert (tmp_path / "slot_weight.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_warmup_stable_decay_by_hand() -> None:
@@ -139,9 +139,9 @@ def test_wandb_gets_the_rows_and_continues_its_run(
         wandb = WeightsAndBiases("project", tmp_path / "wandb", tmp_path, {"steps": 2})
         lines, events = tmp_path / "metrics.jsonl", tmp_path / "events"
         with MetricsLog(lines, events, after_step=step - 1, more=[wandb]) as log:
-            log.write({"step": step, "loss": 0.5, "slot_share": [0.25]})
+            log.write({"step": step, "loss": 0.5, "slot_weight": [0.25]})
     assert [run.rows for run in runs] == [
-        [(step, {"loss": 0.5, "slot_share/layer_0": 0.25})] for step in (1, 2)
+        [(step, {"loss": 0.5, "slot_weight/layer_0": 0.25})] for step in (1, 2)
     ]
     assert all(run.finished for run in runs)
     assert runs[0].arguments == runs[1].arguments
@@ -215,12 +215,12 @@ def test_compilation_cache(
     assert getattr(jax.config, name) == os.path.join(tmp_path, "cache")
 
 
-def test_every_evaluation_has_every_layers_share(undisturbed: Nha) -> None:
-    rows = [row for row in undisturbed.rows() if "slot_share" in row]
+def test_every_evaluation_has_every_layers_slot_weight(undisturbed: Nha) -> None:
+    rows = [row for row in undisturbed.rows() if "slot_weight" in row]
     assert [row["step"] for row in rows] == [20, 40, 60, 80, 100, 120]
     for row in rows:
-        assert len(row["slot_share"]) == 1
-        assert 0 < row["slot_share"][0] < 1
+        assert len(row["slot_weight"]) == 1
+        assert 0 < row["slot_weight"][0] < 1
         assert row["held_out_perplexity"] == pytest.approx(2 ** row["held_out_bits_per_byte"])
     result = json.loads((undisturbed.run / "result.json").read_text())
     assert result["held_out_perplexity"] == pytest.approx(2 ** result["held_out_bits_per_byte"])

@@ -17,8 +17,8 @@ from tests.support.ops.cases import relative_error
 from tests.support.train.gradients_on_meshes import make_batch, make_config
 from train.config import LossConfig, OptimizerConfig, TrainConfig
 from train.devices.mesh import make_mesh
-from train.step.losses import Counts, counts, losses, share_cross_entropy
-from train.step.update import Steps
+from train.step.losses import Counts, counts, losses, slot_weight_cross_entropy
+from train.step.update import TrainingFunctions
 
 WEIGHTS = LossConfig(z_loss=0.01, slot_loss=0.1, slot_target=0.3)
 
@@ -40,8 +40,8 @@ def update(config: TrainConfig) -> tuple[dict[str, Any], Any]:
     """Metrics and state after one update of one device."""
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = Steps(config, mesh)
-        state, metrics = steps.update(steps.initial_state(), make_batch())
+        functions = TrainingFunctions(config, mesh)
+        state, metrics = functions.update(functions.initial_state(), make_batch())
         return jax.device_get(metrics), jax.device_get(state)
 
 
@@ -66,8 +66,8 @@ def test_parts_at_the_head_need_less_memory() -> None:
     def temporaries(head_parts: int) -> int:
         mesh = make_mesh(config, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            steps = Steps(dataclasses.replace(config, head_parts=head_parts), mesh)
-            compiled = steps.trace_update().lower().compile()
+            functions = TrainingFunctions(dataclasses.replace(config, head_parts=head_parts), mesh)
+            compiled = functions.trace_update().lower().compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
     logits = 4 * config.batch_size * config.data.sequence_length * config.model.vocab_size
@@ -79,14 +79,14 @@ def test_evaluation_does_not_depend_on_the_parts() -> None:
         config = train_config(**parts)
         mesh = make_mesh(config, jax.devices()[:1])
         with jax.set_mesh(mesh):
-            steps = Steps(config, mesh)
-            return steps.evaluate(steps.initial_state().model, make_batch())
+            functions = TrainingFunctions(config, mesh)
+            return functions.evaluate(functions.initial_state().model, make_batch())
 
     whole, parts = evaluate(), evaluate(micro_batches=4, head_parts=4)
     assert whole.loss.targets == parts.loss.targets
-    assert whole.shares == parts.shares
+    assert whole.slot_weights == parts.slot_weights
     np.testing.assert_allclose(parts.loss.nats, whole.loss.nats, rtol=1e-5)
-    np.testing.assert_allclose(parts.slot_share, whole.slot_share, rtol=1e-5)
+    np.testing.assert_allclose(parts.slot_weight, whole.slot_weight, rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_terms_are_those_of_their_definitions() -> None:
         if token >= 6 and (ids[row, token - 6 : token] == ids[row, token]).all():
             share = omega[row, token]
             entropies += list(-0.3 * np.log(share) - 0.7 * np.log1p(-share))
-    assert total.shares == len(entropies) > 0
+    assert total.slot_weights == len(entropies) > 0
     np.testing.assert_allclose(terms["slot_loss"], np.mean(entropies), rtol=1e-5)
     wanted = terms["loss"] + 0.01 * terms["z_loss"] + 0.1 * terms["slot_loss"]
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
@@ -136,10 +136,10 @@ def test_slot_loss_pulls_the_slots_logits_only() -> None:
 
     def pulling_all(model: nha_jax.Model) -> jax.Array:
         share = model.diagnose(batch["tokens"], batch["segment_ids"]).slot_weight
-        entropy = share_cross_entropy(share, WEIGHTS.slot_target)
+        entropy = slot_weight_cross_entropy(share, WEIGHTS.slot_target)
         inside = default_positions(32, batch["segment_ids"]) >= 6
         inside &= batch["segment_ids"] > 0
-        return jnp.where(inside[..., None], entropy, 0.0).sum() / total.shares
+        return jnp.where(inside[..., None], entropy, 0.0).sum() / total.slot_weights
 
     found, every = jax.jit(lambda model: (jax.grad(loss)(model), jax.grad(pulling_all)(model)))(
         model
@@ -169,7 +169,7 @@ def test_terms_without_a_weight_are_not_computed() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 1e-38, 0.3, 1 - 2.0**-23, 1.0])
 def test_cross_entropy_of_any_share_is_finite(share: float) -> None:
-    value, slope = jax.value_and_grad(share_cross_entropy)(jnp.float32(share), 0.3)
+    value, slope = jax.value_and_grad(slot_weight_cross_entropy)(jnp.float32(share), 0.3)
     assert jnp.isfinite(value)
     assert jnp.isfinite(slope)
     if share == 0.3:
@@ -190,10 +190,10 @@ def test_parameters_and_moments_are_float32_and_activations_bfloat16() -> None:
     model = dataclasses.replace(config.model, dtype="bfloat16")
     mesh = make_mesh(config, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        steps = Steps(dataclasses.replace(config, model=model), mesh)
-        numbers = [leaf.dtype for leaf in jax.tree.leaves(steps.abstract_state) if leaf.ndim]
+        functions = TrainingFunctions(dataclasses.replace(config, model=model), mesh)
+        numbers = [leaf.dtype for leaf in jax.tree.leaves(functions.abstract_state) if leaf.ndim]
         assert set(numbers) == {np.dtype("float32")}
-        built = steps.model(steps.initial_state().model)
+        built = functions.model(functions.initial_state().model)
         tokens = jnp.zeros((2, 32), jnp.int32)
         hidden = built.embed_tokens(tokens)
         assert hidden.dtype == jnp.bfloat16

@@ -22,7 +22,7 @@ from train.devices.mesh import make_mesh
 from train.load_config import load_config
 from train.step.losses import loss_sum
 from train.step.optimizer import learning_rate_schedule, make_optimizer
-from train.step.update import Steps, TrainState
+from train.step.update import TrainingFunctions, TrainState
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,8 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def steps(config: TrainConfig) -> Steps:
-    return Steps(config, make_mesh(config))
+def functions(config: TrainConfig) -> TrainingFunctions:
+    return TrainingFunctions(config, make_mesh(config))
 
 
 @pytest.fixture
@@ -65,20 +65,22 @@ def test_loss_counts_only_what_the_mask_admits() -> None:
     assert total.targets == 2
 
 
-def test_overfits_one_batch(steps: Steps, batch: Batch) -> None:
-    state = steps.initial_state()
+def test_overfits_one_batch(functions: TrainingFunctions, batch: Batch) -> None:
+    state = functions.initial_state()
     for _ in range(150):
-        state, metrics = steps.update(state, batch)
+        state, metrics = functions.update(state, batch)
     assert metrics["loss"] < 0.1
-    total = steps.evaluate(state.model, batch).loss
+    total = functions.evaluate(state.model, batch).loss
     assert total.nats / total.targets < 0.1
 
 
-def test_an_update_that_is_not_finite_is_skipped(steps: Steps, batch: Batch) -> None:
-    state = steps.initial_state()
+def test_an_update_that_is_not_finite_is_skipped(
+    functions: TrainingFunctions, batch: Batch
+) -> None:
+    state = functions.initial_state()
     poisoned = jax.tree.map(lambda leaf: leaf * 1e38 if leaf.ndim >= 2 else leaf, state.model)
     expected = jax.tree.map(np.array, TrainState(poisoned, state.optimizer))
-    state, metrics = steps.update(TrainState(poisoned, state.optimizer), batch)
+    state, metrics = functions.update(TrainState(poisoned, state.optimizer), batch)
     assert metrics["skipped"] == 1
     assert not jnp.isfinite(metrics["loss"]) or not jnp.isfinite(metrics["gradient_norm"])
     jax.tree.map(np.testing.assert_array_equal, state, expected)
@@ -96,8 +98,8 @@ def test_too_many_skipped_updates_stop_the_run(
     assert nha.rows()[-1]["gradient_norm"] is None
 
 
-def test_only_matrices_decay(steps: Steps) -> None:
-    parameters = nnx.state(steps.model(steps.initial_state().model), nnx.Param)
+def test_only_matrices_decay(functions: TrainingFunctions) -> None:
+    parameters = nnx.state(functions.model(functions.initial_state().model), nnx.Param)
     transform = make_optimizer(
         OptimizerConfig(weight_decay=0.5, clip_norm=None), optax.constant_schedule(1.0), parameters
     )

@@ -19,7 +19,7 @@ from train.errors import ConfigError
 from train.report.metrics import MetricsLog, read_rows
 from train.report.plots import plot_loss_curve
 from train.step.evaluation import gzip_bits_per_byte
-from train.step.update import Steps
+from train.step.update import TrainingFunctions
 from train.storage.run_folder import RunFolder
 from train.text.loading import load_model
 
@@ -89,7 +89,7 @@ def test_checkpoint_of_other_shapes_is_refused_by_name(nha: Nha, tmp_path: Path)
     config = nha.config()
     other = nha.config(model__mlp_size=64)
     folder = tmp_path / "checkpoints"
-    narrow, wide = (Steps(each, make_mesh(each)) for each in (config, other))
+    narrow, wide = (TrainingFunctions(each, make_mesh(each)) for each in (config, other))
     with Checkpoints(folder, CheckpointConfig()) as checkpoints:
         checkpoints.save(narrow.initial_state(), Progress(3, 3, 0))
         checkpoints.wait()
@@ -104,8 +104,8 @@ def test_a_save_holds_the_state_of_its_step_though_training_goes_on(
     nha: Nha, tmp_path: Path
 ) -> None:
     config = nha.config()
-    steps = Steps(config, make_mesh(config))
-    state = steps.initial_state()
+    functions = TrainingFunctions(config, make_mesh(config))
+    state = functions.initial_state()
     batch = {
         "tokens": np.ones((8, 32), np.int32),
         "targets": np.ones((8, 32), np.int32),
@@ -113,13 +113,13 @@ def test_a_save_holds_the_state_of_its_step_though_training_goes_on(
         "loss_mask": np.ones((8, 32), bool),
     }
     with Checkpoints(tmp_path / "checkpoints", CheckpointConfig()) as checkpoints:
-        state, _ = steps.update(state, batch)
+        state, _ = functions.update(state, batch)
         expected = jax.tree.map(lambda leaf: np.array(leaf, copy=True), state)
         checkpoints.save(state, Progress(1, 1, 0))
         for _ in range(5):
-            state, _ = steps.update(state, batch)
+            state, _ = functions.update(state, batch)
         checkpoints.wait()
-        restored = checkpoints.restore(steps.abstract_state, steps.shardings)
+        restored = checkpoints.restore(functions.abstract_state, functions.shardings)
         assert restored is not None
         jax.tree.map(np.testing.assert_array_equal, restored[0], expected)
 
@@ -139,6 +139,15 @@ def test_log_drops_rows_after_the_restored_step_and_a_torn_one(tmp_path: Path) -
     with MetricsLog(path, tmp_path / "events", after_step=2) as log:
         log.write({"step": 3, "loss": float("nan")})
     assert path.read_text().splitlines() == [*lines[:2], '{"step": 3, "loss": null}']
+
+
+def test_rows_of_before_are_read_by_their_present_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 2.0, "slot_share": [0.5]}\n')
+    assert read_rows(path) == [{"step": 1, "loss": 2.0, "slot_weight": [0.5]}]
+    with MetricsLog(path, tmp_path / "events", after_step=1):
+        pass
+    assert json.loads(path.read_text()) == {"step": 1, "loss": 2.0, "slot_weight": [0.5]}
 
 
 def test_a_log_on_a_full_disk_raises_and_does_not_wait(small_disk: Path) -> None:
