@@ -6,7 +6,7 @@ The `Attributes` part of each docstring is what `nha train --help` prints.
 import copy
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -44,34 +44,38 @@ def rename_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     renamed = copy.deepcopy(dict(values))
     found = []
     for old, new in RENAMED_KEYS.items():
-        section, key = _find_section(renamed, old)
-        if key not in section:
+        *sections, key = old.split(".")
+        section = _section(renamed, sections)
+        if section is None or key not in section:
             continue
         value = section.pop(key)
-        if value is None and new.count(".") > old.count("."):
-            continue  # null: there is no such section, as by default
         found.append(old)
-        target, new_key = _find_section(renamed, new)
-        if new_key in target:
+        *sections, key = new.split(".")
+        parent = _section(renamed, sections[:-1])
+        if value is None and parent is not None and parent.get(sections[-1]) is None:
+            parent[sections[-1]] = None  # no section, rather than one with a null in it
+            continue
+        section = _section(renamed, sections, make=True)
+        if section is None:
+            raise ValueError(f"{old} is now called {new}, which has no place beside the other keys")
+        if key in section:
             raise ValueError(f"{old} is the old name of {new}, and both are given; remove {old}")
-        target[new_key] = value
+        section[key] = value
     return renamed, found
 
 
-def _find_section(values: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The mapping that holds, or would hold, a dotted key, and the last part of the key.
-
-    Of a key two levels deep and more, mappings that are not there are made.
-    """
-    first, *parents, last = name.split(".")
-    section: Any = values.get(first)
-    for parent in parents:
+def _section(
+    values: dict[str, Any], names: Sequence[str], make: bool = False
+) -> dict[str, Any] | None:
+    """The mapping under nested keys; where it is missing or null: None, or made if `make` says."""
+    section: Any = values
+    for name in names:
+        if make and section.get(name) is None:
+            section[name] = {}
+        section = section.get(name)
         if not isinstance(section, dict):
-            break
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-    return (section if isinstance(section, dict) else {}), last
+            return None
+    return section
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -81,6 +85,7 @@ def require(condition: bool, key: str, value: Any, expected: str) -> None:
 
 
 def require_at_least(section: Any, minimum: int, *keys: str) -> None:
+    """Raises ValueError unless each of these keys of a section is at least `minimum`."""
     for key in keys:
         value = getattr(section, key)
         require(value >= minimum, key, value, f"at least {minimum}")

@@ -14,12 +14,22 @@ from train.differences import differences
 from train.errors import ConfigError, TrainingError
 from train.storage.atomic import remove_unfinished, write_atomically
 
-# What may differ when a run is resumed: none of it changes the updates already made. A name
-# that is a section stands for all of its keys.
-CHANGEABLE = frozenset(
-    {"run", "steps", "micro_batches", "head_parts", "evaluation", "checkpoint", "logging", "mesh"}
-    | {"sample", "distributed", "compilation_cache"}
+CHANGEABLE = (
+    "run",
+    "steps",
+    "micro_batches",
+    "head_parts",
+    "evaluation",
+    "checkpoint",
+    "logging",
+    "mesh",
+    "sample",
+    "distributed",
+    "compilation_cache",
+    "model.kernel_options",
 )
+"""The keys, and sections of keys, that may differ when a run is resumed: none of them changes the
+updates already made."""
 
 # What a process killed while it made the folder leaves behind.
 _UNFINISHED = re.compile(r"\.lock|\.run\.json\..*tmp")
@@ -165,7 +175,8 @@ class RunFolder:
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
     """The configuration as JSON gives it back, section by section: lists for tuples."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    # default: the model's kernel options are a mapping, but no dict.
+    return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
 
 
 def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
@@ -177,9 +188,13 @@ def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
 
     def fixed(record: dict[str, Any]) -> dict[str, Any]:
         values = _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
-        return {key: x for key, x in values.items() if key.split(".")[0] not in CHANGEABLE}
+        return {key: x for key, x in values.items() if not _is_changeable(key)}
 
     return differences(fixed(stored), fixed(present), json.dumps)
+
+
+def _is_changeable(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in CHANGEABLE)
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
