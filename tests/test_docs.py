@@ -1,7 +1,7 @@
 """README and docs: every command and block of code works, every link and name leads somewhere.
 
-A command runs here (RUN), or stands in NOT_RUN under the reason why it does not. In either case it
-is parsed by the program that it calls.
+A command runs (`RUN` of tests/support/commands.py), or stands in `NOT_RUN` there under the reason
+why it does not. In either case it is parsed by the program that it calls.
 """
 
 import ast
@@ -19,42 +19,21 @@ from flax import nnx
 import nha_jax
 from nha_jax.ops import backends
 from tests.support import documents
+from tests.support.commands import NOT_RUN, RUN, check
 from tests.support.paths import ROOT
 from train.cli import main
-from train.commands import COMMANDS
-from train.commands.train import parse_overrides
-from train.load_config import load_config
-
-# Commands that run here on a small untrained model, with what is added to make them cheap.
-RUN = {
-    'uv run nha generate runs/quickstart --prompt "class Parser"': "--max-new-tokens 4",
-    "uv run nha inspect runs/quickstart --text README.md": "--max-tokens 64",
-    "uv run nha train --help": "",
-}
-
-NOT_RUN = {
-    "needs what it downloads": (),
-    "takes minutes to hours, and is a test or a compiler of its own": (
-        "uv run pytest tests/pallas/gpu",
-        "uv run pytest -m full tests/pallas/gpu",
-        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
-        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_tokens 0 1",
-        "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/pallas/gpu",
-        "uv run --extra cuda python benchmarks/gpu_static.py --groups 1",
-    ),
-    "needs a GPU": ("benchmarks/gpu_check.sh",),
-}
 
 # What the Python blocks of a document take for granted.
 BEFORE: dict[str, str] = {}
 
 
 def test_every_command_is_run_or_listed() -> None:
+    where = "tests/support/commands.py"
     listed = {*RUN, *itertools.chain.from_iterable(NOT_RUN.values())}
     found = {command.text for command in documents.commands()}
-    unlisted = [f"{c.where}: {c.text}" for c in documents.commands() if c.text not in listed]
-    assert not unlisted, "run these in tests/test_docs.py, or list why not:\n" + "\n".join(unlisted)
-    assert not listed - found, "listed in tests/test_docs.py, but in no document"
+    unlisted = sorted(f"{x.where}: {x.text}" for x in documents.commands() if x.text not in listed)
+    assert not unlisted, f"run these, or say in {where} why not:\n" + "\n".join(unlisted)
+    assert not listed - found, f"listed in {where}, but in no document"
 
 
 @pytest.mark.parametrize("command", documents.commands(), ids=lambda command: command.where)
@@ -63,78 +42,7 @@ def test_commands_parse(
 ) -> None:
     monkeypatch.chdir(ROOT)
     for part in command.parts():
-        _check(part, monkeypatch)
-
-
-def _check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails if a program would not know its arguments, or does not exist."""
-    program, *rest = arguments
-    if program == "uv" and rest[0] in ("run", "sync"):
-        _check_uv(rest, monkeypatch)
-    elif program == "nha":
-        _check_nha(rest, monkeypatch)
-    elif program == "pytest":
-        _check_pytest(rest)
-    elif program == "python":
-        _check_python(rest)
-    else:
-        known = program in ("pip", "source", "cat", "export", "git")
-        assert known or (ROOT / program).is_file(), program
-
-
-def _check_uv(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    remaining = arguments[1:]
-    while remaining and remaining[0].startswith("-"):
-        option = remaining.pop(0)
-        if option in ("--extra", "--group", "--only-group"):
-            assert remaining.pop(0) in documents.groups_and_extras(), arguments
-        else:
-            assert option in ("-q", "--isolated", "--no-default-groups"), option
-    if remaining:
-        _check(remaining, monkeypatch)
-
-
-def _check_nha(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    parsed: list = []
-    for command in COMMANDS.values():
-        monkeypatch.setattr(command, "run", lambda *given: parsed.extend(given) or 0)
-    if "--help" in arguments:
-        with pytest.raises(SystemExit, match="0"):
-            main(arguments)
-        return
-    assert main(arguments) == 0
-    options, rest = parsed
-    if options.command in ("train", "plan"):
-        path = "configs/quickstart.yaml" if options.config == "CONFIG" else options.config
-        overrides = [(k, "64" if v.endswith(".json") else v) for k, v in parse_overrides(rest)]
-        if path == "configs/hybridize.yaml":  # its model is not there
-            overrides.append(("model.preset", "llama-3-8b"))
-        load_config(path, overrides)
-
-
-def _check_pytest(arguments: list[str]) -> None:
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    markers = {marker.split(":")[0] for marker in options["markers"]}
-    remaining = list(arguments)
-    while remaining:
-        argument = remaining.pop(0)
-        if argument == "-m":
-            names = set(re.findall(r"\w+", remaining.pop(0))) - {"or", "and", "not"}
-            assert names <= markers, names - markers
-        elif argument in ("-n", "-k"):
-            remaining.pop(0)
-        elif not argument.startswith("-"):
-            assert (ROOT / argument.split("::")[0]).exists(), argument
-
-
-def _check_python(arguments: list[str]) -> None:
-    if arguments[0] in ("-m", "-c"):
-        return
-    script = (ROOT / arguments[0]).read_text()
-    for argument in arguments[1:]:
-        if argument.startswith("--"):
-            option = argument.partition("=")[0]
-            assert f'"{option}"' in script, f"{arguments[0]} has no {option}"
+        check(part, monkeypatch)
 
 
 @pytest.fixture(scope="module")

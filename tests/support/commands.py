@@ -1,0 +1,165 @@
+"""The commands that the documents show: which of them the tests run, and whether all parse."""
+
+import re
+import tomllib
+
+import pytest
+
+from tests.support.documents import groups_and_extras
+from tests.support.paths import ROOT
+from train.cli import main
+from train.commands import COMMANDS
+from train.commands.train import parse_overrides
+from train.load_config import load_config
+
+# Commands that run in the tests, on a small untrained model, with what makes them cheap.
+RUN = {
+    'uv run nha generate runs/quickstart --prompt "class Parser"': "--max-new-tokens 4",
+    "uv run nha inspect runs/quickstart --text README.md": "--max-tokens 64",
+    "uv run nha train --help": "",
+}
+
+# Commands that do not, by the reason.
+NOT_RUN = {
+    "it trains for minutes or hours": (
+        "pip install -q uv && uv run nha train configs/quickstart.yaml",
+        "uv run nha train configs/quickstart.yaml",
+        "uv run nha train configs/quickstart.yaml --run runs/wide "
+        "--model.window_size='[64, null, 64]'",
+        "uv run nha train configs/quickstart.yaml --run runs/full "
+        "--model.window_size=null --steps=1500",
+        "uv run python benchmarks/hybridize.py",
+    ),
+    "it takes what a longer run of another command has made": (
+        'uv run nha generate runs/quickstart --prompt "class " --prompt "def " '
+        "--top-p 0.95 --seed 1",
+        "uv run nha generate runs/quickstart --prompt-file FILE --max-new-tokens 100",
+        "uv run nha search runs/quickstart --base 32 --full-layers 1",
+        "uv run nha search runs/full --base 32 --full-layers 1",
+        "uv run nha inspect runs/quickstart --text FILE",
+    ),
+    "it takes a download: a corpus, or a pretrained model": (
+        "nha data prepare data/slimpajama 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
+        "--tokenizer tokenizer.json",
+        "nha import downloads/Meta-Llama-3-8B models/llama-3-8b",
+        'nha generate runs/llama-3-8b-hybrid --prompt "The capital of France is"',
+    ),
+    "it trains on many chips": (
+        "nha train configs/nha-340m.yaml",
+        "nha train configs/hybridize.yaml",
+    ),
+    "it needs libtpu, which is no part of the default environment": (
+        "uv sync --extra tpu --extra data && source .venv/bin/activate",
+        "nha plan configs/nha-340m.yaml --topology v5e:4x4",
+        "uv run --extra tpu nha plan configs/nha-340m.yaml --topology v5e:4x4",
+        "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5p:2x2x2 "
+        "--model.num_query_heads=16",
+        "uv run --extra tpu nha plan configs/nha-1.3b-long.yaml --topology v5p:4x4x4",
+        "uv run --extra tpu nha plan configs/hybridize.yaml --topology v5p:2x2x4 "
+        "--model.preset=llama-3-8b",
+        "uv run --extra tpu python benchmarks/tpu_static.py",
+        "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
+        "uv run --extra tpu python benchmarks/tpu_decode_static.py",
+    ),
+    "it needs CUDA's libraries, which are no part of the default environment": (
+        "uv run --extra cuda nha plan configs/hybridize.yaml --topology cuda:8xH200 "
+        "--model.preset=llama-3-8b",
+        "uv run --extra cuda python benchmarks/gpu_static.py --groups 1",
+        "uv run --extra cuda python benchmarks/gpu_decode_static.py",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/pallas/gpu",
+    ),
+    "it needs a Hopper GPU": (
+        "benchmarks/gpu_check.sh",
+        "uv run --extra cuda python benchmarks/operator_gpu.py",
+        "uv run --extra cuda python benchmarks/decode.py --dtype bfloat16 "
+        "--implementation pallas_gpu",
+    ),
+    "it measures for minutes": (
+        "uv run python benchmarks/operator_cpu.py --seconds 5",
+        "uv run python benchmarks/decode.py --seconds 5",
+        'uv run python benchmarks/loop.py --turns 7 --steps 30 --only "quick start"',
+        "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
+    ),
+    "it runs tests, or what tests run": (
+        "uv run pytest tests/pallas/gpu",
+        "uv run pytest -m full tests/pallas/gpu",
+        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
+        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_tokens 0 1",
+        "pip install -q uv && uv run pytest -n 2",
+        "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
+    ),
+    "it serves pages until it is stopped": (
+        "uv run --isolated --only-group docs python -m zensical serve",
+    ),
+}
+
+
+def check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a program would not know its arguments, or does not exist."""
+    program, *rest = arguments
+    if program == "uv" and rest[0] in ("run", "sync"):
+        _check_uv(rest, monkeypatch)
+    elif program == "nha":
+        _check_nha(rest, monkeypatch)
+    elif program == "pytest":
+        _check_pytest(rest)
+    elif program == "python":
+        _check_python(rest)
+    else:
+        known = program in ("pip", "source", "cat", "export", "git")
+        assert known or (ROOT / program).is_file(), program
+
+
+def _check_uv(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    remaining = arguments[1:]
+    while remaining and remaining[0].startswith("-"):
+        option = remaining.pop(0)
+        if option in ("--extra", "--group", "--only-group"):
+            assert remaining.pop(0) in groups_and_extras(), arguments
+        else:
+            assert option in ("-q", "--isolated", "--no-default-groups"), option
+    if remaining:
+        check(remaining, monkeypatch)
+
+
+def _check_nha(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list = []
+    for command in COMMANDS.values():
+        monkeypatch.setattr(command, "run", lambda *given: parsed.extend(given) or 0)
+    if "--help" in arguments:
+        with pytest.raises(SystemExit, match="0"):
+            main(arguments)
+        return
+    assert main(arguments) == 0
+    options, rest = parsed
+    if options.command in ("train", "plan"):
+        path = "configs/quickstart.yaml" if options.config == "CONFIG" else options.config
+        overrides = [(k, "64" if v.endswith(".json") else v) for k, v in parse_overrides(rest)]
+        if path == "configs/hybridize.yaml":  # its model is not there
+            overrides.append(("model.preset", "llama-3-8b"))
+        load_config(path, overrides)
+
+
+def _check_pytest(arguments: list[str]) -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    markers = {marker.split(":")[0] for marker in options["markers"]}
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if argument == "-m":
+            names = set(re.findall(r"\w+", remaining.pop(0))) - {"or", "and", "not"}
+            assert names <= markers, names - markers
+        elif argument in ("-n", "-k"):
+            remaining.pop(0)
+        elif not argument.startswith("-"):
+            assert (ROOT / argument.split("::")[0]).exists(), argument
+
+
+def _check_python(arguments: list[str]) -> None:
+    if arguments[0] in ("-m", "-c"):
+        return
+    script = (ROOT / arguments[0]).read_text()
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            option = argument.partition("=")[0]
+            assert f'"{option}"' in script, f"{arguments[0]} has no {option}"
