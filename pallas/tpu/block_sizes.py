@@ -7,18 +7,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """Rows, chunks and emission order of the fused kernels.
-
-    A grid step takes `chunks_per_step` chunks of `chunk` rows. The compiler keeps close to program
-    order, so the chunks' stages are emitted side by side: `group` chunks in lockstep, each group
-    `skew` stages behind the one before.
+    """How many rows a grid step takes, and how its chunks' work is interleaved (`emission.emit`).
 
     Fields:
-      chunk: rows of a chunk (C), 32, 64 or 128.
-      chunks_per_step: chunks of a grid step (N), 1, 2, 4, 8 or 16, so that it has at least 128
-        rows; the slots are saved once a grid step.
-      forward_group, forward_skew: emission order of the forward.
-      backward_group, backward_skew: emission order of the backward.
+      chunk: C, the rows of a chunk: 32, 64 or 128.
+      chunks_per_step: chunks of a grid step: 1, 2, 4, 8 or 16, so that it has at least 128 rows.
+        The slots are saved once a grid step.
+      forward_group, backward_group: chunks that go through their stages in lockstep.
+      forward_skew, backward_skew: how many stages each such set of chunks is behind the one before.
 
     Raises:
       ValueError: a field is out of its range; the message names it and its value.
@@ -49,8 +45,8 @@ class BlockSizes:
             )
 
 
-# Chosen by static schedules at K = V = 128, M = W = 64 in bfloat16: for one query head to a KV
-# head, and for several.
+# By chip, for one query head to a key/value head and for several: chosen by static schedules at
+# K = V = 128, M = W = 64 in bfloat16.
 _SKEWED = BlockSizes(chunks_per_step=16, forward_group=2, forward_skew=1, backward_group=2)
 _DEFAULTS = {
     "v5e": (
@@ -70,13 +66,13 @@ _DEFAULTS["7x"] = _DEFAULTS["v6e"]
 
 
 def default_block_sizes(group: int, segments: bool) -> BlockSizes:
-    """Those of the chip that is compiled for.
+    """The block sizes for the chip that is compiled for.
 
-    The chip is the ambient mesh's (`jax.set_mesh`), or else the default device; v5e's sizes serve
+    That is the ambient mesh's (`jax.set_mesh`), or else the default device's; v5e's sizes serve
     where that is no TPU.
 
     Args:
-      group: query heads to a KV head.
+      group: query heads to a key/value head.
       segments: whether there are segments: the backward then waits longer for its masks.
     """
     try:

@@ -1,14 +1,32 @@
-"""One token of generation in one launch: evict, update the slots, read, write the ring's entry.
+"""One token of generation in one launch: a token enters the slots, the new one takes its entry.
 
-The arrays of the state are aliased: of the rings only the entry that the new token replaces is
-written, and of the ring of keys that are not rotated, and of the decays, only that entry is read
-(of decays laid out with the entries innermost, the 128 entries around it). Full attention has
-neither of these two, nor slots.
-Heads are not cut out of the ring's [rows, H, .] blocks: all queries meet all rows of all heads in
-one product, and the logits of other heads are masked. Matrix units have the time for it.
+Symbols and arrays as in `pallas/decode_types.py`. Inputs:
+
+    entry, length, active  [B] int32, prefetched, because they say which blocks are fetched
+    token                  a DecodeToken
+    state                  a DecodeState, whose arrays are updated in place
+
+Outputs: out [B, Hq, V], in the query's dtype, and the state after the token.
+
+Scratch, of the softmax over parts (`_RunningSoftmax`): row_max and row_sum [Hq, 1], total [Hq, V],
+float32.
+
+Grid (B, blocks of the ring): of the two rings that the window reads, rotated keys and values, all
+entries are read, a block of `_block_entries` at a time. The first grid step of a batch row gets the
+block with the entry that the new token replaces. It begins the softmax with the new token, lets the
+replaced one enter the slots, reads the slots, and writes the new token to its entry. Every step
+reads its block of the ring, without that entry; the last one divides.
+
+Of the rings that only the slots need, keys that are not rotated and decays, the entry alone is
+read, and of all rings the entry alone is written. XLA may keep the ring of decays with its entries
+innermost: there it is the 128 entries around the entry (`_entries_innermost`).
+
+Heads are not cut out of the ring's [entries, Hkv, .] blocks: the queries of all heads meet the keys
+of all heads in one product, and the logits of other heads are masked. Matrix units have the time.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,21 +38,25 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.constants import MASKED_LOGIT
 from pallas.decode_types import DecodeState, DecodeToken
 from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
+from pallas.tpu.spec import LANES
 
-LANES = 128
-BLOCK_BYTES = 2**20  # of a ring's block
+BLOCK_BYTES = 2**20  # at most, of a block of a ring
 
 
 def decode_unsupported(state: DecodeState) -> str | None:
-    """Why the kernel can't serve this state, in a line; None if it can."""
-    (R, H, K), V = state.rotated_key.shape[1:], state.value.shape[3]
+    """Says in a line why the kernel cannot serve this state; None if it can.
+
+    It takes K and V in multiples of 128; 2, 4 or a multiple of 8 key/value heads; slots in
+    multiples of 8; and a ring that is cut evenly into blocks of no more than `BLOCK_BYTES`.
+    """
+    (R, Hkv, K), V = state.rotated_key.shape[1:], state.value.shape[3]
     if K % LANES or V % LANES:
         return f"its kernel takes heads of a multiple of 128, got keys of {K} and values of {V}"
-    if H % 8 and H not in (2, 4):
-        return f"its kernel takes 2, 4 or a multiple of 8 heads, got {H}"
+    if Hkv % 8 and Hkv not in (2, 4):
+        return f"its kernel takes 2, 4 or a multiple of 8 heads, got {Hkv}"
     if state.slots is not None and state.slots.slot_key.shape[2] % 8:
         return f"its kernel takes slots in multiples of 8, got {state.slots.slot_key.shape[2]}"
-    if R == 0 or _ring_rows(state) == 0:
+    if R == 0 or _block_entries(state) == 0:
         return f"its kernel cannot cut a ring of {R} entries into blocks"
     return None
 
@@ -52,36 +74,40 @@ def decode_attention(
     feature_map: str,
     interpret: pltpu.InterpretParams | bool = False,
 ) -> tuple[jax.Array, DecodeState]:
-    """out [B, Hq, V] in the query's dtype, and the state after the token.
+    """Launches the kernel for a state that `decode_unsupported` lets pass.
 
     Args:
       entry: [B] int32, the ring entry that the token replaces; what it held enters the slots.
-      length: [B] int32, the tokens before it. The rows' entry holds a token if that is R or more.
-      active: [B] int32, 0 or 1: of rows with 0 out is 0, and the state stays.
-      num_slots: M, also where the state has none.
+      length: [B] int32, the tokens before it. The entry holds a token if that is R or more.
+      active: [B] int32, 0 or 1; where it is 0, out is 0 and the state stays.
+      scale: of the logits.
+      num_slots: M, also where the state has no slots.
       mask_empty: slots that no token has entered are not read.
       feature_map: of keys that enter the slots.
+      interpret: run the kernel on the CPU.
+
+    Returns out [B, Hq, V] in the query's dtype, and the state after the token.
     """
     B, Hq, _ = token.rotated_query.shape
     R, V = state.value.shape[1], state.value.shape[3]
-    rows = _ring_rows(state)
-    turned = state.slots is not None and _is_turned(state.slots.log_decay)
-    if turned:
+    entries = _block_entries(state)
+    innermost = state.slots is not None and _entries_innermost(state.slots.log_decay)
+    if innermost:
         state = _transpose_decay(state, (0, 2, 3, 1))
-    read, written = _state_specs(state, rows, turned)
-    first = 3 + len(jax.tree.leaves(token))  # of the state among the operands, behind the scalars
+    read, written = _state_specs(state, entries, innermost)
+    first = 3 + len(jax.tree.leaves(token))  # of the state among the operands
     out, state = pl.pallas_call(
         functools.partial(
             _kernel,
             scale=scale,
             num_slots=num_slots,
             mask_empty=mask_empty,
-            entries=R,
+            ring_entries=R,
             feature_map=feature_map,
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
-            grid=(B, R // rows),
+            grid=(B, R // entries),
             in_specs=[jax.tree.map(_whole, token), read],
             out_specs=[_whole(jax.ShapeDtypeStruct((B, Hq, V), jnp.float32)), written],
             scratch_shapes=[
@@ -99,34 +125,42 @@ def decode_attention(
         interpret=interpret,
         name="nha_decode",
     )(entry, length, active, token, state)
-    return out, _transpose_decay(state, (0, 3, 1, 2)) if turned else state
+    return out, _transpose_decay(state, (0, 3, 1, 2)) if innermost else state
 
 
-def _state_specs(state: DecodeState, rows: int, turned: bool) -> tuple[Any, Any]:
-    """As trees: the blocks of the state that are read, of the rings `rows` entries, and written."""
+def _state_specs(state: DecodeState, entries: int, innermost: bool) -> tuple[Any, Any]:
+    """The blocks of the state that are read, of the window's rings `entries`, and written."""
     written = jax.tree.map(_entry, state)
     if state.slots is not None:
         slots = written.slots._replace(
             slot_key=_whole(state.slots.slot_key), slot_value=_whole(state.slots.slot_value)
         )
-        if turned:
-            slots = slots._replace(log_decay=_entry_lanes(state.slots.log_decay))
+        if innermost:
+            slots = slots._replace(log_decay=_lanes_around_entry(state.slots.log_decay))
         written = written._replace(slots=slots)
-    rings = {name: _ring(getattr(state, name), rows) for name in ("rotated_key", "value")}
+    rings = {name: _ring(getattr(state, name), entries) for name in ("rotated_key", "value")}
     return written._replace(**rings), written
+
+
+def _block_entries(state: DecodeState) -> int:
+    """The most entries of a block that divide the ring evenly; 0 if there is no such number."""
+    R, Hkv, K = state.rotated_key.shape[1:]
+    most = BLOCK_BYTES // (Hkv * max(K, state.value.shape[3]) * state.value.dtype.itemsize)
+    return next((n for n in range(min(R, most), 0, -1) if R % n == 0 and n * Hkv % LANES == 0), 0)
+
+
+def _entries_innermost(log_decay: jax.Array) -> bool:
+    """Whether XLA keeps [B, R, Hkv, M] with R innermost: it does where that saves padding of M.
+
+    To ask for another layout would copy the ring, twice a step where a step is its own program.
+    """
+    return log_decay.shape[3] % LANES != 0 and log_decay.shape[1] % LANES == 0
 
 
 def _transpose_decay(state: DecodeState, axes: tuple[int, ...]) -> DecodeState:
     assert state.slots is not None
     log_decay = state.slots.log_decay.transpose(axes)
     return state._replace(slots=state.slots._replace(log_decay=log_decay))
-
-
-def _ring_rows(state: DecodeState) -> int:
-    """The most entries of a block that divide the ring evenly; 0 if there is no such number."""
-    R, H, K = state.rotated_key.shape[1:]
-    most = BLOCK_BYTES // (H * max(K, state.value.shape[3]) * state.value.dtype.itemsize)
-    return next((n for n in range(min(R, most), 0, -1) if R % n == 0 and n * H % LANES == 0), 0)
 
 
 def _whole(x) -> pl.BlockSpec:
@@ -139,16 +173,8 @@ def _entry(ring: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((1, 1, *ring.shape[2:]), lambda b, j, entry, *_: (b, entry[b], 0, 0))
 
 
-def _is_turned(log_decay: jax.Array) -> bool:
-    """Whether XLA keeps [B, R, H, M] with R innermost: it does where that saves padding of M.
-
-    To ask for another layout would copy the ring, twice a step where a step is its own program.
-    """
-    return log_decay.shape[3] % LANES != 0 and log_decay.shape[1] % LANES == 0
-
-
-def _entry_lanes(ring: jax.Array) -> pl.BlockSpec:
-    """Of [B, H, M, R], the lanes around the entry that the token replaces."""
+def _lanes_around_entry(ring: jax.Array) -> pl.BlockSpec:
+    """The 128 entries around the one that the token replaces, of [B, Hkv, M, R]."""
 
     def index(b, j, entry, *_):
         return b, 0, 0, lax.div(entry[b], LANES)
@@ -156,36 +182,36 @@ def _entry_lanes(ring: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((1, *ring.shape[1:3], LANES), index)
 
 
-def _ring(ring: jax.Array, rows: int) -> pl.BlockSpec:
+def _ring(ring: jax.Array, entries: int) -> pl.BlockSpec:
     """The ring in blocks, from the one with the entry on: the slots' update needs that first."""
 
     def index(b, j, entry, *_):
-        return b, lax.rem(lax.div(entry[b], rows) + j, ring.shape[1] // rows), 0, 0
+        return b, lax.rem(lax.div(entry[b], entries) + j, ring.shape[1] // entries), 0, 0
 
-    return pl.BlockSpec((1, rows, *ring.shape[2:]), index)
+    return pl.BlockSpec((1, entries, *ring.shape[2:]), index)
 
 
 def _kernel(
-    entry_of, length_of, active_of, token, state, out, after, top, mass, total,
-    *, scale: float, num_slots: int, mask_empty: bool, entries: int, feature_map: str,
+    entry_of, length_of, active_of, token, state, out, after, row_max, row_sum, total,
+    *, scale: float, num_slots: int, mask_empty: bool, ring_entries: int, feature_map: str,
 ):  # fmt: skip
     b, step = pl.program_id(0), pl.program_id(1)
     entry, length, active = entry_of[b], length_of[b], active_of[b] != 0
-    rows, H = state.value.shape[1:3]
-    block = lax.rem(lax.div(entry, rows) + step, pl.num_programs(1))
-    softmax = _Softmax(top, mass, total)
+    entries, Hkv = state.value.shape[1:3]
+    block = lax.rem(lax.div(entry, entries) + step, pl.num_programs(1))
+    softmax = _RunningSoftmax(row_max, row_sum, total)
 
     @pl.when(step == 0)
     def _():
         logits = scale * matmul_nt(token.rotated_query[0], token.rotated_key[0])
-        softmax.start(_mask(logits, lambda column: column, H), token.value[0])
-        row = lax.rem(entry, rows)
+        softmax.start(_mask_heads(logits, lambda column: column, Hkv), token.value[0])
+        entry_in_block = lax.rem(entry, entries)
         if state.slots is not None:
-            now = _Now(entry, active, active & (length >= entries))
-            _update_slots(token, state, after, now, state.value[0, row], feature_map)
+            row = _BatchRow(entry, active, active & (length >= ring_entries))
+            _update_slots(token, state, after, row, state.value[0, entry_in_block], feature_map)
             logits, values = _read_slots(token, after, scale)
             if mask_empty:
-                filled = length + active.astype(jnp.int32) > entries
+                filled = length + active.astype(jnp.int32) > ring_entries
                 logits = jnp.where(filled, logits, MASKED_LOGIT)
             softmax.add(logits, values)
         elif not mask_empty:
@@ -194,110 +220,121 @@ def _kernel(
             (after.rotated_key, token.rotated_key, state.rotated_key),
             (after.value, token.value, state.value),
         ):
-            target[0, 0] = jnp.where(active, new[0], old[0, row])
+            target[0, 0] = jnp.where(active, new[0], old[0, entry_in_block])
 
-    logits = scale * matmul_nt(token.rotated_query[0], state.rotated_key[0].reshape(rows * H, -1))
-    logits = _mask(logits, lambda column: lax.rem(column, H), H)
+    query = token.rotated_query[0]
+    logits = scale * matmul_nt(query, state.rotated_key[0].reshape(entries * Hkv, -1))
+    logits = _mask_heads(logits, lambda column: lax.rem(column, Hkv), Hkv)
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
-    position = block * rows + lax.div(column, H)
+    position = block * entries + lax.div(column, Hkv)
     logits = jnp.where((position < length) & (position != entry), logits, MASKED_LOGIT)
-    softmax.add(logits, state.value[0].reshape(rows * H, -1))
+    softmax.add(logits, state.value[0].reshape(entries * Hkv, -1))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
-        result = total[...] / mass[...]
+        result = total[...] / row_sum[...]
         out[0] = jnp.where(active, result, 0.0).astype(out.dtype)
 
 
-class _Now(NamedTuple):
+class _BatchRow(NamedTuple):
     """Scalars of a batch row."""
 
     entry: jax.Array
     active: jax.Array
-    leaves: jax.Array  # whether the token in the entry enters the slots
+    enters: jax.Array  # whether the token in the entry enters the slots
 
 
-def _update_slots(token, state, after, now: _Now, old_value: jax.Array, feature_map: str) -> None:
-    """Lets the entry's token, of value [H, V], into the slots, and the new token into the rings."""
+def _update_slots(
+    token, state, after, row: _BatchRow, old_value: jax.Array, feature_map: str
+) -> None:
+    """Lets the entry's token, of value [Hkv, V], enter the slots, and writes the slots' rings."""
     before, result = state.slots, after.slots
     old_key = before.key[0, 0]
-    result.key[0, 0] = jnp.where(now.active, token.slots.key[0], old_key)
-    leaving_key = apply_feature_map(old_key.astype(jnp.float32), feature_map)
-    leaving_value = old_value.astype(jnp.float32)
+    result.key[0, 0] = jnp.where(row.active, token.slots.key[0], old_key)
+    entering_key = apply_feature_map(old_key.astype(jnp.float32), feature_map)
+    entering_value = old_value.astype(jnp.float32)
     for h in range(old_key.shape[0]):
         new = token.slots.log_decay[0, h : h + 1]
-        old = _swap_decay(before.log_decay, result.log_decay, h, new, now.entry, now.active)
-        gate = jnp.where(now.leaves, old, 0)
-        result.slot_key[0, h] = _enter(before.slot_key[0, h], gate, leaving_key[h : h + 1])
-        result.slot_value[0, h] = _enter(before.slot_value[0, h], gate, leaving_value[h : h + 1])
+        old = _swap_decay(before.log_decay, result.log_decay, h, new, row)
+        log_decay = jnp.where(row.enters, old, 0)
+        result.slot_key[0, h] = _enter(before.slot_key[0, h], log_decay, entering_key[h : h + 1])
+        result.slot_value[0, h] = _enter(
+            before.slot_value[0, h], log_decay, entering_value[h : h + 1]
+        )
 
 
-def _read_slots(token, after, scale: float) -> tuple[jax.Array, jax.Array]:
-    """Logits [Hq, H * M] of all heads' slots, those of other heads hidden, and values."""
-    H, M = after.slots.slot_key.shape[1:3]
-    keys, values = (
-        x[0].reshape(H * M, -1).astype(token.slots.query.dtype)
-        for x in (after.slots.slot_key, after.slots.slot_value)
-    )
-    logits = scale * matmul_nt(token.slots.query[0], keys)
-    return _mask(logits, lambda column: lax.div(column, M), H), values
+def _swap_decay(before, after, h: int, new: jax.Array, row: _BatchRow) -> jax.Array:
+    """Writes head h's new log decays [1, M] if the row is active; returns the old ones, [M, 1].
 
-
-def _swap_decay(before, after, h: int, new: jax.Array, entry, active) -> jax.Array:
-    """Writes head h's new decays [1, M] in active rows; returns those replaced, [M, 1].
-
-    before, after: the entry [1, 1, H, M], or the lanes around it, [1, H, M, 128].
+    before, after: the entry [1, 1, Hkv, M], or the lanes around it, [1, Hkv, M, 128].
     """
     if before.shape[1] == 1:
         old = before[0, 0, h : h + 1]
-        after[0, 0, h : h + 1] = jnp.where(active, new, old)
+        after[0, 0, h : h + 1] = jnp.where(row.active, new, old)
         return to_column(old)
     lanes = before[0, h]
-    here = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) == lax.rem(entry, LANES)
-    after[0, h] = jnp.where(here & active, to_column(new), lanes)
+    here = lax.broadcasted_iota(jnp.int32, lanes.shape, 1) == lax.rem(row.entry, LANES)
+    after[0, h] = jnp.where(here & row.active, to_column(new), lanes)
     return jnp.sum(jnp.where(here, lanes, 0.0), axis=1, keepdims=True)
 
 
-def _enter(slots: jax.Array, gate: jax.Array, row: jax.Array) -> jax.Array:
-    """The slots [M, .] of a head after a token entered: log decays [M, 1], row [1, .]."""
-    decay = jnp.exp(gate)
-    write = -jnp.tanh(gate / 2) * (decay + 1)  # 1 - decay, exact for a small gate
-    return decay * slots + write * row
+def _enter(slots: jax.Array, log_decay: jax.Array, token: jax.Array) -> jax.Array:
+    """The slots [M, .] of a head after a token [1, .] entered; log_decay [M, 1]."""
+    decay = jnp.exp(log_decay)
+    write = -jnp.tanh(log_decay / 2) * (decay + 1)  # 1 - decay, exact for a small log decay
+    return decay * slots + write * token
 
 
-def _mask(logits: jax.Array, head_of, heads: int) -> jax.Array:
-    """[Hq, columns]: hides the columns of other heads than the row's."""
+def _read_slots(token, after, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Logits [Hq, Hkv * M] of all heads' slots, those of other heads masked, and their values."""
+    Hkv, M = after.slots.slot_key.shape[1:3]
+    keys, values = (
+        x[0].reshape(Hkv * M, -1).astype(token.slots.query.dtype)
+        for x in (after.slots.slot_key, after.slots.slot_value)
+    )
+    logits = scale * matmul_nt(token.slots.query[0], keys)
+    return _mask_heads(logits, lambda column: lax.div(column, M), Hkv), values
+
+
+def _mask_heads(
+    logits: jax.Array, head_of: Callable[[jax.Array], jax.Array], heads: int
+) -> jax.Array:
+    """Masks, in [Hq, columns], the columns of other key/value heads than the row's.
+
+    head_of: from columns to their key/value heads.
+    """
     group = logits.shape[0] // heads
     query = lax.broadcasted_iota(jnp.int32, logits.shape, 0)
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     return jnp.where(lax.div(query, group) == head_of(column), logits, MASKED_LOGIT)
 
 
-class _Softmax:
-    """A softmax over parts that come one after the other; its three arrays live in VMEM."""
+class _RunningSoftmax:
+    """A softmax over parts that come one after the other, on three arrays in VMEM."""
 
-    def __init__(self, top, mass, total):
-        self.top, self.mass, self.total = top, mass, total
+    def __init__(self, row_max, row_sum, total):
+        """row_max, row_sum: [Hq, 1]; total: [Hq, V], to be divided by row_sum at the end."""
+        self._row_max, self._row_sum, self._total = row_max, row_sum, total
 
     def start(self, logits: jax.Array, values: jax.Array) -> None:
-        """logits [Hq, n], in every row one that is not hidden; values [n, V]."""
-        self.top[...] = jnp.max(logits, axis=1, keepdims=True)
-        weights = jnp.exp(logits - self.top[...])
-        self.mass[...] = jnp.sum(weights, axis=1, keepdims=True)
-        self.total[...] = matmul(weights.astype(values.dtype), values)
+        """logits [Hq, n], in every row one that is not masked; values [n, V]."""
+        self._row_max[...] = jnp.max(logits, axis=1, keepdims=True)
+        p = jnp.exp(logits - self._row_max[...])
+        self._row_sum[...] = jnp.sum(p, axis=1, keepdims=True)
+        self._total[...] = matmul(p.astype(values.dtype), values)
 
     def add(self, logits: jax.Array, values: jax.Array) -> None:
-        """As `start`, but all may be hidden."""
-        top = jnp.maximum(self.top[...], jnp.max(logits, axis=1, keepdims=True))
-        weights, kept = jnp.exp(logits - top), jnp.exp(self.top[...] - top)
-        self.top[...] = top
-        self.mass[...] = kept * self.mass[...] + jnp.sum(weights, axis=1, keepdims=True)
-        self.total[...] = kept * self.total[...] + matmul(weights.astype(values.dtype), values)
+        """Adds a part, of which all logits may be masked; shapes as of `start`."""
+        row_max = jnp.maximum(self._row_max[...], jnp.max(logits, axis=1, keepdims=True))
+        p, rescale = jnp.exp(logits - row_max), jnp.exp(self._row_max[...] - row_max)
+        self._row_max[...] = row_max
+        self._row_sum[...] = rescale * self._row_sum[...] + jnp.sum(p, axis=1, keepdims=True)
+        self._total[...] = rescale * self._total[...] + matmul(p.astype(values.dtype), values)
 
     def add_zeros(self, count: int) -> None:
-        """As `add`, of as many columns whose logits and values are 0."""
-        top = jnp.maximum(self.top[...], 0.0)
-        kept = jnp.exp(self.top[...] - top)
-        self.top[...] = top
-        self.mass[...] = kept * self.mass[...] + count * jnp.exp(-top)
-        self.total[...] = kept * self.total[...]
+        """Adds `count` columns whose logits and values are 0."""
+        row_max = jnp.maximum(self._row_max[...], 0.0)
+        rescale = jnp.exp(self._row_max[...] - row_max)
+        self._row_max[...] = row_max
+        self._row_sum[...] = rescale * self._row_sum[...] + count * jnp.exp(-row_max)
+        self._total[...] = rescale * self._total[...]

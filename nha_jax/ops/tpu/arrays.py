@@ -1,7 +1,7 @@
-"""The public arrays in the layout of the TPU kernels, and back.
+"""The operator's arrays in the layout of the TPU kernels, and back.
 
-Heads are blocks of lanes, [B, N, H * D'], with D' a multiple of 128; slots a multiple of 16. What
-is aligned already is reshaped and nothing else.
+A head is a block of lanes: [B, rows, heads * D'], with D' the head's size D padded to a multiple of
+128. Slots are padded to a multiple of 16, M'. What is aligned already is reshaped and nothing else.
 """
 
 import math
@@ -11,40 +11,40 @@ import jax.numpy as jnp
 
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.state import Slots
-from pallas.tpu import expand_table
-
-LANES = 128
-SLOT_TILE = 16
+from pallas.tpu import LANES, ROW_TILE, expand_table
 
 
 def flatten_heads(x: jax.Array, padding: int, *, halves: bool) -> jax.Array:
-    """[B, N, H, D] -> [B, N + padding, H * D']; `halves` for queries and keys."""
+    """[B, rows, heads, D] -> [B, rows + padding, heads * D'].
+
+    halves: pad each half of a head by itself, as queries and keys need to be rotated.
+    """
     x = _pad(_pad_halves(x) if halves else _pad_last(x), axis=1, after=padding)
     return x.reshape(*x.shape[:2], -1)
 
 
 def flatten_decay(log_decay: jax.Array, padding: int) -> jax.Array:
-    """[B, N, H, M] -> [B, H, M', N + padding]."""
-    log_decay = _pad(log_decay, axis=3, after=-log_decay.shape[3] % SLOT_TILE)
+    """[B, rows, Hkv, M] -> [B, Hkv, M', rows + padding]."""
+    log_decay = _pad(log_decay, axis=3, after=-log_decay.shape[3] % ROW_TILE)
     return _pad(log_decay, axis=1, after=padding).transpose(0, 2, 3, 1)
 
 
 def join_slots(slots: Slots) -> jax.Array:
-    """-> [B, H, M', K' + V']."""
+    """Slot keys and values, side by side: [B, Hkv, M', K' + V']."""
     joined = jnp.concatenate([_pad_halves(slots[0]), _pad_last(slots[1])], -1)
-    return _pad(joined, axis=2, after=-joined.shape[2] % SLOT_TILE)
+    return _pad(joined, axis=2, after=-joined.shape[2] % ROW_TILE)
 
 
 def split_slots(slots: jax.Array, M: int, K: int, V: int) -> Slots:
-    """The inverse of `join_slots`."""
+    """The inverse of `join_slots`: keys [B, Hkv, M, K] and values [B, Hkv, M, V]."""
     key, value = jnp.split(slots[:, :, :M], [K + -K % LANES], axis=-1)
     return _drop_halves(key, K), value[..., :V]
 
 
 def rotation_table(rope: Rope, scale: float, padding: int) -> jax.Array:
-    """[1 or B, N + padding, 2 K'] float32, times the root of scale * log2(e).
+    """[1 or B, rows + padding, 2 K'] float32, times the root of scale * log2(e).
 
-    Queries and keys are both rotated by it, so that their products are logits of base 2.
+    Both queries and keys are rotated by it, so their products are logits in units of log 2.
     """
     half = rope[0].shape[-1]
     missing = (-2 * half % LANES) // 2
@@ -70,7 +70,7 @@ def _pad_last(x: jax.Array) -> jax.Array:
 
 
 def _pad_halves(x: jax.Array) -> jax.Array:
-    """Each half of the last axis to half of D': what is rotated together stays D'/2 apart."""
+    """Pads each half of the last axis to D'/2: what is rotated together stays D'/2 apart."""
     D = x.shape[-1]
     if D % LANES == 0 or D % 2:  # an odd dim is not rotated
         return _pad_last(x)

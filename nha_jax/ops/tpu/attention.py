@@ -34,7 +34,8 @@ from pallas.tpu import (
     pack_row_segments,
 )
 
-NARROW = 256  # the widest window that the fused kernel covers alone, if a step has as many rows
+FUSED_WINDOW = 256
+"""The widest window that the fused kernels cover alone, if a grid step has as many rows."""
 
 
 class _Call(NamedTuple):
@@ -204,7 +205,7 @@ def _plan(rows: _Rows, options: Options, has_past: bool) -> tuple[CallSpec, Bloc
         group=group,
         slots=rows.timeline.tokens.log_decay.shape[3],
         window=W,
-        wide_window=min(NARROW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
+        wide_window=min(FUSED_WINDOW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
         chunk=block_sizes.chunk,
         chunks=min(block_sizes.chunks_per_step, 1 << (chunks - 1).bit_length()),
         scale=options.scale,

@@ -14,9 +14,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from nha_jax.ops.timeline import NO_TOKEN, PADDING_ROW, Timeline
 from nha_jax.ops.types import Options
 from pallas.constants import OUT
+from pallas.tpu import LANES
 
-LANES = 128  # rows of a block are a multiple of these
-BLOCK = 512  # rows of a block of queries or keys
+BLOCK = 512  # rows of a block of queries or keys, at most
 FUSED_BLOCKS = 8  # the fused backward stores the queries' gradient once for each block of keys
 
 
@@ -59,37 +59,38 @@ def splash_full_attention(
         )
         return jax.vmap(kernel, (0, 0, 0, 0, None))(query, key, value, segment_ids, sinks)
 
-    def tokens_first(x):  # [B, Hq, padded T, ...] -> [B, T, Hq, ...]
+    def rows_first(x):  # [B, Hq, padded T, ...] -> [B, T, Hq, ...]
         return x.swapaxes(1, 2)[:, :T].astype(jnp.float32)
 
     if not (attend_empty and options.return_slot_weight):
-        out = tokens_first(attend(query, key, value))
+        out = rows_first(attend(query, key, value))
         return out, jnp.zeros(out.shape[:3], jnp.float32)
     _, (lse,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
-    weight = tokens_first(jnp.exp(math.log(num_slots) - lse))
+    weight = rows_first(jnp.exp(math.log(num_slots) - lse))
     if options.slot_weight_gradient == "slots":  # empty slots are constants
-        return tokens_first(attend(query, key, value)), weight
+        return rows_first(attend(query, key, value)), weight
     # The output of a column of ones is the weight of all but the slots. It has the gradient, but
     # not the digits, of the slot weight; those are in the softmax's denominator, which has none.
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, 1)), constant_values=1)
-    out = tokens_first(attend(query, key, value))
+    out = rows_first(attend(query, key, value))
     token_weight = out[..., -1]
     return out[..., :-1], weight + lax.stop_gradient(token_weight) - token_weight
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
-    """[B, N, H, D] -> [B, H, padded N, D]."""
+    """[B, rows, heads, D] -> [B, heads, rows, D], the rows padded to whole blocks."""
     return _pad_rows(x, 0).swapaxes(1, 2)
 
 
 def _pad_rows(x: jax.Array, value: int) -> jax.Array:
-    """[B, N, ...] with N rounded up to whole blocks."""
+    """Pads [B, rows, ...] to whole blocks."""
     rows = x.shape[1]
     padding = -rows % _block(rows)
     return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
 def _block(rows: int) -> int:
+    """Rows of a block: a multiple of 128."""
     return min(BLOCK, -(-rows // LANES) * LANES)
 
 
