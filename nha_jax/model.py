@@ -192,8 +192,23 @@ class Model(nnx.Module):
         Raises:
             ValueError: the layout does not fit the model's number of layers.
         """
-        layout = tuple(window_size) if isinstance(window_size, Sequence) else window_size
-        config = dataclasses.replace(self.config, window_size=layout)
+        windows = tuple(window_size) if isinstance(window_size, Sequence) else window_size
+        return self._with_config(window_size=windows)
+
+    def with_implementation(self, implementation: str | None) -> Self:
+        """The same model, its parameters shared and not copied, computed in another way.
+
+        Args:
+            implementation: as `ModelConfig.implementation`; None: the fastest that serves.
+
+        Raises:
+            ValueError: there is no implementation of this name.
+        """
+        return self._with_config(implementation=implementation)
+
+    def _with_config(self, **changes: Any) -> Self:
+        """Shares the parameters with a model of a config changed so that it has the same ones."""
+        config = dataclasses.replace(self.config, **changes)
         graph, _ = abstract_model(config, type(self))
         return cast(Self, nnx.merge(graph, nnx.state(self)))
 

@@ -65,6 +65,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "tokens and their log-probabilities (natural)")  # fmt: skip
     add("--windows", metavar="WINDOWS", help="other windows than the model's: '32,32,none', or a "
         "result of nha search")  # fmt: skip
+    add("--implementation", metavar="NAME", help="of the operator and its decode steps, whatever "
+        "the model was trained with; by default the fastest that serves")  # fmt: skip
     add("--batch-size", type=int, default=8, help="prompts that are continued at once")
     add(
         "--prefill-chunk", type=int, metavar="N",
@@ -108,6 +110,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     windows = None if given_windows is None else read_windows(given_windows, "--windows")
     model = load_model(options.folder)
     try:
+        model = model.with_implementation(getattr(options, "implementation", None))
         if given_windows is not None:
             model = model.with_windows(windows)
         chosen = _choose_sampling(options, tokenizer)
@@ -119,7 +122,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             prefill_chunk=getattr(options, "prefill_chunk", chunk_for(longest)),
         )
         _write(engine, tokenizer, prompts, chosen, options)
-    except ValueError as error:
+    except (NotImplementedError, ValueError) as error:
         raise ConfigError(str(error)) from None
     return 0
 

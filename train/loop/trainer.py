@@ -141,8 +141,9 @@ class Trainer:
     def _write_result(self, held_out: HeldOut, model_state: Any) -> Result:
         config = self._config
         model = self._functions.model(model_state)
+        # What training names may not serve decode steps; the sample takes what does.
         sample = complete(
-            model,
+            model.with_implementation(None),
             self._corpus.tokenizer,
             config.sample.prompt,
             nha_jax.SamplingOptions(

@@ -41,6 +41,7 @@ class Case:
     small_blocks: bool = True  # of the TPU kernels
     # Not in the repr, from which the inputs are drawn: either way they are the same.
     slot_weight_gradient: str = dataclasses.field(default="all", repr=False)
+    return_state: bool = dataclasses.field(default=True, repr=False)
 
     @property
     def window_size(self) -> int | None:
@@ -160,7 +161,7 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
             slot_feature_map=case.slot_feature_map,
             empty_slots=case.empty_slots,
             initial_state=state,
-            return_state=True,
+            return_state=case.return_state,
             return_slot_weight=True,
             slot_weight_gradient=case.slot_weight_gradient,
             implementation=implementation,
@@ -169,14 +170,16 @@ def _run(arrays, rest, cotangents, *, case: Case, implementation: str):
         # The state's slots take part in the loss, so that gradients flow through them too.
         total = jnp.vdot(result.out, cotangents["out"].astype(result.out.dtype))
         total += jnp.vdot(result.slot_weight, cotangents["slot_weight"])
-        total += jnp.sum(jnp.sin(result.state.slot_key)) + jnp.sum(jnp.cos(result.state.slot_value))
+        if result.state is not None:
+            total += jnp.sum(jnp.sin(result.state.slot_key))
+            total += jnp.sum(jnp.cos(result.state.slot_value))
         return total, result
 
     gradients, result = jax.grad(loss, has_aux=True)(arrays)
     return {
         "out": result.out,
         "slot_weight": result.slot_weight,
-        "state": result.state._asdict(),
+        "state": {} if result.state is None else result.state._asdict(),
         "gradient": gradients,
     }
 

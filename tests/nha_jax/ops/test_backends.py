@@ -1,0 +1,198 @@
+"""The table of implementations: one registration serves the operator, the layers and the plan."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nha_jax import ModelConfig
+from nha_jax.ops import backends, decode_step, init_state, nha_attention
+from nha_jax.ops.backends import Backend
+from nha_jax.ops.rope import apply_rope
+from nha_jax.ops.state import Tokens
+from nha_jax.ops.types import NHAOutput, Options
+from tests.nha_jax.ops import test_attention
+from tests.nha_jax.test_model import random_tokens, tiny_model
+from tests.support.ops.cases import Case, make_inputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """The toy's own option."""
+
+    dtype: str = "float64"
+
+
+def on_the_host(query, rotated_query, tokens, *, scale: float, window: int, dtype: str):
+    """The definition in numpy, a token at a time, without segments or a past."""
+    arrays = jax.tree.map(lambda x: np.asarray(x, dtype), (query, rotated_query, tokens))
+    query, rotated_query, (key, rotated_key, value, log_decay) = arrays
+    B, T, Hq, _ = query.shape
+    H, M = log_decay.shape[2:]
+    out, weight = np.zeros((B, T, Hq, value.shape[3])), np.zeros((B, T, Hq))
+    for b, h in np.ndindex(B, Hq):
+        kv = h // (Hq // H)
+        slot_key = np.zeros((M, key.shape[3]))
+        slot_value = np.zeros((M, value.shape[3]))
+        for t in range(T):
+            if t >= window:
+                decay = np.exp(log_decay[b, t - window, kv])[:, None]
+                slot_key = decay * slot_key + (1 - decay) * key[b, t - window, kv]
+                slot_value = decay * slot_value + (1 - decay) * value[b, t - window, kv]
+            seen = slice(max(t - window + 1, 0), t + 1 if window else t)
+            logits = [slot_key @ query[b, t, h], rotated_key[b, seen, kv] @ rotated_query[b, t, h]]
+            p = np.exp(scale * np.concatenate(logits))
+            out[b, t, h] = p @ np.concatenate([slot_value, value[b, seen, kv]]) / p.sum()
+            weight[b, t, h] = p[:M].sum() / p.sum()
+    return out.astype(np.float32), weight.astype(np.float32)
+
+
+class NumpyBackend(Backend):
+    """A callback to numpy; the gradient is that of the reference."""
+
+    name = "numpy"
+    options_type = Precision
+
+    def attend(self, query, key, value, log_decay, *, rope, segment_ids, past, options):
+        shapes = (
+            jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), jnp.float32),
+            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        )
+        own = options.implementation_options or Precision()
+        host = functools.partial(
+            on_the_host, scale=options.scale, window=options.window_size, dtype=own.dtype
+        )
+        reference = functools.partial(
+            backends.get("reference").attend, rope=rope, segment_ids=None, past=None,
+            options=dataclasses.replace(options, implementation_options=None),
+        )  # fmt: skip
+
+        @jax.custom_vjp
+        def run(query, key, value, log_decay):
+            tokens = Tokens(key, apply_rope(key, rope), value, log_decay)
+            return jax.pure_callback(host, shapes, query, apply_rope(query, rope), tokens)
+
+        def backward(arrays, gradients):
+            def plain(*arrays):
+                result = reference(*arrays)
+                return result.out, result.slot_weight
+
+            return jax.vjp(plain, *arrays)[1](gradients)
+
+        run.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
+        out, weight = run(query, key, value, log_decay)
+        return NHAOutput(out, None, weight)
+
+    def attend_unsupported(self, arrays, *, has_segments, has_past, options: Options):
+        if arrays[0].dtype != jnp.float32:
+            return f"it takes float32, got query of {arrays[0].dtype}"
+        if has_segments or has_past or options.return_state or options.window_size is None:
+            return "it has neither segments nor states nor full attention"
+        return None
+
+
+@pytest.fixture
+def toy():
+    backend = NumpyBackend()
+    backends.register(backend)
+    yield backend
+    backends.unregister(backend.name)
+
+
+TOY_CASES = [
+    Case(T=9, window="0", G=2, M=3, B=1, rope=None, gate="mixed", return_state=False),
+    Case(T=12, window="3", M=5, H=2, V=4, gate="normaliser-1", return_state=False),
+    Case(T=7, window="T+5", rope="rows", return_state=False),
+]
+
+
+@pytest.mark.parametrize("case", TOY_CASES, ids=str)
+def test_the_operators_suite_runs_on_a_registered_backend(toy, case):
+    """What every implementation is held to, but for the state, which this one does not return."""
+    test_attention.check(case, "numpy", "float32", make_inputs(case))
+
+
+def test_a_model_runs_on_a_registered_backend(toy):
+    tokens = random_tokens(1, 9)
+    sizes = {"num_layers": 1, "window_size": 4, "dtype": "float32", "remat": "none"}
+    found = tiny_model(implementation="numpy", kernel_options={"numpy": {}}, **sizes)
+    expected = found.with_implementation("reference")
+    np.testing.assert_allclose(found(tokens), expected(tokens), atol=2e-5)
+    with pytest.raises(NotImplementedError, match="'numpy': it has neither segments"):
+        found(tokens, segment_ids=jnp.ones_like(tokens))
+
+
+def test_what_a_registered_backend_cannot_serve_is_an_error_that_says_why(toy):
+    x = jnp.ones((1, 4, 1, 2))
+    with pytest.raises(NotImplementedError, match="'numpy': it has neither segments nor states"):
+        nha_attention(x, x, x, -x, window_size=None, implementation="numpy")
+    _, state = nha_attention(x, x, x, -x, window_size=2, return_state=True)[:2]
+    one = x[:, :1]
+    with pytest.raises(NotImplementedError, match="'numpy': numpy has no decode step"):
+        decode_step(one, one, one, -one, state, window_size=2, implementation="numpy")
+
+
+def test_a_backends_own_options_reach_it(toy):
+    x = jnp.ones((1, 4, 1, 2))
+    for dtype in ("float32", "float64"):
+        options = {"numpy": {"dtype": dtype}}
+        nha_attention(x, x, x, -x, window_size=2, implementation="numpy", kernel_options=options)
+    with pytest.raises(ValueError, match=r"kernel_options\['numpy'\] has no 'block'; there are"):
+        nha_attention(x, x, x, -x, window_size=2, kernel_options={"numpy": {"block": 3}})
+
+
+def test_a_registered_backend_is_described_in_a_plan(toy):
+    x = jnp.ones((1, 4, 1, 2))
+    options = Options(2, 1.0, "identity", "attend", False, False)
+    described = backends.describe("numpy", (x, x, x, x), options, "tpu")
+    assert described == "numpy, as the configuration says"
+
+
+def test_names_are_taken_once(toy):
+    with pytest.raises(ValueError, match="'xla' is the library's own"):
+        backends.register(backends.get("xla"))
+    assert ModelConfig.preset("nha-tiny", implementation="numpy").implementation == "numpy"
+    backends.unregister("numpy")
+    with pytest.raises(ValueError, match=r"implementation must be one of .* got 'numpy'"):
+        backends.get("numpy")
+    backends.register(toy)
+
+
+@pytest.mark.parametrize("window_size", [0, 16, None], ids="W{}".format)
+def test_every_name_decodes_as_it_attends(window_size):
+    """Steps of rows of different age, not all active, by the definition, by xla and by a kernel."""
+    B, H, K, M, R = 3, 8, 128, 16, 16
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)  # noqa: E731
+    state = init_state(
+        B, num_kv_heads=H, num_slots=M, key_dim=K, value_dim=K, window_size=window_size,
+        dtype=jnp.float32, max_length=R,
+    )  # fmt: skip
+    lengths = [0, 5, R - 5] if window_size is None else [0, R - 2, 3 * R]
+    state = state._replace(length=jnp.array(lengths, jnp.int32))
+    states = dict.fromkeys(("reference", "xla", "pallas_tpu"), state)
+    if window_size == 0:
+        del states["pallas_tpu"]  # its kernel needs a ring
+    for step in range(5):
+        token = [normal(B, 1, heads, K) for heads in (2 * H, H, H)]
+        token.append(-jnp.abs(normal(B, 1, H, M)))
+        found = {
+            name: decode_step(
+                *token,
+                before,
+                window_size=window_size,
+                active=jnp.array([True, step < 3, step > 0]),
+                implementation=name,
+            )
+            for name, before in states.items()
+        }
+        states = {name: after for name, (_, after) in found.items()}
+        for name in set(found) - {"reference"}:
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=0, atol=2e-6, err_msg=name),
+                found[name],
+                found["reference"],
+            )
