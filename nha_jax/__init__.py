@@ -1,18 +1,51 @@
-"""Native Hybrid Attention (arXiv 2510.07019) in JAX: the operator, and language models of it."""
+"""Native Hybrid Attention (arXiv 2510.07019) in JAX: the operator, and language models of it.
+
+Every public name loads its module when it is first used, so that `import nha_jax` is quick and
+loads no kernel, no model and no file format.
+"""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
-from nha_jax.config import ModelConfig
-from nha_jax.generation.engine import Engine, Event
-from nha_jax.generation.generate import Generated, generate
-from nha_jax.generation.sampling import SamplingOptions
-from nha_jax.hf import from_pretrained, save_pretrained
-from nha_jax.layers.diagnostics import Diagnostics
-from nha_jax.model import Model, ModelCache
-from nha_jax.ops import NHAOutput, NHAState, nha_attention
-from nha_jax.storage.saved_model import load, save
+from nha_jax.lazy import lazy_names
 
 __version__ = version("nha_jax")
+
+if TYPE_CHECKING:
+    from nha_jax.config import ModelConfig
+    from nha_jax.generation.engine import Engine, Event
+    from nha_jax.generation.generate import Generated, generate
+    from nha_jax.generation.sampling import SamplingOptions
+    from nha_jax.hf.export import save_pretrained
+    from nha_jax.hf.pretrained import from_pretrained
+    from nha_jax.layers.diagnostics import Diagnostics
+    from nha_jax.model import Model, ModelCache
+    from nha_jax.ops.api import nha_attention
+    from nha_jax.ops.state import NHAState
+    from nha_jax.ops.types import NHAOutput
+    from nha_jax.storage.saved_model import load, save
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "Diagnostics": "nha_jax.layers.diagnostics",
+            "Engine": "nha_jax.generation.engine",
+            "Event": "nha_jax.generation.engine",
+            "Generated": "nha_jax.generation.generate",
+            "Model": "nha_jax.model",
+            "ModelCache": "nha_jax.model",
+            "ModelConfig": "nha_jax.config",
+            "NHAOutput": "nha_jax.ops.types",
+            "NHAState": "nha_jax.ops.state",
+            "SamplingOptions": "nha_jax.generation.sampling",
+            "from_pretrained": "nha_jax.hf.pretrained",
+            "generate": "nha_jax.generation.generate",
+            "load": "nha_jax.storage.saved_model",
+            "nha_attention": "nha_jax.ops.api",
+            "save": "nha_jax.storage.saved_model",
+            "save_pretrained": "nha_jax.hf.export",
+        },
+    )
 
 __all__ = [
     "Diagnostics",
