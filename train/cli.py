@@ -1,4 +1,4 @@
-"""The `nha` command."""
+"""The `nha` command: its options, its commands and its exit codes."""
 
 import argparse
 import sys
@@ -10,15 +10,20 @@ from train.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the exit code.
+    """Runs one command.
 
-    0 done, 1 training failed, 2 wrong input, 130 and 143 stopped by Ctrl-C and SIGTERM.
+    Args:
+        argv: the arguments; None: those of the process.
+
+    Returns:
+        The exit code: 0 done, 1 something failed, 2 wrong input, 130 and 143 stopped by Ctrl-C and
+        SIGTERM.
     """
     parser = argparse.ArgumentParser(
         prog="nha",
         description="Train and run language models with Native Hybrid Attention.",
         epilog="exit codes: 0 done, 1 something failed (one line says what), 2 wrong input, 130 "
-        "stopped by Ctrl-C, 143 by SIGTERM (a preemption notice), both with everything saved",
+        "stopped by Ctrl-C, 143 by SIGTERM (a preemption notice); a stopped run is saved first",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"nha {version('nha_jax')}")
@@ -34,5 +39,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"nha: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("nha: interrupted; the same command starts again where it was", file=sys.stderr)
+        print("nha: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

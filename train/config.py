@@ -18,11 +18,11 @@ RENAMED_KEYS = {
     "evaluation.final_windows": "evaluation.final_sequences",
     "model.block_sizes": "model.kernel_options.pallas_tpu",
 }
-"""Old dotted keys -> what they are called now. Files and options with the old ones still work."""
+"""Old dotted keys -> what they are called now. Files and options with the old names still work."""
 
 
 def rename_key(name: str) -> str:
-    """The present name of a dotted key, or of one that lies below a renamed key."""
+    """Gives the present name of a dotted key that was renamed, or lies below one that was."""
     for old, new in RENAMED_KEYS.items():
         if name == old or name.startswith(f"{old}."):
             return new + name.removeprefix(old)
@@ -33,7 +33,7 @@ def rename_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Gives the keys of a nested configuration their present names.
 
     Args:
-        values: a whole configuration as YAML or JSON has it; it is left as it is.
+        values: a whole configuration as YAML or JSON gives it; it is not changed.
 
     Returns:
         The renamed configuration, and the old dotted keys that were in it.
@@ -96,12 +96,12 @@ class DataConfig:
     """The text to learn and how it is cut.
 
     Attributes:
-        corpus: a folder that `nha data prepare` wrote, a folder or glob of text files, or
-            `stdlib`: Python's own source; or several prepared folders and their weights, e.g.
+        corpus: a folder that `nha data prepare` wrote; a folder or glob of text files; `stdlib`,
+            which is Python's own source; or several prepared folders with their weights, e.g.
             {web: 0.8, code: 0.2}
-        sequence_length: tokens the model sees at once
-        held_out_fraction: share of a text corpus's files kept for evaluation, never trained on
-            (`nha data prepare` has chosen that share of the documents itself)
+        sequence_length: tokens of a sequence, which is what the model sees at once
+        held_out_fraction: share of the text files that are kept for evaluation and never trained
+            on; of no effect on a prepared folder, whose documents were divided when it was made
     """
 
     corpus: str | dict[str, float]
@@ -126,14 +126,14 @@ class OptimizerConfig:
         learning_rate: peak learning rate
         warmup_steps: steps of linear warm-up from 0
         schedule: shape of the decay from the peak to the last step; warmup_stable_decay stays at
-            the peak and decays linearly at the end, so that from a checkpoint before its decay a
-            run goes on with more steps as if they had been asked for at first
+            the peak and decays linearly at the end, so a run that has not begun to decay can be
+            given more steps, and goes on as if it had had them from the start
         decay_fraction: share of all steps that the decay of warmup_stable_decay takes
         final_fraction: learning rate at the last step as a share of the peak
         beta1: decay of the gradient's running mean
         beta2: decay of the squared gradient's running mean
         epsilon: added to the root of the squared gradient's mean
-        weight_decay: decoupled decay, of matrices only (not of biases and norms)
+        weight_decay: decoupled weight decay, of matrices only (not of biases and norms)
         clip_norm: largest global norm of the gradient; null for no clipping
         max_skipped_updates: stop after this many non-finite updates in a row
     """
@@ -168,17 +168,18 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is added to the cross-entropy, per target.
+    """What is added to the cross-entropy, per target; a weight of 0 adds nothing.
 
     Attributes:
         z_loss: weight of the squared log of the softmax's denominator, which keeps logits small
-        slot_loss: weight of the published auxiliary loss: the binary cross-entropy of the slots'
-            share of every head's softmax towards slot_target; only the slots' logits are pulled
-        slot_target: that share, between 0 and 1
-        distillation: weight of the KL divergence of the model's distribution from that of
+        slot_loss: weight of the published auxiliary loss, the binary cross-entropy of each head's
+            slot weight (the slots' share of its softmax) towards slot_target; its gradient reaches
+            the slots' logits only
+        slot_target: the slot weight to aim at, between 0 and 1
+        distillation: weight of the KL divergence from the distribution of the teacher, which is
             initial_model as it was, under its own windows
-        temperature: divides the logits of both before it; the divergence is then multiplied by
-            its square
+        temperature: divides the logits of model and teacher in the divergence, which is then
+            multiplied by its square
     """
 
     z_loss: float = 0.0
@@ -199,12 +200,12 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Held-out bits per byte.
+    """Measuring the model on held-out text.
 
     Attributes:
         every: steps between evaluations
-        sequences: held-out sequences in each of them
-        final_sequences: held-out sequences in the one after the last step
+        sequences: how many held-out sequences each evaluation measures
+        final_sequences: how many the evaluation after the last step measures
     """
 
     every: int = 250
@@ -217,14 +218,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When the whole state is saved, and how much of it is kept.
+    """When the whole state is saved, and which checkpoints are kept.
 
     Attributes:
         every: steps between checkpoints; the last step is always saved
         keep: how many of the newest checkpoints are kept
         keep_every: steps between checkpoints that are kept for good; null for none
-        keep_best: how many of those with the lowest held-out loss are kept as well; only those
-            saved at a multiple of evaluation.every have one
+        keep_best: how many checkpoints with the lowest held-out loss are kept as well; only
+            those at a multiple of evaluation.every have such a loss
     """
 
     every: int = 250
@@ -245,9 +246,9 @@ class LoggingConfig:
     """Metrics and traces.
 
     Attributes:
-        every: steps between rows of metrics.jsonl and points in TensorBoard
+        every: steps between rows of metrics.jsonl, which are also points in TensorBoard
         profile: first and last step of a profiler trace, for TensorBoard or Perfetto; null for none
-        wandb: name of a Weights & Biases project to report to as well, if wandb is installed
+        wandb: name of a Weights & Biases project to report to as well; needs the package wandb
     """
 
     every: int = 10
@@ -266,10 +267,10 @@ class MeshConfig:
     """Devices along each axis of the mesh; -1, on one axis, means all that remain.
 
     Attributes:
-        data: copies of the model, each on its own part of the batch
-        fsdp: devices that each divide the parameters of one copy, and its part of the batch
-        tensor: devices that each divide the heads, the SwiGLU and the vocabulary
-        context: devices that each divide the tokens of every sequence, and the parameters
+        data: devices, or groups of them, that have a copy of the model each and divide the batch
+        fsdp: devices that divide the parameters of one copy, and its part of the batch
+        tensor: devices that divide the heads, the SwiGLU and the vocabulary
+        context: devices that divide the tokens of every sequence, and the parameters
     """
 
     data: int = -1
@@ -291,8 +292,8 @@ class SampleConfig:
 
     Attributes:
         prompt: text to continue
-        max_new_tokens: tokens (bytes) to add
-        temperature: 0 takes the likeliest byte; 1 samples the model's own distribution
+        max_new_tokens: how many tokens to add at most
+        temperature: 0 takes the likeliest token; 1 samples the model's own distribution
     """
 
     prompt: str = "def "
@@ -312,21 +313,23 @@ class TrainConfig:
 
     Attributes:
         run: folder of this run: checkpoints, metrics and the model; made if missing
-        steps: optimizer updates in all; raising it continues a finished run (the
-            learning rate then follows the longer schedule)
-        batch_size: sequences per step over all devices
-        micro_batches: parts of the batch that go through the model in turn, their gradients added
-            up: as many times less memory for activations, for the same update
-        head_parts: parts of every sequence that go through the head and the loss in turn, the
-            logits computed again for the gradient: as many times less memory for logits
-        seed: of the initial parameters and of the order of the data
-        initial_model: folder of the model to start from: one that `nha import` or `nha_jax.save`
-            wrote, or a finished run; the keys of `model` are then changes to its configuration
-        trainable: patterns of the names of the parameters to train, e.g. blocks.attention.*; the
+        steps: optimizer updates in all; raising it continues a finished run (the learning rate
+            then follows the longer schedule)
+        batch_size: sequences per step, over all devices
+        micro_batches: into how many parts a batch is divided that go through the model in turn,
+            their gradients added up; the update is the same, and activations take that many times
+            less memory
+        head_parts: into how many parts every sequence is divided that go through the head and the
+            loss in turn, the logits computed again for the gradient; logits take that many times
+            less memory
+        seed: seed of the initial parameters and of the order of the data
+        initial_model: folder of the model to start from, which `nha import` or `nha_jax.save`
+            wrote, or of a finished run; the keys of `model` are then changes to its configuration
+        trainable: patterns of names of the parameters to train, e.g. blocks.attention.*; the
             others stay as they are, and have no gradient and no optimizer state
-        frozen_dtype: of the parameters that are not trained, while training; null for
-            model.param_dtype. A model of dtype bfloat16 loses nothing by holding them so, but for
-            the scales of norms and what chooses experts
+        frozen_dtype: dtype of the parameters that are not trained, while training; null for
+            model.param_dtype. If model.dtype is bfloat16, then bfloat16 here changes nothing but
+            the scales of norms and the choice of experts, which are computed in float32
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: see below
         optimizer: see below
@@ -337,10 +340,11 @@ class TrainConfig:
         mesh: see below
         sample: see below
         distributed: whether this is one of several processes, as `jax.distributed.initialize`
-            finds them (a TPU pod or a Slurm job by themselves, others by JAX_COORDINATOR_ADDRESS,
-            JAX_NUM_PROCESSES and JAX_PROCESS_ID); run, data and this file are then on shared disks
-        compilation_cache: folder of compiled programs, for a fast start of later runs; null for
-            none; the variable JAX_COMPILATION_CACHE_DIR goes first
+            finds them: in a TPU pod or a Slurm job by itself, elsewhere by the variables
+            JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; the run's folder, the
+            data and this file must then lie on shared disks
+        compilation_cache: folder of compiled programs, which lets later runs start sooner; null
+            for none; the variable JAX_COMPILATION_CACHE_DIR goes first
     """
 
     run: str

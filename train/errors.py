@@ -1,4 +1,7 @@
-"""Errors that reach the user as one line, with the exit code that goes with them."""
+"""Errors that reach the user as one line, each with its exit code."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 class UserError(Exception):
@@ -12,18 +15,38 @@ class UserError(Exception):
 
 
 class ConfigError(UserError):
-    """A configuration, corpus or run folder that cannot be used as it is."""
+    """A configuration, corpus or run folder cannot be used as it is."""
 
     exit_code = 2
 
 
 class CheckpointError(UserError):
-    """A checkpoint that cannot be written, or is damaged."""
+    """A checkpoint cannot be written, or is damaged."""
 
 
 class DataError(UserError):
-    """A file of a corpus that is missing or damaged."""
+    """A file of a corpus is missing or damaged."""
 
 
 class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""
+
+
+def describe_differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[Any], str]
+) -> list[str]:
+    """Words the differences of two mappings for a message.
+
+    Args:
+        old: values by name.
+        new: likewise; a name that one of the two lacks has the value None there.
+        show: how a value is written.
+
+    Returns:
+        `name: old -> new` for each name whose values differ.
+    """
+    return [
+        f"{name}: {show(old.get(name))} -> {show(new.get(name))}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]

@@ -1,4 +1,4 @@
-"""From a YAML file and `--dotted.key value` arguments to a checked `TrainConfig`.
+"""Reading a configuration: a YAML file and `--dotted.key=value` options become a `TrainConfig`.
 
 Every mistake is a `ConfigError` of one line: the dotted key, the value, what was expected.
 """
@@ -37,10 +37,10 @@ class Key:
     """One key of the configuration.
 
     Attributes:
-        name: dotted, e.g. `optimizer.learning_rate`
+        name: its dotted name, e.g. `optimizer.learning_rate`
         annotation: its Python type
         default: its default, or dataclasses.MISSING
-        help: one line from the docstring, empty if there is none
+        help: what its section's docstring says of it, on one line; empty if nothing
     """
 
     name: str
@@ -55,14 +55,14 @@ class Key:
 
     @property
     def section(self) -> type | None:
-        """The dataclass of the keys that it holds; the key may be null all the same."""
+        """The dataclass of the keys that it holds, for a section; such a key may also be null."""
         members = (self.annotation, *typing.get_args(self.annotation))
         is_section = lambda x: isinstance(x, type) and dataclasses.is_dataclass(x)  # noqa: E731
         return next(filter(is_section, members), None)
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 3e-4 is a number, and a repeated key is a mistake."""
+    """A reader of YAML as people write it: 3e-4 is a number, and a repeated key is a mistake."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1, which PyYAML follows, reads 3e-4 as a string for want of a dot.
+# YAML 1.1, which PyYAML follows, reads 3e-4 as text, because it has no dot.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
@@ -90,6 +90,9 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
         path: a YAML file.
         overrides: (dotted key, YAML text) pairs, applied in order.
 
+    Returns:
+        The checked configuration. A key under an old name costs a line on stderr.
+
     Raises:
         ConfigError: one line naming the key and the value.
     """
@@ -103,9 +106,10 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
-    """Every key below `section` in order, sections before what they hold."""
+    """Yields every key below a section: its own in order, then those of the sections it holds."""
     hints = typing.get_type_hints(section)
     descriptions = _attribute_lines(section.__doc__ or "")
+    found = []
     for entry in dataclasses.fields(section):
         if not entry.init:
             continue
@@ -113,14 +117,18 @@ def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
         if entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
         annotation = hints[entry.name]
-        key = Key(prefix + entry.name, annotation, default, descriptions.get(entry.name, ""))
-        yield key
+        found.append(
+            Key(prefix + entry.name, annotation, default, descriptions.get(entry.name, ""))
+        )
+    yield from (key for key in found if not key.is_section)
+    for key in found:
         if key.section:
+            yield key
             yield from keys(key.section, f"{key.name}.")
 
 
 def describe(annotation: Any) -> str:
-    """A type in words, e.g. `an integer, null or a list of integers`."""
+    """Puts a type in words, e.g. `an integer or null`."""
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
     if annotation in words:
         return words[annotation]
@@ -141,7 +149,7 @@ def describe(annotation: Any) -> str:
 
 
 def _attribute_lines(docstring: str) -> dict[str, str]:
-    """What a docstring's `Attributes:` or `Fields:` part says of each name, on one line each.
+    """Reads what a docstring's `Attributes:` or `Fields:` part says of each name, as one line.
 
     An entry is `name: text` or `name, name: text`; deeper indented lines continue it.
     """
@@ -208,6 +216,7 @@ def _warn_of_old_name(old: str, new: str) -> None:
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:
+    """Sets a dotted key, and makes the sections that it lies in."""
     *parents, last = name.split(".")
     for parent in parents:
         child = values.get(parent)
@@ -220,7 +229,7 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
 
 
 def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
-    """Raises ConfigError for a key that `section` does not have, at any depth."""
+    """Raises ConfigError if a value, at any depth, has a key that the section has not."""
     known = {key.name.removeprefix(prefix): key for key in keys(section, prefix)}
     for name, value in values.items():
         if prefix == "model." and name == PRESET_KEY:
@@ -233,6 +242,7 @@ def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
 
 
 def _unknown_key(name: str, value: Any) -> ConfigError:
+    """Words the error of a key that does not exist, with the closest key that does."""
     known = [key.name for key in keys() if not (key.is_section and "." in name)]
     known.append(f"model.{PRESET_KEY}")
     parent, _, last = name.rpartition(".")
@@ -263,9 +273,9 @@ def _read_windows_file(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
-    """Adds to the `model` section what it is based on; keys that are there win.
+    """Completes the section `model` from `model.preset` or the configuration of `initial_model`.
 
-    That is `model.preset`, which is left out, or else the configuration of `initial_model`.
+    Keys that are given win. `model.preset` itself is not a field of the model, and is left out.
     """
     model, initial = values.get("model") or {}, values.get(INITIAL_MODEL_KEY)
     if not isinstance(model, dict):
@@ -295,7 +305,7 @@ def _check_preset(name: Any) -> None:
 
 
 def _initial_config(name: str, run: Any) -> dict[str, Any]:
-    """From the folder; once a run has begun, from what it wrote down if that is gone."""
+    """Reads the initial model's configuration, or what the run stored of it if it is gone."""
     if not has_config(name) and isinstance(run, str):
         stored = RunFolder(run).config() or {}
         if stored.get(INITIAL_MODEL_KEY) == name:
@@ -313,7 +323,7 @@ def _validate(values: dict[str, Any]) -> TrainConfig:
 
 
 def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
-    """The first of pydantic's errors as one line about one key."""
+    """Words one of pydantic's errors as a line about one key."""
     known = {key.name: key for key in keys()}
     name = ""
     value: Any = values
@@ -333,9 +343,9 @@ def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
 
 
 def _explain_value_error(error: ValueError, section: str) -> ConfigError:
-    """A section's own complaint, with the dotted name of the key it starts with."""
+    """Words what a section's own check raised, with the dotted name of the key it begins with."""
     message = " ".join(str(error).split())
-    message = message.removeprefix("ModelConfig: ").removeprefix("BlockSizes: ")
+    message = message.removeprefix("ModelConfig: ")
     known = {key.name for key in keys()}
     starts_with_key = f"{section}.{re.split('[^a-z0-9_]', message)[0]}" in known
     separator = "." if starts_with_key else ": "
@@ -343,6 +353,6 @@ def _explain_value_error(error: ValueError, section: str) -> ConfigError:
 
 
 def _show(value: Any) -> str:
-    """A value as it would stand in YAML, on one short line."""
+    """Writes a value as it would stand in YAML, on one short line."""
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""Saving and restoring everything a run needs to go on, with Orbax."""
+"""Saving and restoring, with Orbax, all that a run needs to go on."""
 
 import contextlib
 import functools
@@ -19,20 +19,19 @@ from orbax.checkpoint import v1 as ocp
 from train.checkpoint.checksums import find_damage, has_checksums, write_checksums
 from train.config import CheckpointConfig
 from train.devices import processes
-from train.differences import differences
-from train.errors import CheckpointError, ConfigError
+from train.errors import CheckpointError, ConfigError, describe_differences
 from train.step.update import TrainState
 
 _METRIC = "held_out_loss"
 
 
 class Progress(NamedTuple):
-    """Where a run stands.
+    """How far a run has come.
 
     Attributes:
         step: updates done, skipped ones included.
         next_batch: index of the batch to draw next.
-        skipped: updates skipped so far because something was not finite.
+        skipped: updates skipped so far because a number was not finite.
     """
 
     step: int = 0
@@ -43,13 +42,19 @@ class Progress(NamedTuple):
 class Checkpoints:
     """The checkpoints of one run; a context manager that waits for the last save.
 
-    Each holds four parts, which can be loaded one by one: `model`, `optimizer`, `data` (the
-    position) and `step`. A save that was cut off counts for nothing and is removed when the
-    folder is opened next. A finished one gets checksums, in the background; when it is restored,
-    they are compared, and a damaged checkpoint gives way to the one before it.
+    Each has four parts, which can be loaded one by one: `model`, `optimizer`, `data` (the
+    position) and `step`. A save that was cut off is ignored, and removed when the folder is next
+    opened. A finished one gets checksums, in the background; when it is restored they are compared,
+    and a damaged checkpoint gives way to the one before it.
     """
 
     def __init__(self, folder: Path, config: CheckpointConfig):
+        """Opens the folder, or makes it.
+
+        Args:
+            folder: the folder of this run's checkpoints.
+            config: when to save, and how many checkpoints to keep.
+        """
         policies = ocp.training.save_decision_policies
         logging.getLogger("absl").addFilter(_raises_nothing)
         self._folder = folder
@@ -69,24 +74,24 @@ class Checkpoints:
         try:
             self.wait()
         except CheckpointError:
-            if error is None:  # otherwise that one says more
+            if error is None:  # otherwise `error` says more
                 raise
         finally:
             self._background.shutdown()
-            with contextlib.suppress(Exception):  # what went wrong has been raised by wait
+            with contextlib.suppress(Exception):  # wait has raised what went wrong
                 self._checkpointer.close()
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest finished checkpoint, None if there is none."""
+        """The step of the newest finished checkpoint; None if there is none."""
         latest = self._checkpointer.latest
         return latest.step if latest else None
 
     def is_due(self, step: int) -> bool:
-        """Whether the save policy asks for a checkpoint after `step` updates.
+        """Whether a checkpoint is to be saved after `step` updates.
 
         Raises:
-            CheckpointError: the last save has failed meanwhile.
+            CheckpointError: the last save has failed in the meantime.
         """
         if self._saving and self._saving.done():
             self.wait()
@@ -99,12 +104,12 @@ class Checkpoints:
 
         Args:
             state: what to save.
-            progress: where the run stands.
+            progress: how far the run has come.
             held_out: the held-out loss of this very state if it was measured: only checkpoints
                 that have one compete for `keep_best`.
 
         Raises:
-            CheckpointError: this save or the last cannot be written, e.g. for want of space.
+            CheckpointError: this save or the one before cannot be written, e.g. on a full disk.
         """
         self.wait()
         if self.latest_step == progress.step:
@@ -125,10 +130,10 @@ class Checkpoints:
         self._saving = self._background.submit(self._finish, response, progress.step)
 
     def wait(self) -> None:
-        """Returns when every save that was started is on disk, with its checksums.
+        """Waits until every save that was started is on disk, with its checksums.
 
         Raises:
-            CheckpointError: it cannot be written.
+            CheckpointError: one cannot be written.
         """
         saving, self._saving = self._saving, None
         if saving is not None:
@@ -138,14 +143,17 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, shardings: TrainState
     ) -> tuple[TrainState, Progress] | None:
-        """The newest undamaged checkpoint on the devices `shardings` says; None if there is none.
+        """Loads the newest undamaged checkpoint onto the devices.
 
         Damaged ones that are newer are set aside as `damaged-STEP`, so that their steps can be
         saved again, and reported on stderr.
 
         Args:
             abstract: shapes and dtypes of the state.
-            shardings: of the same structure, a sharding per variable.
+            shardings: a sharding for each variable, in the same structure.
+
+        Returns:
+            The state and the progress; None if there is no checkpoint.
 
         Raises:
             ConfigError: the stored parts have other names or shapes; all of them are named.
@@ -184,16 +192,16 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, damage in damaged.items():
-            place = self._folder / f"damaged-{step}"
+            new = self._folder / f"damaged-{step}"
             copies = itertools.count(2)
-            while place.exists():
-                place = self._folder / f"damaged-{step}-{next(copies)}"
-            (self._folder / str(step)).rename(place)
-            print(f"nha: {damage}; set aside as {place.name}", file=sys.stderr)
+            while new.exists():
+                new = self._folder / f"damaged-{step}-{next(copies)}"
+            (self._folder / str(step)).rename(new)
+            print(f"nha: {damage}; set aside as {new.name}", file=sys.stderr)
 
     @contextlib.contextmanager
     def _one_line_errors(self) -> Iterator[None]:
-        """Whatever goes wrong in Orbax or in its threads as a CheckpointError."""
+        """Turns whatever Orbax or its threads raise into a CheckpointError of one line."""
         try:
             yield
         except Exception as error:
@@ -204,9 +212,13 @@ class Checkpoints:
 
 
 def load_model_state(folder: Path, abstract: Any) -> Any:
-    """The model's state from the newest undamaged checkpoint in `folder`, on the default device.
+    """Loads the model's state from a run's newest undamaged checkpoint, onto the default device.
 
     Damaged ones that are newer are reported on stderr and left as they are.
+
+    Args:
+        folder: the folder of the run's checkpoints.
+        abstract: the state's shapes and dtypes.
 
     Raises:
         ConfigError: there is no finished checkpoint.
@@ -228,7 +240,7 @@ def load_model_state(folder: Path, abstract: Any) -> Any:
 
 
 def _raises_nothing(record: logging.LogRecord) -> bool:
-    """False for what Orbax logs with its traceback: it raises that as well, a moment later."""
+    """Drops what Orbax logs with a traceback: a moment later it raises that as well."""
     return not record.exc_info
 
 
@@ -251,12 +263,13 @@ def _preservation_policy(config: CheckpointConfig) -> Any:
 def _newest_undamaged(
     folder: Path, load: Callable[[int], dict[str, Any]]
 ) -> tuple[dict[str, Any] | None, dict[int, str]]:
-    """What `load` makes of the newest good step, and what is wrong with each that is newer.
+    """Loads the newest step that is not damaged.
 
-    (None, {}) if there is no checkpoint.
+    Returns:
+        What `load` returned, and step -> damage of each newer one; (None, {}) without checkpoints.
 
     Raises:
-        CheckpointError: none of them is good.
+        CheckpointError: all of them are damaged.
     """
     damaged: dict[int, str] = {}
     for step in _stored_steps(folder):
@@ -273,7 +286,7 @@ def _newest_undamaged(
 
 
 def _stored_steps(folder: Path) -> list[int]:
-    """Newest first. From the names: Orbax leaves out one that has lost its metadata."""
+    """Lists the steps, newest first; by their names, as Orbax skips one without its metadata."""
     names = processes.on_first(lambda: [path.name for path in folder.iterdir()])
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
@@ -281,7 +294,7 @@ def _stored_steps(folder: Path) -> list[int]:
 def _try_to_load(
     load: Callable[[int], dict[str, Any]], step: int, checked: bool
 ) -> tuple[dict[str, Any] | None, str | None]:
-    """What was loaded, or why it could not be. If its files are right, so is raising."""
+    """Loads a step, or says why it cannot be; of files known to be right, errors are raised."""
     loaded, damage = None, None
     try:
         loaded = load(step)
@@ -295,16 +308,16 @@ def _try_to_load(
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said if it is in there, else the first line."""
+    """What the operating system said, if the error has that; otherwise its first line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     message = str(error).strip() or type(error).__name__
-    found = re.search(r"([^:]+?) *\[os_error_code", message)  # TensorStore's way to put it
+    found = re.search(r"([^:]+?) *\[os_error_code", message)  # as TensorStore writes it
     return found[1].strip() if found else message.splitlines()[0][:300]
 
 
 def _abstract_arrays(abstract: Any, shardings: Any) -> dict[str, Any]:
-    """A pure dict of ShapeDtypeStructs with shardings."""
+    """The state as a pure dict of ShapeDtypeStructs with their shardings."""
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         nnx.to_pure_dict(abstract),
@@ -313,13 +326,14 @@ def _abstract_arrays(abstract: Any, shardings: Any) -> dict[str, Any]:
 
 
 def _fill(abstract: Any, arrays: dict[str, Any]) -> Any:
-    """An nnx state like `abstract` that holds `arrays`."""
+    """Makes an nnx state like `abstract` that holds `arrays`."""
     state = jax.tree.map(lambda leaf: leaf, abstract)
     nnx.replace_by_pure_dict(state, arrays)
     return state
 
 
 def _check_shapes(part: str, stored: Any, target: Any) -> None:
+    """Raises ConfigError, naming all differences, if the stored arrays have other shapes."""
     old, new = (
         {
             jax.tree_util.keystr(path, simple=True, separator="."): array.shape
@@ -327,7 +341,9 @@ def _check_shapes(part: str, stored: Any, target: Any) -> None:
         }
         for tree in (stored, target)
     )
-    differing = differences(old, new, lambda shape: "absent" if shape is None else str(shape))
+    differing = describe_differences(
+        old, new, lambda shape: "absent" if shape is None else str(shape)
+    )
     if differing:
         raise ConfigError(
             f"the checkpoint's {part} does not fit this program's: {'; '.join(differing)}"

@@ -14,10 +14,10 @@ _THREADS = 4
 
 
 def write_checksums(folder: Path) -> None:
-    """Notes size and CRC-32 of every file below `folder` in its CHECKSUMS_FILE, atomically.
+    """Writes the size and CRC-32 of every file below `folder` into its CHECKSUMS_FILE.
 
     Raises:
-        OSError: a file cannot be read, or the list not be written.
+        OSError: a file cannot be read, or the list cannot be written.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     with ThreadPoolExecutor(_THREADS) as pool:
@@ -33,9 +33,11 @@ def has_checksums(folder: Path) -> bool:
 
 
 def find_damage(folder: Path) -> str | None:
-    """The first file of `folder` that is not as it was written, and in what; None if all are.
+    """Finds the first file of `folder` that is not as it was written.
 
-    A folder without checksums, whose writer was killed just before, passes.
+    Returns:
+        The file and what is wrong with it; None if nothing is. A folder without checksums passes:
+        its writer was killed just before it wrote them.
     """
     if not has_checksums(folder):
         return None

@@ -1,6 +1,6 @@
-"""The commands of `nha`: a module each, with its parser and what it runs.
+"""The commands of `nha`: a module each, with its options and the function that runs it.
 
-Everything that imports jax is imported by the function that needs it: help comes at once.
+Whatever imports jax is imported by the function that needs it, so that help comes at once.
 """
 
 import argparse
@@ -11,13 +11,25 @@ from train.commands import data, export, generate, import_, inspect, plan, searc
 
 
 class Command(Protocol):
-    """What a command's module offers."""
+    """The functions that a command's module has."""
 
     def add_parser(self, commands: "argparse._SubParsersAction") -> None:
-        """Adds the command's parser."""
+        """Adds the command's options to those of `nha`."""
 
     def run(self, options: argparse.Namespace, rest: Sequence[str]) -> int:
-        """Runs it; `rest` is what the parser did not know, of `train` and `plan` overrides."""
+        """Runs the command.
+
+        Args:
+            options: what the parser read.
+            rest: the arguments it did not know: overrides of the configuration, for `train` and
+                `plan`; empty for the others.
+
+        Returns:
+            The exit code.
+
+        Raises:
+            UserError: something the user can put right.
+        """
 
 
 COMMANDS: dict[str, Command] = {

@@ -1,4 +1,4 @@
-"""What accelerators can do at most: the peaks that utilisation and bounds are measured against."""
+"""What accelerators can do at most, to measure utilisation and bounds against."""
 
 from dataclasses import dataclass
 
@@ -7,13 +7,13 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Peaks of one device, as jax counts devices.
+    """The peaks of one device, as jax counts devices.
 
     Attributes:
-        name: for people.
+        name: the name that people use.
         flops: dense bfloat16 operations a second.
         memory: bytes of HBM.
-        memory_bandwidth: bytes a second from and to HBM.
+        memory_bandwidth: bytes a second from and to HBM, together.
         interconnect: bytes a second that the device can send to its neighbours (ICI, NVLink), all
             links together; vendors add up both directions and quote twice as much.
     """
@@ -53,7 +53,7 @@ _V6E = Chip(
     memory_bandwidth=1638e9,
     interconnect=400e9,
 )
-# A chip has two TensorCores, and jax shows each as a device of its own: half of everything.
+# A chip has two TensorCores, and jax shows each as a device: half of everything.
 _TPU7X = Chip(
     name="TPU7x, a core",
     flops=2307e12 / 2,
@@ -107,11 +107,11 @@ CHIPS: dict[str, Chip] = {
     "NVIDIA H200": _H200,
     "NVIDIA B200": _B200,
 }
-"""By jax's `device_kind`; what jax called a kind before, or may call it, is there as well."""
+"""jax's `device_kind` -> peaks; names that jax used before, or may use, are there as well."""
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The peaks of a device, by jax's name of its kind; None if they are not known (a CPU).
+    """Looks up a device by jax's name of its kind; None if its peaks are not known (a CPU).
 
     Variants with other peaks (H100 PCIe, A100 40GB) are not guessed from their relatives.
     """

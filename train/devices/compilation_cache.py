@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, for a fast start of later runs."""
+"""The folder of compiled programs, which lets later runs start sooner."""
 
 import os
 import sys
@@ -12,10 +12,10 @@ LEAST_SECONDS = 1.0
 
 
 def use_compilation_cache(folder: str | None) -> None:
-    """Lets jax keep compiled programs in `folder`, made if missing; None: nowhere.
+    """Lets jax keep compiled programs in `folder`, which is made if missing; None: nowhere.
 
-    JAX_COMPILATION_CACHE_DIR goes first. A folder that cannot be written to costs a line on
-    stderr, not the run.
+    The variable JAX_COMPILATION_CACHE_DIR goes first. A folder that cannot be written to costs a
+    line on stderr, not the run.
     """
     if folder is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return

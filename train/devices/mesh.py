@@ -1,4 +1,4 @@
-"""The device mesh, and which mesh axis each named axis of a parameter is divided over."""
+"""The device mesh, and the mesh axes that divide each named axis of a parameter."""
 
 import dataclasses
 import math
@@ -15,6 +15,7 @@ from train.config import TrainConfig
 from train.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
+_AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 # Every matrix of the model has one "embed" axis, so dividing that one divides them all. Devices
 # that share a sequence need the parameters no more than those that share a batch do.
@@ -29,14 +30,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "conv": (),
     "norm": (),
 }
-"""Logical axis of a parameter (`nha_jax.layers.LOGICAL_AXES`) -> mesh axes that divide it."""
+"""Logical axis of a parameter (`nha_jax.layers.LOGICAL_AXES`) -> the mesh axes that divide it."""
 
 BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that divide the rows of a batch."""
+
 SEQUENCE_AXIS = "context"
+"""The mesh axis that divides the tokens of every sequence."""
 
 
 def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
-    """A mesh with the axes `MESH_AXES` of all devices, or of those given.
+    """Makes a mesh with the axes `MESH_AXES` of all devices, or of those given.
+
+    Args:
+        config: the run's configuration; its section `mesh` gives the sizes.
+        devices: the devices to use; None: all there are.
 
     Raises:
         ConfigError: the mesh does not use exactly the devices there are, or the batch, the
@@ -45,31 +53,42 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
     count = jax.device_count() if devices is None else len(devices)
     sizes = _sizes(config, count)
     _check_divisions(config, sizes)
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
     # jax.make_mesh would refuse an axis of 8 on 4x4x4 chips.
     placed = mesh_utils.create_device_mesh(
         tuple(sizes.values()), devices, allow_split_physical_axes=True
     )
-    return Mesh(placed, MESH_AXES, axis_types=kinds)
+    return Mesh(placed, MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def single_device_mesh(device: jax.Device) -> Mesh:
+    """Makes a mesh with the axes `MESH_AXES` of one device."""
+    sizes = (1,) * len(MESH_AXES)
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=_AXIS_TYPES, devices=[device])
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Of [B, T] arrays: rows over data and fsdp, tokens over context."""
+    """The sharding of [B, T] arrays: rows over data and fsdp, tokens over context."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, SEQUENCE_AXIS))
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """[rows] int64, ascending: which rows of a batch the devices of this process hold."""
+    """Which rows of a batch the devices of this process hold: [rows] int64, ascending."""
     shape = (batch_size, mesh.shape[SEQUENCE_AXIS])
-    places = batch_sharding(mesh).addressable_devices_indices_map(shape)
-    rows = [np.arange(batch_size)[index[0]] for index in places.values() if index]
+    indices = batch_sharding(mesh).addressable_devices_indices_map(shape)
+    rows = [np.arange(batch_size)[index[0]] for index in indices.values() if index]
     return np.unique(np.concatenate(rows))
 
 
 def to_devices(
     mesh: Mesh, batch: Mapping[str, np.ndarray], batch_size: int
 ) -> dict[str, jax.Array]:
-    """Global arrays [batch_size, T] of those rows, in order, that this process has of each."""
+    """Makes global arrays [batch_size, T] of a batch of which each process has its own rows.
+
+    Args:
+        mesh: the run's devices.
+        batch: arrays [rows, T], the rows that `rows_of_process` names, in order.
+        batch_size: rows of the whole batch.
+    """
     sharding, rows = batch_sharding(mesh), rows_of_process(mesh, batch_size)
 
     def place(local: np.ndarray) -> jax.Array:
@@ -83,9 +102,9 @@ def to_devices(
 
 
 def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
-    """[B, T] arrays as `batch_sharding` has them -> [parts, B / parts, T], inside `jax.jit`.
+    """Cuts arrays [B, T], divided by `batch_sharding`, into [parts, B / parts, T]; for `jax.jit`.
 
-    Every device's own rows are cut, so that none of them moves.
+    Every device cuts its own rows, so that none of them moves.
     """
     devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
     sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
@@ -98,10 +117,10 @@ def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
 
 
 def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """A sharding in place of each nnx variable of `state`, from its logical axis names.
+    """Gives each nnx variable of `state` a sharding, by its logical axis names and RULES.
 
-    Variables without names (counters, say) are on every device, as is an axis that the devices of
-    its rule do not divide evenly (a vocabulary of 257).
+    Variables without names (counters, say) are whole on every device, and so is an axis that the
+    devices of its rule do not divide evenly (a vocabulary of 257).
     """
 
     def axis(name: str | None, length: int) -> tuple[str, ...] | None:
@@ -117,12 +136,12 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
 
 
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The names of a variable's axes, e.g. ("layers", "embed", "mlp"); () if it has none."""
+    """The logical names of a variable's axes, e.g. ("layers", "embed", "mlp"); () without any."""
     return tuple(variable.get_metadata().get("out_sharding") or ())
 
 
 def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:
-    """Devices along each axis, in the order of MESH_AXES."""
+    """How many devices there are along each axis, in the order of MESH_AXES."""
     asked = dataclasses.asdict(config.mesh)
     given = math.prod(size for size in asked.values() if size != -1)
     rest = max(devices // given, 1)
@@ -137,6 +156,7 @@ def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:
 
 
 def _check_divisions(config: TrainConfig, sizes: Mapping[str, int]) -> None:
+    """Raises ConfigError if the batch, the sequence or a parameter cannot be divided evenly."""
     model = config.model
     rows = config.batch_size // config.micro_batches
     per_row = "batch_size" if config.micro_batches == 1 else "batch_size / micro_batches"

@@ -1,4 +1,4 @@
-"""Several processes as one run: joining, agreeing, and who writes the files."""
+"""Several processes as one run: how they join and agree, and which of them writes files."""
 
 import json
 import os
@@ -23,15 +23,15 @@ _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
 
 def join(config: TrainConfig) -> None:
-    """Connects to the other processes of the run if there are any; before any use of a device.
+    """Connects to the other processes of the run, if any; call it before any use of a device.
 
     Raises:
-        ConfigError: `distributed` is asked for, and the variables or the machine do not say how;
-            or the other processes did not come.
+        ConfigError: `distributed` is asked for, and neither the variables nor the machine say how
+            to connect; or the other processes did not come.
     """
     if not config.distributed:
         return
-    # Its handler of SIGTERM would take the place of ours, and it knows no Ctrl-C.
+    # This service would replace our handler of SIGTERM, and it ignores Ctrl-C.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
@@ -52,10 +52,13 @@ def is_first() -> bool:
 
 
 def on_first(work: Callable[[], Any]) -> Any:
-    """What `work`, done by the first process alone, returns (something JSON holds), on all.
+    """Lets the first process alone do `work`, and returns its result in all of them.
+
+    Args:
+        work: returns something that JSON can hold.
 
     Raises:
-        UserError: it raised one; every process then does.
+        UserError: `work` raised one; every process then raises it.
     """
     if jax.process_count() == 1:
         return work()
@@ -72,6 +75,7 @@ def on_first(work: Callable[[], Any]) -> Any:
 
 
 def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
+    """Sends the first process's answer to all of them."""
     content = np.frombuffer(json.dumps(answer).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     content = content if is_first() else np.zeros(size, np.uint8)
@@ -79,22 +83,22 @@ def _broadcast(answer: dict[str, Any]) -> dict[str, Any]:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` holds in at least one process; all of them have to ask."""
+    """Whether `flag` is true in at least one process; all of them must call this."""
     if jax.process_count() == 1:
         return flag
     return bool(multihost_utils.process_allgather(np.int32(flag)).any())
 
 
-def whole(tree: Any, mesh: Mesh) -> Any:
-    """The same arrays, every device with all of each; a collective if they were divided."""
+def replicate(tree: Any, mesh: Mesh) -> Any:
+    """Copies the whole of every array to every device; if they were divided, all must call this."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.jit(lambda arrays: arrays, out_shardings=everywhere)(tree)
 
 
 class StopVote:
-    """Stops all processes after the same step when a signal came to any of them.
+    """Lets all processes stop after the same step when a signal came to any of them.
 
-    A vote is a sum over the devices, queued behind a step and read when the next one has been
+    A vote is a maximum over the devices, queued behind a step and read when the next step has been
     queued, so that nothing waits for it.
     """
 
@@ -107,9 +111,11 @@ class StopVote:
         self._alone = jax.process_count() == 1
 
     def cast(self, signal: int | None) -> int | None:
-        """Gives in this process's signal; returns the outcome of the vote before, or None.
+        """Votes with the signal that came to this process, if any.
 
-        A process that is alone need not wait: its own signal is the outcome.
+        Returns:
+            The outcome of the vote before, a signal or None. Of a process that is alone, its own
+            vote: it need not wait.
         """
         if self._alone:
             return signal
@@ -119,17 +125,17 @@ class StopVote:
         return None if before is None else int(before) or None
 
     def last(self, signal: int | None) -> int | None:
-        """The outcome of the last vote: the same in all processes."""
+        """Reads the outcome of the last vote, which is the same in all processes."""
         if self._alone:
             return signal
         return None if self._pending is None else int(self._pending) or None
 
 
 def leave_after(error: Exception) -> NoReturn:
-    """Reports the error and ends this process of several at once, with the error's exit code.
+    """Reports the error and at once ends this process, one of several, with its exit code.
 
     Ending as usual would wait for the others, which may be waiting for this one. When it is gone,
-    so are its connections, and they end too.
+    its connections close, and the others end too.
     """
     code = error.exit_code if isinstance(error, UserError) else 1
     if isinstance(error, UserError):
@@ -141,13 +147,14 @@ def leave_after(error: Exception) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():
-        # The first is the others' coordinator: those that are about to report the same error
-        # would be aborted without it.
+        # The first process coordinates the others: without it, those that are about to report the
+        # same error would be aborted.
         time.sleep(2)
     os._exit(code)
 
 
 def _integer_variable(name: str) -> int | None:
+    """Reads an environment variable that holds a whole number; None if it is not set."""
     value = os.environ.get(name)
     if value is None:
         return None

@@ -7,10 +7,10 @@ from typing import Any, Self
 
 
 class Interruption:
-    """While open, the first SIGINT or SIGTERM is noted instead of ending the process.
+    """Notes the first SIGINT or SIGTERM that comes while it is open, which then ends nothing.
 
     Attributes:
-        signal: the signal that came, None before.
+        signal: the signal that came; None before.
     """
 
     def __init__(self) -> None:
@@ -24,14 +24,14 @@ class Interruption:
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            # None: it was installed outside of Python, and cannot be put back.
+            # None: the handler was installed outside of Python, and cannot be put back.
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Launchers often pass on a signal that the terminal has sent already, so a second one
-        # means nothing more. Whoever cannot wait may kill -9: a run resumes from that, too.
+        # A second signal means nothing more: launchers often pass on what the terminal has sent
+        # already. Whoever cannot wait may kill -9: a run resumes from that, too.
         if self.signal is None:
             self.signal = signal.Signals(number)
-            # Not print: the signal may have come in the middle of one.
+            # Not print: the signal may have come in the middle of a print.
             message = f"\n{self.signal.name}: finishing this step, then saving\n"
             os.write(2, message.encode())

@@ -21,16 +21,19 @@ from train.storage.run_folder import RunFolder
 
 
 def train(config: TrainConfig) -> int:
-    """Trains, or resumes, or says that the run is finished.
+    """Trains, resumes, or says that the run is finished.
+
+    Args:
+        config: the whole configuration.
 
     Returns:
         The exit code: 0, or 128 + the signal that stopped the run (130 Ctrl-C, 143 SIGTERM).
 
     Raises:
-        ConfigError: corpus, devices, run folder, initial model or wandb do not fit; nothing was
-            written.
+        ConfigError: the corpus, the devices, the run folder, the initial model or wandb do not fit
+            the configuration; nothing was written.
         TrainingError: the loss stays non-finite, or a file cannot be written.
-        CheckpointError: no checkpoint is whole, or none can be saved.
+        CheckpointError: all checkpoints are damaged, or none can be saved.
     """
     check_wandb(config.logging.wandb)
     use_compilation_cache(config.compilation_cache)
@@ -82,7 +85,7 @@ def _train(config: TrainConfig) -> int:
 
 
 def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:
-    """What the run starts from or learns from; None if there is none, or it is needed no more."""
+    """Opens the model that the run starts or learns from; None if none is needed any more."""
     name = config.initial_model
     if name is None or (folder.has_checkpoint and not config.loss.distillation):
         return None

@@ -1,10 +1,10 @@
-"""One run in progress: its steps, evaluations and saves."""
+"""A run in progress: its steps, evaluations and saves."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 import nha_jax
 from nha_jax.storage.saved_model import extra_files_of
@@ -13,7 +13,7 @@ from train.config import TrainConfig
 from train.data.batches import Sequences, training_batches
 from train.data.corpus import Corpus
 from train.devices import processes
-from train.devices.mesh import MESH_AXES, rows_of_process
+from train.devices.mesh import rows_of_process, single_device_mesh
 from train.errors import TrainingError
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
@@ -26,15 +26,15 @@ from train.storage.run_folder import RunFolder
 from train.text.continuation import complete
 
 Metrics = dict[str, jax.Array]
-"""What an update returns beside the state, still on the devices."""
+"""The scalars that an update returns, still on the devices."""
 
 
 class Trainer:
-    """One run in progress.
+    """A run in progress.
 
     Attributes:
         state: parameters and optimizer, on the devices.
-        progress: where the run stands.
+        progress: how far the run has come.
     """
 
     def __init__(
@@ -46,7 +46,17 @@ class Trainer:
         checkpoints: Checkpoints,
         initial: InitialModel | None = None,
     ):
-        """Restores the newest checkpoint, or starts afresh: from `initial` if there is one."""
+        """Restores the newest checkpoint or, if there is none, makes the first state.
+
+        Args:
+            config: the run's configuration.
+            corpus: the text to learn and to measure on.
+            mesh: the devices.
+            folder: the run's folder, open.
+            checkpoints: the run's checkpoints, open.
+            initial: the model to start from, and for distillation to learn from; None: the
+                parameters are drawn by the seed, or come from a checkpoint.
+        """
         self._config = config
         self._corpus = corpus
         self._folder = folder
@@ -72,6 +82,9 @@ class Trainer:
     def run(self, interruption: Interruption) -> int | None:
         """Trains up to the last step or an interruption; the state is then on disk.
 
+        Args:
+            interruption: open; a signal it notes stops the run after a step.
+
         Returns:
             The signal that stopped this process or another of the run; None at the last step.
         """
@@ -91,7 +104,7 @@ class Trainer:
                     self.state, next(batches), self._teacher
                 )
                 profiler.after(step, metrics)
-                # The step before is fetched while the devices work on this one.
+                # The metrics of the step before are fetched while the devices work on this one.
                 self._report_steps(unreported, reporting)
                 unreported = {step: metrics}
                 stop = self._vote.cast(interruption.signal) is not None or step == config.steps
@@ -117,24 +130,20 @@ class Trainer:
         return self._vote.last(interruption.signal)
 
     def finish(self) -> Result | None:
-        """Measures the finished model, saves it for `nha_jax.load`, lets it write.
+        """Measures the finished model, saves it for `nha_jax.load`, and lets it write a sample.
 
-        Of several processes all measure; the first alone does the rest and has the result.
+        Returns:
+            The result, in the first process; if there are others, they only help to measure, and
+            have None.
         """
         held_out = self._evaluate(self._config.evaluation.final_sequences)
         if jax.process_count() == 1:
             return self._write_result(held_out, self.state.model)
-        everywhere = processes.whole(self.state.model, self._mesh)
+        everywhere = processes.replicate(self.state.model, self._mesh)
         if not processes.is_first():
             return None
-        # A mesh of its own: the others take no part any more.
-        here = jax.make_mesh(
-            (1,) * len(MESH_AXES),
-            MESH_AXES,
-            axis_types=(AxisType.Auto,) * len(MESH_AXES),
-            devices=jax.local_devices()[:1],
-        )
-        with jax.set_mesh(here):
+        # The other processes take no part any more.
+        with jax.set_mesh(single_device_mesh(jax.local_devices()[0])):
             local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
             return self._write_result(held_out, local)
 
@@ -169,7 +178,11 @@ class Trainer:
     def _report_steps(
         self, steps: dict[int, Metrics], reporting: Reporting, held_out: HeldOut | None = None
     ) -> None:
-        """Fetches the metrics of steps (at most one), waiting for it; counts and reports."""
+        """Waits for the metrics of steps (at most one), counts them and reports them.
+
+        Raises:
+            TrainingError: too many updates in a row were skipped.
+        """
         for step, arrays in steps.items():
             metrics = fetch(arrays)
             skipped = metrics["skipped"] > 0

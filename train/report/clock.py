@@ -1,4 +1,4 @@
-"""Training speed, with what is not training left out."""
+"""The speed of training, evaluations and saves left out."""
 
 import contextlib
 import time
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class Clock:
-    """Tokens a second between readings; started after the first step, which compiles."""
+    """Measures tokens a second between readings; started after the first step, which compiles."""
 
     def __init__(self, tokens_per_step: int):
         self._tokens_per_step = tokens_per_step
@@ -14,19 +14,19 @@ class Clock:
         self._paused_seconds = 0.0
 
     def start_once(self, step: int) -> None:
-        """Starts after `step`, if it is not running yet."""
+        """Starts the clock after `step`, unless it is running already."""
         if self._start is None:
             self._start = (time.perf_counter(), step)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves out the time until it is closed."""
+        """Leaves out the time spent inside the `with`."""
         before = time.perf_counter()
         yield
         self._paused_seconds += time.perf_counter() - before
 
     def tokens_per_second(self, step: int) -> float | None:
-        """Reads after `step` and starts anew; None if no step has passed since the start."""
+        """Reads the speed after `step` and starts anew; None if no step has passed since."""
         before, self._start = self._start, (time.perf_counter(), step)
         paused, self._paused_seconds = self._paused_seconds, 0.0
         if before is None or before[1] == step:

@@ -1,4 +1,4 @@
-"""What the steps of a run become for people: rows, a progress bar, speed and plots."""
+"""What people see of a run's steps: rows of metrics, a progress bar, the speed, pictures."""
 
 import math
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ from train.storage.run_folder import RunFolder, config_values
 
 
 class Reporting:
-    """Reports one run's steps while it is open; a context manager.
+    """Reports a run's steps while it is open; a context manager.
 
-    Of several processes the first alone does.
+    If the run has several processes, only the first reports.
 
     Attributes:
-        clock: paused by whoever does something that is not training.
+        clock: measures the speed; to be paused during whatever is not training.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Reporting:
         """Opens the log to continue after a step.
 
         Args:
-            config: of the run.
-            folder: of the run.
-            mesh: its devices.
+            config: the run's configuration.
+            folder: the run's folder.
+            mesh: the run's devices.
             after_step: the last step that counts as done.
-            bytes_per_target: of the training text, in the mean.
+            bytes_per_target: mean bytes of training text that a target stands for.
         """
         self.clock = Clock(config.batch_size * config.data.sequence_length)
         self._config = config
@@ -82,9 +82,9 @@ class Reporting:
 
         Args:
             step: its number.
-            metrics: as `train.step.update.TrainingFunctions.update` returns them, fetched.
-            skipped_updates: so far.
-            held_out: the evaluation after it, if there was one.
+            metrics: what `train.step.update.TrainingFunctions.update` returned, fetched.
+            skipped_updates: how many updates were skipped so far.
+            held_out: the evaluation after the step, if there was one.
         """
         shown = {"loss": f"{metrics['loss']:.3f}"}
         if held_out is not None:
@@ -120,7 +120,7 @@ class Reporting:
         return row
 
     def _speed(self, step: int) -> dict[str, float]:
-        """Tokens a second, and model FLOPs utilisation where the chip's peak is known."""
+        """Tokens a second and, where the chip's peak is known, model FLOPs utilisation."""
         rate = self.clock.tokens_per_second(step)
         if rate is None:
             return {}
@@ -131,12 +131,12 @@ class Reporting:
 
 
 def plot_run(folder: RunFolder, references: Mapping[str, float]) -> None:
-    """Draws the run's pictures from its rows; references as for `plot_loss_curve`."""
+    """Draws the run's pictures from its metrics; references as in `plot_loss_curve`."""
     rows = read_rows(folder.metrics)
     plot_loss_curve(rows, dict(references), folder.curve)
     plot_slot_weight(rows, folder.slot_weight)
 
 
 def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-    """Scalars of the devices as numbers, in one go; waits for them."""
+    """Fetches scalars from the devices as numbers, all at once; waits for them."""
     return {name: value.item() for name, value in jax.device_get(dict(metrics)).items()}

@@ -1,4 +1,4 @@
-"""Weights & Biases, for those who have it installed and ask for it."""
+"""Reporting to Weights & Biases, for those who have it installed and ask for it."""
 
 import importlib.util
 import secrets
@@ -22,18 +22,17 @@ def check_wandb(project: str | None) -> None:
 class WeightsAndBiases:
     """A `train.report.metrics.Reporter`; a resumed run goes on under the name it has there.
 
-    Steps it has seen already it leaves as they are: after a kill they come a second time, and are
-    the same.
+    wandb ignores steps that it has seen: after a kill they come a second time, and are the same.
     """
 
     def __init__(self, project: str, folder: Path, run: Path, config: dict[str, Any]):
         """Opens or continues the run.
 
         Args:
-            project: to report to.
-            folder: for wandb's files and, in `id`, the run's identity.
+            project: the project to report to.
+            folder: where wandb's files go and, in `id`, the run's identity.
             run: the run's folder, after which it is named.
-            config: to be shown with it.
+            config: the values that are shown with the run.
         """
         import wandb
 

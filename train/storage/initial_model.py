@@ -1,4 +1,4 @@
-"""The model that a run starts from, and may learn from: a folder with its weights."""
+"""The folder of the model that a run starts from, and that distillation learns from."""
 
 import dataclasses
 import hashlib
@@ -26,12 +26,12 @@ _SAMPLES, _SAMPLE_BYTES = 256, 4096
 
 @dataclass(frozen=True)
 class InitialModel:
-    """The folder that `initial_model` names.
+    """The model in the folder that the key `initial_model` names.
 
     Attributes:
-        name: as it was given.
-        folder: of config.json and model.safetensors.
-        config: the model's.
+        name: the name of the folder as it was given.
+        folder: the folder that holds config.json and model.safetensors.
+        config: the model's configuration.
     """
 
     name: str
@@ -40,7 +40,7 @@ class InitialModel:
 
     @classmethod
     def open(cls, name: str) -> Self:
-        """Reads the configuration alone.
+        """Finds the folder and reads the configuration, not the weights.
 
         Raises:
             ConfigError: there is no model in the folder, or its configuration is not valid.
@@ -49,10 +49,10 @@ class InitialModel:
         return cls(name, folder, read_config(name))
 
     def source(self, model: ModelConfig) -> SafetensorsSource:
-        """The weights, for a model of another configuration with the same parameters.
+        """Opens the weights for a model that may be computed otherwise, e.g. with other windows.
 
         Raises:
-            ConfigError: they are not the same; the line names every one that differs.
+            ConfigError: the parameters are not the same; the line names every one that differs.
         """
         try:
             source = SafetensorsSource(self.folder / WEIGHTS_FILE)
@@ -68,10 +68,10 @@ class InitialModel:
         return source
 
     def remember(self, run: Path) -> None:
-        """Notes in a run's folder what its initial model is.
+        """Writes into a run's folder which model it began with, the first time.
 
         Raises:
-            ConfigError: when the run began, it was another.
+            ConfigError: the run began with another model.
         """
         fingerprint = self.fingerprint()
         record = run / _RECORD
@@ -85,9 +85,9 @@ class InitialModel:
             )
 
     def fingerprint(self) -> str:
-        """Hash of the configuration, of the weights' size and header, and of samples of them.
+        """Hashes the configuration, the size and header of the weights, and samples of them.
 
-        Of a large file it reads a megabyte.
+        No more than a megabyte of the weights is read.
         """
         digest = hashlib.sha256((self.folder / CONFIG_FILE).read_bytes())
         with (self.folder / WEIGHTS_FILE).open("rb") as file:
@@ -102,13 +102,13 @@ class InitialModel:
         return digest.hexdigest()[:16]
 
     def changes(self, model: ModelConfig) -> list[str]:
-        """`key: initial -> present` of what a model has otherwise."""
+        """Lists `key: initial -> present` for each key in which a model differs from this one."""
         old, new = self.config.to_dict(), model.to_dict()
         return [f"{key}: {old[key]} -> {new[key]}" for key in old if old[key] != new[key]]
 
 
 def teacher_config(config: TrainConfig) -> ModelConfig | None:
-    """The configuration of the model that distillation learns from; None without distillation.
+    """Gives the configuration of the model that distillation learns from; None without it.
 
     It is the initial model's, computed as the run's model is. For a plan the folder need not be
     there: it is then the run's model with full attention.
@@ -131,10 +131,10 @@ def has_config(name: str) -> bool:
 
 
 def read_config(name: str) -> ModelConfig:
-    """The configuration of the model in the folder that `initial_model` names.
+    """Reads the configuration of the model in the folder that `initial_model` names.
 
     Raises:
-        ConfigError: there is none, or it is not valid.
+        ConfigError: there is no model, or its configuration is not valid.
     """
     folder = _find(name)
     try:
@@ -158,6 +158,7 @@ def read_config(name: str) -> ModelConfig:
 
 
 def _find(name: str) -> Path:
+    """The folder with the model: the one named, or `model` inside it if it is a run's."""
     folder = Path(name).expanduser()
     model_of_run = folder / "model"
     return folder if (folder / CONFIG_FILE).exists() or not model_of_run.is_dir() else model_of_run

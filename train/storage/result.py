@@ -10,14 +10,14 @@ from train.storage.atomic import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """Held-out bits per byte and a sample; `str` of it is what the user reads at the end.
+    """What a finished run reached; `str` of it is what the user reads at the end.
 
     Attributes:
         step: updates done.
-        held_out_bits_per_byte: the model's, over evaluation.final_sequences.
-        held_out_perplexity: likewise, of a token.
+        held_out_bits_per_byte: bits per byte over evaluation.final_sequences sequences.
+        held_out_perplexity: the perplexity of a token, over the same.
         references: bits per byte of other compressors, by name.
-        prompt: what the sample continues.
+        prompt: the text that the sample continues.
         sample: what the model wrote.
     """
 
@@ -30,7 +30,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """The result written to `path`, None if there is none."""
+        """Reads the result written to `path`; None if there is none."""
         if not path.exists():
             return None
         return cls(**json.loads(path.read_text(encoding="utf-8")))

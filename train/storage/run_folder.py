@@ -1,4 +1,4 @@
-"""The folder of one run: who may write in it, and for which configuration."""
+"""The folder of one training run: who may write in it, and for which configuration."""
 
 import dataclasses
 import fcntl
@@ -10,8 +10,7 @@ from typing import IO, Any, Self
 
 from train.config import TrainConfig, rename_keys
 from train.devices import processes
-from train.differences import differences
-from train.errors import ConfigError, TrainingError
+from train.errors import ConfigError, TrainingError, describe_differences
 from train.storage.atomic import remove_unfinished, write_atomically
 
 CHANGEABLE = (
@@ -42,15 +41,15 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        checkpoints: folder of the whole states, one per step.
-        metrics: JSON lines, one per logged step.
-        tensorboard: folder of the events.
-        curve: the loss curve, a PNG.
+        checkpoints: folder of the saved states.
+        metrics: the metrics, a JSON line per logged step.
+        tensorboard: folder of TensorBoard's events.
+        curve: the loss over the steps, a PNG.
         slot_weight: the slot weight of every layer over the steps, a PNG.
         profile: folder of the profiler's trace.
-        wandb: folder of Weights & Biases, and the name of its run.
-        model: the finished model, for `nha_jax.load`.
-        result: JSON, what the finished run reached.
+        wandb: folder of Weights & Biases, with the identity of its run.
+        model: folder of the finished model, for `nha_jax.load`.
+        result: what the finished run reached, as JSON.
     """
 
     def __init__(self, path: str):
@@ -72,7 +71,7 @@ class RunFolder:
 
         Args:
             config: the present configuration.
-            fingerprint: of the present corpus.
+            fingerprint: the fingerprint of the present corpus.
         """
         name = f"run = {config.run!r}"
         if not self.path.exists():
@@ -98,17 +97,21 @@ class RunFolder:
     def open(self, config: TrainConfig, fingerprint: str) -> Self:
         """Makes and locks the folder and writes down the configuration; use with `with`.
 
-        Of several processes of one run, the first does, and the others compare. An OSError inside
-        the `with`, such as a full disk, comes out of it as a TrainingError.
+        If the run has several processes, the first does this, and the others check. An OSError
+        inside the `with`, such as a full disk, comes out of it as a TrainingError.
+
+        Args:
+            config: the present configuration.
+            fingerprint: the fingerprint of the present corpus.
 
         Raises:
-            ConfigError: see `check`; or another run has the folder open.
+            ConfigError: see `check`; or another process is training in the folder.
         """
         processes.on_first(lambda: self._open(config, fingerprint))
         if not processes.is_first():
             if not self._record.exists():
                 raise ConfigError(
-                    f"run = {config.run!r}: what the first process wrote there is not to be seen "
+                    f"run = {config.run!r}: what the first process wrote there cannot be seen "
                     "by another; expected a folder on a disk that all of them share"
                 )
             self.check(config, fingerprint)
@@ -152,7 +155,7 @@ class RunFolder:
         return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
     def model_config(self) -> dict[str, Any]:
-        """The stored run's model section.
+        """Reads the section `model` of the stored run.
 
         Raises:
             ConfigError: the folder holds no run.
@@ -163,18 +166,18 @@ class RunFolder:
         return config["model"]
 
     def config(self) -> dict[str, Any] | None:
-        """The stored run's configuration, section by section; None if the folder holds no run."""
+        """Reads the stored run's configuration by sections; None if the folder holds no run."""
         return self._read_record()["config"] if self._record.exists() else None
 
     def _read_record(self) -> dict[str, Any]:
-        """What `_record` wrote; keys that an earlier version wrote get their present names."""
+        """Reads what `_record` made; keys of an earlier version get their present names."""
         record = json.loads(self._record.read_text(encoding="utf-8"))
         config, _ = rename_keys(record["config"])
         return {**record, "config": config}
 
 
 def config_values(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as JSON gives it back, section by section: lists for tuples."""
+    """The configuration by sections, as JSON gives it back: lists for tuples."""
     # default: the model's kernel options are a mapping, but no dict.
     return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
 
@@ -184,13 +187,13 @@ def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:
 
 
 def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """`key: old -> new` for everything that has to be equal and is not."""
+    """Words every difference between two records that keeps a run from being resumed."""
 
     def fixed(record: dict[str, Any]) -> dict[str, Any]:
         values = _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
         return {key: x for key, x in values.items() if not _is_changeable(key)}
 
-    return differences(fixed(stored), fixed(present), json.dumps)
+    return describe_differences(fixed(stored), fixed(present), json.dumps)
 
 
 def _is_changeable(key: str) -> bool:

@@ -26,8 +26,7 @@ from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
-from train.differences import differences
-from train.errors import ConfigError, DataError
+from train.errors import ConfigError, DataError, describe_differences
 from train.storage.atomic import remove_unfinished, write_atomically
 
 _SETTINGS_FILE = "settings.json"
@@ -151,7 +150,7 @@ def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
     work = out / WORK_FOLDER
     stored = _stored_settings(out, shown)
     if stored is not None:
-        differing = differences(stored, settings, json.dumps)
+        differing = describe_differences(stored, settings, json.dumps)
         if differing:
             raise ConfigError(
                 f"{shown}: the folder was prepared otherwise: {'; '.join(differing)}; choose "
