@@ -106,7 +106,11 @@ def init_state(
     dtype: jax.typing.DTypeLike,
     max_length: int | None = None,
 ) -> NHAState:
-    """An empty state. `max_length`, required for `window_size=None` only, is the room it has.
+    """Builds an empty state.
+
+    Args:
+      max_length: the tokens that the state of `window_size=None` has room for; it is required there
+        and ignored elsewhere.
 
     Raises ValueError if `window_size` is None and `max_length` is not given or below 1.
     """
@@ -132,7 +136,7 @@ def init_state(
 
 
 def resize_state(state: NHAState, max_length: int) -> NHAState:
-    """The state of a `window_size=None` layer with room for `max_length` tokens.
+    """Changes the room of a `window_size=None` layer's state to `max_length` tokens.
 
     No row may hold more tokens than that: the ones beyond it would be lost.
 
@@ -158,7 +162,7 @@ def resize_state(state: NHAState, max_length: int) -> NHAState:
 
 
 def rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
-    """Rolls x [B, R, ...] along R by shift [B]: entry i goes to (i + shift) % R."""
+    """Rolls x [B, R, ...] along R by shift [B]: entry i moves to (i + shift) % R."""
     R = x.shape[1]
     if R == 0:
         return x

@@ -3,8 +3,8 @@
 A call's T tokens stand behind the R tokens that came before them, oldest first, as rows of one
 timeline. A query row is the row of its token. In a row's turn, before it reads the slots, the token
 W rows before it enters them, if both are real and of one segment; after a batch row's last real
-token nothing enters, so that the slots stay as that token left them. The window of a row are the
-last W real tokens of its segment, its own included.
+token nothing enters, so that the slots stay as that token left them. The window of a row holds
+the last W tokens of its segment, its own included.
 """
 
 import dataclasses

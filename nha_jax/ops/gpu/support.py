@@ -1,4 +1,4 @@
-"""Which calls and which GPUs the kernels for GPUs serve."""
+"""Which calls our GPU kernels serve, which cuDNN serves, and on which GPUs."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from nha_jax.ops.kernels import attend_beyond_limits
 from nha_jax.ops.timeline import nothing_leaves
 from nha_jax.ops.types import Options
 
-SHORTEST_OF_CUDNN = 64  # tokens: below, what its backward takes goes by its version
-Capability = tuple[int, ...]  # of NVIDIA GPUs; empty: another maker's, or unknown
+SHORTEST_OF_CUDNN = 64  # tokens; whether its backward takes fewer depends on its version
+Capability = tuple[int, ...]  # compute capability; empty: another maker's GPU, or unknown
 AMPERE, HOPPER = (8, 0), (9, 0)
-# Of devices to compile for that are not there, which tell their kind only.
+# By a part of the device's kind, which is all that a device to compile for tells.
 CAPABILITIES: dict[str, Capability] = {
     "A100": AMPERE,
     "H100": HOPPER,
@@ -27,7 +27,7 @@ def unsupported(
 ) -> str | None:
     """Says in a line why neither cuDNN nor our kernels serve this call; None if one does.
 
-    Asked for where it is compiled for; off GPUs our kernels run interpreted.
+    The answer is for the GPU that is compiled for; off GPUs our kernels run interpreted.
     """
     if served_by_cudnn(arrays, has_segments=has_segments, has_past=has_past, options=options):
         return None
@@ -47,7 +47,7 @@ def not_hopper() -> str | None:
 def served_by_cudnn(
     arrays: Arrays, *, has_segments: bool, has_past: bool, options: Options
 ) -> bool:
-    """Whether cuDNN's full attention computes this call: nothing leaves its window.
+    """Whether cuDNN's full attention computes this call, of which no token leaves the window.
 
     For packed documents and tokens before the call's it would need a [T, T] bias: those go to our
     kernels, as short sequences do.
@@ -64,16 +64,12 @@ def served_by_cudnn(
 
 
 def compiling_for_gpus() -> bool:
-    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device.
-
-    Not by the platform of the lowering, as for TPUs: the GPU interpreter's effects cannot stand
-    beside the kernel in one program.
-    """
+    """Whether what is traced now is for GPUs: by the ambient mesh, or else the default device."""
     return _gpu_compiled_for() is not None
 
 
 def _gpu_compiled_for() -> Any:
-    """The device, real or abstract; None: it is no GPU."""
+    """Returns the GPU that is compiled for, real or abstract; None if it is no GPU."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.devices()[0] if jax.default_backend() in ("gpu", "rocm") else None

@@ -1,5 +1,6 @@
-"""The operator on every device of the mesh: XLA cannot divide a kernel's call, so the call is.
+"""The operator divided over the devices of a mesh.
 
+XLA cannot divide a kernel's call, so every device makes a call of its own, inside `jax.shard_map`.
 Rows of the batch, and key/value heads with the query heads they serve, need nothing of each other;
 the parts of a sequence do: see `nha_jax.ops.mesh.sequence`.
 """
@@ -26,9 +27,9 @@ class MeshAxes:
     """Names of the mesh axes that arrays are divided over; names that the mesh lacks are ignored.
 
     Fields:
-      batch: of B.
-      heads: of Hkv, and with it Hq; in a model also of the vocabulary and the SwiGLU.
-      sequence: of T.
+      batch: axes that divide B.
+      heads: axes that divide Hkv and Hq; in a model also the vocabulary and the SwiGLU.
+      sequence: axes that divide T.
     """
 
     batch: tuple[str, ...] = ("data", "fsdp")
@@ -47,9 +48,9 @@ def use_mesh_axes(
     heads: Sequence[str] = MeshAxes.heads,
     sequence: Sequence[str] = MeshAxes.sequence,
 ) -> Iterator[None]:
-    """What is traced within divides its arrays over these axes of the mesh (`jax.set_mesh`).
+    """Sets the axes of the mesh over which the calls traced within divide their arrays.
 
-    It is read when a function is traced: what `jax.jit` has compiled before stays as it is.
+    The axes are read when a function is traced: what `jax.jit` has compiled before stays as it is.
 
         with jax.set_mesh(mesh), use_mesh_axes(batch=["replica"], heads=["heads"]):
             train_step(...)
@@ -65,8 +66,8 @@ def use_mesh_axes(
 class Division:
     """Which axes of the mesh divide a call's rows, its heads and its tokens.
 
-    Its specs are of what has rows, [B, ...], or tokens, [B, T, heads, ...] or [B, T, heads * size],
-    and of a state.
+    `rows` is the spec of arrays [B, ...], `tokens` that of [B, T, heads, ...] and
+    [B, T, heads * size], `state` that of an `NHAState`.
     """
 
     sizes: dict[str, int]  # of all axes of `AxisType.Auto`
@@ -80,7 +81,7 @@ class Division:
 
     @property
     def places(self) -> Any:
-        """Of [B, T], and of what lies whole on each device beyond that."""
+        """The spec of [B, T, ...] arrays whose further axes are not divided."""
         return P(self.batch, self.sequence)
 
     @property
@@ -106,7 +107,7 @@ class Division:
         )
 
     def local_shapes(self, tree: Any, specs: Any) -> Any:
-        """What a device gets of each array."""
+        """The shapes of one device's part of each array."""
 
         def local(x, spec):
             shape = list(x.shape)
@@ -120,7 +121,7 @@ class Division:
     def map(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any
     ) -> Callable[..., Any]:
-        """`function` on each device's part; as it is where there is but one device."""
+        """Runs `function` on each device's part; returns it as it is where there is one device."""
         if math.prod(self.sizes.values()) == 1:
             return function
         return jax.shard_map(
@@ -132,18 +133,18 @@ class Division:
         )
 
     def place(self, tree: Any, specs: Any) -> Any:
-        """The arrays, divided by the specs."""
+        """Constrains the arrays to be divided as the specs say."""
         if math.prod(self.sizes.values()) == 1:
             return tree
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
 def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = None) -> Division:
-    """Of a call of B rows, Hkv heads and T tokens, over the mesh of `jax.set_mesh`.
+    """Finds the division of a call of B rows, Hkv heads and T tokens over the mesh in force.
 
     Only axes of `AxisType.Auto` count: manual ones (inside a `jax.shard_map`) have been divided
-    over, explicit ones are the caller's. Axes whose sizes divide nothing do the same work several
-    times over.
+    over already, explicit ones are the caller's. Along an axis whose size divides none of the
+    three, all devices do the same work.
 
     Args:
       num_tokens: None: a sequence is not divided.
@@ -250,7 +251,7 @@ def decode_over_mesh(
 
 
 def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
-    """Name and size of the axes that are ours to divide over: `AxisType.Auto`."""
+    """Names and sizes of the axes of `AxisType.Auto`."""
     return {
         name: size
         for name, size, kind in zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
@@ -259,7 +260,7 @@ def _auto_axes(mesh: AbstractMesh) -> dict[str, int]:
 
 
 def _dividing(names: tuple[str, ...], sizes: dict[str, int], length: int) -> tuple[str, ...]:
-    """Those of the axes, taken in turn, over all of which `length` can be divided."""
+    """Picks axes, in the order given, as long as `length` can be divided over all those picked."""
     chosen: tuple[str, ...] = ()
     for name in names:
         if name in sizes and length % (math.prod(sizes[x] for x in chosen) * sizes[name]) == 0:

@@ -1,4 +1,4 @@
-"""One sequence over several devices, each with T tokens in a row of the P T there are.
+"""One sequence over several devices, each of which holds T consecutive tokens of it.
 
 A device needs of those before it the last W tokens, and the slots as they left them. What a
 device's tokens do to the slots is linear, S -> decay S + added, so all devices work out their own
@@ -26,20 +26,23 @@ class Devices:
     """The devices that share a sequence, in its order.
 
     Fields:
-      axes: the mesh axes they lie along.
-      count: P.
+      axes: the mesh axes along which they lie.
+      count: how many there are.
     """
 
     axes: tuple[str, ...]
     count: int
 
     def from_before(self, x: jax.Array, distance: int = 1) -> jax.Array:
-        """What the device so many places before holds; zeros where there is none."""
+        """Fetches x from the device `distance` places before; zeros where there is none."""
         pairs = [(i, i + distance) for i in range(self.count - distance)]
         return lax.ppermute(x, self.axes, pairs) if pairs else jnp.zeros_like(x)
 
     def tokens_before(self, x: jax.Array, count: int) -> jax.Array:
-        """[B, T, ...] -> [B, count, ...], the last tokens before these; zeros where none are."""
+        """Fetches the last `count` tokens before this device's: [B, T, ...] -> [B, count, ...].
+
+        Zeros stand where there are none.
+        """
         T = x.shape[1]
         pieces = [
             self.from_before(x[:, -min(T, count - start) :], distance)
@@ -48,7 +51,10 @@ class Devices:
         return jnp.concatenate([x[:, :0], *reversed(pieces)], axis=1)
 
     def all_before(self, x: jax.Array) -> jax.Array:
-        """The (P - 1) T tokens before this device's [B, T, ...], zeros where there are none."""
+        """Gathers all tokens before this device's: [B, T, ...] -> [B, (count - 1) T, ...].
+
+        They end with the token just before; zeros come first where there are fewer.
+        """
         parts = lax.all_gather(x, self.axes)  # [P, B, T, ...]
         place = lax.axis_index(self.axes)
         # In the order that ends with this device's part; those that come after it go first.
@@ -70,7 +76,7 @@ def attend_in_context(
     segment_ids: jax.Array | None,
     options: Options,
 ) -> NHAOutput:
-    """`attend`, an implementation of the operator, on this device's T tokens of a longer sequence.
+    """Runs `attend`, a `Backend.attend`, on this device's T tokens of a longer sequence.
 
     Where tokens leave the window, each device gets the W tokens before its own (from as many
     devices as they span); full attention gathers the keys and values of all.
@@ -93,7 +99,7 @@ def attend_in_context(
 
 
 def _whole_past(devices: Devices, tokens: Tokens, ids: jax.Array) -> Past:
-    """All tokens before, as a layer of full attention keeps them."""
+    """Gathers the past of full attention: the rotated keys and the values of all tokens before."""
     past = Tokens(
         tokens.key[:, :0],
         devices.all_before(tokens.rotated_key),
@@ -105,7 +111,7 @@ def _whole_past(devices: Devices, tokens: Tokens, ids: jax.Array) -> Past:
 
 
 def _window_and_slots(devices: Devices, tokens: Tokens, ids: jax.Array, options: Options) -> Past:
-    """The W tokens before this device's, and the slots that they left."""
+    """Finds the past of a finite window: the W tokens before this device's, and the slots."""
     T, W = ids.shape[1], options.window_size
     assert W is not None
     rotated = tokens.rotated_key is not tokens.key
@@ -126,7 +132,11 @@ def _window_and_slots(devices: Devices, tokens: Tokens, ids: jax.Array, options:
 
 
 def _build_past(slots: Slots, past: Tokens, ids: jax.Array) -> Past:
-    """Of the tokens before, with the ids of at least as many; id 0 where there is none."""
+    """Joins slots and tokens into a `Past`.
+
+    Args:
+      ids: [B, N] segment ids of at least as many tokens before; 0 where there is none.
+    """
     real = _of_last_segment(ids)
     return Past(
         slots=slots,
@@ -138,14 +148,14 @@ def _build_past(slots: Slots, past: Tokens, ids: jax.Array) -> Past:
 
 
 def _of_last_segment(ids: jax.Array) -> jax.Array:
-    """[B, N] bool: the run of equal ids at the end; none if the last id is 0, padding."""
+    """[B, N] bool, which tokens are of the segment that the last is of; none if that is padding."""
     changes = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (0, 1)))
     later = lax.cumsum(changes.astype(jnp.int32), axis=1, reverse=True)
     return (later == 0) & (ids != 0)
 
 
 def _effect(entering: Tokens, writes: jax.Array, options: Options) -> tuple[jax.Array, Slots]:
-    """What entering tokens [B, T, H, .] do to slots, S -> decay S + added, of those that write.
+    """Sums up what entering tokens [B, T, H, .] do to slots: S -> decay S + added.
 
     Returns decay [B, H, M] and added, keys [B, H, M, K] and values [B, H, M, V]: with the decay
     from the entry of token j on, added = sum_j (1 - exp(g_j)) exp(sum_{i>j} g_i) [key_j ; value_j].
@@ -171,7 +181,10 @@ def _effect(entering: Tokens, writes: jax.Array, options: Options) -> tuple[jax.
 
 
 def _slots_before(devices: Devices, decay: jax.Array, added: Slots) -> Slots:
-    """The slots at each device's start, by a scan that doubles its reach (Hillis and Steele)."""
+    """Finds the slots at each device's start, by a scan that doubles its reach at every step.
+
+    The scan is that of Hillis and Steele, over the pairs (decay, added).
+    """
     key, value = added
     for step in range(math.ceil(math.log2(devices.count))):
         distance = 1 << step

@@ -80,7 +80,7 @@ def _pad_halves(x: jax.Array) -> jax.Array:
 
 
 def _drop_halves(x: jax.Array, D: int) -> jax.Array:
-    """The inverse of `_pad_halves`."""
+    """Undoes `_pad_halves`."""
     if D % 2:
         return x[..., :D]
     halves = x.reshape(*x.shape[:-1], 2, -1)[..., : D // 2]

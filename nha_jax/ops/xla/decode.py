@@ -91,7 +91,7 @@ def _window_sum(weights: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.
 def _write_slots(
     state: NHAState, token: Tokens, writes: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """The slots [B, Hkv, M, .] after the token [B, Hkv, .] entered, in the rows that write."""
+    """Returns the slots [B, Hkv, M, .] after the token [B, Hkv, .] entered, where `writes` says."""
     decay = jnp.exp(token.log_decay)[..., None]
     write = -jnp.expm1(token.log_decay)[..., None]
     feature = options.feature_map(token.key.astype(decay.dtype))[:, :, None]
