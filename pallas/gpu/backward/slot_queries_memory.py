@@ -1,10 +1,4 @@
-"""What the query side of the slots' backward holds in shared memory, and how it gets there.
-
-Symbols as in `slot_queries.py`. Of more than 64 slots a panel at a time is worked on, and two are
-here. The slots take the places of the tokens, once S and D are computed: beside them, heads of 256
-have no room. For dq, k comes again, to the place of do, what is gone of SK0, to that of SV0, and
-what dq is added to, to the place of q.
-"""
+"""What a thread block of `slot_queries.py` holds in shared memory, and the copies that bring it."""
 
 from typing import Any
 
@@ -18,7 +12,6 @@ from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.decays import fetch_references
 from pallas.gpu.warpgroup.launch import Refs
-from pallas.gpu.warpgroup.matmul import Matmul
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
@@ -27,8 +20,8 @@ GIVEN = ("lse", "slot_weight", "rest")  # numbers of each row
 NUMBERS = (*GIVEN, "delta")
 
 
-def query_scratch(spec: CallSpec, D: int, M: int, *, adds: bool, interpret: bool) -> dict[str, Any]:
-    """Shared memory, and barriers whose arrivals are the copies into it.
+def query_scratch(spec: CallSpec, D: int, M: int, *, adds: bool, interpret: bool) -> Refs:
+    """Shared memory, and the barriers of the copies into it.
 
     adds: there is a gradient to add to.
     """
@@ -62,61 +55,74 @@ def query_scratch(spec: CallSpec, D: int, M: int, *, adds: bool, interpret: bool
     return scratch
 
 
-def _named(shared: Refs) -> Refs:
-    """What shares a place, by name: the tokens, then some slots and the products of the tokens."""
-    named = {}
-    for side in SIDES:
-        named[side], (named[f"slot_{side}s"], named[f"{side}_scores"]) = shared[side]
-    return named
+class SlotQueryMemory:
+    """The arrays of a query head's rows of a chunk, by name, and their copies.
 
+    A turn is a panel of slots. With more than one panel, all have a turn for delta first.
 
-class QueryPlaces:
-    """A query head's rows of a chunk, and what is computed with them.
-
-    A turn is a panel of slots; of more than one panel, all have a turn for delta first.
+    Attributes:
+      shared: what `query_scratch` describes. What shares a place has names of its own: a side's
+        tokens ("key", "value"), then some of its slots ("slot_keys", "slot_values") and the
+        products of the tokens ("key_scores", "value_scores").
+      panels, width: how many panels of slots there are, and the slots of each.
+      stages: panels in shared memory at a time.
+      zero: the `OpaqueZero` that `rows`, `token_decays` and `stage` contain.
     """
 
-    def __init__(
-        self,
-        refs: Refs,
-        shared: Refs,
-        index: ChunkIndex,
-        matmul: Matmul,
-        spec: CallSpec,
-        *,
-        adds: bool,
-    ):
-        self.refs, self.shared, self.index = refs, shared | _named(shared), index
-        self.matmul, self.spec, self.adds = matmul, spec, adds
+    def __init__(self, refs: Refs, shared: Refs, index: ChunkIndex, *, adds: bool):
+        """adds: as for `query_scratch`."""
+        self.refs, self.index, self.shared = refs, index, dict(shared)
+        for side in SIDES:
+            tokens, (slots, scores) = shared[side]
+            self.shared |= {side: tokens, f"slot_{side}s": slots, f"{side}_scores": scores}
         self.panels, _, self.width = shared["write"].shape
         self.stages = shared["cumulative"].shape[0]
         self.zero = OpaqueZero(shared["zero"])
+        self.adds = adds
 
-    def _stage(self, panel):
+    def rows(self, name: str):
+        """q or do, by name, or what takes their place."""
+        return self.shared[name].at[self.zero.value]
+
+    def numbers(self, name: str):
+        """A number of each row, one of `NUMBERS`."""
+        return self.shared["numbers"].at[NUMBERS.index(name)]
+
+    def token_decays(self, block: int):
+        """The token decays of a gate block."""
+        return self.shared["token_decays"].at[self.zero.value + block]
+
+    def references(self, panel):
+        """Of a gate block, c_ref of the panel's slots."""
+        slots = self.slots(panel)
+        return lambda block: self.shared["references"].at[block, slots]
+
+    def slots(self, panel):
+        """The panel's slice of the slots."""
+        return pl.ds(panel * self.width, self.width)
+
+    def stage(self, panel):
         if self.stages == 1:
             return self.zero.value
         return lax.rem(jnp.int32(panel), jnp.int32(self.stages))
 
-    def _rows(self, name: str):
-        return self.shared[name].at[self.zero.value]
+    def slot_keys(self, panel: int):
+        """At the end, SK0 of a panel: the last are still where they were."""
+        is_here = panel >= self.panels - self.stages
+        return self.shared["slot_keys" if is_here else "slot_values"].at[panel % self.stages]
 
-    def _token_decays(self, block: int):
-        return self.shared["token_decays"].at[self.zero.value + block]
-
-    def _numbers(self, name: str):
-        return self.shared["numbers"].at[NUMBERS.index(name)]
-
-    def _fetch_first(self) -> None:
+    def fetch_first(self) -> None:
+        """Fetches the rows, the tokens, what is known of each, and the first panels' gates."""
         refs, shared, index = self.refs, self.shared, self.index
         b, head, loaded = index.batch, index.heads, shared["loaded"]
         for name in ("query", "d_out"):
-            plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows, head], self._rows(name), loaded)
+            plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows, head], self.rows(name), loaded)
         for name in SIDES:
             self._fetch_tokens(name, shared[name], loaded)
         for stage in range(self.stages):
             self._fetch_gates(stage)
         for panel in range(self.panels):
-            write = refs["write"].at[b, index.rows, index.kv_head, self._slots(panel)]
+            write = refs["write"].at[b, index.rows, index.kv_head, self.slots(panel)]
             plgpu.copy_gmem_to_smem(write, shared["write"].at[panel], loaded)
         fetch_references(
             lambda row: refs["cumulative"].at[b, row, index.kv_head],
@@ -124,18 +130,41 @@ class QueryPlaces:
             lambda block: shared["references"].at[block, pl.ds(0, self.panels * self.width)],
             loaded,
         )
-        if self.spec.masked:
+        if "query_segment" in shared:
             for name in ("query_segment", "slot_access"):
                 plgpu.copy_gmem_to_smem(refs[name].at[b, index.rows], shared[name], loaded)
             token_segment = refs["token_segment"].at[b, index.token_rows(0)]
             plgpu.copy_gmem_to_smem(token_segment, shared["token_segment"].at[0], loaded)
         for name in GIVEN:
             rows = refs[name].at[b, head, index.rows]
-            plgpu.copy_gmem_to_smem(rows, self._numbers(name), loaded)
+            plgpu.copy_gmem_to_smem(rows, self.numbers(name), loaded)
         self.zero.store()
 
-    def _slots(self, panel):
-        return pl.ds(panel * self.width, self.width)
+    def fetch_slots(self, panel) -> None:
+        """Fetches a panel's keys and values at the chunk's start."""
+        for side in SIDES:
+            loaded = self.shared[f"slot_{side}s_loaded"].at[self.stage(panel)]
+            self._fetch_slots_to(f"slot_{side}s", side, panel, loaded)
+
+    def fetch_next(self, turn) -> None:
+        """Fetches what takes this turn's places, when all have read them."""
+
+        @pl.when(turn + self.stages < 2 * self.panels)
+        def _():
+            panel = lax.rem(turn + self.stages, jnp.int32(self.panels))
+            self._fetch_gates(panel)
+            self.fetch_slots(panel)
+
+    def fetch_again(self) -> None:
+        """Fetches what dq is made of and is not here, after the last panel's dp."""
+        plgpu.commit_smem()
+        index, again = self.index, self.shared["loaded_again"]
+        self._fetch_tokens("key", self.rows("d_out"), again)
+        if self.adds:
+            d_query = self.refs["d_query"].at[index.batch, index.rows, index.heads]
+            plgpu.copy_gmem_to_smem(d_query, self.rows("query"), again)
+        for panel in range(self.panels - self.stages):
+            self._fetch_slots_to("slot_values", "key", panel, again)
 
     def _fetch_tokens(self, name: str, target: Any, loaded: Any) -> None:
         index = self.index
@@ -143,40 +172,15 @@ class QueryPlaces:
         plgpu.copy_gmem_to_smem(tokens, target, loaded)
 
     def _fetch_gates(self, panel) -> None:
-        shared, index, stage = self.shared, self.index, self._stage(panel)
-        slots = self._slots(panel)
+        shared, index, stage = self.shared, self.index, self.stage(panel)
+        slots = self.slots(panel)
         gates = self.refs["cumulative"].at[index.batch, index.rows, index.kv_head, slots]
         target, loaded = shared["cumulative"].at[stage], shared["gates_loaded"].at[stage]
         plgpu.copy_gmem_to_smem(gates, target, loaded)
 
-    def _fetch_slots(self, panel) -> None:
-        for side in SIDES:
-            loaded = self.shared[f"slot_{side}s_loaded"].at[self._stage(panel)]
-            self._fetch_slots_to(f"slot_{side}s", side, panel, loaded)
-
     def _fetch_slots_to(self, where: str, side: str, panel, loaded: Any) -> None:
         index = self.index
-        target = self.shared[where].at[self._stage(panel)]
-        of_panel = pl.ds(0, target.shape[0]), self._slots(panel)
+        target = self.shared[where].at[self.stage(panel)]
+        of_panel = pl.ds(0, target.shape[0]), self.slots(panel)
         slots = self.refs[f"start_{side}"].at[index.batch, index.kv_head, index.chunk, *of_panel]
         plgpu.copy_gmem_to_smem(slots, target, loaded)
-
-    def _fetch_next(self, turn) -> None:
-        """What takes this turn's places, when all have read them."""
-
-        @pl.when(turn + self.stages < 2 * self.panels)
-        def _():
-            panel = lax.rem(turn + self.stages, jnp.int32(self.panels))
-            self._fetch_gates(panel)
-            self._fetch_slots(panel)
-
-    def _fetch_again(self) -> None:
-        """What dq is made of and is not here, after the last panel's dp."""
-        plgpu.commit_smem()
-        index, again = self.index, self.shared["loaded_again"]
-        self._fetch_tokens("key", self._rows("d_out"), again)
-        if self.adds:
-            d_query = self.refs["d_query"].at[index.batch, index.rows, index.heads]
-            plgpu.copy_gmem_to_smem(d_query, self._rows("query"), again)
-        for panel in range(self.panels - self.stages):
-            self._fetch_slots_to("slot_values", "key", panel, again)
