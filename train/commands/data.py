@@ -1,4 +1,4 @@
-"""`nha data`."""
+"""`nha data`: text becomes a folder of tokens to train on."""
 
 import argparse
 import dataclasses
@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from train.data.prepared_folder import PreparedFolder
 
 _DESCRIPTION = """\
-Turns raw files into a folder of tokens to train on (data.corpus: OUT).
+Turns raw files into a folder of tokens to train on, which is then data.corpus of a configuration.
 
-INPUT is a file, a folder or a glob ("**" goes through all folders below), as often as you like:
-  .jsonl .json .ndjson   JSON lines: the text is under --text-key
-  .parquet               the text is the column --text-key
+INPUT is a file, a folder or a glob (** goes through all folders below); there may be several:
+  .jsonl .json .ndjson   JSON lines, with the text under --text-key
+  .parquet               a table, with the text in the column --text-key
   any other              UTF-8 text, one document a file
-and any of these but parquet packed as .gz or .zst. Empty documents are left out.
+All but parquet may be packed as .gz or .zst. Empty documents are left out.
 
-After each document comes the end token; before it, what the tokenizer itself puts before a text,
+Each document is followed by the end token, and preceded by what the tokenizer puts before a text,
 such as <|begin_of_text|>.
 
-The order of documents is that of the inputs; whether one is held out for evaluation depends on a
-hash of its text alone, so copies of it are on the same side. Stopped in any way, the same command
-goes on; the folder becomes the same byte for byte, with any number of workers."""
+Documents keep the order of the inputs. Whether one is held out for evaluation depends on a hash of
+its text alone, so all copies of it are on the same side. If the command is stopped in any way, the
+same command goes on. The folder is the same byte for byte with any number of workers."""
 
 _EXAMPLES = """\
 examples:
@@ -53,32 +53,37 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add = prepare.add_argument
     add(
         "--tokenizer", metavar="FILE",
-        help="a Hugging Face tokenizer.json, or a folder that holds one and the files beside it, "
-        "such as a run's or a model's (default: bytes)",
+        help="a Hugging Face tokenizer.json, or a folder with one and the files beside it, such "
+        "as a run's or a model's (default: bytes are the tokens)",
     )  # fmt: skip
     add(
         "--end-token", metavar="NAME",
-        help="of the tokenizer's tokens the one after each document (default: the folder's "
-        "eos_token, or else </s>, <|endoftext|>, <|end_of_text|> or <eos>)",
+        help="the tokenizer's token that follows each document (default: the folder's eos_token, "
+        "or else </s>, <|endoftext|>, <|end_of_text|> or <eos>)",
     )  # fmt: skip
-    add("--text-key", default="text", metavar="KEY", help="where the text is (default: text)")
+    add(
+        "--text-key",
+        default="text",
+        metavar="KEY",
+        help="key or column of the text (default: text)",
+    )
     add(
         "--held-out-fraction", type=float, default=0.005, metavar="SHARE",
         help="share of the documents kept for evaluation (default: 0.005)",
     )  # fmt: skip
     add(
         "--workers", type=int, metavar="N",
-        help="processes; the result does not depend on it (default: one a CPU core)",
+        help="how many processes work; the result does not depend on it (default: one a CPU core)",
     )  # fmt: skip
     add(
         "--shard-bytes", type=int, default=64 << 20, metavar="N",
-        help="text in a shard, about; what is lost at most, for each worker, if stopped "
-        "(default: 64 MiB; a packed file is never divided)",
+        help="about how many bytes of text a shard holds, which is also what each worker loses at "
+        "most if stopped; a packed file is never divided (default: 64 MiB)",
     )  # fmt: skip
     add(
         "--skip-bad", action="store_true",
-        help="count documents that cannot be read (no JSON, no text under the key, not UTF-8) "
-        "and go on, instead of stopping at the first",
+        help="leave out and count documents that cannot be read (no JSON, no text under the key, "
+        "not UTF-8), instead of stopping at the first",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""`nha export`."""
+"""`nha export`: a model becomes a folder for PyTorch."""
 
 import argparse
 import dataclasses
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Writes a model as a folder for PyTorch: config.json, .safetensors and the files of its tokenizer.
 
-  --format family  what transformers loads (Llama, Qwen2, ...): a pretrained model with full
-                   attention in every layer. Its gates, which have no part in that, are left out.
-  --format nha     what the code of the authors of Native Hybrid Attention loads (JusenD/NHA): a
-                   hybridised model with its gates, or one of the published architecture.
-By default it is the first where every layer has full attention, else the second. The weights are
-read from RUN a piece at a time, if RUN is a saved model."""
+  --format family  for transformers (Llama, Qwen2, ...): a pretrained model with full attention in
+                   every layer. Its gates, which play no part in that, are left out.
+  --format nha     for the code of the authors of Native Hybrid Attention (JusenD/NHA): a pretrained
+                   model made hybrid, with its gates, or one of the published architecture.
+The default is family where every layer has full attention, else nha. If RUN is a saved model, its
+weights are read a piece at a time."""
 
 _EXAMPLES = """\
 examples:
@@ -43,20 +43,20 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
-    parser.add_argument("out", metavar="HF_DIR", help="the folder to make")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
+    parser.add_argument("out", metavar="HF_DIR", help="folder to make")
     add = parser.add_argument
     add("--format", choices=("family", "nha"), help="see above")
     add(
         "--windows", metavar="WINDOWS",
-        help="other windows than the model's: none, a pattern such as '64,64,64,none', or a result "
+        help="other windows than the model's: none, a pattern such as 64,64,64,none, or a result "
         "of nha search",
     )  # fmt: skip
     add(
         "--shard-size", default="5GB", metavar="SIZE",
-        help="of a file of weights at most, e.g. 500MB (default: 5GB)",
+        help="how large a file of weights may be, e.g. 500MB (default: 5GB)",
     )  # fmt: skip
-    add("--overwrite", action="store_true", help="replace an export that is at HF_DIR already")
+    add("--overwrite", action="store_true", help="replace the export that is at HF_DIR")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
-    """A saved model as it lies on the disk; of a run, its newest checkpoint."""
+    """Opens a saved model on the disk, or loads a run's newest checkpoint."""
     from nha_jax.parameter_shapes import abstract_parameters
     from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
     from nha_jax.storage.weights import ModelSource, check_weights
@@ -111,7 +111,7 @@ def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
 
 
 def _read_size(text: str) -> int:
-    """'500MB' -> 500,000,000."""
+    """Reads a size in bytes, e.g. '500MB' -> 500,000,000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", text, re.IGNORECASE)
     size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
     if size < 1:
@@ -120,7 +120,7 @@ def _read_size(text: str) -> int:
 
 
 def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -> str:
-    """What the folder will be, a line each, and what the user should know about it."""
+    """Describes the folder in a few lines, with what the user should know about it."""
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
     from train.windows import format_windows
 

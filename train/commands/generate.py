@@ -1,4 +1,4 @@
-"""`nha generate`."""
+"""`nha generate`: a trained model continues texts."""
 
 import argparse
 import dataclasses
@@ -20,61 +20,93 @@ if TYPE_CHECKING:
     from train.text.continuation import WrittenToken
 
 SAMPLING = {
-    "max_new_tokens": "tokens to write at most (bytes, of a model of bytes)",
-    "temperature": "divides the logits; 0: always the likeliest token",
-    "top_k": "draw from the K likeliest tokens only",
-    "top_p": "draw from the likeliest tokens that add up to this probability",
-    "min_p": "draw from tokens at least this times as likely as the likeliest",
-    "repetition_penalty": "divides positive logits of tokens that were there before; 1: none",
-    "seed": "of the random numbers; each prompt gets its own from it",
+    "max_new_tokens": "how many tokens to write at most",
+    "temperature": "divides the logits; 0 takes the likeliest token always",
+    "top_k": "draws from the K likeliest tokens only",
+    "top_p": "draws from the likeliest tokens that together have this probability",
+    "min_p": "draws from tokens with at least this share of the likeliest one's probability",
+    "repetition_penalty": "divides the positive logits of tokens that occurred before, multiplies "
+    "the negative ones; 1 changes nothing",
+    "seed": "seed of the random numbers; each prompt gets its own from it",
 }
+"""The options of `nha_jax.SamplingOptions` that the command has, and their help."""
+
 DEFAULTS = {"max_new_tokens": 256, "temperature": 0.8, "repetition_penalty": 1.0, "seed": 0}
+
+_DESCRIPTION = """\
+Prints what the model writes after each prompt. Of one prompt the text appears as it is written; a
+--prompt is repeated before its text, but not with --chat.
+
+Prompts come from --prompt, --prompt-file and --prompt-tokens, each of which may be given several
+times, or else from standard input. Tokens are drawn as the options say; where they say nothing, as
+RUN's generation_config.json says; and else by the defaults."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "generate",
         help="let a trained model continue texts",
-        description="Prints what the model writes after each prompt (a --prompt is repeated "
-        "before it, but for --chat), as it is written if there is one prompt. Prompts come from "
-        "--prompt, --prompt-file and --prompt-tokens, each as often as you like, or else from "
-        "standard input. How tokens are drawn is as the options say, or else RUN's "
-        "generation_config.json, if there is one, or else the defaults.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="nha generate RUN [--prompt TEXT ...] [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    parser.add_argument("folder", metavar="RUN", help="a run's folder or a saved model's")
+    parser.add_argument("folder", metavar="RUN", help="folder of a run or of a saved model")
     add = parser.add_argument
-    add("--prompt", dest="prompts", action=_Prompt, metavar="TEXT", help="text to continue")
-    add("--prompt-file", dest="prompts", action=_Prompt, metavar="FILE", help="the same; -: stdin")
+    add("--prompt", dest="prompts", action=_Prompt, metavar="TEXT", help="a text to continue")
+    add(
+        "--prompt-file", dest="prompts", action=_Prompt, metavar="FILE",
+        help="a file with a text to continue; - is standard input",
+    )  # fmt: skip
     add(
         "--prompt-tokens", dest="prompts", action=_Prompt, metavar="TOKENS",
-        help="the same as numbers, e.g. '100 101 102'",
+        help="tokens to continue, as numbers, e.g. '100 101 102'",
     )  # fmt: skip
     kinds = {"max_new_tokens": int, "top_k": int, "seed": int}
+    letters = {"max_new_tokens": "N", "top_k": "K", "seed": "N"}
     for name, text in SAMPLING.items():
         option = f"--{name.replace('_', '-')}"
         shown = f"{text} (default: {DEFAULTS[name]})" if name in DEFAULTS else text
-        add(option, type=kinds.get(name, float), help=shown)
-    add("--chat", action="store_true", default=False, help="each prompt is what a user says, put "
-        "into the model's chat template")  # fmt: skip
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends a text; repeatable")
-    add("--stop-token", action="append", type=int, default=[], metavar="N", help="the same")
-    add("--json", action="store_true", default=False, help="a JSON line for each prompt, with its "
-        "tokens and their log-probabilities (natural)")  # fmt: skip
-    add("--windows", metavar="WINDOWS", help="other windows than the model's: '32,32,none', or a "
-        "result of nha search")  # fmt: skip
-    add("--implementation", metavar="NAME", help="of the operator and its decode steps, whatever "
-        "the model was trained with; by default the fastest that serves")  # fmt: skip
-    add("--batch-size", type=int, default=8, help="prompts that are continued at once")
+        add(option, type=kinds.get(name, float), metavar=letters.get(name, "X"), help=shown)
+    add(
+        "--chat", action="store_true", default=False,
+        help="take each prompt as what a user says, and put it into the model's chat template",
+    )  # fmt: skip
+    add(
+        "--stop", action="append", default=[], metavar="TEXT",
+        help="end a text where TEXT occurs; may be given several times",
+    )  # fmt: skip
+    add(
+        "--stop-token", action="append", type=int, default=[], metavar="N",
+        help="end a text at this token; may be given several times",
+    )  # fmt: skip
+    add(
+        "--json", action="store_true", default=False,
+        help="print a JSON line for each prompt, with its tokens and their natural "
+        "log-probabilities",
+    )  # fmt: skip
+    add(
+        "--windows", metavar="WINDOWS",
+        help="other windows than the model's, e.g. 32,32,none, or a result of nha search",
+    )  # fmt: skip
+    add(
+        "--implementation", metavar="NAME",
+        help="implementation of the operator and its decode steps, whatever the model was trained "
+        "with (default: the fastest that serves)",
+    )  # fmt: skip
+    add(
+        "--batch-size", type=int, default=8, metavar="N",
+        help="how many prompts are continued at once (default: 8)",
+    )  # fmt: skip
     add(
         "--prefill-chunk", type=int, metavar="N",
-        help="tokens of a prompt that are read at once; by default up to 512",
+        help="how many tokens of a prompt are read at once (default: up to 512)",
     )  # fmt: skip
     add(
         "--max-length", type=int, metavar="N",
-        help="room for a prompt with its text in layers of full attention; by default as needed",
+        help="how many tokens of prompt and text layers with full attention have room for "
+        "(default: as many as needed)",
     )  # fmt: skip
 
 
@@ -128,7 +160,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _choose_sampling(options: argparse.Namespace, tokenizer: "Tokenizer") -> "SamplingOptions":
-    """As the options say, or else the model's authors; says what came from them."""
+    """Takes what the options say, or else the model's authors, and prints what is theirs."""
     from nha_jax import SamplingOptions
     from train.text.generation_defaults import GenerationDefaults
 
@@ -170,7 +202,7 @@ def _write(
     engine: "Engine", tokenizer: "Tokenizer", prompts: "list[_Prompted]",
     sampling: "SamplingOptions", options: argparse.Namespace,
 ) -> None:  # fmt: skip
-    """Streams one text, or prints several in the order of the prompts; then says how fast."""
+    """Prints one text as it is written, or several in the order of the prompts; then the speed."""
     from train.text.continuation import continue_texts
 
     streams = len(prompts) == 1 and not options.json
@@ -199,7 +231,7 @@ def _write(
 
 
 def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
-    """Compiles all that the texts need, by writing two tokens; the seconds it took."""
+    """Compiles all that the texts need, by writing two tokens; returns the seconds it took."""
     start = time.perf_counter()
     engine.submit([0], dataclasses.replace(sampling, max_new_tokens=2, stop_tokens=()))
     for _ in engine.run():

@@ -1,4 +1,4 @@
-"""`nha import`."""
+"""`nha import`: a pretrained model becomes one of ours."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ Turns a pretrained model in the format of Hugging Face's transformers (Llama, Mi
 Qwen3-MoE), or of the authors of Native Hybrid Attention (JusenD/NHA), into a folder that nha
 generate, nha train and nha_jax.load take.
 
-The weights are read from .safetensors files, a piece at a time; nothing is downloaded. With full
-attention in every layer, as is the default, the model computes what the original does. Other
---windows then make it a hybrid: its slots work, but only well after a fine-tune."""
+The weights are read from .safetensors files, a piece at a time; nothing is downloaded. By default
+every layer keeps full attention, and the model computes what the original computes. With other
+--windows it is a hybrid with slots, which need a fine-tune to be of use."""
 
 _EXAMPLES = """\
 examples:
@@ -38,30 +38,30 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("source", metavar="HF_DIR", help="the original's folder")
-    parser.add_argument("run", metavar="RUN", help="the folder to make")
+    parser.add_argument("source", metavar="HF_DIR", help="folder of the pretrained model")
+    parser.add_argument("run", metavar="RUN", help="folder to make")
     add = parser.add_argument
     add(
         "--num-slots", type=int, metavar="M",
-        help="slots per key/value head; divides the size of a head's key (default: 64; a model "
-        "that was hybridised already has its own)",
+        help="slots per key/value head, a divisor of the size of a head's key (default: 64, or "
+        "what the model has if it is a hybrid already)",
     )  # fmt: skip
     add(
         "--windows", metavar="WINDOWS",
-        help="of the layers: a pattern such as '64,64,64,none', or a result of nha search "
-        "(default: none, full attention; or those of a model that was hybridised already)",
+        help="windows of the layers: a pattern such as 64,64,64,none, or a result of nha search "
+        "(default: none, which is full attention, or what the model has if it is a hybrid already)",
     )  # fmt: skip
     dtypes = ("float32", "bfloat16")
     add(
         "--param-dtype", choices=dtypes,
-        help="of the parameters (default: bfloat16 if all weights are, else float32)",
+        help="dtype of the parameters (default: bfloat16 if all weights are, else float32)",
     )  # fmt: skip
     add(
         "--dtype", choices=dtypes,
-        help="of the computation (default: bfloat16 if the original's config says so, else "
+        help="dtype of the computation (default: bfloat16 if the model's config says so, else "
         "float32)",
     )  # fmt: skip
-    add("--overwrite", action="store_true", help="replace a model that is at RUN already")
+    add("--overwrite", action="store_true", help="replace the model that is at RUN")
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -93,7 +93,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
-    """All or nothing, with a bar for what takes a while."""
+    """Writes all of the folder or nothing, and shows a bar if it takes a while."""
     from nha_jax.storage.saved_model import write_folder
     from nha_jax.storage.weights import weight_bytes
     from train.report.bytes_bar import bytes_bar
@@ -116,7 +116,7 @@ def _next(pretrained: "Pretrained", out: Path) -> str:
 
 
 def _summary(pretrained: "Pretrained") -> str:
-    """What the model is, a line each, and what the user should know about it."""
+    """Describes the model in a few lines, with what the user should know about it."""
     from nha_jax.hf.families import FAMILIES
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
     from nha_jax.storage.weights import weight_bytes

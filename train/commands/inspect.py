@@ -1,4 +1,4 @@
-"""`nha inspect`."""
+"""`nha inspect`: what a model's slots do on a text."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,41 +6,48 @@ from pathlib import Path
 
 from train.errors import ConfigError
 
+_DESCRIPTION = """\
+Reads a text and shows the slot weight omega, which is the softmax's mass on the slots, by layer,
+head and position, and how long the slots remember (their half-lives). Prints a table, and writes a
+picture and, beside it, a .json with all numbers, whose keys class Inspection in
+train/inspect/measure.py explains."""
+
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "inspect",
         help="show how much a model reads from its slots, and how long they remember",
-        description=(
-            "Reads a text and shows, by layer, head and position, the slot share omega (the "
-            "softmax mass on the slots), and the slots' half-lives. Prints a table; writes a "
-            "picture and, beside it under the same name with .json, all its numbers (the keys: "
-            "train/inspect/measure.py, class Inspection)."
-        ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        usage="nha inspect RUN --text FILE [options]",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
-    parser.add_argument("--text", required=True, metavar="FILE", help="the text, of any kind")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
+    parser.add_argument("--text", required=True, metavar="FILE", help="the text to read")
     parser.add_argument(
-        "--max-tokens", type=int, default=4096, metavar="N", help="read the first N at most"
+        "--max-tokens",
+        type=int,
+        default=4096,
+        metavar="N",
+        help="read N tokens at most (default: 4096)",
     )
     parser.add_argument(
         "--context",
         type=int,
         default=4096,
         metavar="N",
-        help="start afresh after N tokens; memory grows with it, not with the text",
+        help="start anew, with empty slots, after every N tokens; memory grows with N, not with "
+        "the text (default: 4096)",
     )
     parser.add_argument(
         "--windows",
         metavar="WINDOWS",
-        help="other windows than the model's: '32,32,none', or a result of nha search",
+        help="other windows than the model's, e.g. 32,32,none, or a result of nha search",
     )
     parser.add_argument(
         "--output",
         metavar="FILE.png",
-        help="the picture; without it RUN/inspect-TEXT.png, TEXT being the text's name",
+        help="the picture to write (default: inspect-NAME.png in RUN, after the text's name)",
     )
 
 
@@ -93,10 +100,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _output_path(options: argparse.Namespace) -> Path:
-    """Where the picture goes.
+    """Decides where the picture goes.
 
     Raises:
-        ConfigError: it is no PNG by its name, or there is no such folder.
+        ConfigError: its name does not end in .png, or its folder does not exist.
     """
     if options.output is None:
         return Path(options.run) / f"inspect-{Path(options.text).stem}.png"

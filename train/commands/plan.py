@@ -1,4 +1,4 @@
-"""`nha plan`."""
+"""`nha plan`: what a training step takes on a machine that is not there."""
 
 import argparse
 import os
@@ -8,12 +8,13 @@ from train.commands.train import parse_overrides
 from train.errors import ConfigError
 
 _DESCRIPTION = """\
-Compiles the training step of a configuration for a machine that is not there, and says what it
-takes: memory, arithmetic, memory traffic, collectives, and the step time that each would bound. If
-it does not fit, tries what would make it fit. Nothing is trained, and the corpus is not read.
+Compiles the training step of a configuration for a machine that is not there, and says what the
+step takes: memory, arithmetic, memory traffic, collectives, and the least time that each of them
+needs. If the step does not fit, tries what would make it fit. Nothing is trained, and the corpus is
+not read.
 
-Machines are TPUs by their kind and shape (v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, which needs
-the extra `tpu`) and GPUs of one host (cuda:8xH200; A100, H100, H200 or B200; the extra `cuda`)."""
+A machine is TPUs by their kind and shape (v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1; this needs the
+extra `tpu`) or the GPUs of one host (cuda:8xH200; A100, H100, H200 or B200; the extra `cuda`)."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -34,13 +35,13 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         type=float,
         default=0.4,
         metavar="SHARE",
-        help="share of the chips' peak to assume for tokens a day (default: 0.4)",
+        help="share of the chips' peak to assume when estimating tokens a day (default: 0.4)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
         "--no-advice",
         action="store_true",
-        help="if it does not fit, do not try what would (each try compiles the step once)",
+        help="do not try what would make the step fit (each try compiles it once)",
     )
 
 
@@ -65,10 +66,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 
 def _set_environment() -> None:
-    """What jax and libtpu must find when they are loaded; of the latter, what is set stays.
+    """Sets what jax and libtpu must find when they are loaded; libtpu's variables only if unset.
 
-    jax itself is to use the CPU. libtpu is neither to ask the cloud which TPU this machine has nor
-    to complain that it does not know, nor to keep other processes out.
+    jax itself is to use the CPU. libtpu must not ask the cloud which TPU this machine has, must not
+    complain that it does not know, and must not keep other processes out.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

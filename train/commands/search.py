@@ -1,4 +1,4 @@
-"""`nha search`."""
+"""`nha search`: the layers at which wider windows pay."""
 
 import argparse
 import dataclasses
@@ -27,7 +27,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("run", metavar="RUN", help="a run's folder or a saved model's")
+    parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     budget = parser.add_mutually_exclusive_group(required=True)
     budget.add_argument(
         "--full-layers",

@@ -1,4 +1,4 @@
-"""`nha train`."""
+"""`nha train`: a run of training, and the reading of its options."""
 
 import argparse
 import dataclasses
@@ -14,7 +14,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "train",
         help="train a model as a YAML file says; the same command resumes",
         usage="nha train CONFIG [--key=value ...]",
-        description="Trains a model. Stopped in any way, the same command resumes the run.",
+        description="Trains a model. If the command is stopped in any way, the same command "
+        "resumes the run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         add_help=False,
@@ -50,10 +51,10 @@ class _ConfigHelp(argparse.Action):
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`--a.b=v` and `--a.b v` as (`a.b`, `v`) pairs.
+    """Reads `--a.b=v` and `--a.b v` as pairs (`a.b`, `v`).
 
     Raises:
-        ConfigError: something is no `--key`, or has no value.
+        ConfigError: an argument is no `--key`, or has no value.
     """
     pairs = []
     remaining = list(arguments)
@@ -71,12 +72,13 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _config_help() -> str:
-    """Every configuration key with its type, default and meaning."""
+    """Lists every key of the configuration with its type, default and meaning."""
     from train.load_config import describe, keys
 
     lines = [
-        "Keys of CONFIG, and --key=value to replace them (the value is read as YAML):",
-        "(model.window_size may also name the .json file that `nha search` wrote.)",
+        "Keys of CONFIG. --key=value replaces the one in the file; the value is read as YAML.",
+        "model.window_size may also name a .json file that `nha search` wrote.",
+        "",
     ]
     for key in keys():
         if key.is_section:

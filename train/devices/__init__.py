@@ -1,0 +1,1 @@
+"""The devices of a run: their mesh, its processes, chips' peaks, and compiled programs on disk."""

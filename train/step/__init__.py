@@ -1,0 +1,1 @@
+"""The arithmetic of training: losses, optimizer, one compiled update, and evaluation."""
