@@ -1,9 +1,9 @@
-"""How fast `nha data prepare` and the loader are, against what bounds them and what needs them.
+"""Times `nha data prepare` against its tokenizer alone, and the loader against what training needs.
 
     uv run python benchmarks/data.py [--megabytes N] [--workers N]
 
-Prints markdown tables. The text is modules of Python's standard library, over and over, as JSON
-lines; the tokenizers are that of bytes and a byte-level BPE of 32,000 tokens trained on it here.
+It prints Markdown tables. The text is modules of Python's standard library, over and over, as JSON
+lines. The tokenizers are that of bytes, and a byte-level BPE of 32,000 tokens that is trained here.
 """
 
 import argparse
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def some_texts(size: int) -> list[str]:
-    """Python's top-level modules, again and again up to `size` characters."""
+    """Returns Python's top-level modules, repeated up to `size` characters."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     modules = [file.read_text(errors="replace") for file in files]
     total = itertools.accumulate(map(len, itertools.cycle(modules)))
@@ -79,9 +79,9 @@ def train_tokenizer(texts: Sequence[str], path: Path) -> Path:
 def prepare_table(
     folder: Path, texts: list[str], files: Sequence[Path | None], workers: Sequence[int]
 ) -> None:
-    """Speed of `nha data prepare`, and of the tokenizer alone on texts in memory.
+    """Prints the speed of `nha data prepare`, and of the tokenizer alone on texts in memory.
 
-    A CPU second is one of any process: it does not depend on who else uses the machine.
+    CPU seconds are those of all its processes together; who else uses the machine matters little.
     """
     size = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{size:.0f} MB of text in {len(texts):,} documents; prepare / the tokenizer alone:\n")
@@ -111,7 +111,7 @@ def prepare_table(
 
 
 def seconds_to_encode(file: Path | None, texts: Sequence[str]) -> tuple[float, float]:
-    """By the clock, and of the CPU."""
+    """Returns the seconds on the clock, and those of the CPU."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tokenizer: Tokenizer = ByteTokenizer()
     if file:
@@ -123,8 +123,9 @@ def seconds_to_encode(file: Path | None, texts: Sequence[str]) -> tuple[float, f
 
 
 def loader_table(folder: Path, seconds: float) -> None:
-    """Tokens a second of the batches that training draws, and what a step takes."""
-    # Here: the workers of `prepare_table` import this file, and need neither jax nor grain.
+    """Prints the tokens a second that the loader gives, and those that training takes."""
+    # Imported here, as the workers of `prepare_table` import this file and need neither jax nor
+    # grain.
     import nha_jax
     from train.config import DataConfig
     from train.data.batches import Sequences

@@ -1,11 +1,11 @@
-"""Times generation: a decode step's cost against the context, the batch, and reading prompts.
+"""Times generation: decode steps against the context and the batch, and reading prompts.
 
 One model (4 layers, hidden size 256, 4 query and 2 key/value heads of 64, 64 slots, bytes) under
 three choices of windows that share its parameters: W=64 everywhere ("nha"), full attention in one
-layer of four ("1 in 4 full") and in all ("full": the usual cache of keys and values). Contenders
-take turns, so that a change of the machine's speed meets them all; medians are printed, and ratios
-of medians. Contexts are not read: a cache of their size is made, whose contents change no step's
-cost.
+layer of four ("1 in 4 full"), and full attention in all ("full", the usual cache of keys and
+values). They take turns, so that a change of the machine's speed meets them all; medians are
+printed, and ratios of medians. No context is read: an empty cache of its size costs a step the
+same.
 
     uv run python benchmarks/decode.py --seconds 5           # the tables of benchmarks/README.md
     uv run python benchmarks/decode.py --contexts 1024 4096  # short
@@ -27,7 +27,7 @@ from flax import nnx
 
 from nha_jax import Model, ModelCache, ModelConfig, generate
 
-LAYOUTS = {"nha": 64, "1 in 4 full": (64, 64, 64, None), "full": None}
+WINDOWS = {"nha": 64, "1 in 4 full": (64, 64, 64, None), "full": None}
 PREFILL_CHUNK, TRAINING_LENGTH = 512, 2048
 
 
@@ -41,7 +41,7 @@ def make_model(dtype: str, implementation: str | None) -> Model:
 
 
 class Decoder:
-    """A compiled decode step of one layout, and a cache of `context` tokens a row."""
+    """A compiled decode step of a model, and a cache of `context` tokens a row."""
 
     def __init__(self, model: Model, context: int, batch_size: int):
         graph, self._parameters = nnx.split(model)
@@ -60,17 +60,17 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        """Of a row."""
+        """Bytes of one row's cache."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.cache)) // len(self._tokens)
 
     def __call__(self) -> None:
-        """A step; beyond the room of a cache the oldest entry is overwritten."""
+        """Takes a step; in a cache that is full the oldest entry is overwritten."""
         logits, self.cache = self._step(self._parameters, self._tokens, self.cache)
         jax.block_until_ready((logits, self.cache))
 
 
 def with_length(cache: ModelCache, length: jax.Array) -> ModelCache:
-    """The cache, as if its rows had so many tokens."""
+    """Returns the cache as if its rows held `length` tokens."""
     layers = tuple(
         layer._replace(attention=layer.attention._replace(length=jnp.copy(length)))
         for layer in cache.layers
@@ -79,7 +79,10 @@ def with_length(cache: ModelCache, length: jax.Array) -> ModelCache:
 
 
 def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Median seconds of each function, in turns, for about `seconds` and at least five rounds."""
+    """Returns the median seconds of each function, which take turns for about `seconds`.
+
+    There are at least five rounds, and a first one that does not count.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     begin, rounds = time.perf_counter(), 0
     while rounds < 6 or time.perf_counter() - begin < seconds:
@@ -92,24 +95,28 @@ def medians(functions: dict[str, Callable[[], Any]], seconds: float) -> dict[str
 
 
 def context_table(model: Model, contexts: list[int], seconds: float) -> None:
-    print("| context | " + " | ".join(f"{name}, ms" for name in LAYOUTS), end=" | ")
-    print(" | ".join(f"{name}, cache a row" for name in LAYOUTS), end=" | ")
+    """Prints a step's time, and a row's cache, for every context and choice of windows."""
+    print("| context | " + " | ".join(f"{name}, ms" for name in WINDOWS), end=" | ")
+    print(" | ".join(f"{name}, cache a row" for name in WINDOWS), end=" | ")
     print("1 in 4 full / nha | full / nha |")
-    print("|" + " --- |" * (2 * len(LAYOUTS) + 3))
+    print("|" + " --- |" * (2 * len(WINDOWS) + 3))
     for context in contexts:
         decoders = {
-            name: Decoder(model.with_windows(layout), context, 1)
-            for name, layout in LAYOUTS.items()
+            name: Decoder(model.with_windows(windows), context, 1)
+            for name, windows in WINDOWS.items()
         }
         median = medians(dict(decoders), seconds)
-        cells = [f"{median[name] * 1e3:.2f}" for name in LAYOUTS]
+        cells = [f"{median[name] * 1e3:.2f}" for name in WINDOWS]
         cells += [f"{decoder.cache_bytes / 2**20:.2f} MiB" for decoder in decoders.values()]
-        cells += [f"{median[name] / median['nha']:.1f}x" for name in list(LAYOUTS)[1:]]
+        cells += [f"{median[name] / median['nha']:.1f}x" for name in list(WINDOWS)[1:]]
         print(f"| {context} | " + " | ".join(cells) + " |", flush=True)
 
 
 def flatness_table(model: Model, contexts: list[int], seconds: float) -> None:
-    """ "nha" alone, at every context in turns: full attention would leave it a cold processor."""
+    """Prints the times of "nha" alone at all contexts, which take turns.
+
+    A step of full attention before would leave it a cold processor cache.
+    """
     decoders = {str(context): Decoder(model, context, 1) for context in contexts}
     median = medians(dict(decoders), seconds * len(contexts))
     print("\n| nha alone, context | " + " | ".join(median) + " |")
@@ -118,20 +125,21 @@ def flatness_table(model: Model, contexts: list[int], seconds: float) -> None:
 
 
 def batch_table(model: Model, batch_sizes: list[int], context: int, seconds: float) -> None:
-    print(f"\n| batch, context {context} | " + " | ".join(f"{n}, tokens/s" for n in LAYOUTS) + " |")
-    print("|" + " --- |" * (len(LAYOUTS) + 1))
+    """Prints tokens a second for every batch size and choice of windows."""
+    print(f"\n| batch, context {context} | " + " | ".join(f"{n}, tokens/s" for n in WINDOWS) + " |")
+    print("|" + " --- |" * (len(WINDOWS) + 1))
     for batch_size in batch_sizes:
         decoders = {
-            name: Decoder(model.with_windows(layout), context, batch_size)
-            for name, layout in LAYOUTS.items()
+            name: Decoder(model.with_windows(windows), context, batch_size)
+            for name, windows in WINDOWS.items()
         }
         median = medians(dict(decoders), seconds)
-        cells = [f"{batch_size / median[name]:.0f}" for name in LAYOUTS]
+        cells = [f"{batch_size / median[name]:.0f}" for name in WINDOWS]
         print(f"| {batch_size} | " + " | ".join(cells) + " |", flush=True)
 
 
 def prefill_table(model: Model, seconds: float) -> None:
-    """Of "nha": a chunk behind others, against the forward of training."""
+    """Prints how fast "nha" reads a chunk of a prompt, and how fast training's forward is."""
     graph, parameters = nnx.split(model)
     cache = model.init_cache(1)
     chunk = jnp.zeros((1, PREFILL_CHUNK), jnp.int32)
@@ -163,15 +171,15 @@ def prefill_table(model: Model, seconds: float) -> None:
 
 
 def agreement_table(model: Model, num_tokens: int = 512) -> None:
-    """Greedy generation against the full forward over all tokens before: where they disagree.
+    """Prints how many greedy tokens are not the likeliest by the forward over all tokens before.
 
-    The weights are random, so the likeliest tokens are nearly ties: a hard case.
+    The weights are random, so the likeliest tokens are nearly tied, which makes this a hard case.
     """
     print(f"\n| {model.config.dtype}, {num_tokens} tokens, greedy | not the forward's likeliest |")
     print("| --- | --- |")
     prompt = list(b"def main(")
-    for name, layout in LAYOUTS.items():
-        chosen = model.with_windows(layout)
+    for name, windows in WINDOWS.items():
+        chosen = model.with_windows(windows)
         found = generate(chosen, prompt, max_new_tokens=num_tokens, temperature=0)
         text = jnp.asarray([*prompt, *found])[None]
         logits = jax.jit(Model.__call__)(chosen, text)[0, len(prompt) - 1 : -1]

@@ -2,10 +2,11 @@
 
     uv run python benchmarks/hybridize.py
 
-Trains the original on the quick start's corpus, takes it through the Hugging Face format and back,
-so that its gates start from its keys, gives three layers in four a short window, and fine-tunes the
-attention alone for a tenth of the steps. Prints held-out bits per byte, as a Markdown table.
-Stopped in any way, the same command goes on where it was: all is in --folder.
+It trains the original on the quick start's corpus, exports it in the Hugging Face format, and
+imports it again, so that its gates start from its keys. Then it gives three layers in four a short
+window, and fine-tunes the attention alone for a tenth of the steps. It prints held-out bits per
+byte as a Markdown table. If it is stopped in any way, the same command goes on: everything is in
+--folder.
 """
 
 import argparse
@@ -31,10 +32,10 @@ from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 
 QUICK_START = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
-LAYOUT = "[16, 16, 16, null]"
+HYBRID = "[16, 16, 16, null]"
 FULL = "null"
 
-# As an import makes a model: the attention of a Llama, and gates.
+# What an import would make: the attention of a Llama, and gates.
 ORIGINAL = {
     "model.num_layers": "4",
     "model.num_query_heads": "4",
@@ -59,7 +60,7 @@ Overrides = dict[str, str]
 
 
 def train(run: Path, steps: int, overrides: Overrides) -> float:
-    """`nha train`, or the rest of it; held-out bits per byte of the finished model."""
+    """Runs `nha train`, or the rest of it; returns the finished model's held-out bits per byte."""
     arguments = [f"--{key}={value}" for key, value in _run(run, steps, overrides).items()]
     if nha(["train", QUICK_START, *arguments]):
         sys.exit(1)
@@ -69,7 +70,7 @@ def train(run: Path, steps: int, overrides: Overrides) -> float:
 
 
 def measure(model: Path, overrides: Overrides) -> float:
-    """Held-out bits per byte of a saved model as it is."""
+    """Returns the held-out bits per byte of a saved model as it is."""
     values = _run(Path("unused"), 1, FINE_TUNE | overrides | {"initial_model": str(model)})
     return _held_out(load_config(QUICK_START, list(values.items())))
 
@@ -93,7 +94,7 @@ def _held_out(config: TrainConfig) -> float:
 
 
 def through_hugging_face(model: Path, folder: Path) -> Path:
-    """The model as an import of its export makes it: its gates start from its keys."""
+    """Exports a model and imports it again, whose gates then start from its keys."""
     exported, imported = folder / "hugging-face", folder / "imported"
     if not exported.exists() and nha(["export", str(model), str(exported)]):
         sys.exit(1)
@@ -104,7 +105,7 @@ def through_hugging_face(model: Path, folder: Path) -> Path:
 
 
 class WithoutGates:
-    """The weights of a model, but for those of its gates."""
+    """The weights of a model without those of its gates."""
 
     def __init__(self, source: WeightSource):
         self.name = source.name
@@ -116,7 +117,7 @@ class WithoutGates:
 
 
 def without_slots(model: Path, folder: Path) -> Path:
-    """The same model without slots: what has left its windows is gone."""
+    """Saves the same model without slots, which forgets what has left its windows."""
     path = folder / "without-slots"
     if not path.exists():
         config = dataclasses.replace(InitialModel.open(str(model)).config, num_slots=0)
@@ -135,8 +136,8 @@ def main() -> None:
     original = train(folder / "original", options.steps, ORIGINAL)
     imported = through_hugging_face(folder / "original" / "model", folder)
     window_only = without_slots(imported, folder)
-    # In place of the quick start's whole section: the rest is the initial model's.
-    hybrid, full = ({"model": f"{{window_size: {layout}}}"} for layout in (LAYOUT, FULL))
+    # These replace the quick start's whole section `model`: all else is the initial model's.
+    hybrid, full = ({"model": f"{{window_size: {windows}}}"} for windows in (HYBRID, FULL))
     learning = {"loss.distillation": "1.0"}
 
     def tuned(name: str, start: Path, overrides: Overrides) -> float:
@@ -147,7 +148,7 @@ def main() -> None:
         ("original, full attention", original, tuned("full", imported, full), None),
         ("exported, imported again", measure(imported, full), None, None),
         (
-            f"hybrid {LAYOUT}",
+            f"hybrid {HYBRID}",
             measure(imported, hybrid),
             tuned("hybrid", imported, hybrid),
             tuned("distilled", imported, hybrid | learning),

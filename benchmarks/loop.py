@@ -1,10 +1,10 @@
-"""What the training loop costs beside the bare compiled step: data, transfers, metrics, the bar.
+"""Times the training loop against the bare compiled step: data, transfers, metrics, the bar.
 
     uv run python benchmarks/loop.py
 
-The loop of `nha train` and the same update on one batch that is on the devices already take turns,
-some steps each; evaluations and checkpoints are left out. Prints the medians over the turns, of the
-time on the clock and of the processors' time, which other programs on the machine disturb less.
+The loop of `nha train`, and the same update on one batch that is on the devices already, take turns
+of some steps each. Evaluations and checkpoints are left out. It prints medians over the turns: of
+the time on the clock, and of the processors' time, which other programs disturb less.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class Turns:
         self._state = self._functions.initial_state()
 
     def by_the_loop(self, steps: int) -> Times:
-        """Of a step, between the starts of the second step and of the last."""
+        """Returns the times of a step, from the start of the second to that of the last one."""
         starts: list[Times] = []
         interruption = SimpleNamespace(signal=None)
         update = self._trainer._steps.update
@@ -75,7 +75,7 @@ class Turns:
         return (starts[-1] - starts[1]) / (steps - 2)
 
     def bare(self, steps: int) -> Times:
-        """Likewise; the host waits for the step before, so that none pile up."""
+        """Returns the times of a bare step; the host waits for the step before, so none pile up."""
         starts: list[Times] = []
         before = None
         for _ in range(steps):
@@ -88,7 +88,7 @@ class Turns:
 
 
 def measure(overrides: list[tuple[str, str]], turns: int, steps: int) -> tuple[Times, Times]:
-    """Medians over the turns, of a step: of the bare update and of the loop."""
+    """Returns the medians, over the turns, of a bare step's times and of a step in the loop."""
     with tempfile.TemporaryDirectory() as folder:
         # Longer than all turns, and with no evaluation or checkpoint within them.
         far = str(10 * turns * steps)
