@@ -29,34 +29,44 @@ class ModelConfig:
     """Sizes and options of a decoder-only Native Hybrid Attention language model.
 
     Fields:
-        vocab_size, num_layers, hidden_size: of the whole model.
+        vocab_size: number of tokens in the vocabulary.
+        num_layers: number of layers.
+        hidden_size: width of the hidden states between the layers.
         num_query_heads: query heads (Hq) of every layer.
-        num_kv_heads: key/value heads (Hkv), each shared by Hq / Hkv query heads; None: Hq.
-        key_dim: size of a head's query and key (K), even; None: hidden_size / num_query_heads.
-        value_dim: size of a head's value (V); None: key_dim.
-        num_slots: slots per key/value head (M); 0: none, the window alone is read.
-        window_size: the last tokens kept exactly (W). An int; None for full attention; or a
-            pattern of them, repeated over the layers. The parameters do not depend on it.
-        mlp_size: width of the SwiGLU; None: 8/3 hidden_size, rounded up to a multiple of 64.
-        experts: a mixture of SwiGLUs instead, of which a token goes through few; `Experts` or a
-            mapping of its fields; None: one for all.
-        conv_width: taps of the short convolution on query, key and value; 0: no convolution.
-        gate_logit_normalizer: log_decay = logsigmoid(f) / gate_logit_normalizer.
-        value_activation: of the value before it is attended to or enters the slots.
-        output_norm: the layer gives o_proj(RMSNorm(silu(o))); False: o_proj(o).
-        qk_norm: every head's query and key go through an RMSNorm of their own first.
-        attention_bias: projections with a bias: "none"; "qkv", of query, key and value; or "all",
-            of the output too. The gate's never has one.
+        num_kv_heads: key/value heads (Hkv), each shared by Hq / Hkv query heads; None for Hq.
+        key_dim: size of a head's query and key (K), even; None for hidden_size / num_query_heads.
+        value_dim: size of a head's value (V); None for key_dim.
+        num_slots: slots per key/value head (M); with 0 the window alone is read.
+        window_size: how many of the last tokens a layer keeps exactly (W); None for full attention;
+            or a pattern of both, repeated over the layers. The parameters do not depend on it.
+        mlp_size: width of the SwiGLU; None for 8/3 hidden_size, rounded up to a multiple of 64.
+        experts: a mixture of SwiGLUs in place of one, as `Experts` or a mapping of its fields; None
+            for one SwiGLU.
+        conv_width: taps of the short convolution on query, key and value; 0 for no convolution.
+        gate_logit_normalizer: divides the logarithm of the gate: log_decay = logsigmoid(f) /
+            gate_logit_normalizer.
+        value_activation: the function applied to the value, before it is attended to or enters the
+            slots.
+        output_norm: whether the layer gives o_proj(RMSNorm(silu(o))) rather than o_proj(o).
+        qk_norm: whether each head's query and key first go through an RMSNorm of their own.
+        attention_bias: which projections have a bias: "none"; "qkv", those of query, key and value;
+            "all", that of the output too. The gate's never has one.
         rope_theta: base of the rotary embedding of the window's queries and keys.
-        rope_scaling: how its frequencies were changed for a longer context; `RopeScaling` or a
-            mapping of its fields; None: not at all.
+        rope_scaling: how its frequencies were changed for a longer context, as `RopeScaling` or a
+            mapping of its fields; None for unchanged ones.
         norm_eps: added to the mean square in every RMSNorm.
-        tie_embeddings: the head is the embedding table.
-        slot_feature_map, empty_slots, implementation, kernel_options: passed on to
-            `nha_jax.nha_attention`; decode steps take the same implementation.
+        tie_embeddings: whether the head is the embedding table.
+        slot_feature_map: applied to query and key before they meet the slots, see
+            `nha_jax.nha_attention`.
+        empty_slots: whether queries attend to slots that hold nothing yet, or those are masked, see
+            `nha_jax.nha_attention`.
+        implementation: name of the operator's implementation, which decode steps take too; None
+            for the fastest that serves.
+        kernel_options: options that implementations have of their own, by the implementation's
+            name, e.g. {"pallas_tpu": {"chunk": 128}}, see `nha_jax.nha_attention`.
         initializer_range: standard deviation of the embedding and the projections at the start.
-        dtype: of the computation; norms, softmax, decays and logits are float32 in any case.
-        param_dtype: of the parameters.
+        dtype: dtype of the computation; norms, softmax, decays and logits are float32 in any case.
+        param_dtype: dtype of the parameters.
         remat: what the backward pass computes again rather than keep, block by block: "none";
             "full", everything but the block's input; "operator", all but what the attention
             operator's own backward needs, whose forward then runs once; "dots", all but that and

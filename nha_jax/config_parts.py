@@ -18,12 +18,15 @@ class RopeScaling:
             more than high_frequency_factor times, and blends between. "yarn" (arXiv 2309.00071)
             does so between the dimensions that turn beta_slow and beta_fast times, and multiplies
             the rotated vectors by attention_factor.
-        factor: how much longer the context became, at least 1.
-        original_length: tokens of the context before; of "llama3" and "yarn", which need it.
-        low_frequency_factor, high_frequency_factor: of "llama3", in turns.
-        beta_fast, beta_slow: of "yarn", in turns.
-        attention_factor: of "yarn"; None: 0.1 ln(factor) + 1.
-        truncate: of "yarn": whether the blend begins and ends at whole dimensions.
+        factor: how many times longer the context became, at least 1.
+        original_length: tokens of the context before; "llama3" and "yarn" need it.
+        low_frequency_factor: for "llama3", the turns where the blend begins.
+        high_frequency_factor: for "llama3", the turns where the blend ends.
+        beta_fast: for "yarn", the turns above which a frequency stays as it is.
+        beta_slow: for "yarn", the turns below which a frequency is divided by `factor`.
+        attention_factor: for "yarn", what multiplies the rotated vectors; None for
+            0.1 ln(factor) + 1.
+        truncate: for "yarn", whether the blend begins and ends at whole dimensions.
 
     Raises:
         ValueError: a field is out of its range; one line names it, its value and what is expected.
@@ -67,9 +70,9 @@ class Experts:
     from scratch, a few experts would take all of them and the others learn nothing.
 
     Fields:
-        count: how many there are in a layer.
+        count: how many experts a layer has.
         per_token: how many of them every token goes to.
-        size: width of each.
+        size: width of each expert.
         normalize: whether the weights of a token's experts add up to 1, rather than to their
             share of the router's softmax over all.
 

@@ -331,14 +331,14 @@ class TrainConfig:
             model.param_dtype. If model.dtype is bfloat16, then bfloat16 here changes nothing but
             the scales of norms and the choice of experts, which are computed in float32
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
-        data: see below
-        optimizer: see below
-        loss: see below
-        evaluation: see below
-        checkpoint: see below
-        logging: see below
-        mesh: see below
-        sample: see below
+        data: the text to learn, and how it is cut
+        optimizer: AdamW with clipping, a warm-up and a decay
+        loss: what is added to the cross-entropy
+        evaluation: how often and on how much held-out text the model is measured
+        checkpoint: when the whole state is saved, and what is kept
+        logging: metrics and traces
+        mesh: how the devices divide the work
+        sample: the text that the finished model writes
         distributed: whether this is one of several processes, as `jax.distributed.initialize`
             finds them: in a TPU pod or a Slurm job by itself, elsewhere by the variables
             JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID; the run's folder, the

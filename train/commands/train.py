@@ -82,7 +82,7 @@ def _config_help() -> str:
     ]
     for key in keys():
         if key.is_section:
-            lines += ["", f"{key.name}:"]
+            lines += ["", f"{key.name}: {key.help}"]
             continue
         required = key.default is dataclasses.MISSING
         default = "required" if required else f"default {json.dumps(key.default)}"
