@@ -1,4 +1,4 @@
-"""The weights of a transformers model: lazily read shards, under their names and under ours."""
+"""The weights of a transformers model, read as they are needed: under their names and ours."""
 
 import itertools
 import json
@@ -25,8 +25,8 @@ class Checkpoint:
     """The tensors of a folder's `.safetensors` files, one or several, under their own names.
 
     Attributes:
-        name: what errors call it.
-        shapes: of every tensor; the dtype is void where it is none that numpy can compute with.
+        name: what error messages call it.
+        shapes: shape and dtype of every tensor; the dtype is void if numpy cannot compute with it.
     """
 
     def __init__(self, folder: Path):
@@ -34,7 +34,7 @@ class Checkpoint:
 
         Raises:
             FileNotFoundError: the folder has no weights, or only pickled ones.
-            ValueError: shards are missing or damaged; the line names every one.
+            ValueError: shards are missing or damaged; one line names all of them.
         """
         self.name = str(folder)
         self._sources: dict[str, SafetensorsSource] = {}  # by tensor
@@ -53,33 +53,38 @@ class Checkpoint:
         self.shapes: Shapes = {name: source.shapes[name] for name, source in self._sources.items()}
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor; nothing else of the file is read."""
+        """Reads a part of a tensor, and nothing else of the file."""
         return self._sources[name].read(name, index)
 
     def param_dtype(self) -> DType:
-        """The smallest of ours that holds every floating-point tensor exactly."""
+        """Picks the smallest dtype of ours that holds every floating-point tensor exactly."""
         learned = {x for name, x in self.shapes.items() if not name.endswith(IGNORED_SUFFIXES)}
         dtypes = {x.dtype.name for x in learned} & set(_FLOATS)
         return "bfloat16" if dtypes == {"bfloat16"} else "float32"
 
 
 class ConvertedSource:
-    """The parameters of a model of ours, read from a transformers checkpoint.
+    """The parameters of a `Model`, read from a checkpoint in another format.
 
     Attributes:
-        name: what errors call it.
-        shapes: of every parameter, as the config has it.
+        name: what error messages call it.
+        shapes: shape and dtype of every parameter, as the config has it.
     """
 
     def __init__(self, config: ModelConfig, checkpoint: Checkpoint, entries: Iterable[Entry]):
-        """Compares all that the config wants with all that is there.
+        """Compares the tensors that the config needs with those that the checkpoint has.
 
-        No tensor is read, but for a head in the checkpoint of a model whose embeddings are tied.
+        No tensor is read, except for the head of a model whose embeddings are tied.
+
+        Args:
+            config: of the model.
+            checkpoint: the files.
+            entries: where each parameter lies in them, as `nha_jax.hf.tensors` lists it.
 
         Raises:
             ValueError: tensors are missing, unknown, or of another shape or dtype than the config
-                says; the line names every one of them. Or the embeddings should be tied, and the
-                head is another table.
+                says; one line names all of them. Or the config ties the embeddings, and the
+                checkpoint has a head that differs from the embedding table.
         """
         self.name = checkpoint.name
         self._checkpoint = checkpoint
@@ -97,24 +102,24 @@ class ConvertedSource:
             )
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of one parameter, in the dtype of `shapes`; reads a tensor of theirs at a time."""
+        """Reads a part of one parameter, in the dtype of `shapes`, a tensor of theirs at a time."""
         entry, wanted = self._entries[name], self.shapes[name]
         bounds = [part.indices(length) for part, length in zip(index, wanted.shape, strict=True)]
         parts = tuple(slice(low, high) for low, high, _ in bounds)
         stacked = parts[: entry.stacked_axes]
         theirs = entry.their_index(parts[entry.stacked_axes :])
         result = np.empty([part.stop - part.start for part in parts], wanted.dtype)
-        for place in itertools.product(*(range(part.start, part.stop) for part in stacked)):
-            tensor = self._checkpoint.read(entry.their_name(place), theirs)
-            at = tuple(i - part.start for i, part in zip(place, stacked, strict=True))
+        for indices in itertools.product(*(range(part.start, part.stop) for part in stacked)):
+            tensor = self._checkpoint.read(entry.their_name(indices), theirs)
+            at = tuple(i - part.start for i, part in zip(indices, stacked, strict=True))
             copy_array(entry.ours(tensor), result[at])
         return result
 
 
 def copy_array(values: np.ndarray, to: np.ndarray) -> None:
-    """to[...] = values; of a transposed matrix about five times as fast as numpy's own.
+    """Copies: to[...] = values, a transposed matrix about five times as fast as numpy does.
 
-    A few columns at a time stay in the cache until every cache line of `to` is complete.
+    A few columns at a time, so that they stay in the cache until each cache line of `to` is full.
     """
     if values.ndim != 2 or values.strides[0] >= values.strides[1]:
         to[...] = values
@@ -126,7 +131,7 @@ def copy_array(values: np.ndarray, to: np.ndarray) -> None:
 def _differences(
     config: ModelConfig, entries: Iterable[Entry], ours: Shapes, found: Shapes
 ) -> list[str]:
-    """Everything between the config and the checkpoint that does not fit, by their names."""
+    """Lists what does not fit between the config and the checkpoint, by the checkpoint's names."""
     ignored = {name for name in found if name.endswith(IGNORED_SUFFIXES)}
     if config.tie_embeddings:
         ignored.add(TIED_HEAD)
@@ -145,7 +150,7 @@ def _differences(
 
 
 def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
-    """Whether two tensors are equal, or the other is not there."""
+    """Whether two tensors are equal, or the checkpoint lacks the other."""
     if other not in checkpoint.shapes:
         return True
     shape, step = checkpoint.shapes[name].shape, 4096
@@ -158,7 +163,7 @@ def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
 
 
 def _open(path: Path) -> SafetensorsSource:
-    """Raises ValueError, naming the file, if it is missing or damaged."""
+    """Opens a shard; raises ValueError, naming the file, if it is missing or damaged."""
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     with path.open("rb") as file:
@@ -168,7 +173,7 @@ def _open(path: Path) -> SafetensorsSource:
 
 
 def _shards(folder: Path) -> list[str]:
-    """The names of the files that hold the weights."""
+    """Names the files that hold the weights."""
     if (folder / WEIGHTS_FILE).is_file():
         return [WEIGHTS_FILE]
     index = folder / INDEX_FILE

@@ -8,31 +8,38 @@ from nha_jax.config import AttentionBias, DType, ModelConfig
 from nha_jax.config_parts import Experts
 from nha_jax.hf.families import FAMILIES, Family, find_family
 from nha_jax.hf.rope import read_rope, write_rope
-from nha_jax.hf.tensors import Entry, table
+from nha_jax.hf.tensors import Entry, converted_table
 
-CONVERTED: dict[str, Any] = {
+PLAIN_ATTENTION: dict[str, Any] = {
     "value_activation": "identity",
     "output_norm": False,
     "conv_width": 0,
     "empty_slots": "mask",
 }
-"""What makes a `ModelConfig` with window None the plain attention of a pretrained model."""
+"""Fields of a `ModelConfig` with which window None is a pretrained model's plain attention."""
 
-CHOSEN = (
+FREE_FIELDS = (
     "num_slots", "window_size", "gate_logit_normalizer", "slot_feature_map", "empty_slots", "dtype",
     "param_dtype", "remat", "implementation", "kernel_options",
 )  # fmt: skip
-"""Fields of `ModelConfig` that the original's config.json does not determine."""
+"""Fields of `ModelConfig` that a config.json does not determine, so that the user may choose."""
 
 
 @dataclass(frozen=True)
-class Original:
-    """A config.json, understood."""
+class ImportedConfig:
+    """What a config.json says, in our terms.
+
+    Fields:
+        family: the model type that it names.
+        config: of the model that computes the same.
+        table: lists, for the config, where each parameter lies in the checkpoint.
+        notices: sentences for the user: where the model differs, and which keys were ignored.
+    """
 
     family: Family
     config: ModelConfig
-    table: Callable[[ModelConfig], tuple[Entry, ...]]  # where each parameter lies
-    notices: tuple[str, ...]  # what the user should know: where the model differs, what is ignored
+    table: Callable[[ModelConfig], tuple[Entry, ...]]
+    notices: tuple[str, ...]
 
 
 _SIZES = (
@@ -41,7 +48,7 @@ _SIZES = (
 
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 
-# Bookkeeping, and what matters in training or to other programs only.
+# Keys for bookkeeping, for training, or for other programs: they change no logits.
 HARMLESS = frozenset({
     "_attn_implementation", "_name_or_path", "architectures", "attention_dropout",
     "attn_implementation", "bos_token", "bos_token_id", "chunk_size_feed_forward", "dtype",
@@ -53,25 +60,26 @@ HARMLESS = frozenset({
 
 
 Required = Mapping[str, tuple[Callable[[Any], bool], str]]
-"""Of a key, whether its value is one that we compute with, and what is expected in words."""
+"""For each key, a test that its value is one we can compute with, and that value in words."""
 
 
-def nothing(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a key of config.json has an empty value: null, false, 0, [] or {}."""
     return not value
 
 
-# What transformers would compute otherwise than we do, unless the key says the usual.
+# With other values of these keys, transformers computes something that a `Model` does not.
 _REQUIRED: Required = {
     "hidden_act": (lambda value: value in ("silu", "swish"), "'silu'"),
     "attention_bias": (lambda value: value in (None, False, True), "true or false"),
-    "mlp_bias": (nothing, "false"),
+    "mlp_bias": (is_empty, "false"),
     "pretraining_tp": (lambda value: value in (None, 1), "1"),
     "partial_rotary_factor": (lambda value: value in (None, 1), "1"),
-    "quantization_config": (nothing, "weights that are not quantized"),
-    "per_layer_config": (nothing, "the same config for every layer"),
-    "is_encoder_decoder": (nothing, "false"),
-    "add_cross_attention": (nothing, "false"),
-    "mlp_only_layers": (nothing, "[]: experts in every layer"),
+    "quantization_config": (is_empty, "weights that are not quantized"),
+    "per_layer_config": (is_empty, "the same config for every layer"),
+    "is_encoder_decoder": (is_empty, "false"),
+    "add_cross_attention": (is_empty, "false"),
+    "mlp_only_layers": (is_empty, "[]: experts in every layer"),
     "decoder_sparse_step": (lambda value: value in (None, 1), "1: experts in every layer"),
     "layer_types": (
         lambda value: set(value or ()) <= {"full_attention", "sliding_attention"},
@@ -82,26 +90,26 @@ _REQUIRED: Required = {
 
 def from_hf_config(
     fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
-) -> Original:
-    """What a config.json of transformers says, as a `ModelConfig` that computes the same.
+) -> ImportedConfig:
+    """Translates a config.json of transformers into a `ModelConfig` that computes the same.
 
-    The model keeps its own attention (`CONVERTED`) and, unless chosen otherwise, window None in
-    every layer and 64 slots; `dtype` is bfloat16 if config.json says so, else float32.
+    The model keeps its own attention (`PLAIN_ATTENTION`) and, unless chosen otherwise, has window
+    None in every layer and 64 slots; `dtype` is bfloat16 if config.json says so, else float32.
 
     Args:
         fields: the parsed config.json.
-        param_dtype: of the parameters.
-        chosen: other fields of `ModelConfig`, of `CHOSEN`.
+        param_dtype: the dtype of the parameters.
+        chosen: values for any of `FREE_FIELDS`.
 
     Raises:
-        ValueError: the architecture is not supported, or keys say what cannot be computed; one
-            line names every one of them with its value and what is expected. Or `chosen` has a
-            field that the original determines.
+        ValueError: the architecture is not supported, or keys ask for what a `Model` does not
+            compute; one line names each of them, its value and what is expected. Or `chosen` has a
+            field that config.json determines.
     """
-    if wrong := sorted(set(chosen) - set(CHOSEN)):
+    if wrong := sorted(set(chosen) - set(FREE_FIELDS)):
         raise ValueError(
             f"{', '.join(wrong)} cannot be chosen: the original determines it; "
-            f"there are {', '.join(CHOSEN)}"
+            f"there are {', '.join(FREE_FIELDS)}"
         )
     family = find_family(fields)
     values = {**family.defaults, **fields}
@@ -116,36 +124,35 @@ def from_hf_config(
             **_sizes(values, family),
             rope_theta=theta,
             rope_scaling=scaling,
-            **CONVERTED | {"window_size": None, "dtype": computing_dtype(fields)} | chosen,
+            **PLAIN_ATTENTION | {"window_size": None, "dtype": computing_dtype(fields)} | chosen,
             param_dtype=param_dtype,
         )
     except ValueError as error:
         raise ValueError(listed([str(error)])) from None
     unknown = [*_unknown_keys(fields, family), *rope_unknown]
     notices = (*_sliding_notice(values, family), *unknown_notice(unknown))
-    return Original(family, config, table, notices)
+    return ImportedConfig(family, config, converted_table, notices)
 
 
 def to_hf_config(
     config: ModelConfig, *, max_position_embeddings: int | None = None
 ) -> dict[str, Any]:
-    """A config.json with which transformers computes what the model does at window None.
+    """Writes the config.json with which transformers computes what the model does at window None.
 
-    Windows, slots and gates have no place in it, and are left out.
+    Windows, slots and gates have no keys there and are left out.
 
     Args:
-        config: of a model with the attention of a pretrained one, as `from_hf_config` gives it.
-        max_position_embeddings: the longest context; None: as the rotations were stretched for, or
-            else the family's default.
+        config: of a model with a pretrained model's attention, as `from_hf_config` gives it.
+        max_position_embeddings: the longest context in tokens; None: the length that rope_scaling
+            stretches the rotations to, or without it the family's default.
 
     Raises:
-        ValueError: no supported family computes this; one line names every field that is in the
-            way.
+        ValueError: no supported family computes this; one line names every field in the way.
     """
     family = _family_of(config)
     problems = [
         f"{field} = {getattr(config, field)!r}: expected {value!r}"
-        for field, value in CONVERTED.items()
+        for field, value in PLAIN_ATTENTION.items()
         if field != "empty_slots" and getattr(config, field) != value
     ]
     if config.value_dim != config.key_dim:
@@ -194,7 +201,7 @@ def to_hf_config(
 
 
 def refused(values: Mapping[str, Any], required: Required) -> list[str]:
-    """What keys that are there say otherwise than they must."""
+    """Describes the problem of each key whose value we cannot compute with."""
     return [
         f"{key} = {values[key]!r}: expected {expected}"
         for key, (fits, expected) in required.items()
@@ -203,7 +210,7 @@ def refused(values: Mapping[str, Any], required: Required) -> list[str]:
 
 
 def _family_of(config: ModelConfig) -> Family:
-    """The plainest family that has what the config has."""
+    """Picks the family with no more features than the config needs."""
     if config.experts:
         return FAMILIES["qwen3_moe"]
     if config.qk_norm:
@@ -212,7 +219,7 @@ def _family_of(config: ModelConfig) -> Family:
 
 
 def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """The fields of `ModelConfig` that are numbers and flags of config.json."""
+    """Reads the fields of `ModelConfig` that config.json gives as numbers and flags."""
     bias: AttentionBias | None = family.attention_bias
     if bias is None:
         bias = "all" if values["attention_bias"] else "none"
@@ -242,7 +249,7 @@ def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def computing_dtype(fields: Mapping[str, Any]) -> DType:
-    """What the original computes in, of ours."""
+    """Picks the dtype of ours that the original computes in."""
     named = str(fields.get("dtype") or fields.get("torch_dtype"))
     return "bfloat16" if named.removeprefix("torch.") == "bfloat16" else "float32"
 
@@ -274,11 +281,11 @@ def _unknown_keys(fields: Mapping[str, Any], family: Family) -> list[str]:
 
 
 def unknown_notice(keys: Iterable[str]) -> list[str]:
-    """What is said of keys that mean nothing here."""
+    """Returns the notice about keys that have no meaning here; empty if there are none."""
     named = ", ".join(keys)
     return [f"config.json has keys that were ignored: {named}"] if named else []
 
 
 def listed(problems: Iterable[str]) -> str:
-    """One line of all that is in the way of an import."""
+    """Formats the error about everything in a config.json that stands in the way of its import."""
     return f"config.json cannot be imported: {'; '.join(problems)}"

@@ -1,4 +1,4 @@
-"""Models of ours in the format of transformers, or in that of the paper's authors."""
+"""Writing models in the format of transformers, or in that of the paper's authors."""
 
 import dataclasses
 import itertools
@@ -15,11 +15,11 @@ import safetensors
 
 from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
-from nha_jax.hf.config import CHOSEN, from_hf_config, to_hf_config
-from nha_jax.hf.families import HYBRIDS, NATIVE
-from nha_jax.hf.published import native_notices, read_native, write_native
+from nha_jax.hf.config import FREE_FIELDS, from_hf_config, to_hf_config
+from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
+from nha_jax.hf.published import published_notices, read_published, write_published
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
-from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table
+from nha_jax.hf.tensors import Entry, hybrid_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.parameter_shapes import Shapes
 from nha_jax.storage.saved_model import EXTRA_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
@@ -37,7 +37,7 @@ CONFIG_FILE = "config.json"
 
 _METADATA = {"format": "pt", "producer": "nha_jax"}
 
-# Spelt otherwise by what is written instead, or by other versions of transformers.
+# Keys that are written under another name, or that other versions of transformers write.
 _REWRITTEN = {
     "rope_parameters", "rope_scaling", "layer_types", "dtype", "num_local_experts",
     "transformers_version",
@@ -45,11 +45,17 @@ _REWRITTEN = {
 
 
 class Export(NamedTuple):
-    """What a model becomes, before any weight is written."""
+    """What `plan_export` planned, before any weight is written.
 
-    fields: dict[str, Any]  # config.json
-    entries: tuple[Entry, ...]  # where each parameter goes; those that are left out are not there
-    notices: tuple[str, ...]  # where the original computes otherwise than the model
+    Fields:
+        fields: the content of config.json.
+        entries: where each parameter goes; parameters without an entry are left out.
+        notices: sentences about where the exported model computes something else than ours.
+    """
+
+    fields: dict[str, Any]
+    entries: tuple[Entry, ...]
+    notices: tuple[str, ...]
 
 
 def save_pretrained(
@@ -61,26 +67,27 @@ def save_pretrained(
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> tuple[str, ...]:
-    """Writes a folder that transformers loads, or the code of the paper's authors.
+    """Writes a folder that transformers, or the code of the paper's authors, can load.
 
     Args:
         path: the folder to create, all of it or nothing; its parents are created too.
         model: the model; `with_windows` gives it other windows.
-        format: "family": of Llama, Qwen2, ..., for a pretrained model with window None in every
-            layer, without its gates, which have no part in full attention. "nha": that of the
-            paper's authors, with the gates: of a pretrained model, model types such as llama_nha;
-            of one of the published architecture, nha. None: "family" where it fits, else "nha".
-        files: name, of `nha_jax.storage.saved_model.EXTRA_FILES`, and content of what goes
-            with the model. Of an imported model, `original_config.json` decides its family and
-            whatever else of config.json the model does not.
-        shard_bytes: the weights' files are at most this large, or hold one tensor.
+        format: "family": that of Llama, Qwen2, ..., for a pretrained model with window None in
+            every layer, without its gates, which full attention does not use. "nha": that of the
+            paper's authors, with the gates; its model type is nha for the published architecture,
+            and for pretrained models one such as llama_nha. None: "family" where it fits, else
+            "nha".
+        files: name and content of extra files (`nha_jax.storage.saved_model.EXTRA_FILES`). That of
+            an imported model, `original_config.json`, decides the family and those keys of
+            config.json that the model itself does not.
+        shard_bytes: the largest size of a file of weights, unless it holds a single tensor.
         overwrite: replace a folder that this function wrote.
 
     Returns:
-        Sentences about where the loaded model computes otherwise than this one.
+        Sentences about where the exported model computes something else than this one.
 
     Raises:
-        ValueError: no format has what the model has; one line names every field in the way.
+        ValueError: no format can express the model; one line names every field in the way.
         FileExistsError: `path` exists and overwrite is False, or something else is there.
         OSError: there is too little room on the disk; nothing was written.
     """
@@ -94,7 +101,7 @@ def save_pretrained(
 def plan_export(
     config: ModelConfig, files: Mapping[str, bytes], format: Format | None = None
 ) -> Export:
-    """What `save_pretrained` would write of a model; the same arguments, errors and notices."""
+    """Plans what `save_pretrained` writes; the same arguments, errors and notices."""
     original = _original(files)
     hybrid = set(config.windows) != {None}
     if config.output_norm or config.value_activation != "identity":
@@ -103,8 +110,8 @@ def plan_export(
                 "no model of transformers has the published architecture's attention; "
                 "leave format='family' out"
             )
-        fields = _kept(config, original, native=True) | write_native(config)
-        return Export(fields, native_table(config), native_notices(config))
+        fields = _kept(config, original, published=True) | write_published(config)
+        return Export(fields, published_table(config), published_notices(config))
     plain = _plain_fields(config, original, files)
     if format == "nha" or (format is None and hybrid):
         fields = write_hybrid(config, plain)
@@ -137,7 +144,7 @@ def write_export(
         path, files, shard_bytes, overwrite: as for `save_pretrained`.
         export: the plan.
         source: the model's parameters.
-        on_written: called with the bytes of each piece of the weights.
+        on_written: called after each piece of the weights with its number of bytes.
 
     Raises:
         ValueError, FileExistsError, OSError: as for `save_pretrained`.
@@ -148,8 +155,8 @@ def write_export(
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes={shard_bytes} must be at least 1")
     check_exportable(path, overwrite=overwrite)
-    places = _places(source.shapes, export.entries)
-    theirs = ExportedSource(source, places).shapes
+    tensors = _exported_tensors(source.shapes, export.entries)
+    theirs = ExportedSource(source, tensors).shapes
     shards = _shards(theirs, shard_bytes)
     needed = weight_bytes(theirs) + sum(map(len, files.values()))
     with replacing_folder(path, needed) as new:
@@ -162,7 +169,7 @@ def write_export(
             name = WEIGHTS_FILE
             if len(shards) > 1:
                 name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            part = ExportedSource(source, {tensor: places[tensor] for tensor in shard})
+            part = ExportedSource(source, {name: tensors[name] for name in shard})
             write_weights(new / name, part, on_written, _METADATA)
             weight_map |= dict.fromkeys(shard, name)
         if len(shards) > 1:
@@ -171,7 +178,7 @@ def write_export(
 
 
 def check_exportable(path: Path, *, overwrite: bool) -> None:
-    """Raises FileExistsError if `path` exists, unless it is an export of ours to overwrite."""
+    """Raises FileExistsError if `path` exists, unless it is an export to be overwritten."""
     if not path.exists():
         return
     if not overwrite:
@@ -184,51 +191,51 @@ class ExportedSource:
     """Parameters of a model, as tensors under the names of another format.
 
     Attributes:
-        name: what errors call it.
-        shapes: of the tensors.
+        name: what error messages call it.
+        shapes: shape and dtype of every tensor.
     """
 
-    def __init__(self, source: WeightSource, places: "Mapping[str, _Place]"):
+    def __init__(self, source: WeightSource, tensors: Mapping[str, "_ExportedTensor"]):
         self.name = source.name
-        self._source, self._places = source, places
+        self._source, self._tensors = source, tensors
         self.shapes: Shapes = {
-            name: jax.ShapeDtypeStruct(place.shape, source.shapes[place.entry.name].dtype)
-            for name, place in places.items()
+            name: jax.ShapeDtypeStruct(tensor.shape, source.shapes[tensor.entry.name].dtype)
+            for name, tensor in tensors.items()
         }
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a tensor, with bounds."""
-        place = self._places[name]
-        at = tuple(slice(i, i + 1) for i in place.stacked)
-        part = self._source.read(place.entry.name, (*at, *place.entry.our_index(index)))
-        values = place.entry.theirs(part.reshape(part.shape[len(at) :]))
-        tensor = np.empty(values.shape, values.dtype)
-        copy_array(values, tensor)
-        return tensor
+        """Reads a part of a tensor; the slices have bounds."""
+        tensor = self._tensors[name]
+        at = tuple(slice(i, i + 1) for i in tensor.indices)
+        part = self._source.read(tensor.entry.name, (*at, *tensor.entry.our_index(index)))
+        values = tensor.entry.theirs(part.reshape(part.shape[len(at) :]))
+        result = np.empty(values.shape, values.dtype)
+        copy_array(values, result)
+        return result
 
 
-class _Place(NamedTuple):
-    """Where a tensor of theirs lies in ours."""
+class _ExportedTensor(NamedTuple):
+    """Where a tensor of theirs lies in our parameters."""
 
     entry: Entry
-    stacked: tuple[int, ...]  # layer and expert
-    shape: tuple[int, ...]  # of the tensor
+    indices: tuple[int, ...]  # of our leading axes: layer and expert
+    shape: tuple[int, ...]  # the tensor's
 
 
-def _places(ours: Shapes, entries: tuple[Entry, ...]) -> dict[str, _Place]:
-    """Every tensor of theirs, from the embedding through the layers to the head."""
+def _exported_tensors(ours: Shapes, entries: tuple[Entry, ...]) -> dict[str, _ExportedTensor]:
+    """Lists every tensor of theirs, from the embedding through the layers to the head."""
     found = []
     for entry in entries:
         shape = ours[entry.name].shape
-        for stacked in itertools.product(*map(range, shape[: entry.stacked_axes])):
-            layer = stacked[0] if stacked else (-1 if entry.name.startswith("embed") else math.inf)
-            place = _Place(entry, stacked, entry.their_shape(shape))
-            found.append((layer, entry.their_name(stacked), place))
-    return {name: place for _, name, place in sorted(found, key=lambda item: item[:2])}
+        for indices in itertools.product(*map(range, shape[: entry.stacked_axes])):
+            layer = indices[0] if indices else (-1 if entry.name.startswith("embed") else math.inf)
+            tensor = _ExportedTensor(entry, indices, entry.their_shape(shape))
+            found.append((layer, entry.their_name(indices), tensor))
+    return {name: tensor for _, name, tensor in sorted(found, key=lambda item: item[:2])}
 
 
 def _shards(theirs: Shapes, shard_bytes: int) -> list[list[str]]:
-    """The names in order, in as many parts as there are to be files."""
+    """Divides the names, in order, into one list for each file."""
     shards: list[list[str]] = [[]]
     room = shard_bytes
     for name, shape in theirs.items():
@@ -244,8 +251,8 @@ def _shards(theirs: Shapes, shard_bytes: int) -> list[list[str]]:
 def _plain_fields(
     config: ModelConfig, original: Mapping[str, Any], files: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """The config.json of transformers that computes the model at window None."""
-    kept = _kept(config, original, native=False)
+    """Writes the config.json with which transformers computes the model at window None."""
+    kept = _kept(config, original, published=False)
     fields = to_hf_config(config, max_position_embeddings=kept.get("max_position_embeddings"))
     if not kept:
         return fields | _tokens(files)
@@ -255,19 +262,19 @@ def _plain_fields(
     return kept | fields | own
 
 
-def _kept(config: ModelConfig, original: Mapping[str, Any], *, native: bool) -> dict[str, Any]:
-    """What the original's config.json says, if the model still is what it says."""
+def _kept(config: ModelConfig, original: Mapping[str, Any], *, published: bool) -> dict[str, Any]:
+    """Returns the original's config.json, if it still describes the model; else an empty one."""
     model_type = original.get("model_type")
     if model_type in HYBRIDS:
         original = without_gates(original)
-    if native != (model_type == NATIVE.model_type) or not original:
+    if published != (model_type == PUBLISHED_FAMILY.model_type) or not original:
         return {}
     try:
-        read = read_native if native else from_hf_config
+        read = read_published if published else from_hf_config
         before = read(original, param_dtype=config.param_dtype).config
     except ValueError:
         return {}
-    determined = {field.name for field in dataclasses.fields(config)} - set(CHOSEN)
+    determined = {field.name for field in dataclasses.fields(config)} - set(FREE_FIELDS)
     if any(getattr(before, name) != getattr(config, name) for name in determined):
         return {}
     return {key: value for key, value in original.items() if key not in _REWRITTEN}
@@ -278,9 +285,9 @@ def _original(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def _tokens(files: Mapping[str, bytes]) -> dict[str, Any]:
-    """The numbers of special tokens; without them transformers would take its family's."""
-    told = _read_object(files.get("generation_config.json", b"{}"))
-    return {key: told.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    """Returns the ids of special tokens; without them transformers would use its family's."""
+    given = _read_object(files.get("generation_config.json", b"{}"))
+    return {key: given.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
 def _read_object(content: bytes) -> dict[str, Any]:
@@ -292,7 +299,7 @@ def _read_object(content: bytes) -> dict[str, Any]:
 
 
 def _is_export(path: Path) -> bool:
-    """Whether nothing but what an export writes is there; downloads have the same file names."""
+    """Whether the folder is an export of ours alone; downloaded models have the same file names."""
     own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES}
     weights = list(path.glob("*.safetensors"))
     if not path.is_dir() or {file.name for file in path.iterdir()} - own - {

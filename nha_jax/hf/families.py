@@ -1,4 +1,4 @@
-"""The model types of transformers that can be imported, and what each means."""
+"""The model types that can be imported: of transformers, and of the paper's authors."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,17 +9,18 @@ from nha_jax.config import AttentionBias
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What a model type of transformers means beyond what its config.json says.
+    """What a model type implies beyond what its config.json says.
 
     Fields:
         model_type, architecture: how config.json names it.
-        defaults: what transformers takes for keys that config.json leaves out.
-        attention_bias: of the projections; None: "all" or "none", as the key attention_bias says.
-        qk_norm: whether every head's query and key are normed.
-        experts: whether every layer is a mixture of experts.
-        slides: which layers see no more than sliding_window tokens: none ("never"), all of them
-            ("always"), or, if use_sliding_window says so, those that layer_types or
-            max_window_layers name ("named"), or all ("asked").
+        defaults: the values that transformers uses for keys that config.json leaves out.
+        attention_bias: which projections have a bias, as in `ModelConfig`; None: config.json's
+            attention_bias says whether "all" or "none".
+        qk_norm: whether every head's query and key go through an RMSNorm.
+        experts: whether every layer has a mixture of experts.
+        slides: which layers see no more than sliding_window tokens: "never" none, "always" all;
+            where use_sliding_window is true, "named" those that layer_types or max_window_layers
+            name, and "asked" all.
     """
 
     model_type: str
@@ -31,12 +32,12 @@ class Family:
     slides: Literal["never", "always", "named", "asked"] = "never"
 
 
-def _family(model_type: str, architecture: str, defaults: dict[str, Any], **features) -> Family:
+def _family(model_type: str, architecture: str, defaults: dict[str, Any], **fields) -> Family:
     shared = {"num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6,
               "initializer_range": 0.02, "tie_word_embeddings": False, "attention_bias": False,
               "hidden_act": "silu"}  # fmt: skip
     return Family(
-        model_type=model_type, architecture=architecture, defaults=shared | defaults, **features
+        model_type=model_type, architecture=architecture, defaults=shared | defaults, **fields
     )
 
 
@@ -113,9 +114,11 @@ HYBRIDS: dict[str, Family] = {
         _hybrid("qwen3_moe", "Qwen3MoeNHAForCausalLM"),
     )
 }
-"""Those that the authors of Native Hybrid Attention hybridised: a gate projection more a layer."""
+"""The families that the authors of Native Hybrid Attention hybridised, by model type.
 
-NATIVE = Family(
+Every layer has a gate projection besides what the family of transformers has."""
+
+PUBLISHED_FAMILY = Family(
     model_type="nha",
     architecture="NHAForCausalLM",
     defaults={
@@ -126,21 +129,21 @@ NATIVE = Family(
         "vocab_size": 32000, "rope_theta": 10000.0, "window_size": 32,
     },
 )  # fmt: skip
-"""The models that its authors trained from scratch."""
+"""The architecture that the authors of Native Hybrid Attention trained from scratch."""
 
 
 def find_family(fields: Mapping[str, Any]) -> Family:
-    """The family that a config.json names.
+    """Finds the family of transformers that a config.json names.
 
     Raises:
-        ValueError: there is none, or it is not supported; the line lists those that are.
+        ValueError: it names none, or one that is not supported; the message lists those that are.
     """
     model_type, architectures = fields.get("model_type"), fields.get("architectures") or []
     family = FAMILIES.get(str(model_type))
     if model_type is None:
         family = next((x for x in FAMILIES.values() if x.architecture in architectures), None)
     if family is None or architectures not in ([], [family.architecture]):
-        supported = (*FAMILIES.values(), *HYBRIDS.values(), NATIVE)
+        supported = (*FAMILIES.values(), *HYBRIDS.values(), PUBLISHED_FAMILY)
         known = ", ".join(f"{x.model_type} ({x.architecture})" for x in supported)
         raise ValueError(
             f"config.json is of no supported model: model_type = {model_type!r}, "

@@ -1,4 +1,4 @@
-"""Pretrained models of transformers, as models of ours."""
+"""Reading pretrained models of transformers, and the paper's authors', as `nha_jax.Model`."""
 
 import json
 import os
@@ -9,30 +9,37 @@ from typing import Any, Literal
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
-from nha_jax.hf.config import Original, from_hf_config
-from nha_jax.hf.families import HYBRIDS, NATIVE
-from nha_jax.hf.published import read_native
+from nha_jax.hf.config import ImportedConfig, from_hf_config
+from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
+from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
 from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
-Windows = int | tuple[int | None, ...] | None
+WindowSize = int | tuple[int | None, ...] | None
+"""As `ModelConfig.window_size`."""
 
 CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A folder of transformers, opened and found to be complete; no tensor has been read."""
+    """A folder in the format of transformers, found to be complete; no weight has been read.
 
-    original: Original
+    Fields:
+        original: what its config.json says.
+        source: the parameters of the converted model.
+        files: name and content of the extra files: the tokenizer's and others.
+    """
+
+    original: ImportedConfig
     source: WeightSource
-    files: dict[str, bytes]  # the tokenizer's and others that go with the model
+    files: dict[str, bytes]
 
     @property
     def config(self) -> ModelConfig:
-        """Of the converted model."""
+        """The config of the converted model."""
         return self.original.config
 
 
@@ -40,12 +47,12 @@ def open_pretrained(
     path: str | os.PathLike[str],
     *,
     num_slots: int | None = None,
-    window_size: Windows | Literal["original"] = "original",
+    window_size: WindowSize | Literal["original"] = "original",
     dtype: DType | None = None,
     param_dtype: DType | None = None,
     **overrides: Any,
 ) -> Pretrained:
-    """All of `from_pretrained` but the reading of the weights; the same arguments and errors."""
+    """Does all of `from_pretrained` except reading weights; the same arguments and errors."""
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -60,17 +67,17 @@ def open_pretrained(
         chosen["window_size"] = window_size
     if param_dtype is None:
         param_dtype = checkpoint.param_dtype()
-    original = understand(fields, param_dtype=param_dtype, **chosen)
+    original = import_config(fields, param_dtype=param_dtype, **chosen)
     source = ConvertedSource(original.config, checkpoint, original.table(original.config))
     files = extra_files_of(folder) | {ORIGINAL_CONFIG_FILE: (folder / CONFIG_FILE).read_bytes()}
     return Pretrained(original, source, files)
 
 
-def understand(fields: Mapping[str, Any], **options: Any) -> Original:
-    """What a config.json says, of whichever model; options and errors of `from_hf_config`."""
+def import_config(fields: Mapping[str, Any], **options: Any) -> ImportedConfig:
+    """Translates the config.json of any supported model; options and errors of `from_hf_config`."""
     model_type = fields.get("model_type")
-    if model_type == NATIVE.model_type:
-        return read_native(fields, **options)
+    if model_type == PUBLISHED_FAMILY.model_type:
+        return read_published(fields, **options)
     if model_type in HYBRIDS:
         return read_hybrid(fields, **options)
     return from_hf_config(fields, **options)
@@ -80,40 +87,41 @@ def from_pretrained(
     path: str | os.PathLike[str],
     *,
     num_slots: int | None = None,
-    window_size: Windows | Literal["original"] = "original",
+    window_size: WindowSize | Literal["original"] = "original",
     dtype: DType | None = None,
     param_dtype: DType | None = None,
     shardings: Shardings | None = None,
     **overrides: Any,
 ) -> Model:
-    """A model of transformers (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE) as one of ours.
+    """Loads a model of transformers: Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE.
 
-    The checkpoints published with Native Hybrid Attention are read too: what was trained from
-    scratch (`nha_jax.hf.published`), and what was hybridised (`nha_jax.hf.published_hybrid`).
+    The checkpoints published with Native Hybrid Attention are read too: those trained from scratch
+    (`nha_jax.hf.published`) and those hybridised (`nha_jax.hf.published_hybrid`).
 
-    With window None in every layer, as is the default, its logits are the original's. The gates,
-    of which the original has none, start from its key projection: the rows of a head's, averaged
+    With window None in every layer, the default, the logits are the original's. The gates, which
+    the original does not have, start from its key projection: the rows of each head are averaged
     in num_slots groups of neighbours.
 
     Args:
         path: the folder with config.json and the weights, model.safetensors or shards of it.
-        num_slots: slots per key/value head (M); divides the size of a head's key. None: 64, or
-            as many as the checkpoint has gates for.
-        window_size: as in `ModelConfig`; "original": as in the checkpoint, None everywhere if it
-            is none of Native Hybrid Attention.
-        dtype: of the computation; None: bfloat16 if config.json says so, else float32.
-        param_dtype: of the parameters; None: bfloat16 if all weights are, else float32.
-        shardings: from the abstract nnx state of the model to a `jax.sharding.Sharding` in place
-            of each variable: every device's part is then read by itself. None: all go to the
-            default device.
-        overrides: other fields of `ModelConfig` that the original does not determine, e.g.
-            `implementation` or `remat`.
+        num_slots: slots per key/value head (M); it divides key_dim. None: 64, or as many as the
+            checkpoint has gates for.
+        window_size: as in `ModelConfig`; "original": the windows of the checkpoint, or None in
+            every layer if it is not a model of Native Hybrid Attention.
+        dtype: what is computed in; None: bfloat16 if config.json says so, else float32.
+        param_dtype: what the parameters are kept in; None: bfloat16 if all weights are, else
+            float32.
+        shardings: takes the abstract nnx state of the model and returns the same tree with a
+            `jax.sharding.Sharding` in place of each variable; each device then reads its own part.
+            None: everything goes to the default device.
+        overrides: other fields of `ModelConfig` that config.json does not determine, such as
+            `implementation` and `remat`.
 
     Raises:
         FileNotFoundError: there is no such folder, or it lacks config.json or the weights.
-        ValueError: the architecture is not supported; config.json says what cannot be computed;
-            files are damaged; or tensors are missing, unknown, or of another shape or dtype. One
-            line names every mismatch, and nothing has been read by then.
+        ValueError: the architecture is not supported; config.json asks for what a `Model` does not
+            compute; files are damaged; or tensors are missing, unknown, or of another shape or
+            dtype. One line names every mismatch, and nothing has been read by then.
     """
     pretrained = open_pretrained(
         path,

@@ -1,10 +1,10 @@
-"""Models of the published architecture, in the format of its authors (JusenD/NHA, "nha").
+"""Models trained from scratch by the paper's authors, in their format (JusenD/NHA, type "nha").
 
-The paper and the code of its time are followed. That code has a feature map among its options and
-uses none: queries and keys reach the slots as they are. Later versions of it apply the map, leave
-the logits unscaled, and let tokens be in the window and the slots at once; their config.json has a
-gsa_kv_shift, and is refused. Layers of full attention and empty slots are as for hybridised models
-(`nha_jax.hf.published_hybrid`).
+The paper and the code of its time are followed. That code has an option feature_map and ignores it:
+queries and keys reach the slots as they are. Later versions apply the map, leave the logits
+unscaled, and let tokens be in the window and in the slots at once; their config.json has the key
+gsa_kv_shift and is refused. Layers of full attention and empty slots are treated as in hybridised
+models (`nha_jax.hf.published_hybrid`).
 """
 
 import dataclasses
@@ -13,28 +13,28 @@ from typing import Any
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.config import (
-    CHOSEN,
+    FREE_FIELDS,
     HARMLESS,
-    Original,
+    ImportedConfig,
     Required,
     computing_dtype,
+    is_empty,
     listed,
-    nothing,
     refused,
     unknown_notice,
 )
-from nha_jax.hf.families import NATIVE
+from nha_jax.hf.families import PUBLISHED_FAMILY
 from nha_jax.hf.published_hybrid import empty_slots_notice, fixed_slots, unpublished
 from nha_jax.hf.published_windows import (
     KEYS,
     full_layers_notice,
-    read_layout,
-    shortest,
-    write_layout,
+    read_windows,
+    shortest_window_size,
+    write_windows,
 )
-from nha_jax.hf.tensors import native_table
+from nha_jax.hf.tensors import published_table
 
-PUBLISHED: dict[str, Any] = {
+PUBLISHED_FIELDS: dict[str, Any] = {
     "value_activation": "silu",
     "output_norm": True,
     "qk_norm": False,
@@ -42,28 +42,27 @@ PUBLISHED: dict[str, Any] = {
     "rope_scaling": None,
     "experts": None,
 }
-"""What makes a `ModelConfig` one of the published architecture."""
+"""Fields of a `ModelConfig` that make up the published architecture."""
 
-
-# What the original would compute otherwise than we do, unless the key says the usual.
+# With other values of these keys, the original computes something that a `Model` does not.
 _REQUIRED: Required = {
     "feature_map": (lambda value: value in ("swish", "relu", None), "'swish' or 'relu'"),
     "hidden_act": (lambda value: value in ("swish", "silu"), "'swish'"),
-    "conv_bias": (nothing, "false"),
-    "use_output_gate": (nothing, "false"),
+    "conv_bias": (is_empty, "false"),
+    "use_output_gate": (is_empty, "false"),
     "use_norm": (bool, "true"),
     "elementwise_affine": (bool, "true"),
-    "attn": (nothing, "null: its layers have no gates"),
-    "rope_scaling": (nothing, "null"),
+    "attn": (is_empty, "null: its layers have no gates"),
+    "rope_scaling": (is_empty, "null"),
     "gsa_kv_shift": (
         lambda value: value is None,
         "a model of the paper's time, whose config has no such key: later code computes "
         "something else",
     ),
-    "quantization_config": (nothing, "weights that are not quantized"),
+    "quantization_config": (is_empty, "weights that are not quantized"),
 }
 
-# Of training, and of how the original computes the same.
+# Keys for training, or for how the original computes the same thing.
 _WITHOUT_EFFECT = {
     "fuse_cross_entropy", "fuse_norm", "fuse_swiglu", "max_position_embeddings", "norm_first",
     "num_attention_heads", "num_key_value_heads", "rand_window", "gsa_aux_loss_enable",
@@ -71,30 +70,32 @@ _WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def read_native(
+def read_published(
     fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
-) -> Original:
-    """What the config.json of a model of the published architecture says.
+) -> ImportedConfig:
+    """Translates the config.json of a model of the published architecture.
 
     Slots and windows are the original's, unless other windows are chosen.
 
     Args:
         fields: the parsed config.json.
-        param_dtype: of the parameters.
-        chosen: other fields of `ModelConfig`, of `nha_jax.hf.config.CHOSEN`.
+        param_dtype: the dtype of the parameters.
+        chosen: values for any of `nha_jax.hf.config.FREE_FIELDS`.
 
     Raises:
-        ValueError: keys say what cannot be computed; one line names every one of them with its
-            value and what is expected. Or `chosen` has a field that the original determines.
+        ValueError: keys ask for what a `Model` does not compute; one line names each of them, its
+            value and what is expected. Or `chosen` has a field that config.json determines.
     """
-    if wrong := sorted(set(chosen) - set(CHOSEN)):
+    if wrong := sorted(set(chosen) - set(FREE_FIELDS)):
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the original determines it")
-    values = {**NATIVE.defaults, **fields}
+    values = {**PUBLISHED_FAMILY.defaults, **fields}
     architectures = values.get("architectures") or []
     problems = refused(values, _REQUIRED)
-    if architectures not in ([], [NATIVE.architecture]):
-        problems.append(f"architectures = {architectures!r}: expected {NATIVE.architecture!r}")
-    windows, wrong = read_layout(values, values["num_hidden_layers"])
+    if architectures not in ([], [PUBLISHED_FAMILY.architecture]):
+        problems.append(
+            f"architectures = {architectures!r}: expected {PUBLISHED_FAMILY.architecture!r}"
+        )
+    windows, wrong = read_windows(values, values["num_hidden_layers"])
     problems += wrong
     key_dim, value_dim, wrong = _head_sizes(values)
     problems += wrong
@@ -124,80 +125,80 @@ def read_native(
             norm_eps=values["norm_eps"],
             tie_embeddings=values["tie_word_embeddings"],
             initializer_range=values["initializer_range"],
-            **PUBLISHED | own | chosen,
+            **PUBLISHED_FIELDS | own | chosen,
             param_dtype=param_dtype,
         )
     except ValueError as error:
         raise ValueError(listed([str(error)])) from None
-    config = dataclasses.replace(config, window_size=shortest(config))
-    known = {*NATIVE.defaults, *KEYS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
+    config = dataclasses.replace(config, window_size=shortest_window_size(config))
+    known = {*PUBLISHED_FAMILY.defaults, *KEYS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
     known |= {"expand_k", "expand_v", "empty_slots"}
-    notices = (*unknown_notice(sorted(set(fields) - known)), *native_notices(config))
-    return Original(NATIVE, config, native_table, notices)
+    notices = (*unknown_notice(sorted(set(fields) - known)), *published_notices(config))
+    return ImportedConfig(PUBLISHED_FAMILY, config, published_table, notices)
 
 
-def native_notices(config: ModelConfig) -> tuple[str, ...]:
-    """Where the authors' code computes otherwise than the model."""
+def published_notices(config: ModelConfig) -> tuple[str, ...]:
+    """Describes where the authors' code computes something else than the model."""
     return full_layers_notice(config.windows) + empty_slots_notice(config)
 
 
 def _head_sizes(values: Mapping[str, Any]) -> tuple[int, int, list[str]]:
-    """Of a head's key and value, and what is wrong with the keys."""
+    """Returns key_dim and value_dim, and what is wrong with the keys that they come from."""
     width, heads = values["hidden_size"], values["num_heads"]
     problems, sizes = [], []
     for part in "kv":
-        # Misspelt in the code, and again as it should be in the files that it writes.
-        share = values.get(f"expand_{part}", values[f"exapnd_{part}"])
-        if int(width * share) % heads:
-            problems.append(f"expand_{part} = {share}: does not divide into {heads} heads")
-        sizes.append(max(int(width * share) // heads, 1))
+        # The authors' code misspells the key; the files that it writes also have the right one.
+        ratio = values.get(f"expand_{part}", values[f"exapnd_{part}"])
+        if int(width * ratio) % heads:
+            problems.append(f"expand_{part} = {ratio}: does not divide into {heads} heads")
+        sizes.append(max(int(width * ratio) // heads, 1))
     if sizes[1] * heads != width:
-        problems.append(f"expand_v = {share}: expected 1, since g_norm is as wide as the model")
+        problems.append(f"expand_v = {ratio}: expected 1, since g_norm is as wide as the model")
     return sizes[0], sizes[1], problems
 
 
 def _mlp_size(values: Mapping[str, Any]) -> int:
-    """2/3 of hidden_ratio times the width, up to a multiple of 256, where it is not told."""
+    """Returns intermediate_size; if unset, 2/3 hidden_ratio hidden_size, rounded up to 256s."""
     if values["intermediate_size"] is not None:
         return values["intermediate_size"]
     ratio = 4 if values["hidden_ratio"] is None else values["hidden_ratio"]
     return 256 * -(-int(values["hidden_size"] * ratio * 2 / 3) // 256)
 
 
-def write_native(config: ModelConfig) -> dict[str, Any]:
-    """The config.json of a model of the published architecture.
+def write_published(config: ModelConfig) -> dict[str, Any]:
+    """Writes the config.json of a model of the published architecture.
 
     Raises:
         ValueError: the authors' code cannot compute this; one line names every field in the way.
     """
     problems = [
         f"{field} = {getattr(config, field)!r}: expected {value!r}"
-        for field, value in PUBLISHED.items()
+        for field, value in PUBLISHED_FIELDS.items()
         if getattr(config, field) != value
     ]
     problems += unpublished(config)
     width, heads = config.hidden_size, config.num_query_heads
     if heads * config.value_dim != width:
         problems.append(f"value_dim = {config.value_dim}: expected hidden_size / num_query_heads")
-    share = heads * config.key_dim / width
-    if int(width * share) != heads * config.key_dim:
+    key_ratio = heads * config.key_dim / width
+    if int(width * key_ratio) != heads * config.key_dim:
         problems.append(f"key_dim = {config.key_dim}: its share of hidden_size is no exact number")
     if problems:
         raise ValueError(f"the authors' code cannot compute this model: {'; '.join(problems)}")
     return {
-        "architectures": [NATIVE.architecture],
-        "model_type": NATIVE.model_type,
+        "architectures": [PUBLISHED_FAMILY.architecture],
+        "model_type": PUBLISHED_FAMILY.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": width,
         "num_hidden_layers": config.num_layers,
         "num_heads": heads,
         "num_kv_heads": config.num_kv_heads,
-        "expand_k": share,
-        "exapnd_k": share,
+        "expand_k": key_ratio,
+        "exapnd_k": key_ratio,
         "expand_v": 1,
         "exapnd_v": 1,
         "num_slots": config.num_slots,
-        **write_layout(config.windows),
+        **write_windows(config.windows),
         "gate_logit_normalizer": config.gate_logit_normalizer,
         "feature_map": "swish",
         "use_short_conv": config.conv_width > 0,

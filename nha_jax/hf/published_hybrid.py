@@ -1,10 +1,10 @@
-"""Pretrained models that the authors of Native Hybrid Attention hybridised, in their format.
+"""Pretrained models hybridised by the authors of Native Hybrid Attention, in their format.
 
-It is that of the model's family in transformers, with a gate projection in every layer, as
-JusenD/NHA writes and reads it. What its code does beside the paper is not followed:
+The format is that of the model's family in transformers with a gate projection in every layer, as
+JusenD/NHA writes and reads it. Two things that its code does and the paper does not are left out:
 
-- a full layer there sees the last 2048 tokens; here it sees all;
-- a full layer of its Qwen2 does not attend to empty slots; here all layers do, or none.
+- a layer of full attention there sees the last 2048 tokens; here it sees all;
+- such a layer of its Qwen2 does not attend to empty slots; here all layers do, or none does.
 """
 
 import dataclasses
@@ -12,31 +12,32 @@ from collections.abc import Mapping
 from typing import Any
 
 from nha_jax.config import DType, ModelConfig
-from nha_jax.hf.config import Original, from_hf_config, listed, to_hf_config
+from nha_jax.hf.config import ImportedConfig, from_hf_config, listed, to_hf_config
 from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS
 from nha_jax.hf.published_windows import (
     KEYS,
     full_layers_notice,
-    read_layout,
-    shortest,
-    write_layout,
+    read_windows,
+    shortest_window_size,
+    write_windows,
 )
 from nha_jax.hf.tensors import hybrid_table
 
 GATE_LOGIT_NORMALIZER = 8
-"""A constant of the authors' code."""
+"""The gate_logit_normalizer of hybridised models: a constant of the authors' code."""
 
-# rand_window matters in training; empty_slots is ours, and nothing to the authors' code.
+# Keys that the family of transformers lacks. rand_window is for training; empty_slots is written
+# by us, and the authors' code ignores it.
 _OWN_KEYS = {"num_slots", *KEYS, "rand_window", "empty_slots"}
 
 
 def read_hybrid(
     fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
-) -> Original:
-    """What the config.json of a hybridised model says; see `from_hf_config`.
+) -> ImportedConfig:
+    """Translates the config.json of a hybridised model; arguments and errors of `from_hf_config`.
 
-    Slots and windows are the original's, unless other windows are chosen; empty slots are attended
-    to, as its authors' code does, unless the file (one of ours) says "empty_slots": "mask".
+    Slots and windows are the original's, unless other windows are chosen. Empty slots are attended
+    to, as in the authors' code, unless the file is one that we wrote and says "mask".
     """
     family = HYBRIDS[str(fields.get("model_type"))]
     values = {**family.defaults, **fields}
@@ -46,7 +47,7 @@ def read_hybrid(
         problems.append(f"architectures = {architectures!r}: expected {family.architecture!r}")
     problems += fixed_slots(values["num_slots"], chosen)
     layers = values.get("num_hidden_layers")
-    windows, wrong = read_layout(values, layers if isinstance(layers, int) else 1)
+    windows, wrong = read_windows(values, layers if isinstance(layers, int) else 1)
     problems += wrong
     if problems:
         raise ValueError(listed(problems))
@@ -57,20 +58,20 @@ def read_hybrid(
         "gate_logit_normalizer": GATE_LOGIT_NORMALIZER,
     }
     original = from_hf_config(without_gates(fields), param_dtype=param_dtype, **own | chosen)
-    config = dataclasses.replace(original.config, window_size=shortest(original.config))
+    config = dataclasses.replace(original.config, window_size=shortest_window_size(original.config))
     notices = (*original.notices, *hybrid_notices(config, family.model_type))
-    return Original(family, config, hybrid_table, notices)
+    return ImportedConfig(family, config, hybrid_table, notices)
 
 
 def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the same model before it was hybridised."""
+    """Returns the config.json of the same model before it was hybridised."""
     plain = {key: value for key, value in fields.items() if key not in _OWN_KEYS}
     family = FAMILIES[str(fields["model_type"]).removesuffix(HYBRID_SUFFIX)]
     return plain | {"model_type": family.model_type, "architectures": [family.architecture]}
 
 
 def fixed_slots(num_slots: object, chosen: Mapping[str, Any]) -> list[str]:
-    """What is wrong with the slots of a checkpoint that has its gates, or with those chosen."""
+    """Lists what is wrong with the slots of a checkpoint that has gates, or with those chosen."""
     if not isinstance(num_slots, int) or num_slots < 1:
         return [f"num_slots = {num_slots!r}: expected at least 1"]
     if chosen.get("num_slots", num_slots) != num_slots:
@@ -79,7 +80,7 @@ def fixed_slots(num_slots: object, chosen: Mapping[str, Any]) -> list[str]:
 
 
 def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of a hybridised model, from that of the same model at window None.
+    """Writes the config.json of a hybridised model, from that of the same model at window None.
 
     Args:
         config: of the model.
@@ -88,7 +89,7 @@ def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any
     Raises:
         ValueError: the authors' code cannot compute this; one line names every field in the way.
     """
-    if plain["model_type"] + HYBRID_SUFFIX not in HYBRIDS:  # a Mistral, which is a Llama too
+    if plain["model_type"] + HYBRID_SUFFIX not in HYBRIDS:  # a Mistral: write it as a Llama
         own = ("architectures", "model_type")
         plain = {**plain, **{key: to_hf_config(config)[key] for key in own}}
     family = HYBRIDS[plain["model_type"] + HYBRID_SUFFIX]
@@ -110,14 +111,14 @@ def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "num_slots": config.num_slots,
-        **write_layout(config.windows),
+        **write_windows(config.windows),
         "rand_window": False,
         "empty_slots": config.empty_slots,
     }
 
 
 def hybrid_notices(config: ModelConfig, model_type: str) -> tuple[str, ...]:
-    """Where the authors' code computes otherwise than the model."""
+    """Describes where the authors' code computes something else than the model."""
     notices = full_layers_notice(config.windows)
     if notices and model_type == "qwen2_nha" and config.empty_slots == "attend":
         notices += ("in those of a Qwen2 it does not attend to empty slots, as this model does",)
@@ -125,7 +126,7 @@ def hybrid_notices(config: ModelConfig, model_type: str) -> tuple[str, ...]:
 
 
 def empty_slots_notice(config: ModelConfig) -> tuple[str, ...]:
-    """Of a model whose tokens do not attend to slots that are still empty."""
+    """Returns the notice about masked empty slots; empty for a model that attends to them."""
     if config.empty_slots == "attend":
         return ()
     return (
@@ -135,7 +136,7 @@ def empty_slots_notice(config: ModelConfig) -> tuple[str, ...]:
 
 
 def unpublished(config: ModelConfig) -> list[str]:
-    """The fields that neither of the authors' formats can express."""
+    """Lists which fields neither of the authors' formats can express."""
     problems = []
     if config.slot_feature_map != "identity":
         problems.append(f"slot_feature_map = {config.slot_feature_map!r}: expected 'identity'")

@@ -1,4 +1,4 @@
-"""Windows as the authors of Native Hybrid Attention write them: one size, and full layers."""
+"""Windows in the authors' config.json: one size for all layers, or full attention in some."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
@@ -6,46 +6,49 @@ from typing import Any, TypeGuard
 from nha_jax.config import ModelConfig
 
 LARGEST_WINDOW = 64
-"""Beyond it the authors' code leaves the slots out, and the layer is none of theirs any more."""
+"""The largest window of the authors' format: beyond it, their code leaves the slots out."""
 
 FULL_WINDOW = 2048
-"""What the authors' layers of full attention see at most: the context that they trained with."""
+"""Tokens that the authors' layers of full attention see: the context that they trained with."""
 
-Layout = tuple[int | None, ...]
+Windows = tuple[int | None, ...]
+"""One window for each layer; None is full attention."""
 
 KEYS = ("window_size", "block_size", "transformer_idx")
 
 
-def read_layout(values: Mapping[str, Any], num_layers: int) -> tuple[Layout, list[str]]:
-    """The window of every layer, and what is wrong with the keys.
+def read_windows(values: Mapping[str, Any], num_layers: int) -> tuple[Windows, list[str]]:
+    """Reads the window of every layer; returns it and what is wrong with the keys.
 
-    Layer i sees everything where i % block_size == transformer_idx, and window_size tokens
-    elsewhere.
+    Layer i sees all tokens if i % block_size == transformer_idx, and window_size tokens otherwise.
     """
-    window, block, place = (values.get(key) for key in KEYS)
+    window, block, offset = (values.get(key) for key in KEYS)
     problems = []
     if not _is_count(window) or not 1 <= window <= LARGEST_WINDOW:
         problems.append(
             f"window_size = {window!r}: expected 1 to {LARGEST_WINDOW}; beyond that the original "
             "has no slots"
         )
-    for key, value in (("block_size", block), ("transformer_idx", place)):
+    for key, value in (("block_size", block), ("transformer_idx", offset)):
         if value is not None and not _is_count(value):
             problems.append(f"{key} = {value!r}: expected a whole number or null")
     if block == 0:
         problems.append("block_size = 0: expected at least 1 or null")
     if problems:
         return (None,) * num_layers, problems
-    if block is None or place is None:
+    if block is None or offset is None:
         return (window,) * num_layers, []
-    return tuple(None if i % block == place else window for i in range(num_layers)), []
+    return tuple(None if i % block == offset else window for i in range(num_layers)), []
 
 
-def write_layout(windows: Sequence[int | None]) -> dict[str, int | None]:
-    """The keys that mean these windows.
+def write_windows(windows: Sequence[int | None]) -> dict[str, int | None]:
+    """Writes the keys that mean these windows.
+
+    Args:
+        windows: one for each layer.
 
     Raises:
-        ValueError: none do.
+        ValueError: a window is too large for the format, or they follow no pattern that it has.
     """
     sizes = {window for window in windows if window is not None}
     full = [i for i, window in enumerate(windows) if window is None]
@@ -54,12 +57,12 @@ def write_layout(windows: Sequence[int | None]) -> dict[str, int | None]:
             f"a window of {max(sizes)} tokens: the authors' format has 1 to {LARGEST_WINDOW}; "
             "choose other windows (--windows)"
         )
-    # Where every layer is full, the size is that of none of them.
+    # If every layer has full attention, no layer uses the size.
     window = max(sizes, default=LARGEST_WINDOW)
     if not full:
-        block, place = None, None
+        block, offset = None, None
     else:
-        block, place = next(
+        block, offset = next(
             (
                 (block, full[0])
                 for block in range(1, len(windows) + 1)
@@ -73,11 +76,11 @@ def write_layout(windows: Sequence[int | None]) -> dict[str, int | None]:
             f"the windows {shown}: the authors' format has one size, and full attention in every "
             "n-th layer or in none; choose other windows (--windows), e.g. none for full attention"
         )
-    return dict(zip(KEYS, (window, block, place), strict=True))
+    return dict(zip(KEYS, (window, block, offset), strict=True))
 
 
 def full_layers_notice(windows: Sequence[int | None]) -> tuple[str, ...]:
-    """What to know about layers of full attention, if there are any."""
+    """Returns the notice about layers of full attention; empty if there are none."""
     if None not in windows:
         return ()
     return (
@@ -86,8 +89,8 @@ def full_layers_notice(windows: Sequence[int | None]) -> tuple[str, ...]:
     )
 
 
-def shortest(config: ModelConfig) -> int | Layout | None:
-    """The shortest `window_size` that means the config's windows."""
+def shortest_window_size(config: ModelConfig) -> int | Windows | None:
+    """Returns the shortest `ModelConfig.window_size` that means the config's windows."""
     period = config.window_period
     return period[0] if len(period) == 1 else period
 

@@ -1,4 +1,4 @@
-"""The rotary embedding's part of a config.json, in both of transformers' spellings."""
+"""The keys of a config.json about the rotary embedding, in both of transformers' spellings."""
 
 import math
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ _KEYS: dict[str, dict[str, str]] = {
         "truncate": "truncate",
     },
 }
-"""By kind: transformers' key -> the field of `RopeScaling`."""
+"""For each kind: the key of transformers -> the field of `RopeScaling`."""
 
 _NEEDED = {
     "linear": {"factor"},
@@ -39,10 +39,16 @@ _MSCALES = ("mscale", "mscale_all_dim")
 def read_rope(
     values: Mapping[str, Any],
 ) -> tuple[float, RopeScaling | None, list[str], list[str]]:
-    """Base and scaling of a config.json (with defaults filled in), its problems, unknown keys.
+    """Reads the rotary embedding of a config.json.
 
-    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling; where
-    several are there, the order is transformers' own.
+    transformers 5 writes rope_parameters, older versions rope_theta and rope_scaling; where a file
+    has several, transformers' own order of precedence holds.
+
+    Args:
+        values: config.json, the family's defaults filled in.
+
+    Returns:
+        The base, the scaling or None, what is wrong with the keys, and the keys that are unknown.
     """
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     rope = values.get(key) or {}
@@ -73,7 +79,7 @@ def read_rope(
 
 
 def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-    """The keys of a config.json that every version of transformers reads."""
+    """Writes the keys in a form that every version of transformers reads."""
     if scaling is None:
         return {"rope_theta": theta, "rope_scaling": None}
     rope = {name: getattr(scaling, field) for name, field in _KEYS[scaling.kind].items()}
@@ -84,7 +90,7 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
-    """Raises TypeError or ValueError if a value does not fit."""
+    """Builds the scaling; raises TypeError or ValueError if a value does not fit."""
     assert kind in get_args(RopeScalingKind)
     longest = values.get("max_position_embeddings")
     own = rope.get("original_max_position_embeddings") or longest
@@ -100,9 +106,9 @@ def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> R
 
 
 def _attention_factor(rope: Mapping[str, Any]) -> float | None:
-    """DeepSeek's two mscales (arXiv 2405.04434) are a ratio of attention factors."""
-    mscale, of_all = (rope.get(name) for name in _MSCALES)
-    if rope.get("attention_factor") is not None or not (mscale and of_all):
+    """Reads attention_factor, which DeepSeek gives as a ratio of two mscales (arXiv 2405.04434)."""
+    mscale, mscale_all_dim = (rope.get(name) for name in _MSCALES)
+    if rope.get("attention_factor") is not None or not (mscale and mscale_all_dim):
         return rope.get("attention_factor")
     growth = 0.1 * math.log(rope["factor"])
-    return (growth * mscale + 1) / (growth * of_all + 1)
+    return (growth * mscale + 1) / (growth * mscale_all_dim + 1)

@@ -1,5 +1,10 @@
-"""The table of tensors: where each parameter of ours lies in a checkpoint of transformers."""
+"""Tables of tensors: where each parameter of a model lies in a checkpoint of another format.
 
+"Ours" is a parameter of `nha_jax.Model`, "theirs" a tensor of the checkpoint. One parameter of ours
+holds all layers (and experts); theirs are one tensor a layer (and expert).
+"""
+
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -9,27 +14,28 @@ from nha_jax.config import ModelConfig
 from nha_jax.storage.weights import Index
 
 TIED_HEAD = "lm_head.weight"
-"""Written by some programs although the embeddings are tied; not used then."""
+"""The head. Some programs write it although the embeddings are tied; it is not used then."""
 
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
-"""Ends of names of tensors that hold nothing learned."""
+"""How the names of tensors end that hold nothing learned."""
 
-Gates = Callable[[ModelConfig, str], "Entry"]
-"""From the config and the start of its layer's names to where f_proj lies."""
+GateEntry = Callable[[ModelConfig, str], "Entry"]
+"""Makes the entry of f_proj, from the config and the prefix of the attention's tensor names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """How one parameter of ours, its axes (layer, expert, ...), lies in a checkpoint.
+    """Where one parameter of ours lies in a checkpoint, and how its axes are arranged there.
 
     Fields:
-        name: ours, dotted: `blocks.mlp.gate_proj.kernel`.
-        template: theirs, of one layer and expert: `{layer}` and `{expert}` stand for their number,
-            in the order of our leading axes.
-        transposed: a matrix, ours [in, out], theirs [out, in].
-        filters: of a convolution over time, ours [width, channels], theirs [channels, 1, width].
-        averaged: so many neighbouring rows of theirs make one column of ours, their mean; 1: the
-            numbers are the same, and the entry can be read in the other direction too.
+        name: our dotted name: `blocks.mlp.gate_proj.kernel`.
+        template: their name, in which `{layer}` and `{expert}` stand for the indices of our leading
+            axes, in this order.
+        transposed: the matrix is [in, out] in ours and [out, in] in theirs.
+        filters: the convolution's kernel is [width, channels] in ours and [channels, 1, width] in
+            theirs.
+        averaged: how many neighbouring rows of theirs are averaged into one column of ours; 1: the
+            numbers are the same, and the entry can be written too.
     """
 
     name: str
@@ -40,22 +46,20 @@ class Entry:
 
     @property
     def stacked_axes(self) -> int:
-        """Our leading axes, of layers and experts, that are single tensors of theirs."""
+        """How many leading axes of ours (layers, experts) are spread over tensors of theirs."""
         return ("{layer}" in self.template) + ("{expert}" in self.template)
 
-    def their_name(self, place: tuple[int, ...]) -> str:
-        """Of the tensor at this place of our leading axes: (layer, expert), (layer,) or ()."""
-        return self.template.format(**dict(zip(("layer", "expert"), place, strict=False)))
+    def their_name(self, indices: tuple[int, ...]) -> str:
+        """Names the tensor at these indices of our leading axes: (layer, expert), (layer,), ()."""
+        return self.template.format(**dict(zip(("layer", "expert"), indices, strict=False)))
 
     def their_names(self, shape: tuple[int, ...]) -> Iterator[str]:
-        """All tensors that make up our parameter, whose shape this is, in the order of ours."""
-        places: list[tuple[int, ...]] = [()]
-        for length in shape[: self.stacked_axes]:
-            places = [(*place, i) for place in places for i in range(length)]
-        return map(self.their_name, places)
+        """Names all tensors of a parameter of ours, given its shape, in the order of its axes."""
+        lengths = shape[: self.stacked_axes]
+        return map(self.their_name, itertools.product(*map(range, lengths)))
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of each tensor, from our parameter's shape."""
+        """Returns the shape of each tensor of theirs, from the shape of our whole parameter."""
         own = shape[self.stacked_axes :]
         if self.filters:
             return own[1], 1, own[0]
@@ -65,7 +69,11 @@ class Entry:
         return outputs * self.averaged, inputs
 
     def their_index(self, index: Index) -> Index:
-        """What to read of a tensor for this part (with bounds) of ours, leading axes left out."""
+        """Says what to read of a tensor for a part of ours.
+
+        Args:
+            index: slices with bounds, one for each axis of ours but the leading ones.
+        """
         if self.filters:
             return index[1], slice(0, 1), index[0]
         if not self.transposed:
@@ -75,14 +83,17 @@ class Entry:
         return rows, inputs
 
     def our_index(self, index: Index) -> Index:
-        """The other direction, of an entry that is not averaged."""
+        """Says what to read of ours for a part of a tensor: the inverse of `their_index`.
+
+        The entry must not be averaged.
+        """
         assert self.averaged == 1
         if self.filters:
             return index[2], index[0]
         return index[::-1] if self.transposed else index
 
     def ours(self, tensor: np.ndarray) -> np.ndarray:
-        """A part of a tensor of theirs -> the same part of our parameter, leading axes left out."""
+        """Rearranges a part of a tensor into that part of our parameter, without leading axes."""
         if self.averaged > 1:
             groups = tensor.astype(np.float32).reshape(-1, self.averaged, tensor.shape[-1])
             tensor = groups.mean(axis=1)
@@ -91,7 +102,10 @@ class Entry:
         return tensor.T if self.transposed else tensor
 
     def theirs(self, parameter: np.ndarray) -> np.ndarray:
-        """The other direction, of an entry that is not averaged."""
+        """Rearranges a part of our parameter into a part of a tensor: the inverse of `ours`.
+
+        The entry must not be averaged.
+        """
         assert self.averaged == 1
         if self.filters:
             return parameter.T[:, None]
@@ -99,10 +113,10 @@ class Entry:
 
 
 def gate_group(config: ModelConfig) -> int:
-    """Rows of a head's key projection whose mean starts one of its slots' gates.
+    """Counts the rows of a head's key projection whose mean becomes the gate of one slot.
 
     Raises:
-        ValueError: num_slots does not divide the key's size.
+        ValueError: num_slots does not divide key_dim.
     """
     if config.key_dim % config.num_slots:
         divisors = [m for m in range(1, config.key_dim + 1) if config.key_dim % m == 0]
@@ -114,29 +128,29 @@ def gate_group(config: ModelConfig) -> int:
     return config.key_dim // config.num_slots
 
 
-def table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Of every parameter of a converted model of this config (no convolution, no output norm).
+def converted_table(config: ModelConfig) -> tuple[Entry, ...]:
+    """Lists every parameter of a model converted from transformers (`PLAIN_ATTENTION`).
 
-    f_proj starts as the mean of rows of k_proj (see `gate_group`): the only entry that cannot be
-    read in the other direction.
+    f_proj, which the original does not have, starts as means of rows of k_proj (see `gate_group`):
+    the only entry that can be read and not written.
 
     Raises:
-        ValueError: num_slots does not divide the key's size.
+        ValueError: num_slots does not divide key_dim.
     """
     return tuple(_converted(config, _gates_from_keys))
 
 
 def plain_table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Likewise, without the gates: of what the original has."""
+    """Lists the parameters that the original has too: those of `converted_table` but the gates."""
     return tuple(_converted(config, None))
 
 
 def hybrid_table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Likewise, of a checkpoint with gates of its own, as the authors of the paper name them."""
+    """Lists every parameter of a hybridised checkpoint, which has gates, by its authors' names."""
     return tuple(_converted(config, _stored_gates))
 
 
-def _converted(config: ModelConfig, gates: Gates | None) -> Iterator[Entry]:
+def _converted(config: ModelConfig, gates: GateEntry | None) -> Iterator[Entry]:
     layer = "model.layers.{layer}."
     yield Entry(name="embed.embedding", template="model.embed_tokens.weight")
     yield Entry(name="norm.scale", template="model.norm.weight")
@@ -159,8 +173,8 @@ def _stored_gates(config: ModelConfig, prefix: str) -> Entry:
     return _matrix("blocks.attention.f_proj", f"{prefix}g_proj")
 
 
-def native_table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Of every parameter of a model of the published architecture, as its authors name them."""
+def published_table(config: ModelConfig) -> tuple[Entry, ...]:
+    """Lists every parameter of a model of the published architecture, as its authors name them."""
     layer = "model.layers.{layer}."
     attention, ours = layer + "attn.", "blocks.attention."
     entries = [
@@ -192,12 +206,11 @@ def _attention(config: ModelConfig, prefix: str) -> Iterator[Entry]:
 
 
 def _mlp(config: ModelConfig, prefix: str) -> Iterator[Entry]:
-    own = prefix
     if config.experts:
         yield _matrix("blocks.mlp.router", f"{prefix}gate")
-        own = prefix + "experts.{expert}."
+        prefix += "experts.{expert}."
     for part in ("gate_proj", "up_proj", "down_proj"):
-        yield _matrix(f"blocks.mlp.{part}", own + part)
+        yield _matrix(f"blocks.mlp.{part}", prefix + part)
 
 
 def _matrix(ours: str, theirs: str) -> Entry:

@@ -7,7 +7,7 @@ import pytest
 from nha_jax import ModelConfig
 from nha_jax.hf.config import from_hf_config, to_hf_config
 from nha_jax.hf.families import FAMILIES
-from nha_jax.hf.tensors import table
+from nha_jax.hf.tensors import converted_table
 from nha_jax.parameter_shapes import abstract_parameters
 from tests.support.hf.originals import FIXTURES, NAMES
 
@@ -43,7 +43,9 @@ def test_what_transformers_writes_is_known(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_parameter_is_in_the_table(name: str) -> None:
     config = from_hf_config(fields_of(name), num_slots=8).config
-    assert sorted(entry.name for entry in table(config)) == sorted(abstract_parameters(config))
+    assert sorted(entry.name for entry in converted_table(config)) == sorted(
+        abstract_parameters(config)
+    )
 
 
 def test_all_that_cannot_be_computed_is_listed_at_once() -> None:

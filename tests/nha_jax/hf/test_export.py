@@ -109,8 +109,8 @@ def test_a_sliding_window_of_the_original_is_not_that_of_the_model(tmp_path: Pat
 def test_a_hybridised_model_goes_back_as_it_came(
     tmp_path: Path, name: str, full: int | None
 ) -> None:
-    layout = {"block_size": None if full is None else 2, "transformer_idx": full}
-    fields, expected = published.write_hybrid(tmp_path / "original", name, **layout)
+    windows = {"block_size": None if full is None else 2, "transformer_idx": full}
+    fields, expected = published.write_hybrid(tmp_path / "original", name, **windows)
     original = open_pretrained(tmp_path / "original")
     notices = export(original, tmp_path / "out")
     assert ("the last 2048 tokens" in " ".join(notices)) == (full is not None)
@@ -158,16 +158,16 @@ def test_gates_can_be_kept_at_full_attention(tmp_path: Path) -> None:
     assert_same_weights(again, original)
 
 
-NATIVE = {
+PUBLISHED_CASES = {
     "convolution": {},
     "plain": {"use_short_conv": False, "block_size": None, "transformer_idx": None},
     "grouped": {"num_kv_heads": 2, "expand_k": 1, "num_hidden_layers": 2},
 }
 
 
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", PUBLISHED_CASES)
 def test_a_published_model_goes_back_as_it_came(tmp_path: Path, name: str) -> None:
-    fields, expected = published.write_native(tmp_path / "original", **NATIVE[name])
+    fields, expected = published.write_published(tmp_path / "original", **PUBLISHED_CASES[name])
     original = open_pretrained(tmp_path / "original")
     assert export(original, tmp_path / "out") == original.original.notices
     chex.assert_trees_all_equal(tensors(tmp_path / "out"), dict(expected))

@@ -9,13 +9,13 @@ import pytest
 
 import nha_jax
 from nha_jax.hf.pretrained import from_pretrained, open_pretrained
-from nha_jax.hf.published_windows import read_layout, write_layout
+from nha_jax.hf.published_windows import read_windows, write_windows
 from tests.support.hf import published
 from tests.support.hf.originals import EXACT
 
 TOKENS = np.random.default_rng(1).integers(0, 48, 14)
 
-NATIVE_CASES: dict[str, dict[str, Any]] = {
+PUBLISHED_CASES: dict[str, dict[str, Any]] = {
     "convolution": {},
     "plain": {
         "num_hidden_layers": 2,
@@ -28,11 +28,11 @@ NATIVE_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", NATIVE_CASES)
+@pytest.mark.parametrize("name", PUBLISHED_CASES)
 def test_a_model_trained_from_scratch(tmp_path: Path, name: str) -> None:
-    fields, tensors = published.write_native(tmp_path, **NATIVE_CASES[name])
+    fields, tensors = published.write_published(tmp_path, **PUBLISHED_CASES[name])
     model = from_pretrained(tmp_path, **EXACT)
-    expected = published.native_logits(fields, tensors, TOKENS)
+    expected = published.published_logits(fields, tensors, TOKENS)
     logits = np.asarray(model(jnp.asarray(TOKENS)[None]))[0]
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-4)
@@ -40,8 +40,8 @@ def test_a_model_trained_from_scratch(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("full", [None, 1], ids=["hybrid everywhere", "a full layer"])
 def test_a_hybridised_llama(tmp_path: Path, full: int | None) -> None:
-    layout = {"block_size": None if full is None else 2, "transformer_idx": full}
-    fields, tensors = published.write_hybrid(tmp_path, "llama-2", **layout)
+    windows = {"block_size": None if full is None else 2, "transformer_idx": full}
+    fields, tensors = published.write_hybrid(tmp_path, "llama-2", **windows)
     model = from_pretrained(tmp_path, **EXACT)
     assert model.config.windows == (4, 4 if full is None else None)
     expected = published.llama_logits(fields, tensors, TOKENS)
@@ -68,7 +68,7 @@ def test_other_windows_can_be_chosen_and_other_slots_cannot(tmp_path: Path) -> N
 
 
 def test_slots_as_many_as_a_key_is_wide(tmp_path: Path) -> None:
-    fields, tensors = published.write_native(tmp_path, num_slots=4)
+    fields, tensors = published.write_published(tmp_path, num_slots=4)
     published.write(tmp_path, fields | {"num_slots": None}, tensors)
     assert open_pretrained(tmp_path).config.num_slots == 4
 
@@ -91,7 +91,7 @@ def test_slots_as_many_as_a_key_is_wide(tmp_path: Path) -> None:
 def test_what_is_not_computed_is_named(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    fields, tensors = published.write_native(tmp_path)
+    fields, tensors = published.write_published(tmp_path)
     published.write(tmp_path, fields | changes | {"rope_scaling": {"factor": 2}}, tensors)
     with pytest.raises(ValueError, match=message) as error:
         open_pretrained(tmp_path)
@@ -99,7 +99,7 @@ def test_what_is_not_computed_is_named(
 
 
 def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
-    fields, tensors = published.write_native(tmp_path)
+    fields, tensors = published.write_published(tmp_path)
     del (names := dict(tensors))["model.layers.2.attn.f_proj.weight"]
     names["model.layers.0.attn.g_norm.bias"] = np.zeros(32, np.float32)
     published.write(tmp_path, fields, names)
@@ -122,8 +122,8 @@ def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_layouts_come_back(windows: tuple[int | None, ...]) -> None:
-    assert read_layout(write_layout(windows), len(windows)) == (windows, [])
+def test_windows_come_back(windows: tuple[int | None, ...]) -> None:
+    assert read_windows(write_windows(windows), len(windows)) == (windows, [])
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,13 @@ def test_layouts_come_back(windows: tuple[int | None, ...]) -> None:
     [(8, 16), (None, None, 8), (8, None, None, 8), (128, None), (0, None)],
     ids=str,
 )
-def test_layouts_that_cannot_be_written_are_shown(windows: tuple[int | None, ...]) -> None:
+def test_windows_that_cannot_be_written_are_shown(windows: tuple[int | None, ...]) -> None:
     with pytest.raises(ValueError, match="--windows"):
-        write_layout(windows)
+        write_windows(windows)
 
 
 def test_later_keys_are_named_and_the_model_is_an_ordinary_one(tmp_path: Path) -> None:
-    published.write_native(tmp_path, **NATIVE_CASES["plain"], surprise=1)
+    published.write_published(tmp_path, **PUBLISHED_CASES["plain"], surprise=1)
     pretrained = open_pretrained(tmp_path, **EXACT)
     assert pretrained.original.notices == ("config.json has keys that were ignored: surprise",)
     assert isinstance(pretrained.config, nha_jax.ModelConfig)

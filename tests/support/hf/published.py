@@ -15,7 +15,7 @@ from tests.support.hf.originals import FIXTURES, original_tensors
 
 Tensors = Mapping[str, np.ndarray]
 
-NATIVE: dict[str, Any] = {
+PUBLISHED_FIELDS: dict[str, Any] = {
     "architectures": ["NHAForCausalLM"],
     "model_type": "nha",
     "vocab_size": 48,
@@ -44,9 +44,9 @@ NATIVE: dict[str, Any] = {
 HYBRID = {"num_slots": 3, "window_size": 4, "block_size": None, "transformer_idx": None}
 
 
-def write_native(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tensors]:
+def write_published(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tensors]:
     """A model trained from scratch, of random weights: its config.json and tensors."""
-    fields = NATIVE | changes
+    fields = PUBLISHED_FIELDS | changes
     width, heads, layers = (
         fields[key] for key in ("hidden_size", "num_heads", "num_hidden_layers")
     )
@@ -98,7 +98,7 @@ def write(folder: Path, fields: dict[str, Any], tensors: Tensors) -> tuple[dict[
     return fields, tensors
 
 
-def native_logits(fields: Mapping[str, Any], tensors: Tensors, tokens: np.ndarray) -> np.ndarray:
+def published_logits(fields: Mapping[str, Any], tensors: Tensors, tokens: np.ndarray) -> np.ndarray:
     """Tokens [T] -> logits [T, vocabulary] of a model trained from scratch."""
     weights = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
     eps, slots = fields["norm_eps"], fields["num_slots"]

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors.numpy
 
 from nha_jax.hf.config import from_hf_config
-from nha_jax.hf.tensors import table
+from nha_jax.hf.tensors import converted_table
 from nha_jax.parameter_shapes import abstract_parameters
 from train.cli import main as nha
 
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, fields: dict) -> None:
     """Writes a folder with the embeddings, the head and each layer as a shard of its own."""
     config = from_hf_config(fields, num_slots=32).config
     shapes: dict[str, tuple[int, ...]] = {}
-    for entry in table(config):
+    for entry in converted_table(config):
         ours = abstract_parameters(config)[entry.name].shape
         if entry.averaged == 1:  # not made from tensors that are there already
             shapes |= dict.fromkeys(entry.their_names(ours), entry.their_shape(ours))
