@@ -47,6 +47,7 @@ NOT_RUN = {
     "it trains on many chips": (
         "nha train configs/nha-340m.yaml",
         "nha train configs/hybridize.yaml",
+        "nha train CONFIG --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=2 --mesh.context=8",
     ),
     "it needs libtpu, which is no part of the default environment": (
         "uv sync --extra tpu --extra data && source .venv/bin/activate",
@@ -87,6 +88,9 @@ NOT_RUN = {
         "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_tokens 0 1",
         "pip install -q uv && uv run pytest -n 2",
         "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
+        "uv run pytest -m slow tests/train",
+        'uv run pytest -m "slow or not slow" tests/train/devices/test_mesh.py '
+        "tests/nha_jax/ops/test_sharding.py",
     ),
     "it serves pages until it is stopped": (
         "uv run --isolated --only-group docs python -m zensical serve",

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -87,5 +88,8 @@ def _config_help() -> str:
         required = key.default is dataclasses.MISSING
         default = "required" if required else f"default {json.dumps(key.default)}"
         lines.append(f"  --{key.name}  ({describe(key.annotation)}; {default})")
-        lines.append(textwrap.fill(key.help, 96, initial_indent=" " * 6, subsequent_indent=" " * 6))
+        help_text = re.sub(r"\bNone\b", "null", key.help)  # docstrings speak Python, files YAML
+        lines.append(
+            textwrap.fill(help_text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        )
     return "\n".join(lines)
