@@ -109,9 +109,10 @@ class DecayGrads(Worker):
         inside = self._sum_rows(self._load("row_sums"), parts=3, earlier=False)
         inside = jnp.where(odds() > FLOOR_ODDS, inside + self._load("row_sums"), 0.0)
         shared["cumulative"][...] = self._load("cumulative") + inside
-        pl.when(self.first < self.spec.ahead)(lambda: store_zeros(shared["cumulative"]))
+        pl.when(self.index.first_row < self.spec.ahead)(lambda: store_zeros(shared["cumulative"]))
         plgpu.commit_smem()
-        target = self.refs["d_log_decay"].at[self.b, self.own_tokens, self.h, self.columns]
+        where = self.index.batch, self.index.written, self.index.head, self.index.slots
+        target = self.refs["d_log_decay"].at[*where]
         plgpu.copy_smem_to_gmem(shared["cumulative"], target)
         plgpu.wait_smem_to_gmem(0)
 

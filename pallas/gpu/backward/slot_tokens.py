@@ -1,6 +1,6 @@
 """The gradients of the tokens that enter the slots, and of their decays.
 
-With symbols as in `spec.py` and `in_chunk.py`, f_j the token's decay (token_decay), x and y its
+With symbols as in `spec.py` and `decays.py`, f_j the token's decay (token_decay), x and y its
 key and value, S0 the slots at the chunk's start, dS the gradient of those at its end,
 wS = s_j exp(c_C - c_j), and of a query head the rows' ds' = ds row_decay and p' = p row_decay
 (`slot_queries`), each with the c_ref of the row's gate block:

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, LOGITS, CallSpec
 from pallas.gpu.warpgroup.addresses import OpaqueZero
+from pallas.gpu.warpgroup.chunk_index import EnteringIndex
 from pallas.gpu.warpgroup.decays import token_decay, write_of_odds
 from pallas.gpu.warpgroup.masks import block_entered, same_segment
 from pallas.gpu.warpgroup.matmul import Matmul
@@ -38,17 +39,9 @@ class Worker:
         self.added = added
         self.stages, _, self.D = shared["rows"].shape
         self.width = shared["row_weights"].shape[2]
-        self.b, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
-        panels = jnp.int32(refs["cumulative"].shape[3] // self.width)
-        self.panel = lax.rem(lax.axis_index("panel"), panels)
-        self.h = lax.div(lax.axis_index("panel"), panels)
-        self.first = self.chunk * CHUNK
-        self.own = pl.ds(self.first, CHUNK)
-        # What is of no token takes the place of the last tokens', which never enter.
-        own_tokens = self.first - spec.ahead
-        own_tokens += jnp.where(own_tokens < 0, refs["d_log_decay"].shape[1], 0)
-        self.own_tokens = pl.ds(own_tokens, CHUNK)
-        self.columns = pl.ds(self.panel * self.width, self.width)
+        panels = refs["cumulative"].shape[3] // self.width
+        rows = refs["d_log_decay"].shape[1]
+        self.index = EnteringIndex(spec, panels, self.width, rows)
         self.gates_shape = CHUNK, self.width
         self.zero = OpaqueZero(shared["zero"])
 

@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas.gpu.backward.slot_worker import SIDES, Worker
 from pallas.gpu.spec import CHUNK, COLUMN, GATE_BLOCKS, GATE_ROWS, LOGITS
-from pallas.gpu.warpgroup.chunk_index import entering_rows
 from pallas.gpu.warpgroup.decays import fetch_references
 from pallas.gpu.warpgroup.masks import iota
 
@@ -39,7 +38,8 @@ class TokenGrads(Worker):
             )
             grad = self.over_heads(side, self._head, grad)
             if self.spec.ahead:  # nothing ahead of the tokens has a gradient
-                grad = jnp.where(iota(self.D, 0) + self.first >= self.spec.ahead, grad, 0.0)
+                is_token = iota(self.D, 0) + self.index.first_row >= self.spec.ahead
+                grad = jnp.where(is_token, grad, 0.0)
             if self.added[side]:
                 grad = self._add(self.first_item(side) + self.spec.group, grad)
             plgpu.barrier_wait(shared["side_read"])
@@ -123,7 +123,7 @@ class TokenGrads(Worker):
         )
 
     def _load_gates(self) -> None:
-        refs, shared, b, h = self.refs, self.shared, self.b, self.h
+        refs, shared, b, h = self.refs, self.shared, self.index.batch, self.index.head
         loaded = shared["gates_loaded"]
         targets = {
             "cumulative": shared["cumulative"],
@@ -131,53 +131,49 @@ class TokenGrads(Worker):
             "odds": shared["odds"],
         }
         for name, target in targets.items():
-            gate = refs[name].at[b, self.own, h, self.columns]
+            gate = refs[name].at[b, self.index.rows, h, self.index.slots]
             plgpu.copy_gmem_to_smem(gate, target, loaded)
-        total = refs["total"].at[b, h, self.chunk, self.columns]
+        total = refs["total"].at[b, h, self.index.chunk, self.index.slots]
         plgpu.copy_gmem_to_smem(total, shared["total"], loaded)
         fetch_references(
-            lambda row: refs["cumulative"].at[b, row, h, self.columns],
-            self.first,
+            lambda row: refs["cumulative"].at[b, row, h, self.index.slots],
+            self.index.first_row,
             self.reference,
             loaded,
         )
         if self.spec.masked:
-            plgpu.copy_gmem_to_smem(
-                refs["query_segment"].at[b, self.own], shared["query_segment"], loaded
-            )
-            plgpu.copy_gmem_to_smem(
-                refs["slot_access"].at[b, self.own], shared["slot_access"], loaded
-            )
-            token_segment = refs["token_segment"].at[b, self._token_rows()]
+            for name in ("query_segment", "slot_access"):
+                plgpu.copy_gmem_to_smem(refs[name].at[b, self.index.rows], shared[name], loaded)
+            token_segment = refs["token_segment"].at[b, self.index.read]
             plgpu.copy_gmem_to_smem(token_segment, shared["token_segment"], loaded)
 
     def _load_states(self, side: int) -> None:
         loaded = self.shared["side_loaded"]
         for source, target in (("start_", "slots"), ("d_end_", "d_slots")):
-            states = self.refs[source + SIDES[side]].at[self.b, self.h, self.chunk]
-            states = states.at[pl.ds(0, self.D), self.columns]
+            where = self.index.batch, self.index.head, self.index.chunk
+            states = self.refs[source + SIDES[side]].at[*where]
+            states = states.at[pl.ds(0, self.D), self.index.slots]
             plgpu.copy_gmem_to_smem(states, self.shared[target].at[0], loaded)
 
     def _load_tokens(self, side: int) -> None:
-        tokens = self.refs[SIDES[side]].at[self.b, self._token_rows(), self.h]
+        tokens = self.refs[SIDES[side]].at[self.index.batch, self.index.read, self.index.head]
         plgpu.copy_gmem_to_smem(tokens, self.operand("tokens"), self.shared["side_loaded"])
-
-    def _token_rows(self):
-        return entering_rows(self.first, self.spec.ahead)
 
     def _grad(self, name: str):
         """In the device's memory."""
-        return self.refs["d_" + name].at[self.panel, self.b, self.own_tokens, self.h]
+        where = self.index.panel, self.index.batch, self.index.written, self.index.head
+        return self.refs["d_" + name].at[*where]
 
     def _load_item(self, item, stage) -> None:
         shared, group = self.shared, self.spec.group
         loaded = shared["item_loaded"].at[stage]
 
         def load_head(index, rows, row_weights):
-            head = self.h * group + index
-            source = self.refs[rows].at[self.b, self.own, head]
+            head = self.index.head * group + index
+            source = self.refs[rows].at[self.index.batch, self.index.rows, head]
             plgpu.copy_gmem_to_smem(source, shared["rows"].at[stage], loaded)
-            source = self.refs[row_weights].at[self.b, self.own, head, self.columns]
+            where = self.index.batch, self.index.rows, head, self.index.slots
+            source = self.refs[row_weights].at[*where]
             plgpu.copy_gmem_to_smem(source, shared["row_weights"].at[stage], loaded)
 
         def load_grad(name):

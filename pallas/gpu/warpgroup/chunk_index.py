@@ -54,6 +54,34 @@ class ChunkIndex:
         return entering_rows(self.first_token + block * CHUNK, self._ahead)
 
 
+class EnteringIndex:
+    """The tokens that enter some slots of one KV head in a chunk.
+
+    The grid's axes are "batch", "chunk" and "panel": the KV heads' panels of slots, in turn.
+
+    Attributes:
+      batch, chunk, head, panel: indices; head of keys and values, panel of the head's slots.
+      slots: the panel's slice of the slots.
+      first_row: of the chunk, among the query rows.
+      rows: the chunk's rows.
+      read: where the tokens lie in the arrays of tokens; see `entering_rows`.
+      written: where their gradients go. What is of no token goes where the last tokens' would,
+        which never enter.
+    """
+
+    def __init__(self, spec: CallSpec, panels: int, width: int, rows: int):
+        """panels: of a head's slots, width slots each. rows: of queries, in all."""
+        self.batch, self.chunk = lax.axis_index("batch"), lax.axis_index("chunk")
+        self.panel = lax.rem(lax.axis_index("panel"), jnp.int32(panels))
+        self.head = lax.div(lax.axis_index("panel"), jnp.int32(panels))
+        self.slots = pl.ds(self.panel * width, width)
+        self.first_row = self.chunk * CHUNK
+        self.rows = pl.ds(self.first_row, CHUNK)
+        self.read = entering_rows(self.first_row, spec.ahead)
+        first = self.first_row - spec.ahead
+        self.written = pl.ds(first + jnp.where(first < 0, rows, 0), CHUNK)
+
+
 class TokenIndex:
     """A block of C tokens of one KV head, and the chunks of rows that see some of them.
 

@@ -2,7 +2,7 @@
 
 Axes: b row of the batch, n chunk, h KV head, g query head of its group, r row of the chunk, j its
 token, k block of rows with a reference of their gates, m slot, d feature. For one query head, with
-S0 the slots at the chunk's start, rise and fall as in `pallas/gpu/warpgroup/in_chunk.py`, and
+S0 the slots at the chunk's start, rise and fall as in `pallas/gpu/warpgroup/decays.py`, and
 spread(X)_r = sum_j X_rj fall_j, gather(X)_rj = sum_m X_rm fall_jm:
 
     S = entered * q k^T                       D = entered * do v^T
