@@ -82,13 +82,13 @@ def _config_help() -> str:
         "",
     ]
     for key in keys():
+        help_text = re.sub(r"\bNone\b", "null", key.help)  # docstrings speak Python, files YAML
         if key.is_section:
-            lines += ["", f"{key.name}: {key.help}"]
+            lines += ["", *textwrap.wrap(f"{key.name}: {help_text}", 96)]
             continue
         required = key.default is dataclasses.MISSING
         default = "required" if required else f"default {json.dumps(key.default)}"
         lines.append(f"  --{key.name}  ({describe(key.annotation)}; {default})")
-        help_text = re.sub(r"\bNone\b", "null", key.help)  # docstrings speak Python, files YAML
         lines.append(
             textwrap.fill(help_text, 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
         )
