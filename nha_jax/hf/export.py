@@ -22,7 +22,12 @@ from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hyb
 from nha_jax.hf.tensors import Entry, hybrid_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.parameter_shapes import Shapes
-from nha_jax.storage.saved_model import EXTRA_FILES, ORIGINAL_CONFIG_FILE, replacing_folder
+from nha_jax.storage.saved_model import (
+    CONFIG_FILE,
+    EXTRA_FILES,
+    ORIGINAL_CONFIG_FILE,
+    replacing_folder,
+)
 from nha_jax.storage.weights import (
     Index,
     ModelSource,
@@ -33,7 +38,6 @@ from nha_jax.storage.weights import (
 
 Format = Literal["family", "nha"]
 
-CONFIG_FILE = "config.json"
 
 _METADATA = {"format": "pt", "producer": "nha_jax"}
 

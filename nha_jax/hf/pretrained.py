@@ -14,13 +14,11 @@ from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
 from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, extra_files_of
+from nha_jax.storage.saved_model import CONFIG_FILE, ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
 WindowSize = int | tuple[int | None, ...] | None
 """As `ModelConfig.window_size`."""
-
-CONFIG_FILE = "config.json"
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ def test_the_original_is_never_replaced(run_import, original: Path) -> None:
         ([LLAMA, "--windows", "4,none,4"], "window_size=(4, None, 4) is a pattern of 3 layers"),
         ([LLAMA.parent], "has no config.json"),
     ],
-    ids=["no folder", "no layout", "wrong layout", "no model"],
+    ids=["no folder", "no windows", "wrong windows", "no model"],
 )
 def test_what_is_wrong_is_said_in_one_line(
     run_import, tmp_path: Path, arguments: list, message: str

@@ -110,16 +110,16 @@ def test_terms_are_those_of_their_definitions() -> None:
     total = counts(model.config, batch)
     loss, terms = losses(model, batch, WEIGHTS, total)
     seen = model.diagnose(batch["tokens"], batch["segment_ids"])
-    log_mass = jax.nn.logsumexp(model.logits(seen.hidden), axis=-1)
-    expected = np.mean(np.asarray(log_mass)[np.asarray(batch["loss_mask"])] ** 2)
+    lse = jax.nn.logsumexp(model.logits(seen.hidden), axis=-1)
+    expected = np.mean(np.asarray(lse)[np.asarray(batch["loss_mask"])] ** 2)
     np.testing.assert_allclose(terms["z_loss"], expected, rtol=1e-5)
 
     entropies = []
     omega, ids = np.asarray(seen.slot_weight[0], np.float64), np.asarray(batch["segment_ids"])
     for row, token in np.argwhere(ids > 0):
         if token >= 6 and (ids[row, token - 6 : token] == ids[row, token]).all():
-            share = omega[row, token]
-            entropies += list(-0.3 * np.log(share) - 0.7 * np.log1p(-share))
+            weight = omega[row, token]
+            entropies += list(-0.3 * np.log(weight) - 0.7 * np.log1p(-weight))
     assert total.slot_weights == len(entropies) > 0
     np.testing.assert_allclose(terms["slot_loss"], np.mean(entropies), rtol=1e-5)
     wanted = terms["loss"] + 0.01 * terms["z_loss"] + 0.1 * terms["slot_loss"]
@@ -135,8 +135,8 @@ def test_slot_loss_pulls_the_slots_logits_only() -> None:
         return losses(model, batch, WEIGHTS, total)[1]["slot_loss"]
 
     def pulling_all(model: nha_jax.Model) -> jax.Array:
-        share = model.diagnose(batch["tokens"], batch["segment_ids"]).slot_weight
-        entropy = slot_weight_cross_entropy(share, WEIGHTS.slot_target)
+        slot_weight = model.diagnose(batch["tokens"], batch["segment_ids"]).slot_weight
+        entropy = slot_weight_cross_entropy(slot_weight, WEIGHTS.slot_target)
         inside = default_positions(32, batch["segment_ids"]) >= 6
         inside &= batch["segment_ids"] > 0
         return jnp.where(inside[..., None], entropy, 0.0).sum() / total.slot_weights
@@ -167,15 +167,17 @@ def test_terms_without_a_weight_are_not_computed() -> None:
     assert len(program(LossConfig())) < len(program(LossConfig(slot_loss=1e-3)))
 
 
-@pytest.mark.parametrize("share", [0.0, 1e-38, 0.3, 1 - 2.0**-23, 1.0])
-def test_cross_entropy_of_any_share_is_finite(share: float) -> None:
-    value, slope = jax.value_and_grad(slot_weight_cross_entropy)(jnp.float32(share), 0.3)
+@pytest.mark.parametrize("weight", [0.0, 1e-38, 0.3, 1 - 2.0**-23, 1.0])
+def test_cross_entropy_of_any_slot_weight_is_finite(weight: float) -> None:
+    value, slope = jax.value_and_grad(slot_weight_cross_entropy)(jnp.float32(weight), 0.3)
     assert jnp.isfinite(value)
     assert jnp.isfinite(slope)
-    if share == 0.3:
+    if weight == 0.3:
         assert abs(slope) < 1e-6
-    if 0 < share < 1 and share >= 1e-30:  # through the sigmoid
-        np.testing.assert_allclose(slope * share * (1 - share), share - 0.3, rtol=1e-3, atol=1e-7)
+    if 0 < weight < 1 and weight >= 1e-30:  # through the sigmoid
+        np.testing.assert_allclose(
+            slope * weight * (1 - weight), weight - 0.3, rtol=1e-3, atol=1e-7
+        )
 
 
 def test_slot_loss_needs_a_layer_with_slots_and_a_window() -> None:
