@@ -14,6 +14,13 @@ from train.load_config import load_config
 
 # Commands that run in the tests, on a small untrained model, with what makes them cheap.
 RUN = {
+    "uv run nha data prepare corpora/source '**/*.py' --held-out-fraction 0.1": "",
+    'uv run nha generate runs/quickstart --prompt "class Parser" --top-p 0.95 --stop "class"': (
+        "--max-new-tokens 4"
+    ),
+    'uv run nha generate runs/quickstart --windows 16,16,none --prompt "def "': (
+        "--windows 16 --max-new-tokens 4"
+    ),
     'uv run nha generate runs/quickstart --prompt "class Parser"': "--max-new-tokens 4",
     "uv run nha inspect runs/quickstart --text README.md": "--max-tokens 64",
     "uv run nha train --help": "",
@@ -26,6 +33,7 @@ NOT_RUN = {
         "uv run nha train configs/quickstart.yaml",
         "uv run nha train configs/quickstart.yaml --run runs/wide "
         "--model.window_size='[64, null, 64]'",
+        "uv run nha train configs/quickstart.yaml --run runs/source --data.corpus=corpora/source",
         "uv run nha train configs/quickstart.yaml --run runs/full "
         "--model.window_size=null --steps=1500",
         "uv run python benchmarks/hybridize.py",
@@ -36,18 +44,35 @@ NOT_RUN = {
         "uv run nha generate runs/quickstart --prompt-file FILE --max-new-tokens 100",
         "uv run nha search runs/quickstart --base 32 --full-layers 1",
         "uv run nha search runs/full --base 32 --full-layers 1",
+        'uv run nha generate runs/full --windows runs/full/search.json --prompt "def "',
+        'uv run nha generate runs/quickstart --prompt "def a" --prompt-file README.md --json',
+        "cat README.md | uv run nha generate runs/quickstart --max-new-tokens 500",
         "uv run nha inspect runs/quickstart --text FILE",
     ),
+    "it installs packages": ("uv sync --extra data && source .venv/bin/activate",),
     "it takes a download: a corpus, or a pretrained model": (
         "nha data prepare data/slimpajama 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer tokenizer.json",
+        "nha data prepare data/code 'code/*.parquet' --tokenizer tokenizer.json --text-key content",
         "nha import downloads/Meta-Llama-3-8B models/llama-3-8b",
+        "nha data prepare data/slimpajama-llama-3 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
+        "--tokenizer models/llama-3-8b",
+        'nha generate models/llama-3-8b --prompt "The capital of France is"',
+        "nha search models/llama-3-8b --base 64 --full-layers 4 "
+        "--corpus data/slimpajama-llama-3 --sequence-length 2048 --sequences 64",
+        "nha inspect runs/llama-3-8b-hybrid --text FILE",
+        "nha export runs/llama-3-8b-hybrid exported/llama-nha",
+        "nha export runs/llama-3-8b-hybrid exported/llama --windows none",
         'nha generate runs/llama-3-8b-hybrid --prompt "The capital of France is"',
     ),
     "it trains on many chips": (
         "nha train configs/nha-340m.yaml",
+        "nha train configs/nha-340m.yaml --data.corpus='{data/slimpajama: 0.8, data/code: 0.2}'",
         "nha train configs/hybridize.yaml",
         "nha train CONFIG --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=2 --mesh.context=8",
+        "nha train configs/hybridize.yaml --run=runs/searched "
+        "--model.window_size=models/search.json",
+        "nha train configs/hybridize.yaml --run=runs/llama-3-8b-distilled --loss.distillation=1.0",
     ),
     "it needs libtpu, which is no part of the default environment": (
         "uv sync --extra tpu --extra data && source .venv/bin/activate",
