@@ -1,4 +1,4 @@
-"""Continuous batching: prompts come and go, a batch of rows of a fixed size goes on."""
+"""Continuous batching: requests come and go while one batch of a fixed size is continued."""
 
 import collections
 import dataclasses
@@ -19,27 +19,36 @@ SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
 
 
 def chunk_for(num_tokens: int) -> int:
-    """A good size of chunks for prompts of so many tokens; one of few, as each is compiled."""
+    """Chooses prefill_chunk for prompts of this length, among few sizes: each is compiled."""
     return min(max(1 << (num_tokens - 1).bit_length(), SHORTEST_CHUNK), LONGEST_CHUNK)
 
 
 class Event(NamedTuple):
-    """A token of a request's text."""
+    """One token that was drawn for a request.
 
-    request: int  # as `Engine.submit` returned it
+    Fields:
+      request: the request's number, as `Engine.submit` returned it.
+      token: in [0, vocab_size).
+      log_probability: its natural logarithm, as the model gives it: before repetition penalty,
+        temperature and limits.
+      finished: why this token is the last of the request: "stop", it is one of its stop tokens;
+        "length", it is the max_new_tokens-th. None: more tokens follow.
+    """
+
+    request: int
     token: int
-    log_probability: float  # natural, the model's own: before penalty, temperature and limits
-    finished: Literal["stop", "length"] | None  # None: more is to come; a stop token counts
+    log_probability: float
+    finished: Literal["stop", "length"] | None
 
 
 class Engine:
     """Continues many prompts at once with one compiled step, whatever their lengths.
 
     A request waits for a free row of the batch, its prompt is read in chunks of a fixed size, and
-    its row is free again once it is finished. Nothing is compiled anew for it, but for the first
-    with a top_k or top_p, and with a repetition_penalty. Memory is that of the batch's cache, for
-    finite windows independent of prompts and texts. A request's text depends on its prompt and
-    options only.
+    its row is free again once it is finished. No request compiles anything anew, except for the
+    first one with a top_k or top_p, and the first with a repetition_penalty. Memory is that of the
+    batch's cache; for finite windows it does not depend on the lengths of prompts and texts. What
+    is drawn for a request depends only on its prompt and options.
 
         engine = Engine(model, batch_size=8)
         request = engine.submit(prompt, SamplingOptions(max_new_tokens=100))
@@ -60,14 +69,15 @@ class Engine:
         """Makes room for the batch.
 
         Args:
-          model: the model; changes made to its parameters later do not count.
-          batch_size: rows that are continued at once.
-          max_length: the longest a prompt with its text may be. Needed for, and used by, models
-            with full attention in a layer only: it is the room that their caches have.
-          prefill_rows: prompts that are read at once.
-          prefill_chunk: tokens of a prompt that are read at once; between two chunks the other
-            rows go on.
-          steps_per_call: tokens a row that are drawn before the caller sees them.
+          model: the model; later changes to its parameters have no effect here.
+          batch_size: how many requests are continued at once (B).
+          max_length: the most tokens that a prompt and its continuation may have together. Only
+            models with full attention in a layer (window None) need and use it: their caches have
+            this many entries.
+          prefill_rows: how many prompts are read at once.
+          prefill_chunk: how many tokens of a prompt are read at once; in between, the other rows
+            are continued.
+          steps_per_call: how many tokens of each row are drawn before the caller sees them.
 
         Raises:
           ValueError: an argument is out of its range, or max_length is missing.
@@ -86,9 +96,9 @@ class Engine:
         self._prefill_chunk, self._steps_per_call = prefill_chunk, steps_per_call
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: list[_Request | None] = [None] * batch_size
-        self._reading: _Reading | None = None
+        self._reading: _PromptBatch | None = None
         self._next_id = 0
-        self._rows = _Rows(
+        self._state = _BatchState(
             cache=self._init_cache(batch_size),
             last=jnp.zeros(batch_size, jnp.int32),
             remaining=jnp.zeros(batch_size, jnp.int32),
@@ -98,11 +108,18 @@ class Engine:
     def submit(
         self, prompt: jax.typing.ArrayLike | Sequence[int], options: SamplingOptions | None = None
     ) -> int:
-        """Queues a prompt [T] of integers in [0, vocab_size); returns the request's number.
+        """Queues a request.
+
+        Args:
+          prompt: [T] integers in [0, vocab_size).
+          options: how it is continued; None: `SamplingOptions()`.
+
+        Returns:
+          The request's number, which its events carry.
 
         Raises:
-          ValueError, TypeError: the prompt is empty, of another shape or dtype, has unknown tokens,
-            or is, with its text, longer than max_length; or an option does not fit the vocabulary.
+          ValueError, TypeError: the prompt is empty, has another shape or dtype or unknown tokens,
+            or needs more than max_length tokens; or an option does not fit the vocabulary.
         """
         options = SamplingOptions() if options is None else options
         options.check_vocabulary(self._config.vocab_size)
@@ -120,7 +137,7 @@ class Engine:
         return request.number
 
     def cancel(self, request: int) -> None:
-        """Ends a request; of an unknown or finished one, does nothing."""
+        """Ends a request; does nothing if it is unknown or finished."""
         self._waiting = collections.deque(x for x in self._waiting if x.number != request)
         if self._reading is not None:
             for row, one in list(self._reading.requests.items()):
@@ -129,24 +146,26 @@ class Engine:
         for row, running in enumerate(self._running):
             if running is not None and running.number == request:
                 self._running[row] = None
-                self._rows = self._rows._replace(remaining=self._rows.remaining.at[row].set(0))
+                self._state = self._state._replace(remaining=self._state.remaining.at[row].set(0))
 
     @property
     def busy(self) -> bool:
-        """Whether a request waits, is read or goes on."""
+        """Whether a request is waiting, being read, or being continued."""
         return bool(self._waiting) or self._reading is not None or any(self._running)
 
     def step(self) -> list[Event]:
-        """Reads a chunk of the prompts whose turn it is, and draws tokens for the rows that go on.
+        """Reads a chunk of the prompts whose turn it is; unless that was their last, draws tokens.
 
-        Returns the tokens drawn, in order for each request; none while prompts are only read.
+        Returns:
+          The tokens drawn, in order for each request: the first ones of prompts that were read to
+          their end, or else up to steps_per_call for each row of the batch; possibly none.
         """
         if first_tokens := self._read():
             return first_tokens
         return self._draw() if any(self._running) else []
 
     def run(self) -> Iterator[Event]:
-        """The tokens of all requests, as they come, until all are finished."""
+        """Yields the tokens of all requests as they are drawn, until all requests are finished."""
         while self.busy:
             yield from self.step()
 
@@ -168,33 +187,33 @@ class Engine:
         self._reading = None
         return self._start(reading)
 
-    def _begin_reading(self) -> "_Reading | None":
+    def _begin_reading(self) -> "_PromptBatch | None":
         free = [row for row, request in enumerate(self._running) if request is None]
         count = min(len(free), len(self._waiting), self._prefill_rows)
         if not count:
             return None
         requests = [self._waiting.popleft() for _ in range(count)]
-        P = self._prefill_rows
-        return _Reading(
-            prompts=[r.prompt for r in requests] + [np.zeros(0, np.int32)] * (P - count),
+        size = self._prefill_rows
+        return _PromptBatch(
+            prompts=[r.prompt for r in requests] + [np.zeros(0, np.int32)] * (size - count),
             requests=dict(enumerate(requests)),
             rows=free[:count],
-            cache=self._init_cache(P),
-            logits=jnp.zeros((P, self._config.vocab_size), jnp.float32),
+            cache=self._init_cache(size),
+            logits=jnp.zeros((size, self._config.vocab_size), jnp.float32),
         )
 
-    def _start(self, reading: "_Reading") -> list[Event]:
-        """Puts the rows that were read into the batch, with a first token each."""
-        P, batch_size = self._prefill_rows, len(self._running)
+    def _start(self, reading: "_PromptBatch") -> list[Event]:
+        """Moves prompts that were read into the batch, and draws a first token for each."""
+        size, batch_size = self._prefill_rows, len(self._running)
         options = [
             reading.requests[i].options if i in reading.requests else SamplingOptions()
-            for i in range(P)
+            for i in range(size)
         ]
-        target = np.full(P, batch_size, np.int32)  # beyond the batch: of no request
+        target = np.full(size, batch_size, np.int32)  # a row beyond the batch is dropped
         for i in reading.requests:
             target[i] = reading.rows[i]
-        self._rows, tokens, log_probabilities = _start(
-            self._rows,
+        self._state, tokens, log_probabilities = _start(
+            self._state,
             reading.cache,
             reading.logits,
             RowSampling.of(options, reading.prompts, self._config.vocab_size),
@@ -212,8 +231,8 @@ class Engine:
 
     def _draw(self) -> list[Event]:
         stages = Stages.needed([r.options for r in self._running if r is not None])
-        self._rows, drawn = _decode(
-            self._graph, self._parameters, self._rows,
+        self._state, drawn = _decode(
+            self._graph, self._parameters, self._state,
             num_steps=self._steps_per_call, stages=stages,
         )  # fmt: skip
         tokens, log_probabilities, active = map(np.asarray, drawn)
@@ -223,7 +242,7 @@ class Engine:
         ]
 
     def _event(self, row: int, token: np.integer, log_probability: np.floating) -> Event:
-        """Notes a token of a row; frees the row if it was the last."""
+        """Counts a token of a row, and frees the row if it was the request's last."""
         request = self._running[row]
         assert request is not None
         request.num_drawn += 1
@@ -239,6 +258,8 @@ class Engine:
 
 @dataclasses.dataclass
 class _Request:
+    """A prompt to be continued, and how many tokens it got so far."""
+
     number: int
     prompt: np.ndarray  # [T] int32
     options: SamplingOptions
@@ -246,14 +267,25 @@ class _Request:
 
 
 @dataclasses.dataclass
-class _Reading:
-    """Prompts that are being read, P rows; some may have none, or a request that was cancelled."""
+class _PromptBatch:
+    """The prompts that are being read, one in each of prefill_rows rows.
+
+    Rows without a prompt, or whose request was cancelled, have no entry in `requests`.
+
+    Fields:
+      prompts: tokens of each row; empty if it has none.
+      requests: the requests, by row of this batch.
+      rows: the rows of the engine's batch that the prompts will move to.
+      cache: of what was read so far.
+      logits: [prefill_rows, vocab_size], after the last token of each row so far.
+      position: how many tokens of each prompt have been read.
+    """
 
     prompts: list[np.ndarray]
-    requests: dict[int, _Request]  # by row of the P
-    rows: list[int]  # of the batch, where they will go
+    requests: dict[int, _Request]
+    rows: list[int]
     cache: ModelCache
-    logits: jax.Array  # [P, vocab_size], after each prompt's last token
+    logits: jax.Array
     position: int = 0
 
     @property
@@ -261,7 +293,7 @@ class _Reading:
         return self.position >= max(map(len, self.prompts))
 
     def next_chunk(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [P, size] and how many there are of each row."""
+        """Returns the next tokens, [prefill_rows, size], and how many of them each row has."""
         tokens = np.zeros((len(self.prompts), size), np.int32)
         lengths = np.zeros(len(self.prompts), np.int32)
         for row, prompt in enumerate(self.prompts):
@@ -271,21 +303,21 @@ class _Reading:
         return tokens, lengths
 
 
-class _Rows(NamedTuple):
-    """What the device holds of the batch."""
+class _BatchState(NamedTuple):
+    """The arrays of the batch that is continued."""
 
     cache: ModelCache
-    last: jax.Array  # [B] int32, drawn and not yet read
-    remaining: jax.Array  # [B] int32, tokens that may still be drawn; 0: the row is free
+    last: jax.Array  # [B] int32, the token drawn last, which the model has not read yet
+    remaining: jax.Array  # [B] int32, how many tokens may still be drawn; 0: the row is free
     sampling: RowSampling
 
 
-class _Drawn(NamedTuple):
-    """[steps, B] each."""
+class _DrawnTokens(NamedTuple):
+    """What one call drew, [steps, B] each."""
 
-    tokens: jax.Array
-    log_probabilities: jax.Array
-    active: jax.Array  # whether the row drew in this step
+    tokens: jax.Array  # int32
+    log_probabilities: jax.Array  # float32
+    active: jax.Array  # bool: whether the row drew a token in this step
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -304,14 +336,14 @@ def _prefill(
     logits: jax.Array,
     cache: ModelCache,
 ) -> tuple[jax.Array, ModelCache]:
-    """One chunk [P, C]: the logits after each row's last token so far, and the cache."""
+    """Reads one chunk [rows, C]: the logits after each row's last token so far, and the cache."""
     new, cache = nnx.merge(graph, parameters).prefill(tokens, lengths=lengths, cache=cache)
     return jnp.where((lengths > 0)[:, None], new, logits), cache
 
 
 @functools.partial(jax.jit, static_argnames="stages", donate_argnums=0)
 def _start(
-    rows: _Rows,
+    rows: _BatchState,
     cache: ModelCache,
     logits: jax.Array,
     sampling: RowSampling,
@@ -319,11 +351,11 @@ def _start(
     target: jax.Array,
     *,
     stages: Stages,
-) -> tuple[_Rows, jax.Array, jax.Array]:
-    """Draws the first token of P rows, and writes them over the rows `target` of the batch."""
+) -> tuple[_BatchState, jax.Array, jax.Array]:
+    """Draws the first token of each row that was read, and moves them to rows `target`."""
     tokens, log_probabilities, sampling = draw(logits, sampling, stages)
     remaining = jnp.where(is_stop(tokens, sampling), 0, max_new_tokens - 1)
-    new = _Rows(cache, tokens, remaining, sampling)
+    new = _BatchState(cache, tokens, remaining, sampling)
 
     rows = jax.tree.map(lambda old, x: old.at[target].set(x, mode="drop"), rows, new)
     return rows, tokens, log_probabilities
@@ -335,12 +367,12 @@ def _start(
 def _decode(
     graph: nnx.GraphDef[Model],
     parameters: nnx.State,
-    rows: _Rows,
+    rows: _BatchState,
     *,
     num_steps: int,
     stages: Stages,
-) -> tuple[_Rows, _Drawn]:
-    """Up to num_steps tokens a row; ends as soon as no row goes on."""
+) -> tuple[_BatchState, _DrawnTokens]:
+    """Draws up to num_steps tokens for each row; stops as soon as no row goes on."""
     model = nnx.merge(graph, parameters)
     batch_size = rows.last.shape[0]
 
@@ -354,11 +386,11 @@ def _decode(
         logits, cache = model.decode_step(rows.last, rows.cache, active=active)
         tokens, log_probabilities, sampling = draw(logits, rows.sampling, stages)
         remaining = jnp.where(active & ~is_stop(tokens, sampling), rows.remaining - 1, 0)
-        new = _Drawn(tokens, log_probabilities, active)
+        new = _DrawnTokens(tokens, log_probabilities, active)
         drawn = jax.tree.map(lambda array, x: array.at[step].set(x), drawn, new)
-        return step + 1, _Rows(cache, tokens, remaining, sampling), drawn
+        return step + 1, _BatchState(cache, tokens, remaining, sampling), drawn
 
     shape = (num_steps, batch_size)
-    empty = _Drawn(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, bool)))
+    empty = _DrawnTokens(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, bool)))
     _, rows, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), rows, empty))
     return rows, drawn

@@ -11,15 +11,21 @@ from nha_jax.generation.engine import Engine, chunk_for
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model
 
-_ROOM_MULTIPLE = 64  # of tokens in caches: not every length is compiled anew
+_LENGTH_MULTIPLE = 64  # cache lengths are rounded up to it, so that few of them are compiled
 _STEPS_PER_CALL = 16
 
 
 class Generated(NamedTuple):
-    """Tokens [B, max_new_tokens] int32 and their natural log-probabilities [B, max_new_tokens]."""
+    """What `generate` returns with its log-probabilities; without the axis B for a prompt [T].
+
+    Fields:
+        tokens: [B, max_new_tokens] int32.
+        log_probabilities: [B, max_new_tokens] float32, natural, as the model gives them: before
+            repetition penalty, temperature and limits; 0 after a stop token.
+    """
 
     tokens: np.ndarray
-    log_probabilities: np.ndarray  # float32; the model's own; 0 after the end of a text
+    log_probabilities: np.ndarray
 
 
 @overload
@@ -58,24 +64,25 @@ def generate(
 ):
     """Continues each prompt by sampling from the model.
 
-    Row b's tokens depend on the seed, on b and on its own prompt, not on the rows around it.
-    Compiled functions are kept for calls with the same model config and batch size, and prompts
-    that are about as long. For prompts that come and go, or to see tokens as they are drawn, use
-    `Engine`.
+    The tokens of row b depend on the seed, on b and on its own prompt, not on the other rows.
+    Compiled functions are kept for calls with the same model config and batch size and with
+    prompts of about the same length. For prompts that come and go, or to see tokens as they are
+    drawn, use `Engine`.
 
     Args:
         model: the model.
-        prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of 512 tokens at most.
+        prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of at most 512 tokens.
         max_new_tokens: how many tokens each row gets.
         lengths: [B] integers in [1, T], for prompts of different lengths: row b is
             prompt[b, :lengths[b]], and what follows is not read.
-        return_log_probabilities: return `Generated`, not the tokens alone.
-        seed: of the random numbers.
-        options: temperature, top_k, top_p, min_p, repetition_penalty and stop_tokens, as of
-            `SamplingOptions`. After a stop token the rest of the row is filled with it.
+        return_log_probabilities: return `Generated` rather than the tokens alone.
+        seed: seed of the random numbers.
+        options: temperature, top_k, top_p, min_p, repetition_penalty and stop_tokens, as in
+            `SamplingOptions`. After a stop token, the rest of the row is filled with it.
 
     Returns:
-        [B, max_new_tokens] int32, or [max_new_tokens] for a prompt [T]; without the prompt.
+        The new tokens, without the prompt: [B, max_new_tokens] int32, or [max_new_tokens] for a
+        prompt [T]; or `Generated`.
 
     Raises:
         ValueError, TypeError: an argument has a wrong value, shape or dtype; the message names it.
@@ -86,7 +93,7 @@ def generate(
     engine = Engine(
         model,
         batch_size=len(prompts),
-        max_length=-(-(longest + max_new_tokens) // _ROOM_MULTIPLE) * _ROOM_MULTIPLE,
+        max_length=-(-(longest + max_new_tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE,
         prefill_rows=len(prompts),
         prefill_chunk=chunk_for(longest),
         steps_per_call=_STEPS_PER_CALL,
@@ -109,7 +116,7 @@ def generate(
 def _split(
     prompt: jax.typing.ArrayLike | Sequence[Any], lengths: jax.typing.ArrayLike | None
 ) -> Sequence[np.ndarray]:
-    """The rows of the prompt, each as long as it is."""
+    """Cuts the prompt into its rows, each of its own length."""
     tokens = np.asarray(prompt)
     if tokens.ndim not in (1, 2) or not tokens.size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""How the next token is drawn: options for people, and their arrays for a batch of rows."""
+"""Drawing the next token: the options of a prompt, and their arrays for a batch of prompts."""
 
 import dataclasses
 import math
@@ -17,20 +17,21 @@ MOST_STOP_TOKENS = 8
 class SamplingOptions:
     """How one prompt is continued.
 
-    Logits go through repetition_penalty, temperature, top_k, top_p and min_p, in this order. Of
-    equal logits the lower token comes first.
+    The logits go through repetition_penalty, temperature, top_k, top_p and min_p, in this order. Of
+    equal logits, that of the lower token counts as larger.
 
     Fields:
-      max_new_tokens: how many tokens at most.
+      max_new_tokens: how many tokens are drawn at most.
       temperature: divides the logits; 0 takes the most likely token.
-      top_k: draw from the k most likely tokens only.
-      top_p: draw from the fewest most likely tokens whose probabilities add up to at least top_p
-        (nucleus sampling, arXiv 1904.09751).
-      min_p: draw from tokens at least min_p times as likely as the likeliest (arXiv 2407.01082).
-      repetition_penalty: logits of tokens that are in the prompt or were drawn are divided by it if
-        they are positive, and multiplied if not (arXiv 1909.05858); 1: none.
-      seed: of the random numbers. The n-th token depends on the seed, on n and on the tokens
-        before, not on what else is in the batch.
+      top_k: draw from the k most likely tokens only; None: from all.
+      top_p: draw from the smallest set of most likely tokens whose probabilities add up to at least
+        top_p (nucleus sampling, arXiv 1904.09751); None: from all.
+      min_p: draw from the tokens that are at least min_p times as likely as the likeliest (arXiv
+        2407.01082); None: from all.
+      repetition_penalty: the logits of tokens that are in the prompt or were drawn are divided by
+        it where they are positive and multiplied where not (arXiv 1909.05858); 1: unchanged.
+      seed: seed of the random numbers. The n-th token depends on the seed, on n and on the tokens
+        before it, not on what else is in the batch.
       stop_tokens: up to 8 tokens, each of which ends the text.
 
     Raises:
@@ -70,12 +71,12 @@ class SamplingOptions:
         object.__setattr__(self, "stop_tokens", stop)
 
     def for_row(self, row: int) -> "SamplingOptions":
-        """The options with a seed that depends on the seed and on the row of a batch."""
+        """Returns the options for one row of a batch, with a seed made of this one and the row."""
         seed = np.random.SeedSequence([abs(self.seed), int(self.seed < 0), row])
         return dataclasses.replace(self, seed=int(seed.generate_state(1)[0]))
 
     def check_vocabulary(self, vocab_size: int) -> None:
-        """Raises ValueError if the options name tokens that the vocabulary has not."""
+        """Raises ValueError if top_k or stop_tokens do not fit a vocabulary of this size."""
         if self.top_k is not None and self.top_k > vocab_size:
             self._reject("top_k", f"must be an integer within [1, {vocab_size}], or None")
         if not all(0 <= token < vocab_size for token in self.stop_tokens):
@@ -86,23 +87,23 @@ class SamplingOptions:
 
 
 class RowSampling(NamedTuple):
-    """The options of each row of a batch, and what drawing must remember."""
+    """The options of each row of a batch as arrays, and what was drawn so far."""
 
     temperature: jax.Array  # [B] float32
     top_k: jax.Array  # [B] int32; the vocabulary's size where there is no limit
     top_p: jax.Array  # [B] float32; 1: no limit
     min_p: jax.Array  # [B] float32; 0: no limit
     repetition_penalty: jax.Array  # [B] float32
-    stop_tokens: jax.Array  # [B, MOST_STOP_TOKENS] int32, filled up with -1
+    stop_tokens: jax.Array  # [B, MOST_STOP_TOKENS] int32, padded with -1
     key: jax.Array  # [B] random keys
-    drawn: jax.Array  # [B] int32, tokens drawn so far
-    seen: jax.Array  # [B, vocab_size] bool, tokens in the prompt or drawn
+    drawn: jax.Array  # [B] int32, how many tokens were drawn so far
+    seen: jax.Array  # [B, vocab_size] bool, whether a token is in the prompt or was drawn
 
     @classmethod
     def of(
         cls, options: Sequence[SamplingOptions], prompts: Sequence[np.ndarray], vocab_size: int
     ) -> "RowSampling":
-        """One row for each of the options and prompts."""
+        """Makes a row for each of the options and its prompt."""
         seen = np.zeros((len(prompts), vocab_size), bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
@@ -122,19 +123,25 @@ class RowSampling(NamedTuple):
 
     @classmethod
     def idle(cls, batch_size: int, vocab_size: int) -> "RowSampling":
-        """Rows that no one draws from."""
+        """Makes rows without a request, whose tokens are not used."""
         empty = np.zeros(0, np.int32)
         return cls.of([SamplingOptions()] * batch_size, [empty] * batch_size, vocab_size)
 
 
 class Stages(NamedTuple):
-    """What the rows of a batch need; leaving a stage out changes no row that does not need it."""
+    """Which costly parts of drawing a batch needs; without them no row that needs none changes.
+
+    Fields:
+      penalty: the repetition penalty.
+      ranking: the sorting of the vocabulary, for top_k and top_p.
+    """
 
     penalty: bool
     ranking: bool
 
     @classmethod
     def needed(cls, options: Sequence[SamplingOptions]) -> "Stages":
+        """Finds the stages that at least one of the options needs."""
         return cls(
             penalty=any(o.repetition_penalty != 1 for o in options),
             ranking=any(o.top_k is not None or o.top_p not in (None, 1) for o in options),
@@ -144,19 +151,25 @@ class Stages(NamedTuple):
 def draw(
     logits: jax.Array, rows: RowSampling, stages: Stages
 ) -> tuple[jax.Array, jax.Array, RowSampling]:
-    """A token a row: logits [B, vocab_size] float32 -> tokens [B] int32, log-probabilities [B].
+    """Draws one token for each row.
 
-    The log-probability is the model's own, of the logits as they came. The rows returned remember
-    the tokens drawn.
+    Args:
+      logits: [B, vocab_size] float32.
+      rows: the options, and what was drawn so far.
+      stages: what the rows need.
+
+    Returns:
+      tokens [B] int32; their natural log-probabilities [B] float32 under the logits as they came;
+      and the rows, to which the tokens are added.
     """
     log_probability = jax.nn.log_softmax(logits, axis=-1)
     adjusted = _penalised(logits, rows) if stages.penalty else logits
     greedy = adjusted.argmax(axis=-1)
-    # From the largest logit down: a small temperature then only gives -inf, never inf - inf.
+    # Subtracting the largest logit, a small temperature gives -inf at most, and never inf - inf.
     adjusted = adjusted - adjusted.max(axis=-1, keepdims=True)
     adjusted = adjusted / jnp.maximum(rows.temperature, 1e-30)[:, None]
     noise = jax.vmap(_noise, (0, 0, None))(rows.key, rows.drawn, logits.shape[-1])
-    # Of the tokens the likeliest has the logit 0.
+    # The likeliest token has the logit 0 now.
     likely = adjusted >= jnp.log(rows.min_p)[:, None]
     scores = jnp.where(likely, adjusted + noise, -jnp.inf)
     if stages.ranking:
@@ -168,29 +181,30 @@ def draw(
 
 
 def is_stop(tokens: jax.Array, rows: RowSampling) -> jax.Array:
-    """[B] -> [B] bool."""
+    """Whether the tokens [B] are stop tokens of their rows: [B] bool."""
     return (tokens[:, None] == rows.stop_tokens).any(axis=1)
 
 
 def _noise(key: jax.Array, drawn: jax.Array, vocab_size: int) -> jax.Array:
-    """Gumbel noise, one for each token: the largest sum with the logits is a fair draw."""
+    """Makes Gumbel noise: the token of the largest logit + noise is a draw from the softmax."""
     return jax.random.gumbel(jax.random.fold_in(key, drawn), (vocab_size,))
 
 
 def _penalised(logits: jax.Array, rows: RowSampling) -> jax.Array:
+    """Applies the repetition penalty to logits [B, vocab_size]."""
     penalty = rows.repetition_penalty[:, None]
     lowered = jnp.where(logits > 0, logits / penalty, logits * penalty)
     return jnp.where(rows.seen, lowered, logits)
 
 
 def _ranked(logits: jax.Array, scores: jax.Array, rows: RowSampling) -> jax.Array:
-    """The scores [B, vocab_size] of the tokens that top_k and top_p leave, -inf of others."""
+    """Keeps the scores [B, vocab_size] of tokens within top_k and top_p; others get -inf."""
     ranked, candidates = jax.lax.top_k(logits, logits.shape[-1])
     rank = jnp.arange(logits.shape[-1])
     ranked = jnp.where(rank < rows.top_k[:, None], ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
-    likelier = probability.cumsum(axis=-1) - probability
-    # The most likely token stays even if rounding leaves nothing below top_p, and all if it is 1.
+    likelier = probability.cumsum(axis=-1) - probability  # the mass of more likely tokens
+    # The most likely token stays even if rounding leaves none below top_p; with 1, all stay.
     top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)
     keep = ((likelier < top_p[:, None]) | (rank == 0)) & jnp.isfinite(ranked)
     batch = jnp.arange(logits.shape[0])[:, None]

@@ -1,0 +1,1 @@
+"""Models on disk: saved folders, and parameters read and written in parts."""

@@ -1,4 +1,4 @@
-"""A model as a folder: `config.json`, `model.safetensors`, and the files that go with it."""
+"""Saved models: a folder with `config.json`, `model.safetensors` and extra files."""
 
 import contextlib
 import json
@@ -24,7 +24,7 @@ from nha_jax.storage.weights import (
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 ORIGINAL_CONFIG_FILE = "original_config.json"
-"""Of an imported model, the config.json that it came with."""
+"""The config.json that an imported model came with, kept beside our own."""
 
 EXTRA_FILES = (
     "tokenizer.json",
@@ -34,8 +34,10 @@ EXTRA_FILES = (
     "chat_template.jinja",
     ORIGINAL_CONFIG_FILE,
 )
-"""What may lie beside a model and travels with it byte for byte; all but the last are named as
-Hugging Face names them."""
+"""Names of the extra files: what may lie beside a model's weights, such as its tokenizer.
+
+They travel with the model byte for byte. All but the last are named as Hugging Face names them.
+"""
 
 
 def save(
@@ -45,22 +47,22 @@ def save(
     overwrite: bool = False,
     files: Mapping[str, bytes] | None = None,
 ) -> None:
-    """Writes a folder with the model's config and parameters, all of it or nothing.
+    """Saves a model as a folder, all of it or nothing.
 
     The files are written next to `path` and then renamed, so that a reader never sees half a
-    model. Tensors are named by their place in the model: `blocks.attention.q_proj.kernel`, whose
+    model. Tensors have the dotted names of the parameters: `blocks.attention.q_proj.kernel`, whose
     leading axis is the layer.
 
     Args:
         path: the folder to create; its parents are created too.
-        model: the model.
-        overwrite: replace a model that is there already.
-        files: name, one of EXTRA_FILES, and content of what goes beside the model.
+        model: the model; its parameters are written in its config's param_dtype.
+        overwrite: replace a saved model that is there already.
+        files: name and content of extra files; the names are among EXTRA_FILES.
 
     Raises:
         ValueError: `files` has another name.
-        FileExistsError: `path` exists and overwrite is False, or it is not a saved model: nothing
-            but a model is ever replaced.
+        FileExistsError: `path` exists and overwrite is False, or it is not a saved model, which is
+            never replaced.
     """
     write_folder(path, model.config, ModelSource(model), files=files or {}, overwrite=overwrite)
 
@@ -74,13 +76,13 @@ def write_folder(
     overwrite: bool = False,
     on_written: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """What `save` writes, of parameters that need not be in memory.
+    """Writes what `save` writes, with parameters that need not be in memory.
 
     Args:
         path, files, overwrite: as for `save`.
         config: of the model.
         source: its parameters, read a piece at a time.
-        on_written: called with the bytes of each piece of the parameters.
+        on_written: called after each piece of the parameters with its number of bytes.
 
     Raises:
         ValueError, FileExistsError: as for `save`.
@@ -101,11 +103,11 @@ def write_folder(
 
 @contextlib.contextmanager
 def replacing_folder(path: Path, needed: int) -> Iterator[Path]:
-    """A new folder beside `path`, which it becomes at the end, unless something fails.
+    """Yields a new empty folder that takes the place of `path` at the end, unless something fails.
 
     Args:
-        path: its parents are created too; what is there is replaced.
-        needed: bytes that will be written.
+        path: the folder to write; its parents are created too, and what is there is replaced.
+        needed: how many bytes will be written.
 
     Raises:
         OSError: there is too little room on the disk; nothing was written.
@@ -137,7 +139,7 @@ def check_replaceable(path: Path, *, overwrite: bool) -> None:
 
 
 def _is_saved_model(path: Path) -> bool:
-    """Whether nothing but what `save` writes is there; other programs use the same file names."""
+    """Whether the folder holds only what `save` writes; other programs use the same file names."""
     own = {CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES}
     if not path.is_dir() or {file.name for file in path.iterdir()} - own:
         return False
@@ -149,28 +151,28 @@ def _is_saved_model(path: Path) -> bool:
 
 
 def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) -> Model:
-    """The model that `save` wrote to `path`.
+    """Loads the model that `save` wrote to `path`.
 
     Args:
         path: the folder.
-        shardings: from the abstract nnx state of the model to a `jax.sharding.Sharding` in place
-            of each variable: every device then gets its part alone. None: all go to the default
-            device.
+        shardings: takes the abstract nnx state of the model and returns the same tree with a
+            `jax.sharding.Sharding` in place of each variable; each device then reads its own part.
+            None: everything goes to the default device.
 
     Raises:
-        FileNotFoundError: `path` lacks one of the two files.
+        FileNotFoundError: `path` lacks config.json or model.safetensors.
         ValueError: a file is damaged, the config is not valid, or tensors are missing, unknown, or
-            of another shape or dtype than the config says; the message names every one of them.
+            of another shape or dtype than the config says; one line names all of them.
     """
     config, source = open_saved(path)
     return build_model(config, source, shardings)
 
 
 def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSource]:
-    """What `save` wrote to `path`; no parameter has been read, nor compared with the config.
+    """Opens what `save` wrote to `path`, without reading parameters or checking them.
 
     Raises:
-        FileNotFoundError: `path` lacks one of the two files.
+        FileNotFoundError: `path` lacks config.json or model.safetensors.
         ValueError: a file is damaged, or the config is not valid.
     """
     path = Path(path)
@@ -182,7 +184,7 @@ def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSo
 
 
 def extra_files_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Name and content of those of EXTRA_FILES that lie in a folder: `files` of `save`."""
+    """Reads those of EXTRA_FILES that lie in a folder: name and content, as `save` takes them."""
     paths = (Path(folder) / name for name in EXTRA_FILES)
     return {path.name: path.read_bytes() for path in paths if path.is_file()}
 

@@ -1,5 +1,8 @@
-"""A model's parameters in files: read a slice at a time, straight to where they belong, and
-written a piece at a time, so that neither needs the model in memory."""
+"""A model's parameters in `.safetensors` files, read and written in parts.
+
+Each device reads its own part of a parameter, and files are written a piece at a time: neither
+needs the whole model in memory.
+"""
 
 import json
 import math
@@ -23,37 +26,37 @@ Index = tuple[slice, ...]
 """A slice for every axis of an array."""
 
 Shardings = Callable[[nnx.State], Any]
-"""From the abstract state of a model to a `jax.sharding.Sharding` in place of each variable."""
+"""Takes a model's abstract state; returns it with a `jax.sharding.Sharding` for each variable."""
 
 _PIECE_BYTES = 2**26
 
-# Named as the file format names them.
+# Our name of a dtype -> that of the file format.
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 class WeightSource(Protocol):
-    """Parameters of a model, read as far as they are asked for.
+    """Parameters of a model that are read in parts, when they are asked for.
 
     Attributes:
-        name: what errors call it.
-        shapes: what it holds.
+        name: what error messages call it.
+        shapes: shape and dtype of every parameter that it holds, by dotted name.
     """
 
     name: str
     shapes: Shapes
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        """A part of a parameter, in the dtype that `shapes` says."""
+        """Reads a part of a parameter, in the dtype that `shapes` says."""
 
 
 class SafetensorsSource:
-    """The tensors of one `.safetensors` file under the names that they have there."""
+    """The tensors of one `.safetensors` file, under the names that they have there."""
 
     def __init__(self, path: Path):
-        """Reads the header.
+        """Reads the header of the file.
 
         Raises:
-            ValueError: it is no such file, or cut off.
+            ValueError: the file has another format, or is cut off.
         """
         self.name = str(path)
         self._path = path
@@ -62,22 +65,22 @@ class SafetensorsSource:
                 headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: damaged: {error}") from None
-        by_name = {short: jnp.dtype(long) for long, short in _DTYPES.items()}
+        dtypes = {short: jnp.dtype(long) for long, short in _DTYPES.items()}
         self.shapes: Shapes = {
-            name: jax.ShapeDtypeStruct(header.get_shape(), by_name.get(header.get_dtype(), np.void))
+            name: jax.ShapeDtypeStruct(header.get_shape(), dtypes.get(header.get_dtype(), np.void))
             for name, header in headers.items()
         }
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        # Opened for each read: what a mapping has touched counts as resident until it is closed.
+        # Opened for each read: until it is closed, all that was read of it counts as memory in use.
         with safetensors.safe_open(self._path, "numpy") as file:
             return file.get_slice(name)[index]
 
 
 class ModelSource:
-    """The parameters of a model in memory, in its config's param_dtype.
+    """The parameters of a model in memory, read in its config's param_dtype.
 
-    While it is trained, a model may hold some of them in another.
+    A model that is being trained may hold some of them in another dtype.
     """
 
     def __init__(self, model: Model):
@@ -91,14 +94,14 @@ class ModelSource:
     def read(self, name: str, index: Index) -> np.ndarray:
         array = self._arrays[name]
         bounds = [part.indices(length)[:2] for part, length in zip(index, array.shape, strict=True)]
-        # Dynamic, so that the parts of an array share one compiled program.
+        # A dynamic slice, so that all parts of one size share a compiled program.
         starts, sizes = [low for low, _ in bounds], [high - low for low, high in bounds]
         part = np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
         return part.astype(self._dtype, copy=False)
 
 
 def differences(expected: Shapes, found: Shapes) -> list[str]:
-    """A few words for every parameter that is missing, unknown, or of another shape or dtype."""
+    """Describes every parameter that is missing, unknown, or of another shape or dtype."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown" for name in sorted(found) if name not in expected]
     for name, tensor in found.items():
@@ -119,44 +122,47 @@ def check_weights(expected: Shapes, source: WeightSource) -> None:
 
 
 def weight_bytes(shapes: Shapes) -> int:
-    """Of all of them together."""
+    """Counts the bytes of all parameters together."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes.values())
 
 
 def build_model(
     config: ModelConfig, source: WeightSource, shardings: Shardings | None = None
 ) -> Model:
-    """The model with the parameters of `source`.
+    """Builds a model with the parameters of `source`.
 
     Args:
         config: of the model.
-        source: of which each device's part is read by itself.
+        source: the parameters; each device reads its own part.
         shardings: where the parameters go; None: to the default device.
 
     Raises:
-        ValueError: the source does not hold what the config says; the message names every
-            parameter that differs.
+        ValueError: the source does not hold what the config says; one line names every parameter
+            that differs.
     """
     graph, state = abstract_model(config)
-    expected = by_name(state)
-    check_weights(expected, source)
-    default = jax.sharding.SingleDeviceSharding(_default_device())
-    places = jax.tree.map(lambda _: default, state) if shardings is None else shardings(state)
-    return nnx.merge(graph, read_state(source, state, places))
+    check_weights(by_name(state), source)
+    if shardings is None:
+        default = jax.sharding.SingleDeviceSharding(_default_device())
+        destinations = jax.tree.map(lambda _: default, state)
+    else:
+        destinations = shardings(state)
+    return nnx.merge(graph, read_state(source, state, destinations))
 
 
 def read_state(source: WeightSource, abstract: nnx.State, shardings: Any) -> nnx.State:
-    """A model's state, or a part of it, with the parameters of `source`.
+    """Reads a model's state, or a part of it, from `source`.
 
     Args:
-        source: has a parameter of the same shape for each of the state's variables; each device's
-            part is read by itself.
-        abstract: shapes and dtypes; a parameter that has another dtype is cast as it is read.
+        source: has a parameter of the same shape for each of the state's variables; each device
+            reads its own part.
+        abstract: the state with shapes and dtypes in place of arrays; a parameter that `source`
+            has in another dtype is cast as it is read.
         shardings: the same tree, a `jax.sharding.Sharding` in place of each variable.
     """
-    state, places = jax.tree.map(lambda leaf: leaf, abstract), by_name(shardings)
+    state, destinations = jax.tree.map(lambda leaf: leaf, abstract), by_name(shardings)
     arrays = {
-        name: _place(source, name, places[name], leaf.dtype)
+        name: _read_to_devices(source, name, destinations[name], leaf.dtype)
         for name, leaf in by_name(state).items()
     }
     nnx.replace_by_pure_dict(state, _nested(arrays))
@@ -169,15 +175,15 @@ def write_weights(
     on_written: Callable[[int], object] = lambda count: None,
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Writes a `.safetensors` file, never holding more than a piece of one parameter.
+    """Writes a `.safetensors` file, holding no more than a piece of one parameter in memory.
 
     Args:
         path: the file.
-        source: what to write.
-        on_written: called with the bytes of each piece.
-        metadata: texts that the file's header holds beside the tensors.
+        source: the parameters to write.
+        on_written: called after each piece with its number of bytes.
+        metadata: names and texts that the file's header holds beside the tensors.
     """
-    # The format wants no gaps; larger entries first keep every tensor aligned.
+    # The format allows no gaps: the wider dtypes first keep every tensor aligned.
     names = sorted(source.shapes, key=lambda name: (-source.shapes[name].dtype.itemsize, name))
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -199,7 +205,7 @@ def write_weights(
 
 
 def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
-    """Parts of an array, of a bearable size, in the order in which they lie in memory."""
+    """Divides an array into parts of at most _PIECE_BYTES or one row, in their order in memory."""
     if not shape:
         yield ()
         return
@@ -214,10 +220,11 @@ def _pieces(shape: tuple[int, ...], itemsize: int) -> Iterator[Index]:
         yield slice(start, min(start + rows, shape[0])), *rest
 
 
-def _place(
+def _read_to_devices(
     source: WeightSource, name: str, sharding: jax.sharding.Sharding, dtype: jax.typing.DTypeLike
 ) -> jax.Array:
-    parts: dict[Any, np.ndarray] = {}  # devices with the same part share the reading of it
+    """Reads a parameter onto the devices of a sharding; devices with the same part share it."""
+    parts: dict[Any, np.ndarray] = {}
 
     def part(index: Index | None) -> np.ndarray:
         assert index is not None
@@ -235,7 +242,7 @@ def _default_device() -> jax.Device:
 
 
 def _nested(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """The inverse of `by_name`: a dictionary for each dot."""
+    """Makes nested dictionaries of dotted names: the inverse of `by_name`."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():
         *parents, leaf = name.split(".")

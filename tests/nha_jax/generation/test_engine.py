@@ -150,7 +150,7 @@ def test_the_cache_is_updated_in_place(model):
     engine.submit([1, 2], SamplingOptions(max_new_tokens=20))
     while not engine.step():
         pass
-    before = engine._rows.cache
+    before = engine._state.cache
     engine.step()
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
 
@@ -203,7 +203,7 @@ prompt = np.random.default_rng(0).integers(0, 24, (4, 9))
 wanted = generate(model, prompt, max_new_tokens=20, seed=1)
 mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 with jax.set_mesh(mesh):
-    cache = Engine(model, batch_size=4, max_length=64)._rows.cache
+    cache = Engine(model, batch_size=4, max_length=64)._state.cache
     for layer in cache.layers:
         assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
         ring = layer.attention.window_value.sharding.spec
