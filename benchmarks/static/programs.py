@@ -7,11 +7,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from nha_jax.ops import Implementation, nha_attention, rope_tables
+from nha_jax.ops import nha_attention, rope_tables
 
 Program = Literal["pallas", "xla", "splash"]
 # None is the kernels where the program is for a TPU, whatever machine compiles it.
-_IMPLEMENTATIONS: dict[Program, Implementation | None] = {"pallas": None, "xla": "xla"}
+_IMPLEMENTATIONS: dict[Program, str | None] = {"pallas": None, "xla": "xla"}
 
 
 @dataclasses.dataclass(frozen=True)
