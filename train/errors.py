@@ -1,6 +1,7 @@
 """Errors that reach the user as one line, each with its exit code."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 
@@ -30,6 +31,20 @@ class DataError(UserError):
 
 class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""
+
+
+@contextlib.contextmanager
+def explain_refusal() -> Iterator[None]:
+    """Turns the refusal of an implementation that `model.implementation` names into a ConfigError.
+
+    The operator refuses, with NotImplementedError, what a named implementation cannot serve.
+    """
+    try:
+        yield
+    except NotImplementedError as error:
+        if not str(error).startswith("implementation="):
+            raise
+        raise ConfigError(f"model.{error}; null takes the fastest that serves") from None
 
 
 def describe_differences(

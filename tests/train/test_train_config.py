@@ -56,6 +56,7 @@ MISTAKES = [
         ["model.experts.per_token=9", "at most count=8"],
     ),
     (["--model.experts=8"], ["model.experts = 8", "a section of keys or null"]),
+    (["--model.implementation=pallas_gpu"], ["model.implementation='pallas_gpu': ", "float32"]),
     (["--model.attention_bias=true"], ["model.attention_bias = true", "none, qkv, all"]),
     (["--data=words"], ['data = "words"', "a section"]),
     (["--data.sequence_length=1"], ["data.sequence_length = 1", "at least 2"]),

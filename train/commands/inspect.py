@@ -65,7 +65,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.windows import read_windows
 
     tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)
-    model = load_model(options.run)
+    model = load_model(options.run).with_implementation(None)  # the fastest that serves
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
         try:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from train.commands.train import parse_overrides
-from train.errors import ConfigError
+from train.errors import ConfigError, explain_refusal
 
 _DESCRIPTION = """\
 Compiles the training step of a configuration for a machine that is not there, and says what the
@@ -53,16 +53,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     from train.plan.command import PlanOptions, run_plan
 
-    return run_plan(
-        PlanOptions(
-            config=options.config,
-            overrides=overrides,
-            topology=options.topology,
-            mfu=options.mfu,
-            json=options.json,
-            advice=not options.no_advice,
-        )
+    chosen = PlanOptions(
+        config=options.config,
+        overrides=overrides,
+        topology=options.topology,
+        mfu=options.mfu,
+        json=options.json,
+        advice=not options.no_advice,
     )
+    with explain_refusal():
+        return run_plan(chosen)
 
 
 def _set_environment() -> None:

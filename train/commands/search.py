@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 
-from train.errors import ConfigError
+from train.errors import ConfigError, explain_refusal
 
 _DESCRIPTION = """\
 Finds the layers at which wider windows or full attention lower the loss most, within a budget. The
@@ -115,6 +115,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     fields = [field.name for field in dataclasses.fields(SearchOptions)]
     try:
-        return run_search(SearchOptions(**{name: getattr(options, name) for name in fields}))
+        with explain_refusal():
+            return run_search(SearchOptions(**{name: getattr(options, name) for name in fields}))
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None

@@ -3,6 +3,7 @@
 import signal
 
 import jax
+from jax.sharding import Mesh
 
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
@@ -10,11 +11,13 @@ from train.data.corpus import Corpus, load_corpus
 from train.devices import processes
 from train.devices.compilation_cache import use_compilation_cache
 from train.devices.mesh import make_mesh
+from train.errors import explain_refusal
 from train.loop.extra_files import check_tokenizer, write_extra_files
 from train.loop.interruption import Interruption
 from train.loop.trainer import Trainer
 from train.report.wandb_reporter import check_wandb
 from train.step.trainable import Trainable
+from train.step.update import TrainingFunctions
 from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder
@@ -30,8 +33,8 @@ def train(config: TrainConfig) -> int:
         The exit code: 0, or 128 + the signal that stopped the run (130 Ctrl-C, 143 SIGTERM).
 
     Raises:
-        ConfigError: the corpus, the devices, the run folder, the initial model or wandb do not fit
-            the configuration; nothing was written.
+        ConfigError: the corpus, the devices, the run folder, the initial model, the implementation
+            or wandb do not fit the configuration; nothing was written.
         TrainingError: the loss stays non-finite, or a file cannot be written.
         CheckpointError: all checkpoints are damaged, or none can be saved.
     """
@@ -47,10 +50,12 @@ def train(config: TrainConfig) -> int:
 
 
 def _train(config: TrainConfig) -> int:
+    """Does what `train` does, once this process has joined the others."""
     corpus = load_corpus(config.data)
     corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
     Trainable.match(config.trainable, config.model)
+    _check_implementation(config, mesh)
     folder = RunFolder(config.run)
     initial = _initial_model(config, corpus, folder)
     with (
@@ -82,6 +87,13 @@ def _train(config: TrainConfig) -> int:
         print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
         print("tensorboard, checkpoints, model")
     return 0
+
+
+def _check_implementation(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises ConfigError if an implementation is named that cannot serve the step."""
+    if config.model.implementation is not None:
+        with jax.set_mesh(mesh), explain_refusal():
+            TrainingFunctions(config, mesh).trace_update()
 
 
 def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:

@@ -25,6 +25,7 @@ CHANGEABLE = (
     "sample",
     "distributed",
     "compilation_cache",
+    "model.implementation",
     "model.kernel_options",
 )
 """The keys, and sections of keys, that may differ when a run is resumed: none of them changes the

@@ -46,6 +46,9 @@ def test_what_does_not_change_the_updates_may_change(nha: Nha) -> None:
         pass
     changed = nha.config(steps=500, logging__every=7, checkpoint__keep=9, sample__prompt="x")
     RunFolder(str(nha.run)).check(changed, "corpus")
+    options = {"pallas_tpu": {"chunk": 64}}
+    other = nha.config(model__implementation="xla", model__kernel_options=options)
+    RunFolder(str(nha.run)).check(other, "corpus")
 
 
 def test_another_corpus_is_refused(nha: Nha) -> None:
