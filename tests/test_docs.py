@@ -10,8 +10,9 @@ import re
 import runpy
 import shutil
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flax import nnx
@@ -23,8 +24,12 @@ from tests.support.commands import NOT_RUN, RUN, check
 from tests.support.paths import ROOT
 from train.cli import main
 
-# What the Python blocks of a document take for granted.
-BEFORE: dict[str, str] = {}
+SLOW = {"docs/generation.md", "uv run nha inspect runs/quickstart --text README.md"}
+
+
+def _slow_or_not(names: Iterable[str]) -> list[Any]:
+    """Parameters of which those in SLOW are marked so."""
+    return [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in names]
 
 
 def test_every_command_is_run_or_listed() -> None:
@@ -60,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("text", RUN)
+@pytest.mark.parametrize("text", _slow_or_not(RUN))
 def test_commands_run(
     text: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -79,13 +84,12 @@ def _python_documents() -> list[str]:
     return sorted({block.document for block in documents.code_blocks("python")})
 
 
-@pytest.mark.parametrize("document", _python_documents())
+@pytest.mark.parametrize("document", _slow_or_not(_python_documents()))
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One after the other, as one goes through a notebook."""
     monkeypatch.chdir(tmp_path)
     known = backends.names()
     names: dict = {}
-    exec(BEFORE.get(document, ""), names)
     for block in documents.code_blocks("python", [document]):
         code = compile(ast.parse(block.text), str(block), "exec")
         exec(code, names)
@@ -130,7 +134,7 @@ def test_links_lead_somewhere() -> None:
         linked = (ROOT / document).parent / path if path else ROOT / document
         if not linked.exists():
             broken.append(f"{document}: {target}")
-        elif anchor:
+        elif anchor and not path.endswith(".py") and "::: " not in linked.read_text():
             name = str(linked.resolve().relative_to(ROOT))
             name = documents.BENCHMARKS if name == "docs/benchmarks.md" else name
             if anchor not in documents.anchors(name):
