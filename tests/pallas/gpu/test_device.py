@@ -14,9 +14,9 @@ import pytest
 from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.xla.decode import decode_xla
 from tests.nha_jax.ops import test_attention
-from tests.pallas.tpu.test_decode_kernel import a_state, a_token, options
 from tests.support.gpu.interpreted import CASES
 from tests.support.ops.cases import Case, make_inputs
+from tests.support.ops.decode_cases import decode_options, make_state, make_token
 
 # What the interpreter is too slow for, and what is cuDNN's on a GPU.
 LARGER = [
@@ -48,10 +48,12 @@ def test_compiled_kernels_match_float64_reference(case):
 @pytest.mark.parametrize("window_size", [16, 128, None], ids=str)
 def test_compiled_decode_step_matches_the_hosts(window_size, empty_slots):
     R = window_size or 48
-    state = a_state(window_size, jnp.bfloat16, [0, R - 1, R // 2 if window_size is None else 3 * R])
-    token = a_token(0, 2, jnp.bfloat16, state)
+    state = make_state(
+        window_size, jnp.bfloat16, [0, R - 1, R // 2 if window_size is None else 3 * R]
+    )
+    token = make_token(0, 2, jnp.bfloat16, state)
     arguments = (*token, state, jnp.array([True, True, False]))
-    chosen = options(window_size, empty_slots, "silu")
+    chosen = decode_options(window_size, empty_slots, "silu")
     out, after = jax.jit(functools.partial(decode_gpu, options=chosen))(*arguments)
     host = jax.devices("cpu")[0]
     with jax.default_device(host):

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +70,24 @@ def parameters(small: list[Case]) -> list:
     return [pytest.param(case, marks=mark(case), id=str(case)) for case in cases]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _optimisations() -> Iterator[None]:
+    """Switches the compiler's optimisations on, and jax's own search for a TPU off."""
+    platforms = jax.config.jax_platforms
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_platforms", platforms)
+    jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
+    jax.clear_caches()
+
+
 def attention(case: Case):
-    """The operator on arrays as a layer has them; log_decay as [B, H, M, T], as the kernel does."""
+    """The operator on arrays as a layer has them; log_decay [B, Hkv, M, T], as the kernel reads it.
+
+    Then no copy that is found is the test's own.
+    """
 
     def run(query, key, value, log_decay, segment_ids):
         out = nha_attention(
@@ -88,6 +105,7 @@ def attention(case: Case):
 
 
 def arguments(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
+    """Abstract query, key, value, log_decay and segment_ids of `attention(case)`."""
     query = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * GROUP * case.K), jnp.bfloat16)
     key = jax.ShapeDtypeStruct((BATCH, TOKENS, HEADS * case.K), jnp.bfloat16)
     log_decay = jax.ShapeDtypeStruct((BATCH, HEADS, case.M, TOKENS), jnp.float32)
@@ -96,6 +114,7 @@ def arguments(case: Case) -> tuple[jax.ShapeDtypeStruct | None, ...]:
 
 
 def check(case: Case, compiled: jax.stages.Compiled) -> None:
+    """There is a kernel, and heads of 128 go to it and come from it without a copy."""
     assert "tpu_custom_call" in compiled.as_text()
     if case.K == 128:
         assert relayouts(compiled, BATCH * TOKENS * HEADS * case.K) == []
@@ -138,7 +157,10 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -
 
 
 def decode_program(B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16):
-    """A step and its abstract arguments, the state the last; 1024 tokens of full attention."""
+    """A decode step and its abstract arguments, the state the last one.
+
+    window_size None: full attention, with room for 1024 tokens.
+    """
     M = 64
 
     def decode(query, key, value, log_decay, state: NHAState):

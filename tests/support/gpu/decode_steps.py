@@ -14,8 +14,13 @@ from nha_jax.ops import decode_step
 from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.types import Options
-from tests.pallas.tpu.test_decode_kernel import a_state, a_token, check, options
 from tests.support.gpu.process import HOPPER, report
+from tests.support.ops.decode_cases import (
+    check_decode_step,
+    decode_options,
+    make_state,
+    make_token,
+)
 
 INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
 
@@ -57,8 +62,8 @@ def run(case: Case) -> None:
     # Rows of different age: empty, about to be full, and (with a window) long full.
     lengths = [0, max(R - case.steps, 0), R // 2 if case.window is None else 3 * R + 5]
     sizes = {"num_slots": case.slots, "key_dim": case.key_dim, "value_dim": case.value_dim}
-    state = a_state(case.window, dtype, lengths, heads=2, max_length=case.room, **sizes)
-    chosen = options(case.window, case.empty_slots, case.feature_map)
+    state = make_state(case.window, dtype, lengths, heads=2, max_length=case.room, **sizes)
+    chosen = decode_options(case.window, case.empty_slots, case.feature_map)
     lower_for_cuda(case, state, chosen)
     kernel = jax.jit(
         lambda *arguments, options, interpret: decode_gpu(
@@ -69,13 +74,13 @@ def run(case: Case) -> None:
     tolerance = 2e-6 if case.dtype == "float32" else 2e-2
     for step in range(case.steps):
         active = jnp.array([True, step + 1 < case.steps, True])
-        arguments = (*a_token(step, case.group, dtype, state), state, active)
-        state = check(arguments, chosen, tolerance, kernel)
+        arguments = (*make_token(step, case.group, dtype, state), state, active)
+        state = check_decode_step(arguments, chosen, tolerance, kernel)
 
 
 def lower_for_cuda(case: Case, state: NHAState, chosen: Options) -> None:
     """The interpreter knows no layouts: what it runs may still not compile."""
-    query, _, new = a_token(0, case.group, jnp.dtype(case.dtype), state)
+    query, _, new = make_token(0, case.group, jnp.dtype(case.dtype), state)
     step = functools.partial(
         decode_step,
         window_size=case.window,
