@@ -35,7 +35,7 @@ def draw(inspection: Inspection, title: str) -> bytes:
     heat = figure.add_subplot(grid[0, 0])
     image = _draw_heat(heat, inspection)
     _draw_means(figure.add_subplot(grid[0, 1], sharey=heat), inspection)
-    figure.colorbar(image, cax=figure.add_subplot(grid[0, 2]), label="slot share ω")
+    figure.colorbar(image, cax=figure.add_subplot(grid[0, 2]), label="slot weight ω")
     _draw_half_lives(figure.add_subplot(grid[1, :]), inspection)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
@@ -67,7 +67,7 @@ def _draw_heat(axes: "Axes", inspection: Inspection) -> Any:
         xlabel=f"position in the text, tokens{restarts}",
         ylabel=f"layer ({num_heads} heads each)",
     )
-    axes.set_title("Slot share ω: the softmax mass on the slots", loc="left")
+    axes.set_title("Slot weight ω: the softmax mass on the slots", loc="left")
     return image
 
 

@@ -167,7 +167,7 @@ def half_life(mean_log_decay: np.ndarray) -> np.ndarray:
 def format_table(inspection: Inspection) -> str:
     """Formats the summaries as a table of one line a layer."""
     lines = [
-        "                slot share omega   half-life of the slots, tokens",
+        "               slot weight omega   half-life of the slots, tokens",
         "layer  window    mean  on empty       10%    median       90%  beyond the window",
     ]
     for summary in inspection.layers():

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import nha_jax
 from tests.support.paths import FIXTURES
 from train.cli import main
 from train.search.layerwise import LayerwiseLoss
@@ -50,7 +51,9 @@ def test_a_model_option_that_is_new_and_unused_does_not_matter(before: Path) -> 
     measured_on = json.loads(header)
     assert measured_on["model"].pop("qk_norm") is False  # as if the option had come later
     path.write_text(json.dumps(measured_on) + "\n" + "".join(losses))
-    present = json.loads(header)
+    model = nha_jax.load(before / "model").config.to_dict()
+    del model["window_size"]
+    present = json.loads(header) | {"model": model}
     present["sequences"] = present.pop("windows_count")
     with LossLog(path, present) as log:
         assert len(log.losses) == len(losses) == 7
