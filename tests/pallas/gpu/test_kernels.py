@@ -15,28 +15,23 @@ from nha_jax.ops import nha_attention
 from pallas.gpu import BlockSizes
 from pallas.gpu.backward.window_queries import window_queries
 from pallas.gpu.backward.window_tokens import window_tokens
-from tests.support.gpu import gates, slot_queries, slot_tokens, window_grads
-from tests.support.gpu.interpreted import CASES, ORDINARY
+from tests.support.gpu import gates, ordinary, slot_queries, slot_tokens, window_grads
+from tests.support.gpu.interpreted import CASES
 from tests.support.gpu.process import HOPPER, THREADS, run_cases
 
 run_suite = functools.partial(run_cases, module="tests.support.gpu.interpreted")
 
 
-@pytest.fixture(scope="module")
-def ordinary_results() -> dict[int, str]:
-    """One process for all of them: starting it takes as long as a case."""
-    return run_suite(list(range(len(ORDINARY))))
-
-
-@pytest.mark.parametrize("index", range(len(ORDINARY)), ids=map(str, ORDINARY))
-def test_matches_float64_reference(index, ordinary_results):
-    assert ordinary_results[index] == "ok"
+def test_ordinary_cases_match_float64_and_xla():
+    """The operator and its gradients against float64, a decode step against XLA."""
+    indices = range(len(ordinary.CASES))
+    results = run_cases(indices, "tests.support.gpu.ordinary")
+    wrong = {str(ordinary.CASES[i][1]): results[i] for i in indices if results[i] != "ok"}
+    assert not wrong
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(
-    "index", range(len(ORDINARY), len(CASES)), ids=map(str, CASES[len(ORDINARY) :])
-)
+@pytest.mark.parametrize("index", range(len(CASES)), ids=map(str, CASES))
 def test_whole_suite_matches_float64_reference(index):
     assert run_suite([index]) == {index: "ok"}
 

@@ -1,6 +1,6 @@
-"""The decode kernel in its interpreter against decode_step in XLA. See process.py.
+"""The decode kernel in its interpreter against decode_step in XLA.
 
-python -m tests.support.gpu.decode_steps INDEX...    of `CASES`
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.decode_steps INDEX...    see process.py
 """
 
 import functools
@@ -13,7 +13,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from nha_jax.ops import decode_step
 from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.state import NHAState
-from nha_jax.ops.types import Options
 from tests.support.gpu.process import HOPPER, report
 from tests.support.ops.decode_cases import (
     check_decode_step,
@@ -26,7 +25,10 @@ INTERPRETER = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="
 
 
 class Case(NamedTuple):
-    """Steps in a row; one of the three rows, of different age, is not active in the last."""
+    """Some steps in a row, of three rows of different age, one of which is not active in the last.
+
+    room: ring entries without a window.
+    """
 
     window: int | None
     group: int = 1
@@ -55,16 +57,16 @@ CASES = [
 ]
 
 
-def run(case: Case) -> None:
-    """Raises AssertionError if a step differs, and what Mosaic raises if it does not compile."""
-    dtype = jnp.dtype(case.dtype)
-    R = case.room if case.window is None else case.window
-    # Rows of different age: empty, about to be full, and (with a window) long full.
-    lengths = [0, max(R - case.steps, 0), R // 2 if case.window is None else 3 * R + 5]
-    sizes = {"num_slots": case.slots, "key_dim": case.key_dim, "value_dim": case.value_dim}
-    state = make_state(case.window, dtype, lengths, heads=2, max_length=case.room, **sizes)
+def check(case: Case) -> None:
+    """Lowers the kernel for CUDA, and interprets it."""
+    lower_for_cuda(case)
+    interpret(case)
+
+
+def interpret(case: Case) -> None:
+    """Raises AssertionError if a step differs."""
+    dtype, state = jnp.dtype(case.dtype), start_of(case)
     chosen = decode_options(case.window, case.empty_slots, case.feature_map)
-    lower_for_cuda(case, state, chosen)
     kernel = jax.jit(
         lambda *arguments, options, interpret: decode_gpu(
             *arguments, options=options, interpret=INTERPRETER
@@ -78,8 +80,21 @@ def run(case: Case) -> None:
         state = check_decode_step(arguments, chosen, tolerance, kernel)
 
 
-def lower_for_cuda(case: Case, state: NHAState, chosen: Options) -> None:
-    """The interpreter knows no layouts: what it runs may still not compile."""
+def start_of(case: Case) -> NHAState:
+    """The state before the first step: an empty row, one about to be full, and a half full one.
+
+    With a window the last has been full for long.
+    """
+    R = case.room if case.window is None else case.window
+    lengths = [0, max(R - case.steps, 0), R // 2 if case.window is None else 3 * R + 5]
+    sizes = {"num_slots": case.slots, "key_dim": case.key_dim, "value_dim": case.value_dim}
+    dtype = jnp.dtype(case.dtype)
+    return make_state(case.window, dtype, lengths, heads=2, max_length=case.room, **sizes)
+
+
+def lower_for_cuda(case: Case) -> None:
+    """Raises what Mosaic does: the interpreter knows no layouts, and runs what Mosaic refuses."""
+    state = start_of(case)
     query, _, new = make_token(0, case.group, jnp.dtype(case.dtype), state)
     step = functools.partial(
         decode_step,
@@ -94,4 +109,4 @@ def lower_for_cuda(case: Case, state: NHAState, chosen: Options) -> None:
 
 
 if __name__ == "__main__":
-    report(CASES, run)
+    report(CASES, check)

@@ -1,6 +1,6 @@
-"""The operator's suite on the GPU kernels, values and gradients. See process.py.
+"""The operator on the interpreted GPU kernels, values and gradients, against float64.
 
-python -m tests.support.gpu.interpreted INDEX...    of `CASES`
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.interpreted INDEX...    see process.py
 """
 
 import jax
@@ -11,11 +11,6 @@ from tests.support.gpu.process import HOPPER, report
 from tests.support.ops import cases
 from tests.support.ops.cases import Case
 
-ORDINARY = [
-    Case(T=128, window="64", G=2, M=20, K=64, V=40, B=1, gate="mixed", rope="yarn", segments=True),
-    Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
-    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="-inf", state=True),
-]
 # Heads that are not padded, and windows of up to 128: the kernels rotate.
 ROTATED = [
     Case(T=130, window="1", M=48, K=64, V=64, rope="rows", empty_slots="mask"),
@@ -29,6 +24,9 @@ ROTATED = [
     Case(T=128, window="64", M=64, K=128, V=128, B=1, slot_weight_gradient="slots"),
 ]
 MORE = [
+    Case(T=128, window="64", G=2, M=20, K=64, V=40, B=1, gate="mixed", rope="yarn", segments=True),
+    Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
+    Case(T=66, window="0", B=1, slot_feature_map="silu", gate="-inf", state=True),
     Case(T=128, window="64", G=2, M=20, K=60, V=40, B=1, gate="mixed", rope="yarn", segments=True),
     Case(T=70, window="16", G=2, M=20, K=60, V=40, B=1, gate="-inf", segments=True, state=True),
     Case(T=66, window="0", B=1, slot_feature_map="silu", gate="normaliser-0.1"),
@@ -59,11 +57,11 @@ MORE = [
         rope=None,
     ),
 ]
-CASES = ORDINARY + MORE + ROTATED + test_attention.SUITE
+CASES = MORE + ROTATED + test_attention.SUITE
 
 
 def lower_for_cuda(case: Case, inputs: dict) -> None:
-    """The interpreter knows no layouts: what it runs may still not compile."""
+    """Raises what Mosaic does: the interpreter knows no layouts, and runs what Mosaic refuses."""
     is_wide = {"log_decay", "window_log_decay", "slot_key", "slot_value"}
     arrays = {
         name: jnp.asarray(x, jnp.float32 if name in is_wide else jnp.bfloat16)
@@ -79,9 +77,14 @@ def lower_for_cuda(case: Case, inputs: dict) -> None:
 
 
 def check(case: Case) -> None:
-    inputs = cases.make_inputs(case)
-    lower_for_cuda(case, inputs)
-    test_attention.check(case, "pallas_gpu", "bfloat16", inputs)
+    """Lowers the kernels for CUDA, and interprets them."""
+    lower_for_cuda(case, cases.make_inputs(case))
+    interpret(case)
+
+
+def interpret(case: Case) -> None:
+    """Raises AssertionError if a value or a gradient is too far from the definition's."""
+    test_attention.check(case, "pallas_gpu", "bfloat16", cases.make_inputs(case))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Cases in processes of their own, in Mosaic's GPU interpreter.
+"""Runs cases of the GPU kernels in processes of their own, in Mosaic's GPU interpreter.
 
-python -m MODULE INDEX...    of the module's `CASES`; prints "INDEX: ok" or "INDEX: error"
+NPROC=16 JAX_PLATFORMS=cpu python -m MODULE INDEX...    of a module with `CASES` here
 
-The interpreter runs every warpgroup in a thread that waits for others, and XLA has no more threads
-than the machine has cores, unless NPROC, read once when jax starts, says so: with too few it hangs.
+prints "INDEX: ok" or "INDEX: error" for each. The interpreter runs every warpgroup in a thread that
+waits for others. XLA has as many threads as the machine has cores unless NPROC, which is read once
+when jax starts, says otherwise: with too few the interpreter hangs.
 """
 
 import os
@@ -21,10 +22,11 @@ THREADS = {"NPROC": "16", "JAX_PLATFORMS": "cpu"}
 HOPPER = AbstractMesh(
     (), (), abstract_device=AbstractDevice("NVIDIA H100 80GB HBM3", platform="gpu", num_cores=132)
 )
+"""A mesh of a GPU that is not there: what is traced under it can be lowered for it."""
 
 
-def run_cases(indices: list[int], module: str) -> dict[int, str]:
-    """What became of each of the module's cases: "ok", or what went wrong."""
+def run_cases(indices: Sequence[int], module: str) -> dict[int, str]:
+    """Runs some cases of a module in one process: "ok", or what went wrong, by index."""
     finished = subprocess.run(
         [sys.executable, "-m", module, *map(str, indices)],
         env=os.environ | THREADS,
@@ -38,7 +40,7 @@ def run_cases(indices: list[int], module: str) -> dict[int, str]:
 
 
 def report(cases: Sequence[Any], check: Callable[[Any], None]) -> None:
-    """What such a process does: checks the cases that its arguments name."""
+    """Checks the cases whose indices are the program's arguments, and prints the results."""
     jax.config.update("jax_disable_most_optimizations", True)  # as tests/conftest.py has it
     for index in map(int, sys.argv[1:]):
         gpu_callbacks.reset_gpu_interpret_mode_state()
