@@ -110,7 +110,7 @@ NOT_RUN = {
         "uv run pytest tests/pallas/gpu",
         "uv run pytest -m full tests/pallas/gpu",
         "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
-        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_tokens 0 1",
+        "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.slot_token_gradients 0 1",
         "pip install -q uv && uv run pytest -n 2",
         "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
         "uv run pytest -m slow tests/train",

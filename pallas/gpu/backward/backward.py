@@ -8,7 +8,7 @@ p (dp - (delta - (1 - omega) w)).
 
 For the window delta is made of the output, which is rounded to bfloat16. That will not do for the
 slots: strong gates make them nearly equal, and then dp - delta is smaller than delta's rounding.
-Their kernel sums its own part of delta, and `window_queries` the window's.
+Their kernel sums its own part of delta, and `window_query_gradients` the window's.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -16,11 +16,11 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas.gpu.backward.slot_queries import slot_queries
-from pallas.gpu.backward.slot_tokens import slot_tokens
-from pallas.gpu.backward.state_grads import state_grads
-from pallas.gpu.backward.window_queries import window_queries
-from pallas.gpu.backward.window_tokens import window_tokens
+from pallas.gpu.backward.slot_query_gradients import slot_query_gradients
+from pallas.gpu.backward.slot_token_gradients import slot_token_gradients
+from pallas.gpu.backward.state_gradients import state_gradients
+from pallas.gpu.backward.window_query_gradients import window_query_gradients
+from pallas.gpu.backward.window_token_gradients import window_token_gradients
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.forward.gates import chunk_gates
 from pallas.gpu.spec import CallSpec, Segments
@@ -83,8 +83,8 @@ def _window(
         return {}, jnp.zeros_like(lse)
     arrays = inputs["window_query"], inputs["window_key"], inputs["value"]
     launch = launch | {"lse": lse, "delta": delta, "segments": segments, "rotation": rotation}
-    query, pulled = window_queries(*arrays, d_out, **launch)
-    key, value = window_tokens(*arrays, d_out, **launch)
+    query, pulled = window_query_gradients(*arrays, d_out, **launch)
+    key, value = window_token_gradients(*arrays, d_out, **launch)
     return {"window_query": query, "window_key": key, "value": value}, pulled
 
 
@@ -111,7 +111,7 @@ def _slots(
         constants.get("start_reaches_end"),
     )
     gates = chunk_gates(*decays, ahead=spec.ahead, interpret=interpret)
-    queries = slot_queries(
+    queries = slot_query_gradients(
         query,
         d_out,
         key,
@@ -127,8 +127,8 @@ def _slots(
         interpret=interpret,
     )
     started = queries.d_logits_to_start, queries.weights_to_start
-    states = state_grads(query, d_out, *started, gates, d_end, **launch)
-    tokens = slot_tokens(
+    states = state_gradients(query, d_out, *started, gates, d_end, **launch)
+    tokens = slot_token_gradients(
         query,
         d_out,
         key,

@@ -1,4 +1,4 @@
-"""The warpgroup of `slot_tokens` that finds the decays' gradients inside the chunk."""
+"""The warpgroup of `slot_token_gradients` that finds the decays' gradients inside the chunk."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the two warpgroups of `slot_tokens`, whose docstring has the formulas, have in common.
+"""What the two warpgroups of `slot_token_gradients.py`, which has the formulas, have in common.
 
 X^T and L^T are computed, with tokens for rows: the 16 rows of a gate block are then columns, and
 its products have 16 columns or contract 16, not the whole chunk with zeros. A contraction may be

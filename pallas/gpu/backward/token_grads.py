@@ -1,4 +1,4 @@
-"""The warpgroup of `slot_tokens` that finds the tokens' gradients, and fetches for both."""
+"""The warpgroup of `slot_token_gradients.py` that fetches, and finds the tokens' gradients."""
 
 import functools
 

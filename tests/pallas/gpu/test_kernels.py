@@ -13,9 +13,15 @@ import pytest
 from nha_jax.layers.remat import remat_policy
 from nha_jax.ops import nha_attention
 from pallas.gpu import BlockSizes
-from pallas.gpu.backward.window_queries import window_queries
-from pallas.gpu.backward.window_tokens import window_tokens
-from tests.support.gpu import gates, ordinary, slot_queries, slot_tokens, window_grads
+from pallas.gpu.backward.window_query_gradients import window_query_gradients
+from pallas.gpu.backward.window_token_gradients import window_token_gradients
+from tests.support.gpu import (
+    gates,
+    ordinary,
+    slot_query_gradients,
+    slot_token_gradients,
+    window_gradients,
+)
 from tests.support.gpu.interpreted import CASES
 from tests.support.gpu.process import HOPPER, THREADS, run_cases
 
@@ -41,7 +47,7 @@ def test_whole_suite_matches_float64_reference(index):
     ("module", "index"),
     [
         pytest.param(module.__name__, index, id=f"{module.__name__}-{index}")
-        for module in (gates, slot_queries, slot_tokens, window_grads)
+        for module in (gates, slot_query_gradients, slot_token_gradients, window_gradients)
         for index in range(len(module.CASES))
     ],
 )
@@ -49,10 +55,12 @@ def test_kernels_of_the_backward_match_float64(module, index):
     assert run_cases([index], module.__name__) == {index: "ok"}
 
 
-@pytest.mark.parametrize("kernel", [window_queries, window_tokens], ids=lambda x: x.__name__)
+@pytest.mark.parametrize(
+    "kernel", [window_query_gradients, window_token_gradients], ids=lambda x: x.__name__
+)
 def test_stages_that_do_not_fit_are_refused_by_name(kernel):
-    case = window_grads.Case(D=256)
-    inputs = window_grads.make_inputs(case)
+    case = window_gradients.Case(D=256)
+    inputs = window_gradients.make_inputs(case)
     with pytest.raises(ValueError, match=r"window_stages of 3 takes 2\d+ KB of shared memory"):
         kernel(*inputs, spec=case.spec, block_sizes=BlockSizes(window_stages=3))
 
@@ -82,7 +90,7 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward():
 @pytest.mark.full
 def test_two_warpgroups_and_the_softmax_denominator():
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.support.gpu.warpgroups"],
+        [sys.executable, "-m", "tests.support.gpu.two_warpgroups"],
         env=os.environ | THREADS,
         capture_output=True,
         text=True,

@@ -1,6 +1,6 @@
 """What the operator's suite does not reach of the kernels: two consuming warpgroups, and lse.
 
-python -m tests.support.gpu.warpgroups    in an environment with `process.THREADS`; silent if well
+python -m tests.support.gpu.two_warpgroups    in an environment with `process.THREADS`; silent if well
 """
 
 import jax

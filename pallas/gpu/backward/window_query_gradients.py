@@ -32,12 +32,12 @@ from pallas.gpu.warpgroup.pipeline import fetch_ahead
 from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
 
 
-class WindowQueries(NamedTuple):
+class WindowQueryGradients(NamedTuple):
     query: jax.Array  # [B, Tq, Hq, D] bfloat16, the gradient of window_query
     pulled: jax.Array  # [B, Hq, Tq] float32
 
 
-def window_queries(
+def window_query_gradients(
     window_query: jax.Array,
     window_key: jax.Array,
     value: jax.Array,
@@ -50,7 +50,7 @@ def window_queries(
     spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
-) -> WindowQueries:
+) -> WindowQueryGradients:
     """The kernel's call.
 
     window_query, d_out: [B, Tq, Hq, D] bfloat16. window_key, value: [B, Tk, Hkv, D] bfloat16.
@@ -78,7 +78,7 @@ def window_queries(
         name="nha_window_queries",
         interpret=interpret,
     )
-    return WindowQueries(*result)
+    return WindowQueryGradients(*result)
 
 
 def window_inputs(
@@ -91,7 +91,7 @@ def window_inputs(
     segments: Segments | None,
     rotation: Rotation | None,
 ) -> dict[str, jax.Array]:
-    """By name; what `window_tokens` reads as well."""
+    """By name; what `window_token_gradients` reads as well."""
     inputs = {"window_query": window_query, "window_key": window_key, "value": value}
     inputs |= {"d_out": d_out, "lse": lse, "delta": delta}
     if segments is not None:

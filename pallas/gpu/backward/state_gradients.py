@@ -19,7 +19,7 @@ from pallas.gpu.spec import CallSpec
 from pallas.gpu.warpgroup.state_walk import States, walk_states
 
 
-def state_grads(
+def state_gradients(
     query: jax.Array,
     d_out: jax.Array,
     d_logits_to_start: jax.Array,

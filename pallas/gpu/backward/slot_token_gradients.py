@@ -3,7 +3,7 @@
 With symbols as in `spec.py` and `decays.py`, f_j the token's decay (token_decay), x and y its
 key and value, S0 the slots at the chunk's start, dS the gradient of those at its end,
 wS = s_j exp(c_C - c_j), and of a query head the rows' ds' = ds row_decay and p' = p row_decay
-(`slot_queries`), each with the c_ref of the row's gate block:
+(`slot_query_gradients`), each with the c_ref of the row's gate block:
 
     L_rj = sum_m ds'_rm f_jm,  A_rj = sum_m p'_rm f_jm       j <= r, f by the row's block
     dx = sum_g L^T q + wS dSK,  dy = sum_g A^T do + wS dSV
@@ -54,7 +54,7 @@ from pallas.gpu.warpgroup.matmul import Matmul
 MOST_SLOTS = 64  # of a block
 
 
-class SlotTokens(NamedTuple):
+class SlotTokenGradients(NamedTuple):
     """Gradients."""
 
     key: jax.Array  # [B, Tk, Hkv, D] bfloat16, with the window's, where that is given
@@ -62,7 +62,7 @@ class SlotTokens(NamedTuple):
     log_decay: jax.Array  # [B, Tq, Hkv, M] float32, by its rows; 0 for tokens that do not enter
 
 
-def slot_tokens(
+def slot_token_gradients(
     query: jax.Array,
     d_out: jax.Array,
     key: jax.Array,
@@ -78,7 +78,7 @@ def slot_tokens(
     spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
-) -> SlotTokens:
+) -> SlotTokenGradients:
     """The kernel's call.
 
     query, d_out: [B, Tq, Hq, D] bfloat16. key, value: [B, Tk, Hkv, D] bfloat16, as for the output
@@ -124,7 +124,7 @@ def slot_tokens(
     if panels > 1:
         rest = {f"d_{side}": x for side, x in window_gradients.items()}
         grads |= {x: _sum_shares(grads[x], rest.get(x)) for x in ("d_key", "d_value")}
-    return SlotTokens(
+    return SlotTokenGradients(
         _with_rows(grads["d_key"][0], key.shape[1]),
         _with_rows(grads["d_value"][0], key.shape[1]),
         grads["d_log_decay"],

@@ -21,11 +21,11 @@ Inputs:
   cumulative, write       of `Gates`
   start_key, start_value  [B, Hkv, Tq / C, D, M] bfloat16, at the chunks' starts
   query_segment, ..       with spec.masked: of `Segments`
-Outputs: of `SlotQueries`, as they are multiplied later: in bfloat16 and with the decay that they
-carry. Where the window reads the same queries, its gradient d_query is given, and updated: it comes
-to the place of q after the last product with it, and dq is added.
+Outputs: of `SlotQueryGradients`, as they are multiplied later: in bfloat16 and with the decay that
+they carry. Where the window reads the same queries, its gradient d_query is given, and updated: it
+comes to the place of q after the last product with it, and dq is added.
 
-One warpgroup (`slot_queries_compute.py`), which fetches for itself (`slot_queries_memory.py`), has
+One warpgroup (`slot_query_compute.py`), which fetches for itself (`slot_query_memory.py`), has
 the rows of one query head. Up to 64 slots are worked on at once. Of more a panel at a time is, two
 are in shared memory, and delta comes first: what is computed for p and dp is computed twice, and S0
 and c are read twice, half of SK0 three times. That comes from the L2 cache.
@@ -55,8 +55,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas.gpu.backward.slot_queries_compute import SlotQueryWarpgroup
-from pallas.gpu.backward.slot_queries_memory import SlotQueryMemory, query_scratch
+from pallas.gpu.backward.slot_query_compute import SlotQueryWarpgroup
+from pallas.gpu.backward.slot_query_memory import SlotQueryMemory, query_scratch
 from pallas.gpu.forward.gates import Gates
 from pallas.gpu.spec import CHUNK, CallSpec, Segments
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
@@ -64,7 +64,7 @@ from pallas.gpu.warpgroup.launch import Refs, launch
 from pallas.gpu.warpgroup.matmul import Matmul
 
 
-class SlotQueries(NamedTuple):
+class SlotQueryGradients(NamedTuple):
     """bfloat16: [B, Tq, Hq, D] the gradient of the query, else [B, Tq, Hq, M]."""
 
     query: jax.Array  # with the window's, where that is given
@@ -74,7 +74,7 @@ class SlotQueries(NamedTuple):
     weights_to_start: jax.Array  # p exp(c), likewise
 
 
-def slot_queries(
+def slot_query_gradients(
     query: jax.Array,
     d_out: jax.Array,
     key: jax.Array,
@@ -89,7 +89,7 @@ def slot_queries(
     *,
     spec: CallSpec,
     interpret: Any = False,
-) -> SlotQueries:
+) -> SlotQueryGradients:
     """The gradient of the query, and the other outputs above, of the inputs above.
 
     gates: as `chunk_gates` returns them. starts: of keys and values. segments: with spec.masked.
@@ -105,7 +105,7 @@ def slot_queries(
     if segments is not None:
         inputs |= segments.arrays(slots=True)
     weights = jax.ShapeDtypeStruct((B, Tq, heads, M), jnp.bfloat16)
-    outputs = dict.fromkeys(SlotQueries._fields[1:], weights)
+    outputs = dict.fromkeys(SlotQueryGradients._fields[1:], weights)
     updated = {}
     if d_query is None:
         outputs["d_query"] = jax.ShapeDtypeStruct((B, Tq, heads, D), jnp.bfloat16)
@@ -128,4 +128,4 @@ def slot_queries(
         interpret=interpret,
         updated=updated,
     )
-    return SlotQueries(grad, *of_slots)
+    return SlotQueryGradients(grad, *of_slots)

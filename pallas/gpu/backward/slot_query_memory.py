@@ -1,4 +1,4 @@
-"""What a thread block of `slot_queries.py` holds in shared memory, and the copies that bring it."""
+"""What `slot_query_gradients.py` holds in shared memory, and the copies that bring it."""
 
 from typing import Any
 

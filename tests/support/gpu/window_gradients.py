@@ -1,6 +1,6 @@
 """The window's backward against its formulas in float64. See process.py.
 
-python -m tests.support.gpu.window_grads INDEX...    of `CASES`
+python -m tests.support.gpu.window_gradients INDEX...    of `CASES`
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ import ml_dtypes
 import numpy as np
 
 from pallas.gpu import CHUNK, BlockSizes, CallSpec
-from pallas.gpu.backward.window_queries import window_queries
-from pallas.gpu.backward.window_tokens import window_tokens
+from pallas.gpu.backward.window_query_gradients import window_query_gradients
+from pallas.gpu.backward.window_token_gradients import window_token_gradients
 from pallas.gpu.spec import Segments
 from pallas.gpu.warpgroup.rotation import Rotation
 from tests.support.gpu.process import HOPPER, report
@@ -230,8 +230,8 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
 def run(case: Case, interpret: Any, inputs: Inputs) -> dict[str, jax.Array]:
     sizes = BlockSizes(window_stages=case.stages)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
-    tokens = window_tokens(*inputs, **options)
-    rows = window_queries(*inputs, **options)
+    tokens = window_token_gradients(*inputs, **options)
+    rows = window_query_gradients(*inputs, **options)
     return rows._asdict() | {"key": tokens.window_key, "value": tokens.value}
 
 

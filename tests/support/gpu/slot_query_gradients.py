@@ -1,6 +1,6 @@
 """The query side of the slots' backward against its formulas in float64. See process.py.
 
-python -m tests.support.gpu.slot_queries INDEX...    of `CASES`
+python -m tests.support.gpu.slot_query_gradients INDEX...    of `CASES`
 """
 
 import functools
@@ -8,10 +8,10 @@ import functools
 import jax
 import numpy as np
 
-from pallas.gpu.backward.slot_queries import slot_queries
-from tests.support.gpu import slot_gradients
+from pallas.gpu.backward.slot_query_gradients import slot_query_gradients
+from tests.support.gpu import slot_formulas
 from tests.support.gpu.process import HOPPER, report
-from tests.support.gpu.slot_gradients import Case, Chunks, Inputs
+from tests.support.gpu.slot_formulas import Case, Chunks, Inputs
 from tests.support.ops.cases import GPU_INTERPRETER, relative_error
 
 TOLERANCE = 1e-2  # relative Frobenius; the operands are rounded to 2^-9
@@ -46,7 +46,7 @@ CASES = ORDINARY + REST + ADDED
 
 
 def query_side(inputs: Inputs, *, case: Case, interpret):
-    return slot_queries(
+    return slot_query_gradients(
         inputs.query,
         inputs.d_out,
         inputs.key,
@@ -76,7 +76,7 @@ def assert_near(name: str, actual: jax.Array, expected: np.ndarray) -> None:
 
 
 def check(case: Case) -> None:
-    inputs = slot_gradients.make_inputs(case)
+    inputs = slot_formulas.make_inputs(case)
     lower_for_cuda(functools.partial(query_side, case=case, interpret=False), inputs)
     run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
     actual = run(inputs)

@@ -1,4 +1,4 @@
-"""The warpgroup of `slot_queries.py`, whose docstring has the formulas and the barriers."""
+"""The warpgroup of `slot_query_gradients.py`, whose docstring has the formulas and the barriers."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.backward.slot_queries_memory import SIDES, SlotQueryMemory
+from pallas.gpu.backward.slot_query_memory import SIDES, SlotQueryMemory
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOG2E, LOGITS, ROW, CallSpec
 from pallas.gpu.warpgroup.decays import gather, own_reference, spread, start_decay, token_decay
 from pallas.gpu.warpgroup.masks import by_row, entered, hide_slots, same_segment

@@ -1,6 +1,6 @@
 """The token side of the slots' backward against its formulas in float64. See process.py.
 
-python -m tests.support.gpu.slot_tokens INDEX...    of `CASES`
+python -m tests.support.gpu.slot_token_gradients INDEX...    of `CASES`
 """
 
 from typing import Any
@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas.gpu import default_block_sizes
-from pallas.gpu.backward.slot_tokens import SlotTokens, slot_tokens
-from pallas.gpu.backward.state_grads import state_grads
+from pallas.gpu.backward.slot_token_gradients import SlotTokenGradients, slot_token_gradients
+from pallas.gpu.backward.state_gradients import state_gradients
 from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
 from pallas.gpu.warpgroup.state_walk import States
 from tests.support.gpu.process import report
-from tests.support.gpu.slot_gradients import Case, Chunks, Inputs, Queries, Side, make_inputs
+from tests.support.gpu.slot_formulas import Case, Chunks, Inputs, Queries, Side, make_inputs
 from tests.support.ops.cases import GPU_INTERPRETER, relative_error
 
 TOLERANCE = 5e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
@@ -50,7 +50,7 @@ CASES = ORDINARY + SIZES + WIDE + ADDED
 
 
 def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
-    """The gradient of the decays [B, N, H, M], as the docstring of `slot_tokens` has it."""
+    """The gradient of the decays [B, N, H, M], as the docstring of `slot_token_gradients` has it."""
     decay = chunks.tokens(inputs.log_decay)
     to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
     after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
@@ -88,11 +88,11 @@ def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
     """Both kernels, each on the reference's inputs: rounded `Queries`, gradients of the states."""
     sizes = default_block_sizes(case.D, case.M)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
-    states = state_grads(
+    states = state_gradients(
         inputs.query, inputs.d_out, queries.d_logits_to_start, queries.weights_to_start,
         inputs.gates, inputs.d_end, **options,
     )  # fmt: skip
-    tokens = slot_tokens(
+    tokens = slot_token_gradients(
         inputs.query, inputs.d_out, inputs.key, inputs.value,
         queries.d_logits_to_reference, queries.weights_to_reference,
         inputs.gates, inputs.starts, ends, inputs.segments,
@@ -131,7 +131,7 @@ def check(case: Case) -> None:
     text = kernels(False).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
     assert all(f"nha_{name}_mosaic_gpu" in text for name in ("state_grads", "slot_tokens"))
     results = jax.tree.map(np.asarray, kernels(GPU_INTERPRETER)(*arguments))
-    states, tokens = States(*results[0]), SlotTokens(*results[1])
+    states, tokens = States(*results[0]), SlotTokenGradients(*results[1])
     key, value = _with_windows(case, inputs, chunks.tokens_of(queries, ends))
     decays = decays_of(chunks, inputs, queries, ends)
     entering = slice(case.ahead, None)  # rows before hold nothing

@@ -1,6 +1,7 @@
 """The gradients of the window's keys and values.
 
-With the symbols of `window_queries.py`, sums over the rows that see token j, of all G query heads:
+With the symbols of `window_query_gradients.py`, and sums over the rows, of all G query heads, that
+see token j:
 
     dv_j = sum_r p_rj do_r
     dk_j = scale * sum_r ds_rj q_r
@@ -24,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.backward.window_queries import window_inputs
+from pallas.gpu.backward.window_query_gradients import window_inputs
 from pallas.gpu.block_sizes import BlockSizes
 from pallas.gpu.spec import CHUNK, COLUMN, LOG2E, LOGITS, CallSpec, Segments, tile
 from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
@@ -35,14 +36,14 @@ from pallas.gpu.warpgroup.matmul import Matmul
 from pallas.gpu.warpgroup.rotation import Rotation, arrival, halves_tile, rotate, rotate_copied
 
 
-class WindowTokens(NamedTuple):
+class WindowTokenGradients(NamedTuple):
     """Gradients, [B, Tk, Hkv, D] bfloat16."""
 
     window_key: jax.Array
     value: jax.Array
 
 
-def window_tokens(
+def window_token_gradients(
     window_query: jax.Array,
     window_key: jax.Array,
     value: jax.Array,
@@ -55,8 +56,8 @@ def window_tokens(
     spec: CallSpec,
     block_sizes: BlockSizes,
     interpret: Any = False,
-) -> WindowTokens:
-    """The kernel's call; arguments as for `window_queries`."""
+) -> WindowTokenGradients:
+    """The kernel's call; arguments as for `window_query_gradients`."""
     Tq, D = window_query.shape[1], window_query.shape[3]
     B, Tk, Hkv, _ = value.shape
     grad = jax.ShapeDtypeStruct((B, Tk, Hkv, D), jnp.bfloat16)
@@ -71,7 +72,7 @@ def window_tokens(
         name="nha_window_tokens",
         interpret=interpret,
     )
-    return WindowTokens(*grads)
+    return WindowTokenGradients(*grads)
 
 
 def _scratch(spec: CallSpec, stages: int, D: int, *, rotates: bool, interpret: bool) -> Refs:

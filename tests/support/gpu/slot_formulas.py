@@ -98,7 +98,7 @@ class Inputs(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """float64, shapes as of `slot_queries`."""
+    """float64, shapes as of `slot_query_gradients`."""
 
     query: np.ndarray
     d_logits_to_reference: np.ndarray
@@ -265,7 +265,7 @@ class Chunks:
         return np.where(self.reads, self.spec.scale * self._to_slots(0), -np.inf)
 
     def queries(self, lse: jax.Array, rest: jax.Array) -> Queries:
-        """What `slot_queries` returns."""
+        """What `slot_query_gradients` returns."""
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
         p = np.exp(self.logits() - by_row(lse))
