@@ -1,16 +1,17 @@
-"""What a step of generation costs on TPUs by its compiled schedule: nothing measured.
+"""What a step of generation costs on TPUs by its compiled schedule: nothing is measured.
 
-`decode_step` as one Pallas kernel and in XLA, with its state donated, against the bytes that it
-must move: slots read and written, rotated keys and values read, and one entry of each ring.
+Compares `decode_step` as one Pallas kernel and in XLA, with its state donated, with the time that
+the bytes take which it must move: slots read and written, rotated keys and values read, and one
+entry of each ring read and written.
 
     uv run --extra tpu python benchmarks/tpu_decode_static.py
     uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e --windows 64 --groups 1
 
-B=64, M=64, bfloat16; 8 key/value heads of K=V=128, and first, with W=32, the published 340M
-model's 4 of 256. `one step` is a program of its own, which takes
-and gives the state in XLA's default layouts; `loop` is many steps in one program, as `generate`
-has them. `cycles` of a core: XLA's estimates plus, for the kernel, the largest of its bundles,
-its matrix units' time and its HBM traffic. A kernel's and XLA's transfers may overlap; not counted.
+B=64, M=64, bfloat16. Layouts are 8 key/value heads of K=V=128, and first, with W=32, the published
+340M model's 4 heads of 256. `one step` is a program of its own, which takes and gives the state in
+XLA's default layouts; `loop` is many steps in one program, as `generate` has them. `cycles` are of
+one core: XLA's estimates and, for the kernel, the largest of its bundles, its matrix units' time
+and its HBM traffic. That a kernel's transfers and XLA's may overlap is not counted.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
 
 
 def row(job: DecodeJob) -> str:
+    """The table's row of one program."""
     figures = compile_decode(job)
     cycles, bound, bundles = figures["cycles"], figures["bound"], figures.get("bundles")
     cells = [

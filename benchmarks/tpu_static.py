@@ -1,20 +1,21 @@
-"""What the TPU kernels cost by their compiled schedules: no TPU needed, and nothing measured.
+"""What the TPU kernels cost by their compiled schedules: it needs no TPU and measures nothing.
 
 Compiles for compile-only topologies, forward and forward+backward: `nha_attention` as its Pallas
 kernels and as plain XLA, and JAX's splash attention with the window alone (no slots, no rotation).
 
-    uv run --extra tpu python benchmarks/tpu_static.py  # the table of benchmarks/README.md
+    uv run --extra tpu python benchmarks/tpu_static.py     # the table of benchmarks/README.md
     uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e --shapes G=4
     uv run --extra tpu python benchmarks/tpu_static.py --shapes G=1,W=1024 G=4,K=64 --json out.json
 
 A shape names what differs from B=16,T=4096,H=8,G=1,K=128,M=64,W=64: B batch, T tokens, H key/value
 heads, G query heads each, K head dims, M slots, W window. bfloat16, RoPE.
 
-Columns are cycles of one core a query token and query head: `cycles` is the largest of `bundles`
-(instruction bundles of the grid loop), `MXU` (4 a matmul instruction) and `HBM` (bytes moved over
-the core's share of the bandwidth); VALU, load and store are those units' own needs. For XLA's
-operations `cycles` is the compiler's `estimated_cycles`. `HBM / minimum` is traffic over that of
-each array read or written once; `>=` where not every block's traffic is known before the run.
+Columns are cycles of one core, for a query token and query head: `cycles` is the largest of
+`bundles` (instruction bundles of the grid loop), `MXU` (4 cycles a matmul instruction) and `HBM`
+(bytes moved, over the core's share of the bandwidth); VALU, load and store are those units' own
+needs. For XLA's operations `cycles` is the compiler's `estimated_cycles`. `HBM / minimum` is the
+traffic over that of each array read or written once; `>=` where not every block's traffic is known
+before the run.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def shape_name(shape: Shape) -> str:
-    """What the shape changes of the default, and G."""
+    """The fields that differ from the default's, and G."""
     changed = {
         field.name: getattr(shape, field.name)
         for field in dataclasses.fields(Shape)
@@ -81,7 +82,7 @@ def shape_name(shape: Shape) -> str:
 
 
 def table_rows(job: Job, figures: dict[str, Any]) -> list[str]:
-    """A row for each kernel, and one for the whole program if that is more than one thing."""
+    """A row for each kernel, and one for the whole program."""
     head = [job.chip, shape_name(job.shape), NAMES[job.program]]
     head.append("forward+backward" if job.backward else "forward")
     kernels, rest = figures["kernels"], figures["xla_cycles"]

@@ -3,12 +3,13 @@
 import dataclasses
 
 CYCLES_PER_MATMUL = 4
-"""Of one `vmatmul` instruction (16 rows of bfloat16 times one matrix unit), all units busy."""
+"""Cycles of one `vmatmul` instruction (16 rows of bfloat16 times one matrix unit), with all units
+busy."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation; rates are of one TensorCore, which is what a schedule is for.
+    """A TPU generation. Rates are of one TensorCore, because a schedule is for one.
 
     Attributes:
         topology: the smallest one libtpu compiles for.

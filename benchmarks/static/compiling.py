@@ -70,12 +70,12 @@ def run_worker(module: str, fields: dict[str, Any], *, dump: bool) -> dict[str, 
 
 
 def report(figures: dict[str, Any]) -> None:
-    """What a worker does last."""
+    """Prints a worker's figures, where `run_worker` finds them."""
     print(_MARK + json.dumps(figures))
 
 
 def compile_and_read(job: Job, dumps: Path) -> dict[str, Any]:
-    """Cycles are of one core, per query token and query head.
+    """Compiles the job's program; cycles are of one core, for a query token and query head.
 
     Returns:
         "kernels", a row for each Pallas kernel; "xla_cycles", XLA's estimate for the rest;
@@ -113,7 +113,9 @@ def compile_and_read(job: Job, dumps: Path) -> dict[str, Any]:
 
 
 def _pair(calls: list, schedules: dict) -> list[tuple]:
-    """Each call with its schedule: equal names in program order; XLA may have merged equal calls.
+    """Pairs each kernel call with its schedule.
+
+    Calls of equal names are paired in program order; XLA may have merged equal calls.
 
     Raises ValueError if a call left no dump.
     """

@@ -1,4 +1,4 @@
-"""Compiles `decode_step` for one chip, as a worker of `static.compiling`, or its bounds alone."""
+"""Compiles `decode_step` for one chip, and counts what it must move."""
 
 import dataclasses
 import json
@@ -33,7 +33,11 @@ class DecodeJob:
 
     @property
     def minimum_bytes(self) -> int:
-        """Slots read and written, rotated keys and values read, entries read and written."""
+        """What a step must move.
+
+        Slots are read and written, rotated keys and values are read, and of each ring one entry is
+        read and written.
+        """
         rows = self.B * self.H
         slots = 2 * 2 * 4 * rows * self.M * self.K
         rings = 2 * 2 * rows * self.W * self.K
@@ -43,18 +47,29 @@ class DecodeJob:
 
     @property
     def kernel_bytes(self) -> int:
-        """With the lanes around the entry of decays laid out that way: see `pallas.tpu.decode`."""
-        turned = self.M % 128 and self.W % 128 == 0
-        return self.minimum_bytes + 2 * 4 * self.B * self.H * self.M * 127 * bool(turned)
+        """What the kernel moves.
+
+        Where the ring of decays has its entries innermost, it reads and writes the 128 entries
+        around the one that is replaced: see `pallas.tpu.decode`.
+        """
+        innermost = self.M % 128 and self.W % 128 == 0
+        return self.minimum_bytes + 2 * 4 * self.B * self.H * self.M * 127 * bool(innermost)
 
 
 def compile_decode(job: DecodeJob) -> dict[str, float]:
-    """`compile_and_read`'s object, from a fresh process. Raises RuntimeError if that fails."""
+    """Returns `compile_and_read`'s object, from a fresh process.
+
+    Raises RuntimeError if it does not compile.
+    """
     return run_worker("static.decoding", dataclasses.asdict(job), dump=job.kernel)
 
 
 def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
-    """Cycles a step: `cycles`, `bound`, and the kernel's `bundles`; and `temporary_bytes`."""
+    """Compiles the job's program.
+
+    Returns, in cycles a step, "cycles", "bound" and, for a kernel, its "bundles"; and
+    "temporary_bytes", of HBM.
+    """
     import jax
     from jax.experimental import topologies
 

@@ -37,11 +37,11 @@ class Shape:
 
 
 def build(program: Program, shape: Shape, backward: bool) -> tuple[Callable[..., Any], list]:
-    """The function of one contender, forward or forward and backward, and its abstract arguments.
+    """Returns the function of one contender, forward or forward and backward, and its arguments.
 
-    query, key, value, output and cotangent are [B, T, heads * K] outside, and log_decay
-    [B, H, M, T], so that the arguments' layout forces no copy. Splash attention gets and gives its
-    own [B, heads, T, K], so that none is counted against it.
+    The arguments are abstract. query, key, value, output and its gradient are [B, T, heads * K],
+    and log_decay [B, H, M, T], so that the arguments' layout forces no copy. Splash attention gets
+    and gives its own [B, heads, T, K], so that no copy is counted against it.
     """
     if program == "splash":
         return _with_backward(_splash(shape), backward), _splash_arguments(shape, backward)
@@ -49,10 +49,10 @@ def build(program: Program, shape: Shape, backward: bool) -> tuple[Callable[...,
 
 
 def minimum_bytes(program: Program, shape: Shape, backward: bool) -> int:
-    """Each array read or written once in each pass; the two passes are added up.
+    """Bytes moved if each array is read or written once in each pass; the passes are added up.
 
-    Forward: query, key, value, log_decay, output; backward: the first four, their gradients, and
-    the output's cotangent. Splash attention has no log_decay.
+    Forward: query, key, value, log_decay, output. Backward: the first four, their gradients, and
+    the output's gradient. Splash attention has no log_decay.
     """
     rows = shape.B * shape.T * shape.H
     query, key = 2 * rows * shape.G * shape.K, 2 * rows * shape.K
@@ -62,14 +62,14 @@ def minimum_bytes(program: Program, shape: Shape, backward: bool) -> int:
 
 
 def _with_backward(attention, backward: bool):
-    """A function of the inputs and, for the backward, the output's cotangent as last argument."""
+    """The attention alone, or one that also takes d_out, last, and returns all gradients."""
     if not backward:
         return attention
 
     def forward_backward(query, key, value, *rest):
-        *rest, cotangent = rest
+        *rest, d_out = rest
         out, pullback = jax.vjp(lambda *x: attention(*x, *rest[1:]), query, key, value, *rest[:1])
-        return out, pullback(cotangent)
+        return out, pullback(d_out)
 
     return forward_backward
 
@@ -104,7 +104,7 @@ def _arguments(shape: Shape, backward: bool) -> list[jax.ShapeDtypeStruct]:
 
 
 def _splash(shape: Shape):
-    """Window only: no slots, no rotation."""
+    """JAX's splash attention with the window alone: no slots, no rotation."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

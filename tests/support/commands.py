@@ -86,6 +86,11 @@ NOT_RUN = {
         "uv run --extra tpu python benchmarks/tpu_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py",
+        "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e",
+        "uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests/pallas/tpu",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m full "
+        "tests/pallas/tpu/test_compile.py",
     ),
     "it needs CUDA's libraries, which are no part of the default environment": (
         "uv run --extra cuda nha plan configs/hybridize.yaml --topology cuda:8xH200 "
@@ -107,6 +112,10 @@ NOT_RUN = {
         "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
     ),
     "it runs tests, or what tests run": (
+        "uv run pytest tests/nha_jax/ops/test_attention.py -k tpu",
+        "uv run pytest -m full tests/nha_jax/ops/test_attention.py -k tpu",
+        "uv run pytest tests/pallas/tpu",
+        "uv run pytest -m full tests/pallas/tpu/test_decode.py",
         "uv run pytest tests/pallas/gpu",
         "uv run pytest -m full tests/pallas/gpu",
         "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
