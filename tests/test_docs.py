@@ -24,7 +24,12 @@ from tests.support.commands import NOT_RUN, RUN, check
 from tests.support.paths import ROOT
 from train.cli import main
 
-SLOW = {"docs/generation.md", "uv run nha inspect runs/quickstart --text README.md"}
+SLOW = {
+    "docs/generation.md",
+    'uv run nha generate runs/quickstart --prompt "class Parser" --top-p 0.95 --stop "class"',
+    'uv run nha generate runs/quickstart --windows 16,16,none --prompt "def "',
+    "uv run nha inspect runs/quickstart --text README.md",
+}
 
 
 def _slow_or_not(names: Iterable[str]) -> list[Any]:
