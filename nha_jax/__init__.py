@@ -12,6 +12,7 @@ from nha_jax.lazy import lazy_names
 __version__ = version("nha_jax")
 
 if TYPE_CHECKING:
+    from nha_jax.cache import ModelCache
     from nha_jax.config import ModelConfig
     from nha_jax.generation.engine import Engine, Event
     from nha_jax.generation.generate import Generated, generate
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from nha_jax.hf.export import save_pretrained
     from nha_jax.hf.pretrained import from_pretrained
     from nha_jax.layers.diagnostics import Diagnostics
-    from nha_jax.model import Model, ModelCache
+    from nha_jax.model import Model
     from nha_jax.ops.api import nha_attention
     from nha_jax.ops.state import NHAState
     from nha_jax.ops.types import NHAOutput
@@ -33,7 +34,7 @@ else:
             "Event": "nha_jax.generation.engine",
             "Generated": "nha_jax.generation.generate",
             "Model": "nha_jax.model",
-            "ModelCache": "nha_jax.model",
+            "ModelCache": "nha_jax.cache",
             "ModelConfig": "nha_jax.config",
             "NHAOutput": "nha_jax.ops.types",
             "NHAState": "nha_jax.ops.state",

@@ -1,4 +1,4 @@
-"""Checks of arguments: each error names the argument and its value."""
+"""Checks of arguments; each error is one line that names the argument and its value."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,19 @@ import numpy as np
 def check_segments_and_positions(
     shape: tuple[int, ...], segment_ids: jax.Array | None, positions: jax.Array | None
 ) -> tuple[jax.Array | None, jax.Array]:
-    """The segment ids and the positions, given or not, of tokens [B, T] of this shape."""
+    """Checks segment ids and positions, and fills in the default positions.
+
+    Args:
+        shape: (B, T), of the tokens.
+        segment_ids: [B, T] integers, or None.
+        positions: [T] or [B, T] integers, or None for `default_positions`.
+
+    Returns:
+        The segment ids, or None, and the positions.
+
+    Raises:
+        ValueError, TypeError: one of them has a wrong shape or dtype.
+    """
     if segment_ids is not None:
         segment_ids = check_integers("segment_ids", segment_ids)
         if segment_ids.shape != shape:
@@ -29,7 +41,7 @@ def check_segments_and_positions(
 
 
 def default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Array:
-    """[T], or with segments [B, T]: each token's distance from its segment's first."""
+    """Counts each token's distance from the first of its segment: [T], or [B, T] with segments."""
     index = jnp.arange(num_tokens)
     if segment_ids is None:
         return index
@@ -38,13 +50,18 @@ def default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Arr
 
 
 def check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
+    """Returns the argument of this name as an array; raises TypeError unless it has integers."""
     array = jnp.asarray(array)
     _require_integers(name, array.dtype)
     return array
 
 
 def check_prompt(prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int) -> np.ndarray:
-    """The prompt as [T] int32, with tokens within [0, vocab_size)."""
+    """Returns a prompt as [T] int32.
+
+    Raises:
+        ValueError, TypeError: it is empty, not [T] integers, or has tokens outside [0, vocab_size).
+    """
     tokens = np.asarray(prompt)
     if tokens.ndim != 1 or not tokens.size:
         raise ValueError(f"prompt must be [time] and not empty, got shape {tokens.shape}")
@@ -65,11 +82,16 @@ def _require_integers(name: str, dtype: jnp.dtype) -> None:
 def check_lengths(
     lengths: jax.typing.ArrayLike, batch_size: int, num_tokens: int, least: int
 ) -> jax.Array:
+    """Returns the lengths of rows as [batch_size] int32.
+
+    Raises:
+        ValueError, TypeError: they are not [batch_size] integers within [least, num_tokens]. Under
+            jit the values are unknown and not checked.
+    """
     if np.shape(lengths) != (batch_size,):
         raise ValueError(
             f"lengths must be [batch] = ({batch_size},), got shape {np.shape(lengths)}"
         )
-    # Under jit the values are not known; there they are the caller's responsibility.
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
         if values.min() < least or values.max() > num_tokens:

@@ -1,4 +1,4 @@
-"""What a model is: sizes, windows and precision, and what follows from them alone."""
+"""`ModelConfig`: the sizes and options of a model, their checks, and what follows from them."""
 
 import dataclasses
 import difflib
@@ -214,7 +214,7 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of every layer: `num_layers` entries, None meaning full attention."""
+        """The window of every layer: num_layers entries, None for full attention."""
         entries = self._window_entries()
         return entries * (self.num_layers // len(entries))
 
@@ -230,14 +230,14 @@ class ModelConfig:
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
-        """A named config, with any field replaced: `ModelConfig.preset("nha-340m", num_slots=32)`.
+        """Returns a named config, with overrides: `ModelConfig.preset("nha-340m", num_slots=32)`.
 
         "nha-340m" and "nha-1.3b" have the sizes published with Native Hybrid Attention (arXiv
         2510.07019): 24 layers, 4 heads, 64 slots, no short convolution, a SwiGLU of 8/3 of the
-        hidden size rounded up to 256. Their embeddings are tied: that is what makes the counts
-        347M and 1.31B (untied they are 380M and 1.38B). "nha-tiny" (0.7M) and "nha-20m" are
-        byte-level: 256 byte values and one separator. "llama-3-8b" is that model as
-        `nha_jax.from_pretrained` gives it: full attention, and gates (67M) for when windows shrink.
+        hidden size rounded up to 256. Their embeddings are tied, which makes them 347M and 1.31B
+        parameters (380M and 1.38B if untied). "nha-tiny" (0.7M) and "nha-20m" read bytes: 256
+        values and one separator. "llama-3-8b" is that model as `nha_jax.from_pretrained` loads it:
+        with full attention, and with gates (67M parameters) that finite windows will use.
 
         Raises:
             ValueError: no preset has this name; the message lists those there are.
@@ -247,7 +247,7 @@ class ModelConfig:
         return cls.from_dict(PRESETS[name] | overrides)
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON-able values (a window pattern is a list)."""
+        """Returns all fields as values that JSON can hold (a pattern of windows as a list)."""
         fields = dataclasses.asdict(self)
         if isinstance(self.window_size, tuple):
             fields["window_size"] = list(self.window_size)
@@ -257,7 +257,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Self:
-        """The config with these fields, as `to_dict` gives them.
+        """Builds the config that has these fields, as `to_dict` returns them.
+
+        A field under the name that an earlier version saved it by is read too.
 
         Raises:
             ValueError: a key is no field (the message suggests the nearest one), a required field
@@ -281,23 +283,32 @@ class ModelConfig:
 
     @property
     def num_parameters(self) -> int:
-        """How many numbers a model of this config learns, counted on the model's own shapes."""
+        """The number of parameters of a model of this config, counted on the model's own shapes."""
         # Imported here: the model imports this module, and loads far more than a config needs.
         from nha_jax.parameter_shapes import num_parameters
 
         return num_parameters(self)
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Forward floating-point operations a token, on average over a sequence of this length.
+        """Counts the floating-point operations of a forward pass, for each token.
 
-        Counted: every matrix multiplication (2 a weight: projections, SwiGLU, head; of experts,
-        those that a token goes to), the short convolution, and the operator's necessary work,
-        which is that of the recurrence and the same for every implementation: the logits and the
-        weighted sum over the keys that are really visible (min(t + 1, W) at token t; full
-        attention: (T + 1) / 2 on average), and, from the first token that left the window on, the
-        read of the slots (per query head) and their update (per key/value head, 3 operations an
-        entry). A chunked implementation does more than that to use matrix units. Not counted:
-        norms, activations, softmax, rotation.
+        Counted are:
+
+        - 2 operations for each weight that a token is multiplied with: projections, SwiGLU (of
+          experts, those that the token goes to), short convolution and head;
+        - the logits and the weighted sum over the keys that a token sees in its window: min(t + 1,
+          W) at token t; with full attention (T + 1) / 2 on average;
+        - once a token has left the window: reading the slots, for each query head, and updating
+          them, 3 operations an entry for each key/value head.
+
+        This is the work of the recurrence, the same for every implementation; a chunked one does
+        more, to use matrix units. Norms, activations, softmax and rotation are not counted.
+
+        Args:
+            sequence_length: tokens of a sequence (T).
+
+        Returns:
+            Operations a token, averaged over the sequence.
 
         Raises:
             ValueError: sequence_length is not a positive integer.
@@ -315,18 +326,18 @@ class ModelConfig:
             past_window = sequence_length - window
             visible_keys = (window * (window + 1) / 2 + past_window * window) / sequence_length
             total += 2 * self.num_query_heads * entry * visible_keys
-            # With W=0 every token, otherwise all but the first W, find something in the slots.
+            # All tokens but the first W find something in the slots.
             slot_work = (2 * self.num_query_heads + 3 * self.num_kv_heads) * entry * self.num_slots
             total += slot_work * past_window / sequence_length
         return total
 
     def training_flops_per_token(self, sequence_length: int) -> float:
-        """Forward and backward: three times `flops_per_token`; recomputation is not counted."""
+        """Counts forward and backward: three times `flops_per_token`, without recomputation."""
         return 3 * self.flops_per_token(sequence_length)
 
 
 def _without_old_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields with those that earlier versions saved under other names."""
+    """Renames the fields that earlier versions saved under other names."""
     if "block_sizes" not in fields:
         return fields
     fields = dict(fields)

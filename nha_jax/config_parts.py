@@ -1,4 +1,4 @@
-"""Parts of a `ModelConfig` that have fields of their own: stretched rotations, and experts."""
+"""Parts of a `ModelConfig` with fields of their own: stretched rotations, and experts."""
 
 import dataclasses
 import math
@@ -14,9 +14,9 @@ class RopeScaling:
 
     Fields:
         kind: "linear" divides every frequency by `factor`. "llama3" (Llama 3.1) divides those that
-            turn less than low_frequency_factor times over original_length, leaves those that turn
-            more than high_frequency_factor times, and blends between. "yarn" (arXiv 2309.00071)
-            does so between the dimensions that turn beta_slow and beta_fast times, and multiplies
+            make fewer than low_frequency_factor turns over original_length, keeps those that make
+            more than high_frequency_factor, and blends in between. "yarn" (arXiv 2309.00071) blends
+            likewise, between the dimensions that make beta_slow and beta_fast turns, and multiplies
             the rotated vectors by attention_factor.
         factor: how many times longer the context became, at least 1.
         original_length: tokens of the context before; "llama3" and "yarn" need it.
@@ -64,17 +64,17 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class Experts:
-    """A mixture of SwiGLUs in place of one: a router gives every token to a few of them.
+    """A mixture of SwiGLUs in place of one: a router sends every token to a few of them.
 
-    For models that are pretrained already. Nothing here balances how many tokens each gets: trained
-    from scratch, a few experts would take all of them and the others learn nothing.
+    Meant for pretrained models. Nothing balances how many tokens each expert gets: trained from
+    scratch, a few experts would take all tokens, and the others would learn nothing.
 
     Fields:
         count: how many experts a layer has.
         per_token: how many of them every token goes to.
         size: width of each expert.
-        normalize: whether the weights of a token's experts add up to 1, rather than to their
-            share of the router's softmax over all.
+        normalize: whether the weights of a token's experts are scaled to add up to 1; if not, they
+            are those of the router's softmax over all experts.
 
     Raises:
         ValueError: a field is out of its range; one line names it, its value and what is expected.

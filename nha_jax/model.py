@@ -1,14 +1,15 @@
-"""The decoder-only language model: `Model`, its forward pass, prefill and decode step."""
+"""The decoder-only language model: `Model`, with its forward pass, prefill and decode step."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self, cast
+from typing import Any, Self, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.argument_checks import check_integers, check_lengths, check_segments_and_positions
+from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
 from nha_jax.config import ModelConfig
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.diagnostics import Diagnostics
@@ -22,27 +23,17 @@ from nha_jax.layers.layer_stack import (
 )
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
-from nha_jax.ops.mesh.division import divide_over_mesh, shard_tokens, shard_vocabulary
-
-
-class ModelCache(NamedTuple):
-    """What the model remembers of each row; for finite windows its size never grows.
-
-    The layers' caches are arrays of their own, not one stack, so that each is updated in place.
-    """
-
-    layers: tuple[LayerCache, ...]  # num_layers
-    length: jax.Array  # [B] int32, tokens so far
+from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
 
 
 class Model(nnx.Module):
     """A language model of Native Hybrid Attention blocks (arXiv 2510.07019).
 
-    embedding -> num_layers blocks -> RMSNorm -> head. All blocks live in one stacked module,
-    `blocks`, each of whose parameters has a leading axis "layers": the stack is the same for
-    every window layout. The forward scans over the repetitions of the window period, so the
-    time to compile does not grow with depth. Every parameter names its axes (see
-    `nha_jax.layers.LOGICAL_AXES`); no mesh is needed to build or to run the model.
+    embedding -> num_layers blocks -> RMSNorm -> head. The blocks are one stacked module, `blocks`,
+    each of whose parameters has a leading axis "layers"; it is the same for all windows. The
+    forward scans over the repetitions of the window period, so that the time to compile does not
+    grow with depth. Every parameter names its axes (see `nha_jax.layers.LOGICAL_AXES`); no mesh is
+    needed to build or to run the model.
 
         config = ModelConfig.preset("nha-tiny")
         model = Model(config, rngs=nnx.Rngs(0))
@@ -78,14 +69,14 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """The logits of the token that follows each token.
+        """Computes the logits of the token that follows each token.
 
         Args:
             tokens: [B, T] integers in [0, vocab_size); others give NaN.
-            segment_ids: [B, T] integers. A segment is a maximal run of equal ids; tokens see their
-                own segment only. 0 is padding, whose logits mean nothing.
-            positions: [T] or [B, T] integers for the rotary embedding; by default counted from
-                each segment's first token.
+            segment_ids: [B, T] integers. Adjacent tokens of equal ids make up a segment, and see
+                only their own. 0 is padding, whose logits have no meaning. None: one segment.
+            positions: [T] or [B, T] integers for the rotary embedding; None: counted from the
+                first token of each segment.
 
         Returns:
             [B, T, vocab_size] float32.
@@ -102,7 +93,7 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads: [B, T, hidden_size] float32. Arguments as for a call."""
+        """Computes the input of the head: [B, T, hidden_size] float32. Arguments as for a call."""
         hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=None)
         return hidden
 
@@ -114,16 +105,16 @@ class Model(nnx.Module):
         *,
         slot_weight_gradient: SlotWeightGradient = "all",
     ) -> Diagnostics:
-        """The forward, and what every layer did: its softmax mass on the slots, and its gates.
+        """Runs the forward, and shows each layer's softmax mass on the slots, and its gates.
 
-        Costs little more than the forward, and can be part of a loss. Where no token has left the
-        window yet (everywhere, with window None), the mass is that of the empty slots; with
+        This costs little more than the forward, and can be part of a loss. Where no token has left
+        the window yet (everywhere, with window None), the mass is that of the empty slots; with
         `empty_slots="mask"` it is 0.
 
             seen = model.diagnose(tokens)
             logits = model.logits(seen.hidden)  # as model(tokens)
-            seen.slot_weight.mean((1, 2))  # [L, Hq]: how much each head reads from its slots
-            jnp.log(2) / -seen.log_decay.mean((1, 2))  # [L, Hkv, M]: half-lives in tokens
+            seen.slot_weight.mean((1, 2))  # [num_layers, Hq]: how much each head reads from slots
+            jnp.log(2) / -seen.log_decay.mean((1, 2))  # [num_layers, Hkv, M]: half-lives in tokens
 
         Arguments and errors as for a call; slot_weight_gradient as for `nha_jax.nha_attention`.
         """
@@ -134,9 +125,11 @@ class Model(nnx.Module):
         return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """What the first layer reads: [B, T] integers -> [B, T, hidden_size] in config.dtype."""
+        """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype."""
         table = shard_vocabulary(self.embed.embedding[...], tokens)
-        hidden = jnp.take(table, tokens, axis=0)  # cast after it: its gradient is a sum over tokens
+        hidden = jnp.take(
+            table, tokens, axis=0
+        )  # cast afterwards, so that the gradient is summed in the table's dtype
         return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
 
     def apply_layer(
@@ -148,15 +141,15 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """One layer under any window, whatever the config says of it.
+        """Runs one layer, with any window.
 
-        `embed_tokens`, all layers in order and `norm` make up `hidden_states`.
+        `embed_tokens`, then this for all layers in order, then `norm` is `hidden_states`.
 
         Args:
             index: which layer, in [0, num_layers). It may be traced, so that one compiled
-                function serves every layer with this window; out of range it is then clamped.
-            hidden: [B, T, hidden_size] in config.dtype, what the layer before gave.
-            window_size: the last tokens kept exactly (W); None for full attention.
+                function serves every layer with this window; it is then clamped to the range.
+            hidden: [B, T, hidden_size] in config.dtype, the output of the layer before.
+            window_size: how many of the last tokens are kept exactly (W); None for full attention.
             segment_ids, positions: as for a call.
 
         Returns:
@@ -184,19 +177,19 @@ class Model(nnx.Module):
         )
 
     def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
-        """The same model, its parameters shared and not copied, under another window layout.
+        """Returns the model with other windows; the parameters are shared, not copied.
 
         Args:
             window_size: as `ModelConfig.window_size`.
 
         Raises:
-            ValueError: the layout does not fit the model's number of layers.
+            ValueError: the pattern does not divide the number of layers.
         """
         windows = tuple(window_size) if isinstance(window_size, Sequence) else window_size
         return self._with_config(window_size=windows)
 
     def with_implementation(self, implementation: str | None) -> Self:
-        """The same model, its parameters shared and not copied, computed in another way.
+        """Returns the model with another implementation; the parameters are shared, not copied.
 
         Args:
             implementation: as `ModelConfig.implementation`; None: the fastest that serves.
@@ -207,13 +200,13 @@ class Model(nnx.Module):
         return self._with_config(implementation=implementation)
 
     def _with_config(self, **changes: Any) -> Self:
-        """Shares the parameters with a model of a config changed so that it has the same ones."""
+        """Returns a model of a changed config, under which it has the same parameters: these."""
         config = dataclasses.replace(self.config, **changes)
         graph, _ = abstract_model(config, type(self))
         return cast(Self, nnx.merge(graph, nnx.state(self)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """[..., hidden_size], as `hidden_states` gives it -> [..., vocab_size] float32."""
+        """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
         if not self.config.tie_embeddings:
             return self.head(hidden)
         dtype = jnp.dtype(self.config.dtype)
@@ -225,24 +218,15 @@ class Model(nnx.Module):
         )
 
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
-        """The cache of rows without a token; max_length as for `prefill`.
+        """Makes the cache of rows without a token; max_length as for `prefill`.
 
-        On a mesh (`jax.set_mesh`) rows and heads are divided as `nha_jax.ops.use_mesh_axes` says.
+        On a mesh (`jax.set_mesh`), rows and heads are divided as `nha_jax.ops.use_mesh_axes` says.
 
         Raises:
             ValueError: max_length is missing though a layer has full attention.
         """
-        self._check_room(max_length, 0)
-        division = divide_over_mesh(batch_size, self.config.num_kv_heads)
-
-        def layer(window_size: int | None) -> LayerCache:
-            cache = self.blocks.attention.init_cache(
-                batch_size, window_size=window_size, max_length=max_length
-            )
-            taps = jax.tree.map(lambda _: division.tokens, cache.convolution)
-            return division.place(cache, LayerCache(division.state, taps))
-
-        return ModelCache(tuple(map(layer, self.config.windows)), jnp.zeros(batch_size, jnp.int32))
+        check_room(self.config.windows, max_length, 0)
+        return empty_cache(self.blocks.attention, self.config.windows, batch_size, max_length)
 
     def prefill(
         self,
@@ -252,19 +236,19 @@ class Model(nnx.Module):
         max_length: int | None = None,
         cache: ModelCache | None = None,
     ) -> tuple[jax.Array, ModelCache]:
-        """Reads the prompts, or a chunk of each; then `decode_step` continues them.
+        """Reads prompts, or a chunk of each, for `decode_step` to continue.
 
         Args:
-            tokens: [B, T] integers; row b has its lengths[b] tokens first, then anything.
-            lengths: [B] integers in [1, T], or in [0, T] with a cache: a row without tokens stays
-                as it is, and its logits mean nothing. None: all rows have T tokens.
-            max_length: the longest a row will become, prompt included. Needed for, and used by,
-                layers with full attention only; the others never run out of room.
+            tokens: [B, T] integers; the first lengths[b] of row b are read.
+            lengths: [B] integers in [1, T]; with a cache in [0, T]: a row without tokens keeps its
+                cache, and its logits have no meaning. None: all rows have T tokens.
+            max_length: the most tokens that a row will have, prompt included. Only layers with full
+                attention need and use it: their caches have this many entries.
             cache: of the tokens before, as `init_cache`, this method or `decode_step` returned it;
-                it brings its own max_length. None: there are none.
+                it has its own max_length. None: there are none.
 
         Returns:
-            logits of the token after each row's last, [B, vocab_size] float32, and the cache.
+            The logits of the token after each row's last, [B, vocab_size] float32, and the cache.
 
         Raises:
             ValueError, TypeError: an argument has a wrong shape, dtype or value.
@@ -278,10 +262,10 @@ class Model(nnx.Module):
             least = 1 if cache is None else 0
             row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
         if cache is None:
-            self._check_room(max_length, num_tokens)
+            check_room(self.config.windows, max_length, num_tokens)
             rope = self._rope(jnp.arange(num_tokens))
         else:
-            self._check_cache(cache, max_length, batch_size)
+            check_cache(cache, max_length, batch_size)
             rope = self._rope(cache.length[:, None] + jnp.arange(num_tokens))
 
         def prefill(
@@ -312,17 +296,18 @@ class Model(nnx.Module):
     def decode_step(
         self, tokens: jax.Array, cache: ModelCache, *, active: jax.Array | None = None
     ) -> tuple[jax.Array, ModelCache]:
-        """One more token a row.
+        """Reads one more token of each row.
 
         Args:
             tokens: [B] integers, the next token of each row.
-            cache: as `prefill` or this method returned it. With full attention in a layer, no
-                row's length may pass the max_length given to `prefill`: past it the oldest
-                tokens would be overwritten.
-            active: [B] bool; a row that is False keeps its cache, and its logits mean nothing.
+            cache: as `prefill`, `init_cache` or this method returned it. With full attention in a
+                layer, no row may get longer than the max_length of its cache: the oldest tokens
+                would be overwritten.
+            active: [B] bool; rows where it is False keep their cache, and their logits have no
+                meaning. None: all are active.
 
         Returns:
-            logits of the token after it, [B, vocab_size] float32, and the cache.
+            The logits of the token after these, [B, vocab_size] float32, and the cache.
 
         Raises:
             ValueError, TypeError: tokens have a wrong shape or dtype.
@@ -335,7 +320,7 @@ class Model(nnx.Module):
             )
         rope = self._rope(cache.length[:, None])
         hidden, layers = self.embed_tokens(tokens[:, None]), []
-        # No scan over the layers: it would copy every cache into and out of its stack.
+        # A scan over the layers would copy every cache into its stack and out of it.
         for index, (layer, window_size) in enumerate(
             zip(cache.layers, self.config.windows, strict=True)
         ):
@@ -346,25 +331,8 @@ class Model(nnx.Module):
         length = cache.length + (1 if active is None else active.astype(jnp.int32))
         return self.logits(self.norm(hidden))[:, 0], ModelCache(tuple(layers), length)
 
-    def _check_room(self, max_length: int | None, num_tokens: int) -> None:
-        if None in self.config.windows and (max_length is None or max_length < num_tokens):
-            raise ValueError(
-                f"max_length={max_length}: layers with full attention (window None) keep every "
-                f"token; give the longest a row will become, at least the prompt's {num_tokens}"
-            )
-
-    def _check_cache(self, cache: ModelCache, max_length: int | None, batch_size: int) -> None:
-        if max_length is not None:
-            raise ValueError(
-                f"max_length={max_length}: the cache has its own; leave it out with a cache"
-            )
-        if cache.length.shape != (batch_size,):
-            raise ValueError(
-                f"tokens have {batch_size} rows, but the cache {cache.length.shape[0]}"
-            )
-
     def _rope(self, positions: jax.Array) -> Rope:
-        """One pair of tables for all layers."""
+        """Makes the tables of the rotary embedding, the same for all layers."""
         config = self.config
         return rope_tables(positions, config.key_dim, config.rope_theta, config.rope_scaling)
 
@@ -376,9 +344,9 @@ class Model(nnx.Module):
         *,
         diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, tuple[LayerDiagnostics | None, ...]]:
-        """What the head reads, and of each layer of the window period, stacked, what it did.
+        """Computes the head's input, and each layer's diagnostics as `scan_blocks` returns them.
 
-        diagnose: how the slot weights are differentiated; None: nobody asks what the layers did.
+        diagnose: how the slot weights are differentiated; None: no diagnostics are wanted.
         """
         tokens = check_integers("tokens", tokens)
         if tokens.ndim != 2:
@@ -408,15 +376,15 @@ class Model(nnx.Module):
 def abstract_model(
     config: ModelConfig, kind: type[Model] = Model
 ) -> tuple[nnx.GraphDef[Model], nnx.State]:
-    """The model of a config without its numbers: nothing is computed or allocated.
+    """Describes the model of a config by shapes and dtypes; nothing is computed or allocated.
 
     Args:
         config: of the model.
         kind: `Model`, or a subclass of it.
 
     Returns:
-        The graph and the state, each of whose variables holds a `jax.ShapeDtypeStruct`.
-        `nnx.merge(graph, state)` with arrays in their place is a model.
+        The model's graph and its state, as `nnx.split` does, with a `jax.ShapeDtypeStruct` in place
+        of each array. Once arrays are put there, `nnx.merge` makes the model of both.
     """
     # jax's eval_shape: under a mesh, nnx's would look for the logical axes among the mesh's.
     return jax.eval_shape(lambda: nnx.split(kind(config, rngs=nnx.Rngs(0))))

@@ -12,8 +12,9 @@ import numpy as np
 from flax import nnx
 
 from nha_jax.argument_checks import check_prompt
+from nha_jax.cache import ModelCache
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
-from nha_jax.model import Model, ModelCache
+from nha_jax.model import Model
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
 

@@ -1,4 +1,4 @@
-"""The layers of the model, as flax.nnx modules, with named parameter axes."""
+"""The layers of the model as flax.nnx modules, whose parameters name their axes."""
 
 from nha_jax.layers.attention import (
     ConvolutionState,

@@ -1,4 +1,4 @@
-"""The Native Hybrid Attention layer: projections, gates, the operator, and the way out."""
+"""The Native Hybrid Attention layer: projections, gates, operator and output projection."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Projections = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class ConvolutionState(NamedTuple):
-    """The last conv_width - 1 inputs of the short convolutions, oldest first."""
+    """The last conv_width - 1 inputs of the short convolutions, oldest first, in config.dtype."""
 
     query: jax.Array  # [B, conv_width - 1, Hq * K]
     key: jax.Array  # [B, conv_width - 1, Hkv * K]
@@ -34,28 +34,31 @@ class ConvolutionState(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """What one layer remembers between prefill and decode steps."""
+    """What one layer keeps of the tokens so far, for the next prefill or decode step."""
 
     attention: NHAState
     convolution: ConvolutionState | None  # None: the model has no short convolution
 
 
 class LayerDiagnostics(NamedTuple):
-    """What one layer did with its tokens."""
+    """What one layer did with its tokens, as `nha_jax.Diagnostics` holds it for all layers."""
 
     slot_weight: jax.Array  # [B, T, Hq] float32, the softmax mass on the slots; 0 at padding
     log_decay: jax.Array  # [B, T, Hkv, M] float32, natural log of the gate
 
 
 class NativeHybridAttention(nnx.Module):
-    """Native Hybrid Attention (Du et al., arXiv 2510.07019).
+    """The layer of Native Hybrid Attention (Du et al., arXiv 2510.07019).
 
-    query, key, value = conv(q_proj(x)), conv(k_proj(x)), silu(conv(v_proj(x))), with conv the
-    short convolution or nothing; log_decay = logsigmoid(f_proj(x)) / gate_logit_normalizer in
-    float32; the result is o_proj(RMSNorm(silu(nha_attention(...)))), the norm over all heads.
-    That is the published layer; `value_activation`, `output_norm`, `qk_norm` and `attention_bias`
-    of the config turn it into the attention of a pretrained model whose weights it takes over.
-    The window is an argument of the calls: no parameter depends on it.
+        query, key, value = conv(q_proj(x)), conv(k_proj(x)), silu(conv(v_proj(x)))
+        log_decay = logsigmoid(f_proj(x)) / gate_logit_normalizer
+        result = o_proj(RMSNorm(silu(nha_attention(query, key, value, log_decay))))
+
+    conv is the short convolution, or the identity if the config has none; the decays are computed
+    in float32, and the norm runs over all heads together. This is the published layer; the config's
+    `value_activation`, `output_norm`, `qk_norm` and `attention_bias` turn it into the attention of
+    a pretrained model whose weights it takes over. The window is an argument of the calls, since no
+    parameter depends on it.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -108,7 +111,17 @@ class NativeHybridAttention(nnx.Module):
         rope: Rope,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, hidden_size] -> [B, T, hidden_size]; padding (segment id 0) gives o_proj(0)."""
+        """Runs the layer; padding (segment id 0) gives o_proj(0).
+
+        Args:
+            inputs: [B, T, hidden_size].
+            window_size: how many of the last tokens are kept exactly (W); None for full attention.
+            rope: the tables of the rotary embedding at the tokens' positions.
+            segment_ids: [B, T] integers, as for `nha_jax.nha_attention`.
+
+        Returns:
+            [B, T, hidden_size] in config.dtype.
+        """
         outputs, _ = self.forward(
             inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
@@ -123,7 +136,13 @@ class NativeHybridAttention(nnx.Module):
         segment_ids: jax.Array | None,
         diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
-        """What a call returns, and, differentiated as `diagnose` says, what the layer did."""
+        """Returns what a call returns, and what the layer did.
+
+        Args:
+            inputs, window_size, rope, segment_ids: as for a call.
+            diagnose: how the slot weight is differentiated, as `nha_attention`'s
+                slot_weight_gradient; None: no diagnostics, the second result is None.
+        """
         operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
         heads = self._heads(*self._convolve(self._projections(inputs), segment_ids))
         log_decay = self._log_decay(inputs)
@@ -144,14 +163,18 @@ class NativeHybridAttention(nnx.Module):
         max_length: int | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """The forward of right-padded rows, and the cache after each row's last token.
+        """Runs the layer on prompts, and returns the cache after each row's last token too.
 
         Args:
-            inputs: [B, T, hidden_size].
-            lengths: [B], the tokens of each row; None: all T.
-            max_length: the tokens a layer with window_size=None has room for; None: as many as the
-                cache, or only these T.
-            cache: of the tokens before; None: there are none.
+            inputs: [B, T, hidden_size], the rows padded on the right.
+            window_size, rope: as for a call.
+            lengths: [B] integers, the number of tokens in each row; None: all T.
+            max_length: how many tokens the cache of a layer with window_size=None holds; None: as
+                many as `cache` does, or T without one.
+            cache: of the tokens before these; None: there are none.
+
+        Returns:
+            [B, T, hidden_size] in config.dtype, and the cache.
         """
         batch_size, num_tokens, _ = inputs.shape
         segment_ids = None
@@ -189,7 +212,7 @@ class NativeHybridAttention(nnx.Module):
     def init_cache(
         self, batch_size: int, *, window_size: int | None, max_length: int | None
     ) -> LayerCache:
-        """The cache of rows without a token; max_length as for `prefill`."""
+        """Makes the cache of rows without a token; window_size and max_length as for `prefill`."""
         config = self.config
         dtype = jnp.dtype(config.dtype)
         state = init_state(
@@ -219,9 +242,16 @@ class NativeHybridAttention(nnx.Module):
         rope: Rope,
         active: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """One token a row: inputs [B, 1, hidden_size] -> (outputs [B, 1, hidden_size], cache).
+        """Runs the layer on one more token of each row.
 
-        Rows whose `active` [B] is False keep their cache.
+        Args:
+            inputs: [B, 1, hidden_size].
+            cache: as `prefill`, `init_cache` or this method returned it.
+            window_size, rope: as for a call.
+            active: [B] bool; rows where it is False keep their cache. None: all are active.
+
+        Returns:
+            [B, 1, hidden_size] in config.dtype, and the cache.
         """
         projections = self._projections(inputs)
         convolution = cache.convolution
@@ -282,7 +312,7 @@ class NativeHybridAttention(nnx.Module):
         return query, key, value
 
     def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Projections:
-        """[B, T, heads * size] -> [B, T, heads, size], normed and activated."""
+        """Splits heads: [B, T, heads * size] -> [B, T, heads, size]; norms and activates them."""
         config, leading = self.config, query.shape[:-1]
         query = query.reshape(*leading, config.num_query_heads, config.key_dim)
         key = key.reshape(*leading, config.num_kv_heads, config.key_dim)
@@ -295,7 +325,7 @@ class NativeHybridAttention(nnx.Module):
     def _operator(
         self, *, window_size: int | None, rope: Rope, segment_ids: jax.Array | None
     ) -> Callable[..., Any]:
-        """`nha_attention` with every option of this layer and call filled in."""
+        """Returns `nha_attention` with every option of this layer and call filled in."""
         return functools.partial(
             nha_attention,
             window_size=window_size,
@@ -308,7 +338,7 @@ class NativeHybridAttention(nnx.Module):
         )
 
     def _log_decay(self, inputs: jax.Array) -> jax.Array:
-        """[B, T, hidden_size] -> [B, T, Hkv, M] float32, below 0."""
+        """Computes the log decays, below 0: [B, T, hidden_size] -> [B, T, Hkv, M] float32."""
         shape = (*inputs.shape[:-1], self.config.num_kv_heads, self.config.num_slots)
         if not self.config.num_slots:
             return jnp.zeros(shape, jnp.float32)
@@ -316,7 +346,7 @@ class NativeHybridAttention(nnx.Module):
         return jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
 
     def _output(self, attended: jax.Array) -> jax.Array:
-        """[B, T, Hq, V] -> [B, T, hidden_size]."""
+        """Applies silu, norm and output projection: [B, T, Hq, V] -> [B, T, hidden_size]."""
         outputs = attended.reshape(*attended.shape[:-2], -1)
         return self.o_proj(
             self.o_norm(jax.nn.silu(outputs)) if self.config.output_norm else outputs

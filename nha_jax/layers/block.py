@@ -1,4 +1,4 @@
-"""One block of the model: attention and SwiGLU, each behind a norm and added to the stream."""
+"""One block of the model: attention and SwiGLU, each after a norm and added to its input."""
 
 import jax
 from flax import nnx
@@ -13,7 +13,11 @@ from nha_jax.ops.mesh.division import shard_tokens
 
 
 class Block(nnx.Module):
-    """x + attention(RMSNorm(x)), then x + mlp(RMSNorm(x)); x is [B, T, hidden_size]."""
+    """y = x + attention(RMSNorm(x)); the block gives y + mlp(RMSNorm(y)).
+
+    x and y are [B, T, hidden_size]; the mlp is a `SwiGLU`, or a `MixtureOfExperts` if the config
+    has experts. The methods take the arguments of those of `NativeHybridAttention`.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
@@ -30,7 +34,7 @@ class Block(nnx.Module):
         rope: Rope,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, hidden_size] -> [B, T, hidden_size], as `NativeHybridAttention.__call__`."""
+        """Runs the block: [B, T, hidden_size] -> [B, T, hidden_size]."""
         hidden, _ = self.forward(
             hidden, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
@@ -45,7 +49,7 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None,
         diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
-        """What a call returns, and the diagnostics as `NativeHybridAttention.forward`."""
+        """Returns what a call returns, and the attention's diagnostics if asked for."""
         attended, diagnostics = self.attention.forward(
             self.attention_norm(hidden),
             window_size=window_size,
@@ -66,7 +70,7 @@ class Block(nnx.Module):
         max_length: int | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """As `NativeHybridAttention.prefill`."""
+        """Runs the block on prompts [B, T, hidden_size], and returns its cache too."""
         attended, cache = self.attention.prefill(
             self.attention_norm(hidden),
             window_size=window_size,
@@ -87,7 +91,7 @@ class Block(nnx.Module):
         rope: Rope,
         active: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """As `NativeHybridAttention.decode_step`: [B, 1, hidden_size] and the cache."""
+        """Runs the block on one token of each row, [B, 1, hidden_size], and updates the cache."""
         attended, cache = self.attention.decode_step(
             self.attention_norm(hidden), cache, window_size=window_size, rope=rope, active=active
         )

@@ -1,4 +1,4 @@
-"""Short causal convolution over time, one filter a channel."""
+"""Short causal convolution over time, with a filter for each channel."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,10 @@ from nha_jax.layers.parameters import partitioned
 
 
 class ShortConvolution(nnx.Module):
-    """y_t = silu(sum_i kernel[i] * x_{t - width + 1 + i}), each channel by itself.
+    """y_t = silu(sum_i kernel[i] * x_{t - width + 1 + i}), for each channel by itself.
 
-    The kernel is [width, channels]. A tap never reaches into another segment, nor before the
-    first token: there it reads zero.
+    The kernel is [width, channels]. A tap that would reach into another segment, or before the
+    first token, reads zero.
     """
 
     def __init__(self, config: ModelConfig, channels: int, name: str, *, rngs: nnx.Rngs):
@@ -33,9 +33,16 @@ class ShortConvolution(nnx.Module):
         segment_ids: jax.Array | None = None,
         state: jax.Array | None = None,
     ) -> jax.Array:
-        """[B, T, channels] -> [B, T, channels] in the inputs' dtype; padding (id 0) gives 0.
+        """Convolves a sequence.
 
-        state: [B, width - 1, channels], as `state_after` gives it, of what came before; segment 1.
+        Args:
+            inputs: [B, T, channels].
+            segment_ids: [B, T] integers; 0 is padding, whose output is 0. None: one segment.
+            state: [B, width - 1, channels], the inputs before these, as `state_after` returned
+                them; they belong to segment 1. None: there are none.
+
+        Returns:
+            [B, T, channels] in the inputs' dtype.
         """
         if state is not None:
             if segment_ids is not None:
@@ -45,11 +52,12 @@ class ShortConvolution(nnx.Module):
             return self(joined, segment_ids)[:, self.width - 1 :]
         kernel = self.kernel[...].astype(jnp.float32)
         total = inputs * kernel[-1]  # [B, T, channels] float32
-        in_segment = None  # [B, T]: the tap lies in the token's own segment
+        in_segment = None  # [B, T]: whether the tap lies in the token's own segment
         for distance in range(1, self.width):
             tap = _shift(inputs, distance) * kernel[-1 - distance]
             if segment_ids is not None:
-                # Equal to the token before, and so was that one, ...: a segment is a run of ids.
+                # Each id between tap and token must equal the one before it: equal ids that are not
+                # adjacent make two segments.
                 unchanged = _shift(segment_ids == _shift(segment_ids, 1), distance - 1)
                 in_segment = unchanged if in_segment is None else in_segment & unchanged
                 tap = jnp.where(in_segment[..., None], tap, 0)
@@ -62,15 +70,15 @@ class ShortConvolution(nnx.Module):
     def state_after(
         self, inputs: jax.Array, lengths: jax.Array, state: jax.Array | None = None
     ) -> jax.Array:
-        """The last width - 1 inputs of each row: what `decode_step` needs of the past.
+        """Returns the last width - 1 inputs of each row, which `decode_step` needs.
 
         Args:
-            inputs: [B, T, channels], right padded.
-            lengths: [B], the tokens of each row, one segment.
-            state: as this method gave it of the inputs before; None: there are none.
+            inputs: [B, T, channels], each row one segment padded on the right.
+            lengths: [B] integers, the number of tokens in each row.
+            state: as this method returned it for the inputs before these; None: there are none.
 
         Returns:
-            [B, width - 1, channels], oldest first, zero before the first token.
+            [B, width - 1, channels], oldest first; zeros before the first token.
         """
         if state is not None:
             inputs = jnp.concatenate([state, inputs], axis=1)
@@ -80,9 +88,14 @@ class ShortConvolution(nnx.Module):
         return jnp.where((index >= 0)[..., None], taps, 0)
 
     def decode_step(self, inputs: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """One token: inputs [B, 1, channels], state as `state_after` gives it -> (outputs, state).
+        """Convolves one more token of each row.
 
-        outputs is [B, 1, channels] in the inputs' dtype.
+        Args:
+            inputs: [B, 1, channels].
+            state: [B, width - 1, channels], as `state_after` or this method returned it.
+
+        Returns:
+            [B, 1, channels] in the inputs' dtype, and the state after the token.
         """
         taps = jnp.concatenate([state, inputs], axis=1)  # [B, width, channels]
         total = (taps * self.kernel[...].astype(jnp.float32)).sum(axis=1, keepdims=True)
@@ -90,6 +103,6 @@ class ShortConvolution(nnx.Module):
 
 
 def _shift(array: jax.Array, distance: int) -> jax.Array:
-    """array[:, t - distance] at position t, zero where there is none."""
+    """Shifts along axis 1: array[:, t - distance] at position t, zero before the first."""
     padding = [(0, 0), (distance, 0)] + [(0, 0)] * (array.ndim - 2)
     return jnp.pad(array, padding)[:, : array.shape[1]]

@@ -1,4 +1,4 @@
-"""A mixture of SwiGLUs in place of one: every token goes through a few of them."""
+"""A mixture of SwiGLUs in place of one: every token goes to a few of them."""
 
 import functools
 
@@ -16,9 +16,9 @@ from nha_jax.ops.mesh.division import divide_over_mesh
 class MixtureOfExperts(nnx.Module):
     """sum_i weight_i * SwiGLU_i(x) over a token's experts i (Qwen3-MoE, arXiv 2505.09388).
 
-    A softmax over all experts, computed in float32, says which `per_token` of them a token goes
-    through, and how much each counts. None has a capacity: no token is dropped, whatever the
-    others chose. There is no loss that balances their loads; see `nha_jax.config_parts.Experts`.
+    A router's softmax over all experts, computed in float32, says which `per_token` of them a token
+    goes to, and with which weights. Experts have no capacity: no token is ever dropped. There is no
+    loss that balances their loads; see `nha_jax.config_parts.Experts`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
@@ -31,7 +31,7 @@ class MixtureOfExperts(nnx.Module):
             use_bias=False,
             dtype=jnp.float32,
             param_dtype=jnp.dtype(config.param_dtype),
-            precision=jax.lax.Precision.HIGHEST,  # rounding would send tokens elsewhere
+            precision=jax.lax.Precision.HIGHEST,  # rounding would send tokens to other experts
             kernel_init=partitioned(
                 jax.nn.initializers.normal(config.initializer_range), "embed", "experts"
             ),
@@ -43,7 +43,7 @@ class MixtureOfExperts(nnx.Module):
         self.down_proj = ExpertKernels(config, inner, hidden, rngs=rngs)
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[B, T, hidden_size] -> [B, T, hidden_size] in config.dtype."""
+        """Runs the mixture: [B, T, hidden_size] -> [B, T, hidden_size] in config.dtype."""
         experts, dtype = self.config.experts, jnp.dtype(self.config.dtype)
         assert experts is not None
         weights, chosen = self.route(inputs)
@@ -51,11 +51,11 @@ class MixtureOfExperts(nnx.Module):
             projection.kernel[...].astype(dtype)
             for projection in (self.gate_proj, self.up_proj, self.down_proj)
         )
-        # Every device sorts its own tokens, and has its part of every expert.
+        # Every device sorts its own tokens, and holds a part of the width of every expert.
         division = divide_over_mesh(inputs.shape[0], experts.size, inputs.shape[1])
-        shared = tuple(name for name in division.heads if division.sizes[name] > 1)
+        width_axes = tuple(name for name in division.heads if division.sizes[name] > 1)
         mix = division.map(
-            functools.partial(_mix, num_experts=experts.count, shared=shared),
+            functools.partial(_mix, num_experts=experts.count, width_axes=width_axes),
             in_specs=(
                 *(division.places,) * 3,
                 *(P(None, None, division.heads),) * 2,
@@ -66,18 +66,26 @@ class MixtureOfExperts(nnx.Module):
         return mix(inputs.astype(dtype), weights, chosen, gate, up, down)
 
     def route(self, inputs: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Of [B, T, hidden_size]: weights [B, T, per_token] float32, and whose they are, int32."""
+        """Chooses the experts of each token.
+
+        Args:
+            inputs: [B, T, hidden_size].
+
+        Returns:
+            The weights, [B, T, per_token] float32, and the experts' numbers, [B, T, per_token]
+            int32.
+        """
         experts = self.config.experts
         assert experts is not None
-        shares = jax.nn.softmax(self.router(inputs))
-        weights, chosen = jax.lax.top_k(shares, experts.per_token)
+        probabilities = jax.nn.softmax(self.router(inputs))
+        weights, chosen = jax.lax.top_k(probabilities, experts.per_token)
         if experts.normalize:
             weights /= weights.sum(-1, keepdims=True)
         return weights, chosen
 
 
 class ExpertKernels(nnx.Module):
-    """One matrix an expert: `kernel` [count, in, out], whose axes are given by name and size."""
+    """One matrix for each expert: `kernel` [count, in, out]; axes are given by name and size."""
 
     def __init__(
         self,
@@ -106,47 +114,62 @@ def _mix(
     down: jax.Array,
     *,
     num_experts: int,
-    shared: tuple[str, ...],
+    width_axes: tuple[str, ...],
 ) -> jax.Array:
-    """What the layer gives, of one device's tokens and its part of the experts' width.
+    """Runs the mixture on one device's tokens, with its part of the experts' width.
 
-    The pairs of a token and its expert are sorted by expert, so that each of the three products is
-    one of groups of rows with a matrix each.
+    The pairs of a token and one of its experts are sorted by expert, so that each of the three
+    products is one of groups of rows with a matrix for each group.
 
     Args:
-      inputs: [B, T, D].
-      weights, chosen: [B, T, k].
-      gate, up, down: [E, D, I], [E, D, I], [E, I, D].
-      shared: the mesh axes that divide I.
+        inputs: [B, T, hidden_size].
+        weights, chosen: [B, T, per_token].
+        gate, up: [count, hidden_size, width], this device's part of the width.
+        down: [count, width, hidden_size], likewise.
+        num_experts: count.
+        width_axes: the mesh axes that divide the width; the result is summed over them.
+
+    Returns:
+        [B, T, hidden_size] in the inputs' dtype.
     """
-    expert = chosen.reshape(-1)  # [B * T * k]
+    expert = chosen.reshape(-1)  # [B * T * per_token], of each pair
     order = jnp.argsort(expert)
-    place = jnp.argsort(order)  # of each pair among the sorted ones
+    rank = jnp.argsort(order)  # of each pair among the sorted ones
     sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32)
-    rows = _send(inputs.reshape(-1, inputs.shape[-1]), order, place)
+    rows = _send(inputs.reshape(-1, inputs.shape[-1]), order, rank)
     inner = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
-    parts = _send(grouped_dot(inner, down, sizes), place, order)
+    parts = _send(grouped_dot(inner, down, sizes), rank, order)
     parts = parts.reshape(*chosen.shape, -1).astype(jnp.float32)
     outputs = jnp.sum(weights[..., None] * parts, axis=2).astype(inputs.dtype)
-    return jax.lax.psum(outputs, shared) if shared else outputs
+    return jax.lax.psum(outputs, width_axes) if width_axes else outputs
 
 
 @jax.custom_vjp
-def _send(x: jax.Array, source: jax.Array, place: jax.Array) -> jax.Array:
-    """x [N, D], each row k times, in the order `source` [N * k]; `place` is its inverse.
+def _send(x: jax.Array, order: jax.Array, inverse: jax.Array) -> jax.Array:
+    """Copies each row of x the same number of times, and puts the copies into another order.
 
-    The gradient of indexing would be a scattered sum, which TPUs do a row at a time.
+    Its own gradient is a gather and a sum; that of indexing would be a scattered sum, which TPUs
+    do a row at a time.
+
+    Args:
+        x: [rows, size].
+        order: [rows * copies] integers, a permutation; entry i is the copy that goes to row i, and
+            copy j is of row j // copies.
+        inverse: the inverse permutation.
+
+    Returns:
+        [rows * copies, size].
     """
-    return x[source // (len(source) // len(x))]
+    return x[order // (len(order) // len(x))]
 
 
-def _send_forward(x, source, place):
-    return _send(x, source, place), (place, len(x))
+def _send_forward(x, order, inverse):
+    return _send(x, order, inverse), (inverse, len(x))
 
 
-def _send_backward(residuals, gradient):
-    place, length = residuals
-    copies = gradient[place].reshape(length, -1, gradient.shape[-1])
+def _send_backward(residuals, d_out):
+    inverse, length = residuals
+    copies = d_out[inverse].reshape(length, -1, d_out.shape[-1])
     return copies.sum(axis=1), None, None
 
 

@@ -1,4 +1,4 @@
-"""Products of rows in groups with a matrix for each group."""
+"""Products of grouped rows with a matrix for each group, for the experts of a mixture."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -7,22 +7,23 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-MOST_ROWS = 512  # of a block
+MOST_ROWS = 512
+"""The most rows that are multiplied at once."""
 
 
 def grouped_dot(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """Every row times the matrix of its group, as `jax.lax.ragged_dot`.
+    """Multiplies every row by the matrix of its group, as `jax.lax.ragged_dot` does.
 
-    For TPUs XLA has kernels of that. Elsewhere it would (jax 0.12) multiply [N, E * D] by
-    [E * D, I], E times the work and the memory; there we go through the rows block by block.
+    On TPUs XLA has a kernel for that. Elsewhere (jax 0.12) it would multiply [rows, groups * in] by
+    [groups * in, out]: `groups` times the work and the memory. There we take the rows in blocks.
 
     Args:
-      rows: [N, D], the first sizes[0] of them in group 0, and so on.
-      matrices: [E, D, I], of the rows' dtype.
-      sizes: [E] int32, which add up to N.
+        rows: [rows, in], the first sizes[0] of them in group 0, the next sizes[1] in group 1, ...
+        matrices: [groups, in, out], in the rows' dtype.
+        sizes: [groups] int32, rows of each group; they add up to the number of rows.
 
     Returns:
-      [N, I] in the rows' dtype; accumulated in float32.
+        [rows, out] in the rows' dtype, accumulated in float32.
     """
     return lax.platform_dependent(
         rows, matrices, sizes, tpu=lax.ragged_dot, default=grouped_dot_by_blocks
@@ -31,7 +32,7 @@ def grouped_dot(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.A
 
 @jax.custom_vjp
 def grouped_dot_by_blocks(rows: jax.Array, matrices: jax.Array, sizes: jax.Array) -> jax.Array:
-    """`grouped_dot` as a loop over blocks of rows of one group."""
+    """Computes `grouped_dot` as a loop over blocks of rows, each of one group."""
     return _times(rows, matrices, sizes, contracted=1)
 
 
@@ -39,56 +40,78 @@ def _forward(rows, matrices, sizes):
     return grouped_dot_by_blocks(rows, matrices, sizes), (rows, matrices, sizes)
 
 
-def _backward(residuals, gradient):
+def _backward(residuals, d_out):
     rows, matrices, sizes = residuals
-    of_rows = _times(gradient, matrices, sizes, contracted=2)
-    of_matrices = _outer(rows, gradient, sizes).astype(matrices.dtype)
-    return of_rows, of_matrices, None
+    d_rows = _times(d_out, matrices, sizes, contracted=2)
+    d_matrices = _outer(rows, d_out, sizes).astype(matrices.dtype)
+    return d_rows, d_matrices, None
 
 
 grouped_dot_by_blocks.defvjp(_forward, _backward)
 
 
-class _Block(NamedTuple):
-    """Rows that are multiplied at once: all of one group, but for those behind its last."""
+class _RowBlock(NamedTuple):
+    """Rows that are multiplied at once by the matrix of one group.
 
-    group: jax.Array
-    start: jax.Array
-    end: jax.Array  # of the group
+    Where the block reaches past the group's last row, those rows belong to other groups.
+    """
+
+    group: jax.Array  # int32 scalar
+    start: jax.Array  # int32 scalar, the block's first row
+    end: jax.Array  # int32 scalar, the row after the group's last
 
 
 def _times(rows: jax.Array, matrices: jax.Array, sizes: jax.Array, *, contracted: int) -> jax.Array:
-    """[N, D] and [E, D, I] -> [N, I]; or, contracting axis 2, [N, I] and [E, D, I] -> [N, D]."""
-    B = _block_rows(rows, sizes)
-    padded = jnp.pad(rows, ((0, B), (0, 0)))
+    """Multiplies rows by their group's matrix [in, out], or by its transpose.
+
+    Args:
+        rows: [rows, in]; with contracted=2, [rows, out].
+        matrices: [groups, in, out].
+        sizes: [groups].
+        contracted: the axis of `matrices` that is summed over.
+
+    Returns:
+        [rows, out]; with contracted=2, [rows, in].
+    """
+    block_rows = _block_rows(rows, sizes)
+    padded = jnp.pad(rows, ((0, block_rows), (0, 0)))
     width = matrices.shape[3 - contracted]
 
-    def multiply(block: _Block, outputs: jax.Array) -> jax.Array:
-        some = lax.dynamic_slice_in_dim(padded, block.start, B)
+    def multiply(block: _RowBlock, outputs: jax.Array) -> jax.Array:
+        operand = lax.dynamic_slice_in_dim(padded, block.start, block_rows)
         product = lax.dot_general(
-            some,
+            operand,
             matrices[block.group],
             (((1,), (contracted - 1,)), ((), ())),
             preferred_element_type=jnp.float32,
         )
-        # Rows behind the group's last are wrong until their own group comes, which is later.
+        # Rows past the group's end are wrong, until the block of their own group overwrites them.
         return lax.dynamic_update_slice_in_dim(
             outputs, product.astype(rows.dtype), block.start, axis=0
         )
 
     outputs = jnp.zeros((len(padded), width), rows.dtype)
-    return _for_blocks(multiply, outputs, sizes, len(rows), B)[: len(rows)]
+    return _for_blocks(multiply, outputs, sizes, len(rows), block_rows)[: len(rows)]
 
 
-def _outer(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
-    """[N, D] and [N, I] -> [E, D, I] float32: of each group, the sum of its rows' products."""
-    B = _block_rows(rows, sizes)
-    left, right = (jnp.pad(x, ((0, B), (0, 0))) for x in (rows, gradient))
+def _outer(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
+    """Sums, for each group, the outer products of its rows: the gradient of the matrices.
 
-    def add(block: _Block, total: jax.Array) -> jax.Array:
-        own = block.start + jnp.arange(B) < block.end
+    Args:
+        rows: [rows, in].
+        d_out: [rows, out].
+        sizes: [groups].
+
+    Returns:
+        [groups, in, out] float32.
+    """
+    block_rows = _block_rows(rows, sizes)
+    left, right = (jnp.pad(x, ((0, block_rows), (0, 0))) for x in (rows, d_out))
+
+    def add(block: _RowBlock, total: jax.Array) -> jax.Array:
+        own = block.start + jnp.arange(block_rows) < block.end
         left_rows, right_rows = (
-            jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, block.start, B), 0)
+            jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, block.start, block_rows), 0)
             for x in (left, right)
         )
         product = lax.dot_general(
@@ -99,36 +122,37 @@ def _outer(rows: jax.Array, gradient: jax.Array, sizes: jax.Array) -> jax.Array:
         )
         return total.at[block.group].add(product)
 
-    total = jnp.zeros((len(sizes), rows.shape[1], gradient.shape[1]), jnp.float32)
-    return _for_blocks(add, total, sizes, len(rows), B)
+    total = jnp.zeros((len(sizes), rows.shape[1], d_out.shape[1]), jnp.float32)
+    return _for_blocks(add, total, sizes, len(rows), block_rows)
 
 
 def _block_rows(rows: jax.Array, sizes: jax.Array) -> int:
-    """As many as a group has on average, as a power of 2 in [8, MOST_ROWS]."""
+    """Chooses the rows of a block: what a group has on average, a power of 2 in [8, MOST_ROWS]."""
     average = -(-len(rows) // len(sizes))
     return min(max(8, 1 << (average - 1).bit_length()), MOST_ROWS)
 
 
 def _for_blocks(
-    step: Callable[[_Block, jax.Array], jax.Array],
+    step: Callable[[_RowBlock, jax.Array], jax.Array],
     value: jax.Array,
     sizes: jax.Array,
     num_rows: int,
-    B: int,
+    block_rows: int,
 ) -> jax.Array:
-    """step(block, value) for all blocks of B rows, in order of their groups.
+    """Computes value = step(block, value) for all blocks, in the order of their groups.
 
-    The loop is as long as it may have to be; after the last block its rows are behind the last.
+    The loop runs as often as the sizes may need at most; past the last block, `step` gets rows past
+    the last row.
     """
     ends = jnp.cumsum(sizes)
-    counts = -(-sizes // B)
-    behind = jnp.cumsum(counts)  # of each group, the number of its last block, plus 1
-    numbers = jnp.arange(min(num_rows, num_rows // B + len(sizes)))
-    groups = jnp.searchsorted(behind, numbers, side="right").clip(max=len(sizes) - 1)
-    starts = (ends - sizes)[groups] + (numbers - (behind - counts)[groups]) * B
+    counts = -(-sizes // block_rows)
+    ends_of_blocks = jnp.cumsum(counts)  # of each group, the number of the block after its last
+    numbers = jnp.arange(min(num_rows, num_rows // block_rows + len(sizes)))
+    groups = jnp.searchsorted(ends_of_blocks, numbers, side="right").clip(max=len(sizes) - 1)
+    starts = (ends - sizes)[groups] + (numbers - (ends_of_blocks - counts)[groups]) * block_rows
 
     def body(number: jax.Array, value: jax.Array) -> jax.Array:
         group = groups[number]
-        return step(_Block(group, starts[number], ends[group]), value)
+        return step(_RowBlock(group, starts[number], ends[group]), value)
 
     return lax.fori_loop(0, len(numbers), body, value)

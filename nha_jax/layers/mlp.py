@@ -1,4 +1,4 @@
-"""The gated feed-forward part of a block."""
+"""The feed-forward part of a block: `SwiGLU`."""
 
 import jax
 from flax import nnx
@@ -9,7 +9,7 @@ from nha_jax.ops.mesh.division import shard_tokens
 
 
 class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer, arXiv 2002.05202), without biases."""
+    """down_proj(silu(gate_proj(x)) * up_proj(x)) (Shazeer, arXiv 2002.05202), without biases."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         hidden, inner = config.hidden_size, config.mlp_size

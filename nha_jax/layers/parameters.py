@@ -1,4 +1,4 @@
-"""The logical axis names of the parameters, and the parts from flax.nnx that carry them."""
+"""The logical names of parameter axes, and the flax.nnx layers whose parameters carry them."""
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,14 @@ LOGICAL_AXES = (
     "conv",  # the taps of the short convolution
     "norm",  # the scale of a norm over the residual stream, or over one head's query or key
 )
-"""Every name a parameter's axis can have. A training stack maps them to mesh axes (or to None)."""
+"""Every name that an axis of a parameter can have.
+
+A training stack maps each of them to mesh axes, or to none.
+"""
 
 
 def partitioned(initializer: jax.nn.initializers.Initializer, *names: str):
-    """The initializer, its parameter's axes named; works with and without a mesh.
+    """Makes an initializer name the axes of its parameter; it works with and without a mesh.
 
     Raises:
         ValueError: a name is not one of LOGICAL_AXES.
@@ -29,7 +32,7 @@ def partitioned(initializer: jax.nn.initializers.Initializer, *names: str):
     for name in names:
         if name not in LOGICAL_AXES:
             raise ValueError(f"{name!r} is no logical axis; there are {', '.join(LOGICAL_AXES)}")
-    # eager_sharding would look for a mesh with axes of these very names at construction.
+    # eager_sharding would look for mesh axes of these very names when the model is built.
     return nnx.with_partitioning(initializer, names, eager_sharding=False)
 
 
@@ -43,7 +46,16 @@ def linear(
     use_bias: bool = False,
     preferred_element_type: jax.typing.DTypeLike | None = None,
 ) -> nnx.Linear:
-    """A projection: [..., in_features] -> [..., out_features], in config.dtype."""
+    """Makes a projection: [..., in_features] -> [..., out_features], computed in config.dtype.
+
+    Args:
+        config: of the model: dtypes, and the standard deviation of the kernel at the start.
+        in_features, out_features: sizes.
+        names: the logical axes of the kernel [in_features, out_features].
+        rngs: random numbers for the kernel.
+        use_bias: whether it has a bias, which starts at 0.
+        preferred_element_type: dtype of the result; None: config.dtype.
+    """
     return nnx.Linear(
         in_features,
         out_features,
@@ -58,7 +70,7 @@ def linear(
 
 
 def rms_norm(config: ModelConfig, features: int, name: str, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """RMSNorm over the last axis, in float32; the projection that follows casts its input."""
+    """Makes an RMSNorm over the last axis, [..., features], that computes and returns float32."""
     return nnx.RMSNorm(
         features,
         epsilon=config.norm_eps,

@@ -1,4 +1,4 @@
-"""What a rematerialised block keeps of its forward: the policies of `ModelConfig.remat`."""
+"""What the backward pass keeps of each block's forward: the policies of `ModelConfig.remat`."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ from pallas.constants import RESIDUAL_NAMES
 
 
 def remat_policy(remat: Remat) -> Callable[..., bool] | None:
-    """The `jax.checkpoint` policy of this name; None keeps nothing.
+    """Returns the `jax.checkpoint` policy for a value of `ModelConfig.remat`; None keeps nothing.
 
-    The names are those that all implementations of the operator give to what their backward needs
-    of their forward. Their products have batch axes, so "dots" keeps the layers' only.
+    RESIDUAL_NAMES are what all implementations of the operator call the arrays that their backward
+    needs. "dots" keeps the products of the layers but not those inside the operator, which have
+    batch axes.
     """
     policies = jax.checkpoint_policies
     operator = policies.save_only_these_names(*RESIDUAL_NAMES)

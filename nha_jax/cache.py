@@ -1,0 +1,64 @@
+"""`ModelCache`: what a model keeps of its rows between prefill and decode steps."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nha_jax.layers.attention import LayerCache, NativeHybridAttention
+from nha_jax.ops.mesh.division import divide_over_mesh
+
+
+class ModelCache(NamedTuple):
+    """What the model keeps of each row's tokens; for finite windows its size never grows.
+
+    Each layer has arrays of its own, rather than a part of one stack, so that a step can update
+    them in place.
+    """
+
+    layers: tuple[LayerCache, ...]  # num_layers of them
+    length: jax.Array  # [B] int32, number of tokens so far
+
+
+def empty_cache(
+    attention: NativeHybridAttention,
+    windows: Sequence[int | None],
+    batch_size: int,
+    max_length: int | None,
+) -> ModelCache:
+    """Makes the cache of rows without a token, divided over the mesh if there is one.
+
+    Args:
+        attention: the layer, whose sizes are those of all layers.
+        windows: the window of each layer.
+        batch_size: number of rows (B).
+        max_length: entries of the caches of layers with full attention.
+    """
+    division = divide_over_mesh(batch_size, attention.config.num_kv_heads)
+
+    def layer(window_size: int | None) -> LayerCache:
+        cache = attention.init_cache(batch_size, window_size=window_size, max_length=max_length)
+        taps = jax.tree.map(lambda _: division.tokens, cache.convolution)
+        return division.place(cache, LayerCache(division.state, taps))
+
+    return ModelCache(tuple(map(layer, windows)), jnp.zeros(batch_size, jnp.int32))
+
+
+def check_room(windows: Sequence[int | None], max_length: int | None, num_tokens: int) -> None:
+    """Raises ValueError if a layer has full attention and max_length is missing or too small."""
+    if None in windows and (max_length is None or max_length < num_tokens):
+        raise ValueError(
+            f"max_length={max_length}: layers with full attention (window None) keep every "
+            f"token; give the longest a row will become, at least the prompt's {num_tokens}"
+        )
+
+
+def check_cache(cache: ModelCache, max_length: int | None, batch_size: int) -> None:
+    """Raises ValueError if max_length is given beside a cache, or the cache has other rows."""
+    if max_length is not None:
+        raise ValueError(
+            f"max_length={max_length}: the cache has its own; leave it out with a cache"
+        )
+    if cache.length.shape != (batch_size,):
+        raise ValueError(f"tokens have {batch_size} rows, but the cache {cache.length.shape[0]}")
