@@ -166,7 +166,7 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_notation_names_what_exists() -> None:
-    """Every `file.py:name` is defined in that file, and a row's names in code occur in its files."""
+    """Every `file.py:name` is defined there, and a row's names in code occur in its files."""
     missing, rows = [], 0
     for row in re.findall(r"^\|.*\|$", documents.read("docs/notation.md"), re.MULTILINE):
         cited = re.findall(r"`([\w/]+\.py):([\w.]+)`", row)
