@@ -50,7 +50,7 @@ CASES = ORDINARY + SIZES + WIDE + ADDED
 
 
 def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
-    """The gradient of the decays [B, N, H, M], as the docstring of `slot_token_gradients` has it."""
+    """The gradient of the decays [B, N, H, M], by that module's formulas."""
     decay = chunks.tokens(inputs.log_decay)
     to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
     after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
