@@ -147,7 +147,7 @@ def loader_table(folder: Path, seconds: float) -> None:
         print(f"| {name}, {corpus.training.num_tokens / 1e6:.0f}M tokens | {first} | {again} |")
     print("\nWhat training takes, million tokens/s:")
     for preset in ("nha-340m", "nha-1.3b"):
-        flops = nha_jax.ModelConfig.preset(preset).flops_per_token(SEQUENCE_LENGTH)
+        flops = nha_jax.flops_per_token(nha_jax.ModelConfig.preset(preset), SEQUENCE_LENGTH)
         print(f"- {preset}, one v5e at {MFU:.0%} MFU: {MFU * V5E_FLOPS / flops / 1e6:.3f}")
 
 

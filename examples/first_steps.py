@@ -21,7 +21,8 @@ config = nha_jax.ModelConfig.preset(
     "nha-tiny", num_layers=2, hidden_size=64, num_slots=16, window_size=8, dtype="float32"
 )
 model = nha_jax.Model(config, rngs=nnx.Rngs(0))
-print(f"{config.num_parameters:,} parameters, {config.flops_per_token(256):,.0f} FLOPs a token")
+parameters, flops = nha_jax.num_parameters(config), nha_jax.flops_per_token(config, 256)
+print(f"{parameters:,} parameters, {flops:,.0f} FLOPs a token")
 
 # %% [markdown]
 # The model reads bytes. Fit it to a sentence with any optimizer: parameters are `nnx.Param`s.

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nha_jax.ops.api import nha_attention
     from nha_jax.ops.state import NHAState
     from nha_jax.ops.types import NHAOutput
+    from nha_jax.sizes import flops_per_token, num_parameters, training_flops_per_token
     from nha_jax.storage.saved_model import load, save
 else:
     __getattr__, __dir__ = lazy_names(
@@ -39,12 +40,15 @@ else:
             "NHAOutput": "nha_jax.ops.types",
             "NHAState": "nha_jax.ops.state",
             "SamplingOptions": "nha_jax.generation.sampling",
+            "flops_per_token": "nha_jax.sizes",
             "from_pretrained": "nha_jax.hf.pretrained",
             "generate": "nha_jax.generation.generate",
             "load": "nha_jax.storage.saved_model",
             "nha_attention": "nha_jax.ops.api",
+            "num_parameters": "nha_jax.sizes",
             "save": "nha_jax.storage.saved_model",
             "save_pretrained": "nha_jax.hf.export",
+            "training_flops_per_token": "nha_jax.sizes",
         },
     )
 
@@ -59,10 +63,13 @@ __all__ = [
     "NHAOutput",
     "NHAState",
     "SamplingOptions",
+    "flops_per_token",
     "from_pretrained",
     "generate",
     "load",
     "nha_attention",
+    "num_parameters",
     "save",
     "save_pretrained",
+    "training_flops_per_token",
 ]

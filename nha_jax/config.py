@@ -281,60 +281,6 @@ class ModelConfig:
             raise ValueError(f"ModelConfig: missing {', '.join(missing)}")
         return cls(**fields)
 
-    @property
-    def num_parameters(self) -> int:
-        """The number of parameters of a model of this config, counted on the model's own shapes."""
-        # Imported here: the model imports this module, and loads far more than a config needs.
-        from nha_jax.parameter_shapes import num_parameters
-
-        return num_parameters(self)
-
-    def flops_per_token(self, sequence_length: int) -> float:
-        """Counts the floating-point operations of a forward pass, for each token.
-
-        Counted are:
-
-        - 2 operations for each weight that a token is multiplied with: projections, SwiGLU (of
-          experts, those that the token goes to), short convolution and head;
-        - the logits and the weighted sum over the keys that a token sees in its window: min(t + 1,
-          W) at token t; with full attention (T + 1) / 2 on average;
-        - once a token has left the window: reading the slots, for each query head, and updating
-          them, 3 operations an entry for each key/value head.
-
-        This is the work of the recurrence, the same for every implementation; a chunked one does
-        more, to use matrix units. Norms, activations, softmax and rotation are not counted.
-
-        Args:
-            sequence_length: tokens of a sequence (T).
-
-        Returns:
-            Operations a token, averaged over the sequence.
-
-        Raises:
-            ValueError: sequence_length is not a positive integer.
-        """
-        if not _is_integer(sequence_length) or sequence_length < 1:
-            raise ValueError(
-                f"sequence_length={sequence_length!r} must be an integer of at least 1"
-            )
-        from nha_jax.parameter_shapes import multiplied_weights  # as for num_parameters
-
-        total = 2.0 * sum(multiplied_weights(self).values())
-        entry = self.key_dim + self.value_dim
-        for window in self.windows:
-            window = sequence_length if window is None else min(window, sequence_length)
-            past_window = sequence_length - window
-            visible_keys = (window * (window + 1) / 2 + past_window * window) / sequence_length
-            total += 2 * self.num_query_heads * entry * visible_keys
-            # All tokens but the first W find something in the slots.
-            slot_work = (2 * self.num_query_heads + 3 * self.num_kv_heads) * entry * self.num_slots
-            total += slot_work * past_window / sequence_length
-        return total
-
-    def training_flops_per_token(self, sequence_length: int) -> float:
-        """Counts forward and backward: three times `flops_per_token`, without recomputation."""
-        return 3 * self.flops_per_token(sequence_length)
-
 
 def _without_old_names(fields: dict[str, Any]) -> dict[str, Any]:
     """Renames the fields that earlier versions saved under other names."""

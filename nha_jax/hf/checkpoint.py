@@ -11,7 +11,7 @@ import numpy as np
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.tensors import IGNORED_SUFFIXES, TIED_HEAD, Entry
-from nha_jax.parameter_shapes import Shapes, abstract_parameters
+from nha_jax.sizes import Shapes, abstract_parameters
 from nha_jax.storage.weights import Index, SafetensorsSource, differences
 
 WEIGHTS_FILE = "model.safetensors"

@@ -21,7 +21,7 @@ from nha_jax.hf.published import published_notices, read_published, write_publis
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
 from nha_jax.hf.tensors import Entry, hybrid_table, plain_table, published_table
 from nha_jax.model import Model
-from nha_jax.parameter_shapes import Shapes
+from nha_jax.sizes import Shapes
 from nha_jax.storage.saved_model import (
     CONFIG_FILE,
     EXTRA_FILES,

@@ -20,7 +20,7 @@ from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model, abstract_model
-from nha_jax.parameter_shapes import Shapes, by_name
+from nha_jax.sizes import Shapes, by_name
 
 Index = tuple[slice, ...]
 """A slice for every axis of an array."""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import nha_jax
 from nha_jax import Model, ModelConfig
 from nha_jax.layers import LOGICAL_AXES
 from nha_jax.ops import rope_tables
@@ -242,7 +243,7 @@ def test_parameters_are_counted_by_the_config_and_name_their_axes(overrides):
     config = tiny_config(**overrides)
     model = nnx.eval_shape(lambda: Model(config, rngs=nnx.Rngs(0)))
     parameters = nnx.to_flat_state(nnx.state(model))
-    assert sum(parameter.size for _, parameter in parameters) == config.num_parameters
+    assert sum(parameter.size for _, parameter in parameters) == nha_jax.num_parameters(config)
     for path, parameter in parameters:
         names = parameter.get_metadata()["out_sharding"]
         assert len(names) == parameter.ndim, path

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import nha_jax
 from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
 from train.cli import main
@@ -195,7 +196,7 @@ def test_quickstart_is_valid() -> None:
     root = ROOT
     config = load_config(str(root / "configs" / "quickstart.yaml"))
     assert config.data.corpus == "stdlib"
-    assert 0.5e6 < config.model.num_parameters < 1e6
+    assert 0.5e6 < nha_jax.num_parameters(config.model) < 1e6
 
 
 def test_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
     """Opens a saved model on the disk, or loads a run's newest checkpoint."""
-    from nha_jax.parameter_shapes import abstract_parameters
+    from nha_jax.sizes import abstract_parameters
     from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
     from nha_jax.storage.weights import ModelSource, check_weights
     from train.text.loading import load_model

@@ -118,6 +118,7 @@ def _next(pretrained: "Pretrained", out: Path) -> str:
 def _summary(pretrained: "Pretrained") -> str:
     """Describes the model in a few lines, with what the user should know about it."""
     from nha_jax.hf.families import FAMILIES
+    from nha_jax.sizes import num_parameters
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
     from nha_jax.storage.weights import weight_bytes
     from train.windows import format_windows
@@ -129,7 +130,7 @@ def _summary(pretrained: "Pretrained") -> str:
     beside = ", ".join(name for name in pretrained.files if name != ORIGINAL_CONFIG_FILE)
     gates = "from the key projection" if family.model_type in FAMILIES else "of its own"
     lines = [
-        f"{family.architecture}: {config.num_parameters:,} parameters, {config.num_layers} layers",
+        f"{family.architecture}: {num_parameters(config):,} parameters, {config.num_layers} layers",
         f"{windows} in every layer" if len(period) == 1 else f"{windows}, repeated",
         f"{config.num_slots} slots a key/value head, gates {gates}",
         f"{config.param_dtype} parameters ({size:.3g} GB), computing in {config.dtype}",

@@ -216,14 +216,15 @@ class Trainer:
 
     def _print_header(self) -> None:
         model, data = self._config.model, self._config.data
-        flops = model.flops_per_token(data.sequence_length)
+        flops = nha_jax.flops_per_token(model, data.sequence_length)
         shape = " ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
         print(f"run      {self._folder.path}")
-        print(f"model    {model.num_parameters:,} parameters, {flops / 1e6:.2f} MFLOPs a token")
+        parameters = nha_jax.num_parameters(model)
+        print(f"model    {parameters:,} parameters, {flops / 1e6:.2f} MFLOPs a token")
         if self._initial is not None:
             changes = "; ".join(self._initial.changes(model)) or "as it is"
             print(f"from     {self._initial.folder}: {changes}")
-        if self._functions.num_trained < model.num_parameters:
+        if self._functions.num_trained < parameters:
             print(f"trained  {self._functions.num_trained:,} parameters")
         for name, part in (
             ("training", self._corpus.training),

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import nha_jax
 from train.devices.chips import GIB
 from train.plan.compiling import CompiledStep, layer_kinds
 from train.step.flops import training_flops_per_token
@@ -85,7 +86,10 @@ def table(compiled: CompiledStep, mfu: float) -> str:
     rows = [
         ("machine", f"{topology.name}: {len(topology.devices)} x {topology.chip.name}"),
         ("mesh", mesh),
-        ("model", f"{model.num_parameters / 1e6:,.0f}M parameters, {model.num_layers} layers"),
+        (
+            "model",
+            f"{nha_jax.num_parameters(model) / 1e6:,.0f}M parameters, {model.num_layers} layers",
+        ),
     ]
     kinds = layer_kinds(model, topology.chip.name)
     rows += [(f"  {count} layers", kind) for kind, count in kinds.items()]

@@ -1,6 +1,7 @@
 """The arithmetic of a run's updates, with frozen parameters and a teacher taken into account."""
 
-from nha_jax.parameter_shapes import multiplied_weights
+import nha_jax
+from nha_jax.sizes import multiplied_weights
 from train.config import TrainConfig
 from train.step.trainable import Trainable
 from train.storage.initial_model import teacher_config
@@ -16,5 +17,5 @@ def training_flops_per_token(config: TrainConfig) -> float:
     trained = Trainable.match(config.trainable, model).names
     spared = sum(2 * n for name, n in multiplied_weights(model).items() if name not in trained)
     teacher = teacher_config(config)
-    further = 0.0 if teacher is None else teacher.flops_per_token(length)
-    return model.training_flops_per_token(length) - spared + further
+    further = 0.0 if teacher is None else nha_jax.flops_per_token(teacher, length)
+    return nha_jax.training_flops_per_token(model, length) - spared + further

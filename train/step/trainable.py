@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Self
 
 from nha_jax import ModelConfig
-from nha_jax.parameter_shapes import abstract_parameters
+from nha_jax.sizes import abstract_parameters
 from train.errors import ConfigError
 
 _SHOWN = 6

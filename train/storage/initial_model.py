@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from nha_jax import ModelConfig
-from nha_jax.parameter_shapes import abstract_parameters
+from nha_jax.sizes import abstract_parameters
 from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
 from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from nha_jax.hf.config import from_hf_config
 from nha_jax.hf.tensors import converted_table
-from nha_jax.parameter_shapes import abstract_parameters
+from nha_jax.sizes import abstract_parameters
 from train.cli import main as nha
 
 MIB = 2**20

@@ -85,7 +85,7 @@ def test_the_summary_says_what_was_made(run_import, original: Path, tmp_path: Pa
     config = nha_jax.load(out).config
     assert config.windows == (4, None)
     for line in (
-        f"MistralForCausalLM: {config.num_parameters:,} parameters, 2 layers",
+        f"MistralForCausalLM: {nha_jax.num_parameters(config):,} parameters, 2 layers",
         "windows 4,none, repeated",
         "8 slots a key/value head",
         "bfloat16 parameters",

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 import nha_jax
-from nha_jax.parameter_shapes import abstract_parameters
+from nha_jax.sizes import abstract_parameters
 from nha_jax.storage.weights import Index, SafetensorsSource
 from tests.support.eight_devices import run_on_eight_devices
 from tests.support.paths import ROOT
@@ -164,12 +164,12 @@ def test_frozen_parameters_cost_no_gradient(hybrid: Nha) -> None:
     # The gradients of the head and, as XLA counts a loop's body once, of two layers' SwiGLUs.
     spared = 2 * 32 * (257 + 2 * 3 * 48)
     assert flops(trainable=["*"]) - flops() > 0.95 * spared * tokens
-    model = config.model.training_flops_per_token(32)
+    model = nha_jax.training_flops_per_token(config.model, 32)
     assert training_flops_per_token(config) == model - spared
     everything = dataclasses.replace(config, trainable=("*",))
     assert training_flops_per_token(everything) == model
     learning = hybrid.config(loss__distillation=1)
-    full = dataclasses.replace(config.model, window_size=None).flops_per_token(32)
+    full = nha_jax.flops_per_token(dataclasses.replace(config.model, window_size=None), 32)
     assert training_flops_per_token(learning) == model - spared + full
 
 
@@ -182,7 +182,7 @@ def test_a_token_meets_few_of_the_frozen_experts(hybrid: Nha) -> None:
         },
     )  # fmt: skip
     spared = 2 * 128 * (257 + 8 + 2 * 3 * 16)
-    model = config.model.training_flops_per_token(32)
+    model = nha_jax.training_flops_per_token(config.model, 32)
     assert training_flops_per_token(config) == model - spared
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from jax.errors import JaxRuntimeError
 
+import nha_jax
 from tests.support.paths import CONFIGS
 from tests.support.train.tiny_run import Nha
 from train.cli import main
@@ -201,7 +202,7 @@ def test_bounds_and_days(nha: Nha) -> None:
     assert speed.memory == pytest.approx(0.5)
     assert speed.network == pytest.approx(0.25)
     config = compiled.config
-    flops = config.model.training_flops_per_token(32) * 4 * 32 / 4  # a chip of four
+    flops = nha_jax.training_flops_per_token(config.model, 32) * 4 * 32 / 4  # a chip of four
     assert speed.model_flops == pytest.approx(flops)
     assert speed.step == pytest.approx(flops / (0.5 * 197e12))
     assert speed.days == pytest.approx(config.steps * 4 * 32 / speed.tokens_a_day)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import nha_jax
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.config import OptimizerConfig
@@ -60,7 +61,7 @@ def test_model_flops_utilisation(nha: Nha, monkeypatch: pytest.MonkeyPatch) -> N
         report.step(1, METRICS, 0, None)
         report.step(2, METRICS, 0, None)
     row = nha.rows()[1]
-    flops = nha.config().model.training_flops_per_token(32)
+    flops = nha_jax.training_flops_per_token(nha.config().model, 32)
     assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 197e12)
 
 
