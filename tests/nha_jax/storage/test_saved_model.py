@@ -11,8 +11,7 @@ import safetensors.flax
 from flax import nnx
 
 from nha_jax import Model, ModelConfig, load, save
-from nha_jax.storage import saved_model as serialization
-from nha_jax.storage import weights
+from nha_jax.storage import saved_model, weights
 from nha_jax.storage.saved_model import EXTRA_FILES, extra_files_of
 from tests.support.paths import FIXTURES
 
@@ -92,7 +91,7 @@ def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch):
     def disk_full(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr(serialization, "write_weights", disk_full)
+    monkeypatch.setattr(saved_model, "write_weights", disk_full)
     with pytest.raises(OSError, match="no space left"):
         save(tmp_path / "model", tiny_model(1), overwrite=True)
     with pytest.raises(OSError, match="no space left"):

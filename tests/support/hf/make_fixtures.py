@@ -44,8 +44,8 @@ _LLAMA_3 = _rope(
 )
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
-# Model type, and what differs from _TINY. Every context that was stretched begins below the
-# tokens that are read, so that the stretching shows.
+# Model type, and the fields that differ from _TINY. Contexts are stretched from a length below that
+# of the tokens read, so that the stretching shows.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-2": ("llama", {"hidden_size": 32, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama-3.1": ("llama", {"head_dim": 8, **_LLAMA_3}),
@@ -64,7 +64,7 @@ BFLOAT16, SHARDED = "mistral", "llama-2"
 
 
 def random_model(name: str, seed: int, **changes: Any) -> Any:
-    """A model of `MODELS` whose weights, biases and norms are all far from their defaults."""
+    """Makes a model of `MODELS` whose weights, biases and norms are all far from their defaults."""
     model_type, differences = MODELS[name]
     config = transformers.AutoConfig.for_model(model_type, **_TINY | differences | changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -77,8 +77,8 @@ def random_model(name: str, seed: int, **changes: Any) -> Any:
 
 
 def what_it_computes(folder: Path, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    """float32 logits [B, T, V] of tokens [B, T], and greedy tokens after the first few."""
-    # Read anew: a model turned into bfloat16 has rounded its rotations' frequencies too.
+    """Computes float32 logits of tokens [B, T], and greedy tokens after the first PROMPT."""
+    # Loaded again: turning the model into bfloat16 has rounded the frequencies of its rotations.
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     prompt = torch.tensor(tokens)[:, :PROMPT]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What `make_fixtures` wrote, read without torch."""
+"""Reading the fixtures that `make_fixtures` wrote, without torch."""
 
 from pathlib import Path
 
@@ -15,12 +15,12 @@ EXACT = {"dtype": "float32", "param_dtype": "float32", "remat": "none"}
 
 
 def load_fixture(name: str, num_slots: int = 8) -> nha_jax.Model:
-    """The model, computing in float32 whatever its weights are."""
+    """Loads a fixture's model, which computes in float32 whatever the dtype of its weights."""
     return nha_jax.from_pretrained(FIXTURES / name, num_slots=num_slots, **EXACT)
 
 
 def original_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint, in float32, by their own names."""
+    """Reads all tensors of a checkpoint in float32, by their own names."""
     tensors: dict[str, np.ndarray] = {}
     for file in folder.glob("*.safetensors"):
         tensors |= safetensors.numpy.load_file(file)

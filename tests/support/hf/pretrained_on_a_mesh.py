@@ -1,6 +1,6 @@
-"""A program: each of eight devices gets its part of a pretrained model, and nothing else is read.
+"""A program that checks that each of eight devices reads only its part of a pretrained model.
 
-Prints nothing if that is so.
+It prints nothing if that is so.
 """
 
 import chex

@@ -1,6 +1,6 @@
-"""The published models in float64, token by token, from their tensors alone; and such tensors.
+"""The published models, computed in float64 token by token from their tensors, and such tensors.
 
-Written from the authors' code (JusenD/NHA) and not from ours, so that the two can be compared.
+Written after the authors' code (JusenD/NHA) and not after ours, so that the two can be compared.
 """
 
 import json
@@ -45,7 +45,7 @@ HYBRID = {"num_slots": 3, "window_size": 4, "block_size": None, "transformer_idx
 
 
 def write_published(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tensors]:
-    """A model trained from scratch, of random weights: its config.json and tensors."""
+    """Writes a model trained from scratch, with random weights; returns its config and tensors."""
     fields = PUBLISHED_FIELDS | changes
     width, heads, layers = (
         fields[key] for key in ("hidden_size", "num_heads", "num_hidden_layers")
@@ -70,7 +70,7 @@ def write_published(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tenso
 
 
 def write_hybrid(folder: Path, fixture: str, **changes: Any) -> tuple[dict[str, Any], Tensors]:
-    """A fixture's model with a random gate projection in every layer."""
+    """Writes a fixture's model with a random gate projection in every layer."""
     fields = json.loads((FIXTURES / fixture / "config.json").read_text())
     name = fields["model_type"]
     architecture = fields["architectures"][0].replace("For", "NHAFor")
@@ -156,8 +156,9 @@ def llama_logits(fields: Mapping[str, Any], tensors: Tensors, tokens: np.ndarray
 
 
 def window(fields: Mapping[str, Any], layer: int) -> int:
-    block, place = fields["block_size"], fields["transformer_idx"]
-    full = block is not None and place is not None and layer % block == place
+    """The window of a layer; one of full attention sees the last 2048 tokens in their code."""
+    block, offset = fields["block_size"], fields["transformer_idx"]
+    full = block is not None and offset is not None and layer % block == offset
     return 2048 if full else fields["window_size"]
 
 
@@ -190,7 +191,7 @@ def attend(
 
 
 def turn(x: np.ndarray, theta: float) -> np.ndarray:
-    """The rotary embedding of [T, H, K]: the first half of K is turned against the second."""
+    """Applies the rotary embedding to [T, heads, K], turning pairs of the two halves of K."""
     half = x.shape[-1] // 2
     angle = np.arange(len(x))[:, None] * theta ** (-np.arange(half) / half)
     cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
@@ -199,7 +200,7 @@ def turn(x: np.ndarray, theta: float) -> np.ndarray:
 
 
 def convolve(x: np.ndarray, filters: np.ndarray) -> np.ndarray:
-    """[T, C] through filters [C, 1, W] as torch's Conv1d with padding to the left, then silu."""
+    """Convolves [T, channels] with [channels, 1, width] as torch, padded on the left; then silu."""
     padded = np.concatenate([np.zeros((filters.shape[-1] - 1, x.shape[1])), x])
     taps = [padded[i : i + len(x)] * filters[:, 0, i] for i in range(filters.shape[-1])]
     return silu(sum(taps))
