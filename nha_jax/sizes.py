@@ -1,6 +1,6 @@
-"""What a model of a config takes: shapes and number of its parameters, FLOPs of a token.
+"""How large a model of a config is: the shapes and number of its parameters, its FLOPs a token.
 
-All of it is found on abstract shapes; no parameter is ever computed.
+Everything is counted on abstract shapes; no parameter is ever computed.
 """
 
 import functools
@@ -27,14 +27,14 @@ def by_name(state: Any) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=128)
 def abstract_parameters(config: ModelConfig) -> Shapes:
-    """Shape and dtype of every parameter that a model of this config has, remembered by config."""
+    """Returns shape and dtype of every parameter of a config's model, remembered by config."""
     _, state = abstract_model(config)
     shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in by_name(state).items()}
     return MappingProxyType(shapes)
 
 
 def num_parameters(config: ModelConfig) -> int:
-    """Counts the numbers that a model of this config learns."""
+    """Counts the parameters of a model of this config."""
     return sum(math.prod(x.shape) for x in abstract_parameters(config).values())
 
 
@@ -74,6 +74,7 @@ def flops_per_token(config: ModelConfig, sequence_length: int) -> float:
     more, to use matrix units. Norms, activations, softmax and rotation are not counted.
 
     Args:
+        config: of the model.
         sequence_length: tokens of a sequence (T).
 
     Returns:

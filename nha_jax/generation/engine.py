@@ -91,7 +91,8 @@ class Engine:
                 raise ValueError(f"{name}={value} must be at least 1")
         self._config = model.config
         self._graph, parameters = nnx.split(model)
-        self._parameters = jax.tree.map(lambda array: array, parameters)  # Variables of our own
+        # New variables with the same arrays: the model's may get other arrays later.
+        self._parameters = jax.tree.map(lambda array: array, parameters)
         self._max_length = max_length if None in model.config.windows else None
         self._prefill_rows = min(prefill_rows, batch_size)
         self._prefill_chunk, self._steps_per_call = prefill_chunk, steps_per_call

@@ -95,7 +95,7 @@ class ConvertedSource:
             raise ValueError(f"{self.name} does not fit its config.json: {'; '.join(problems)}")
         table_name = self._entries["embed.embedding"].template
         if config.tie_embeddings and not _same(checkpoint, table_name, TIED_HEAD):
-            # transformers 4 would use the one, transformers 5 the other.
+            # Versions 4 and 5 of transformers disagree about which of the two to use.
             raise ValueError(
                 f"{self.name} has {TIED_HEAD}, which differs from {table_name}, but its "
                 "config.json says that they are one; set tie_word_embeddings to the truth there"
