@@ -61,7 +61,7 @@ class Turns:
         """Returns the times of a step, from the start of the second to that of the last one."""
         starts: list[Times] = []
         interruption = SimpleNamespace(signal=None)
-        update = self._trainer._steps.update
+        update = self._trainer._functions.update
 
         def timed(*arguments: Any) -> Any:
             starts.append(now())
@@ -69,9 +69,9 @@ class Turns:
                 interruption.signal = signal.SIGINT
             return update(*arguments)
 
-        self._trainer._steps.update = timed  # type: ignore[method-assign]
+        self._trainer._functions.update = timed  # type: ignore[method-assign]
         self._trainer.run(interruption)  # type: ignore[arg-type]
-        self._trainer._steps.update = update  # type: ignore[method-assign]
+        self._trainer._functions.update = update  # type: ignore[method-assign]
         return (starts[-1] - starts[1]) / (steps - 2)
 
     def bare(self, steps: int) -> Times:
