@@ -165,6 +165,19 @@ def test_every_page_is_in_the_navigation() -> None:
     assert listed == pages
 
 
+@pytest.mark.parametrize("folder", ["nha_jax", "nha_jax/ops", "pallas", "train"])
+def test_the_map_shows_every_room(folder: str) -> None:
+    """docs/architecture.md has a table for the folder, with each of its modules and folders."""
+    text = documents.read("docs/architecture.md")
+    (table,) = re.findall(rf"^### {folder}\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    shown = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)/?`", row.split("|")[1])
+    }
+    rooms = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py"}
+    rooms |= {path.parent.name for path in (ROOT / folder).glob("*/__init__.py")}
+    assert shown == rooms - {"__init__"}
+
+
 def test_the_notation_names_what_exists() -> None:
     """Every `file.py:name` is defined there, and a row's names in code occur in its files."""
     missing, rows = [], 0
