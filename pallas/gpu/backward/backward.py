@@ -1,7 +1,7 @@
 """The backward of the operator: window and slots by kernels of their own, given the denominator.
 
 With p the softmax's weights and dp the gradients of what they multiply, the logits' gradients are
-p (dp - delta), delta_r = sum p dp = out_r . out_grad_r. The slot weight omega = sum of p over the
+p (dp - delta), delta_r = sum p dp = out_r . d_out_r. The slot weight omega = sum of p over the
 slots adds its cotangent w to the slots' dp, and so omega w to delta. If it pulls the slots' logits
 only, it adds (1 - omega) w to their dp, and nothing to delta. Either way the slots' ds is
 p (dp - (delta - (1 - omega) w)).

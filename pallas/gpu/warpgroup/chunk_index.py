@@ -9,10 +9,11 @@ from pallas.gpu.spec import CHUNK, CallSpec
 
 
 def entering_rows(first_row: int | jax.Array, ahead: int):
-    """The rows, in the arrays of tokens, of the tokens that enter the slots in a chunk.
+    """The slice of the arrays of tokens with the tokens that enter the slots in a chunk.
 
-    first_row: of the chunk, among the query rows. What lies `CallSpec.ahead` of the arrays holds
-    nothing; the arrays' first rows stand for it, and the kernels mask or replace what they read.
+    first_row: of the chunk, among the query rows. The `ahead` token rows before the arrays' first
+    hold nothing (see `CallSpec`): a chunk that would read them reads the first rows instead, and
+    the kernels mask or replace what they have read.
     """
     return pl.ds(jnp.maximum(first_row - ahead, 0), CHUNK)
 
