@@ -34,20 +34,21 @@ The slots take the places of the tokens, once S and D are computed: beside them,
 no room. For dq, k comes again, to the place of do, what is gone of SK0, to that of SV0, and what dq
 is added to, to the place of q.
 
-| barrier                 | arrivals (number)                      | waits         | how often     |
-| ----------------------- | -------------------------------------- | ------------- | ------------- |
-| loaded                  | the copies of q, do, k, v, three       | the warpgroup | once          |
-|                         | numbers of each row, s of each panel   |               |               |
-|                         | (1 or 4), four c_ref and, with         |               |               |
-|                         | spec.masked, three of segments         |               |               |
-| gates_loaded[stage]     | the copy of c (1)                      | the warpgroup | once a panel, |
-|                         |                                        |               | or twice      |
-| slot_keys_loaded[stage] | the copy of slots (1)                  | the warpgroup | once a panel, |
-| , slot_values_loaded[st |                                        |               | or twice      |
-| age]                    |                                        |               |               |
-| loaded_again            | the copies of k, of d_query if given,  | the warpgroup | once          |
-|                         | and of what is gone of SK0 (0 or 2     |               |               |
-|                         | panels)                                |               |               |
+| barrier                   | arrivals (number)                  | waits         | how often       |
+| ------------------------- | ---------------------------------- | ------------- | --------------- |
+| loaded                    | the copies of q, do, k, v, three   | the warpgroup | once            |
+|                           | numbers of each row, s of each     |               |                 |
+|                           | panel (1 or 4), four c_ref and,    |               |                 |
+|                           | with spec.masked, three of         |               |                 |
+|                           | segments                           |               |                 |
+| gates_loaded[stage]       | the copy of c (1)                  | the warpgroup | once a panel;   |
+|                           |                                    |               | of several,     |
+|                           |                                    |               | twice           |
+| slot_keys_loaded[stage]   | the copy of slots (1)              | the warpgroup | as gates_loaded |
+| slot_values_loaded[stage] | the copy of slots (1)              | the warpgroup | as gates_loaded |
+| loaded_again              | the copies of k, of d_query if     | the warpgroup | once            |
+|                           | given, and of what is gone of SK0  |               |                 |
+|                           | (0 or 2 panels)                    |               |                 |
 """
 
 from typing import Any, NamedTuple
