@@ -57,11 +57,11 @@ class MixtureOfExperts(nnx.Module):
         mix = division.map(
             functools.partial(_mix, num_experts=experts.count, width_axes=width_axes),
             in_specs=(
-                *(division.places,) * 3,
+                *(division.positions,) * 3,
                 *(P(None, None, division.heads),) * 2,
                 P(None, division.heads),
             ),
-            out_specs=division.places,
+            out_specs=division.positions,
         )
         return mix(inputs.astype(dtype), weights, chosen, gate, up, down)
 

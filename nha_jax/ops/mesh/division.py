@@ -80,7 +80,7 @@ class Division:
         return P(self.batch)
 
     @property
-    def places(self) -> Any:
+    def positions(self) -> Any:
         """The spec of [B, T, ...] arrays whose further axes are not divided."""
         return P(self.batch, self.sequence)
 
@@ -165,7 +165,7 @@ def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
       heads: the features are so many equal parts, which stay whole; 1: all of them do.
     """
     division = divide_over_mesh(x.shape[0], heads, x.shape[1])
-    return division.place(x, division.tokens if x.ndim == 3 else division.places)
+    return division.place(x, division.tokens if x.ndim == 3 else division.positions)
 
 
 def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -217,8 +217,8 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
             local,
             in_specs=(
                 division.tokens,
-                rope and tuple(division.places if x.ndim == 3 else of_every_row for x in rope),
-                division.places,
+                rope and tuple(division.positions if x.ndim == 3 else of_every_row for x in rope),
+                division.positions,
                 None if initial_state is None else division.state,
             ),
             out_specs=NHAOutput(

@@ -18,24 +18,24 @@ from tests.support.ops.cases import relative_error
 B, T, SLOTS = 2, 72, 5
 
 
-def probabilities(scale, query, key, log_mass=None):
+def probabilities(scale, query, key, lse=None):
     """Of the causal logits, [B, Hkv, G, T, T] in float32, and their log-sum-exp [B, Hq, T]."""
     groups = query.astype(jnp.float32).reshape(*query.shape[:2], key.shape[2], -1, query.shape[3])
     logits = scale * jnp.einsum("bthgk,bnhk->bhgtn", groups, key.astype(jnp.float32))
     logits = jnp.where(jnp.tri(query.shape[1], dtype=bool), logits, -jnp.inf)
-    if log_mass is None:
-        log_mass = jax.nn.logsumexp(logits, -1).reshape(query.shape[0], -1, query.shape[1])
-    return jnp.exp(logits - log_mass.reshape(logits.shape[:-1])[..., None]), log_mass
+    if lse is None:
+        lse = jax.nn.logsumexp(logits, -1).reshape(query.shape[0], -1, query.shape[1])
+    return jnp.exp(logits - lse.reshape(logits.shape[:-1])[..., None]), lse
 
 
 def forward(scale, query, key, value):
-    p, log_mass = probabilities(scale, query, key)
+    p, lse = probabilities(scale, query, key)
     out = jnp.einsum("bhgtn,bnhv->bthgv", p, value.astype(jnp.float32))
-    return out.reshape(*query.shape[:3], -1).astype(query.dtype), log_mass
+    return out.reshape(*query.shape[:3], -1).astype(query.dtype), lse
 
 
-def backward(scale, query, key, value, out, log_mass, cotangent):
-    p, _ = probabilities(scale, query, key, log_mass)
+def backward(scale, query, key, value, out, lse, cotangent):
+    p, _ = probabilities(scale, query, key, lse)
     heads = (*query.shape[:2], key.shape[2], -1, query.shape[3])
     q, o, do = (x.astype(jnp.float32).reshape(heads) for x in (query, out, cotangent))
     k, v = key.astype(jnp.float32), value.astype(jnp.float32)
