@@ -1,6 +1,6 @@
 """How every kernel of a pass over the rows is launched: arrays by name, in and out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +10,17 @@ from jax.experimental.pallas import tpu as pltpu
 VMEM_BYTES = 64 << 20  # that a kernel may use
 
 Arrays = dict[str, jax.Array]
+
+ARGUMENT_ORDER = (
+    "delta", "end", "row_segments", "key", "segment", "key_table", "log_decay", "lse", "out",
+    "query", "query_segment", "query_table", "rotated_key", "rotated_query", "slots", "starts",
+    "rope_table", "value", "chunk_segments", "slot_weight",
+)  # fmt: skip
+"""The order in which kernels take their inputs and outputs, by name without `d_` and `token_`.
+
+Any order is right, but each gives a schedule that differs by some bundles. Left to itself JAX would
+sort a dict by its names, and a kernel would change when an array is renamed.
+"""
 
 
 class Output(NamedTuple):
@@ -47,12 +58,25 @@ def launch(
     semantics: list[Literal["parallel", "arbitrary"]] = [
         "parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))
     ]
+    in_names = [_in_order(arrays) for arrays, _ in inputs]
+    out_names = _in_order(outputs)
+    operands = [
+        (arrays[name], specs[name])
+        for (arrays, specs), names in zip(inputs, in_names, strict=True)
+        for name in names
+    ]
+
+    def kernel_by_name(*refs):
+        remaining = iter(refs)
+        by_name = [{n: next(remaining) for n in names} for names in (*in_names, out_names)]
+        kernel(*by_name, next(remaining))  # the scratch comes last, a dict already
+
     call = pl.pallas_call(
-        kernel,
+        kernel_by_name,
         grid=grid,
-        in_specs=[specs for _, specs in inputs],
-        out_specs=[{name: output.block for name, output in outputs.items()}],
-        out_shape=[{n: jax.ShapeDtypeStruct(x.shape, x.dtype) for n, x in outputs.items()}],
+        in_specs=[spec for _, spec in operands],
+        out_specs=[outputs[n].block for n in out_names],
+        out_shape=[jax.ShapeDtypeStruct(outputs[n].shape, outputs[n].dtype) for n in out_names],
         scratch_shapes=[scratch],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=semantics, vmem_limit_bytes=VMEM_BYTES
@@ -60,4 +84,13 @@ def launch(
         interpret=interpret,
         name=name,
     )
-    return call(*(arrays for arrays, _ in inputs))[0]
+    return dict(zip(out_names, call(*(x for x, _ in operands)), strict=True))
+
+
+def _in_order(arrays: Iterable[str]) -> list[str]:
+    """The arrays' names in `ARGUMENT_ORDER`."""
+
+    def position(name: str) -> int:
+        return ARGUMENT_ORDER.index(name.removeprefix("d_").removeprefix("token_"))
+
+    return sorted(arrays, key=position)
