@@ -6,6 +6,7 @@ the cost of one, is no arrow.
 
 import ast
 import graphlib
+import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,3 +80,21 @@ def test_rooms_of_a_folder_form_no_circle(folder: str) -> None:
         graphlib.TopologicalSorter(rooms).prepare()
     except graphlib.CycleError as error:
         pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_scripts_import_what_exists() -> None:
+    """Benchmarks and examples are not type-checked, and few of them run in the tests."""
+    missing = []
+    for path in [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "examples").rglob("*.py")]:
+        for statement in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(statement, ast.ImportFrom) or not statement.module:
+                continue
+            if statement.module.split(".")[0] in FLOORS:
+                module = importlib.import_module(statement.module)
+                names = (alias.name for alias in statement.names)
+                missing += [
+                    f"{path.relative_to(ROOT)}: {statement.module}.{name}"
+                    for name in names
+                    if not hasattr(module, name) and f"{statement.module}.{name}" not in MODULES
+                ]
+    assert not missing
