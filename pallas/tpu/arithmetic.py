@@ -12,17 +12,17 @@ LOG2E = math.log2(math.e)
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b, accumulated in float32."""
+    """Returns a @ b, accumulated in float32."""
     return _dot(a, b, 1, 0)
 
 
 def matmul_nt(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a @ b.T, accumulated in float32."""
+    """Returns a @ b.T, accumulated in float32."""
     return _dot(a, b, 1, 1)
 
 
 def matmul_tn(a: jax.Array, b: jax.Array) -> jax.Array:
-    """a.T @ b, accumulated in float32."""
+    """Returns a.T @ b, accumulated in float32."""
     return _dot(a, b, 0, 0)
 
 
@@ -38,17 +38,17 @@ def _dot(a, b, contract_a, contract_b):
 
 
 def merge_group(x: jax.Array) -> jax.Array:
-    """[G, rows, D] -> [G * rows, D]: the operand of one product for all heads of the group."""
+    """Makes [G, rows, D] one operand [G * rows, D], for all heads of a group at once."""
     return x.reshape(x.shape[0] * x.shape[1], x.shape[2])
 
 
 def split_group(x: jax.Array, group: int) -> jax.Array:
-    """[G * rows, D] -> [G, rows, D], the inverse of `merge_group`."""
+    """Inverts `merge_group`: [G * rows, D] -> [G, rows, D]."""
     return x.reshape(group, x.shape[0] // group, x.shape[1])
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:
-    """x * factor, without an operation if the factor is 1."""
+    """Returns x * factor, without an operation if the factor is 1."""
     return x if factor == 1.0 else x * factor
 
 
@@ -68,9 +68,9 @@ def pad_columns(x: jax.Array, width: int, fill: float = 0.0) -> jax.Array:
 def overlay(
     op: Callable[..., jax.Array], a: jax.Array, b: jax.Array | None, neutral: float
 ) -> jax.Array:
-    """op(a, b), column by column; the narrower one is first padded with op's neutral element.
+    """Applies op to a and b, the narrower one padded with columns of op's neutral element.
 
-    A reduction over the columns by op then serves both arrays at once. b None: a alone.
+    One reduction over the columns by op then serves both arrays. b may be None: a alone.
     """
     if b is None:
         return a
@@ -88,7 +88,7 @@ def apply_feature_map(x: jax.Array, name: str) -> jax.Array:
 
 
 def feature_map_pullback(gradient: jax.Array, x: jax.Array, name: str) -> jax.Array:
-    """The gradient at x, given that (float32, of x's shape) of `apply_feature_map(x, name)`."""
+    """Takes the gradient of `apply_feature_map(x, name)`, float32, back to x."""
     if name == "identity":
         return gradient
     x_float32 = x.astype(jnp.float32)
@@ -103,9 +103,9 @@ def _sigmoid(x):
 
 
 def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """[..., K / 2] each -> [..., 2 K], the rotation table of `rotate`.
+    """Makes the table [..., 2 K] of `rotate` from cosines and sines, [..., K / 2] each.
 
-    Cosine and sine for both halves of a head; the sign of the first half's sine is in the table.
+    It holds both for both halves of a head, with the sign of the first half's sine.
     """
     return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
 
@@ -118,7 +118,7 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def rotate_back(x: jax.Array, table: jax.Array) -> jax.Array:
-    """The transpose of `rotate`, for float32 x."""
+    """Transposes `rotate`: takes the gradient of the rotated x, float32, back to x."""
     cos, sin = jnp.split(table, 2, axis=1)
     return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
 
@@ -147,17 +147,17 @@ def reverse_cumulative_sum(x: jax.Array) -> jax.Array:
 
 
 def identity_mask(size: int) -> jax.Array:
-    """Bool [size, size], True on the diagonal."""
+    """A bool array [size, size], True on the diagonal."""
     shape = (size, size)
     return lax.broadcasted_iota(jnp.int32, shape, 0) == lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
 def to_column(row: jax.Array) -> jax.Array:
-    """[..., 1, n] -> [..., n, 1]."""
+    """Transposes rows [..., 1, n] to columns [..., n, 1]."""
     eye = identity_mask(row.shape[-1])
     return jnp.sum(jnp.where(eye, row, 0.0), axis=-1, keepdims=True)
 
 
 def to_row(column: jax.Array) -> jax.Array:
-    """[..., n, 1] -> [..., n]."""
+    """Transposes columns [..., n, 1] to rows [..., n]."""
     return jnp.sum(jnp.where(identity_mask(column.shape[-2]), column, 0.0), axis=-2)

@@ -140,8 +140,10 @@ _fused.defvjp(_fused_fwd, _fused_bwd)
 
 
 def _fused_arrays(inputs: Arrays, constants: Arrays, spec: CallSpec) -> Arrays:
-    """The fused kernels' inputs: the `token_` arrays are the rows' tokens or, of a wide window,
-    those that enter the slots at the rows.
+    """The fused kernels' inputs, by their names there.
+
+    Their `token_` arrays hold the rows' own tokens or, with a wide window, those that enter the
+    slots at the rows.
     """
     arrays = {name: x for name, x in inputs.items() if name not in _TOKEN_ARRAYS}
     arrays |= {n: x for n, x in constants.items() if n not in ("query_segment", "token_segment")}
@@ -155,7 +157,7 @@ def _fused_arrays(inputs: Arrays, constants: Arrays, spec: CallSpec) -> Arrays:
 
 
 def _token_gradients(gradients: Arrays, spec: CallSpec) -> Arrays:
-    """From the fused kernels' gradients to those of `fused_attention`'s inputs, by their names."""
+    """Turns the fused kernels' gradients into those of `fused_attention`'s inputs, by name."""
     result = {}
     for name, axis in _TOKEN_ARRAYS.items():
         if f"d_token_{name}" in gradients:
@@ -176,7 +178,7 @@ def _wide_window_arrays(inputs: Arrays, constants: Arrays) -> Arrays:
 
 
 def _delta(saved: Arrays, d_fused: Fused, spec: CallSpec) -> jax.Array:
-    """[B, Hkv, G, T]: the sum of p times its gradient, over slots and window."""
+    """The sum of p times its gradient over slots and window, [B, Hkv, G, T] float32."""
     B, Hkv, G, T = saved["lse"].shape
     product = saved["out"].astype(jnp.float32) * d_fused.out.astype(jnp.float32)
     delta = jnp.sum(product.reshape(B, T, Hkv, G, -1), -1).transpose(0, 2, 3, 1)

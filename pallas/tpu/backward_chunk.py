@@ -288,7 +288,7 @@ def _transposed_products(
 
 
 def _row_decay_gradient(G: int, logits: _Logits, softmax: _Softmax) -> jax.Array:
-    """R, [C, M]."""
+    """The gradient R of c at the rows, [C, M]."""
     within_chunk = [
         jnp.sum((ds_p.astype(jnp.float32) * sums).reshape(2 * G, -1, sums.shape[1]), 0)
         for ds_p, sums in zip(softmax.block_ds_p, logits.block_sums, strict=True)
@@ -340,5 +340,5 @@ def _gradients(
 
 
 def _row_column(refs: Refs, name: str, rows: slice) -> jax.Array:
-    """The chunk's rows of [1, 1, G, step rows] -> [G, C, 1]."""
+    """Reads the chunk's rows of [1, 1, G, step rows] as columns [G, C, 1]."""
     return to_column(refs[name][0, 0, :, rows][:, None, :])

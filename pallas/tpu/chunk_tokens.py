@@ -24,15 +24,16 @@ class StepTokens:
     """
 
     def __init__(self, spec: CallSpec, own: dict[str, ReadChunk], halo: dict[str, jax.Array]):
-        """own: of each form, what reads a chunk's own [C, D]; halo: of each, [halo, D], or empty.
+        """Computes nothing yet: a chunk's form is computed where it is first asked for, and kept.
 
-        A form is computed where it is first asked for, and then kept.
+        own: for each form, what reads the tokens [C, D] of a chunk's own rows. halo: each form's
+        [halo, D] before the step; empty if there is no halo.
         """
         self._spec, self._halo = spec, halo
         self._own = {name: functools.cache(read) for name, read in own.items()}
 
     def own(self, name: str, n: int) -> jax.Array:
-        """[C, D]: the tokens of chunk n's own rows."""
+        """The tokens of chunk n's own rows, [C, D]."""
         return self._own[name](n)
 
     def compute_all(self) -> None:
@@ -42,9 +43,9 @@ class StepTokens:
                 self.own(name, n)
 
     def of_chunk(self, name: str, n: int, count: int) -> jax.Array:
-        """[count, D]: the first tokens that chunk n reads, its halo's first of all.
+        """The first `count` tokens that chunk n reads, [count, D]; those of its halo come first.
 
-        With n = spec.chunks and count = spec.halo, the halo of the next grid step.
+        n = spec.chunks with count = spec.halo gives the halo of the next grid step.
         """
         C, halo = self._spec.chunk, self._spec.halo
         first, last = n * C - halo, n * C - halo + count  # in rows of the step
@@ -56,7 +57,7 @@ class StepTokens:
 
 
 def own_tokens(refs: Refs, spec: CallSpec) -> dict[str, ReadChunk]:
-    """What reads the step's own rows, for `StepTokens`."""
+    """The functions that read the step's own rows, for `StepTokens`."""
     dtype = refs["token_key"].dtype
 
     def entering_keys(n):
@@ -85,7 +86,10 @@ def own_tokens(refs: Refs, spec: CallSpec) -> dict[str, ReadChunk]:
 
 
 def _rows_from_lanes(transposed: Callable[[slice], jax.Array], spec: CallSpec) -> ReadChunk:
-    """Reads a chunk's rows of what lies in lanes, `transposed` a tile of 128 lanes at a time."""
+    """Makes a function that reads a chunk's rows of an array whose rows lie in lanes.
+
+    transposed: from 128 lanes of the array to rows; it is called once for each 128.
+    """
     lanes = min(LANES, spec.step_rows)
     tile = functools.cache(lambda i: transposed(slice(i * lanes, (i + 1) * lanes)))
 
@@ -114,7 +118,7 @@ def rows_of(n: int, spec: CallSpec) -> slice:
 
 
 def entering_log_decays(refs: Refs, lanes: slice, spec: CallSpec) -> jax.Array:
-    """[M, lanes]: log decays, 0 of tokens that do not enter the slots."""
+    """The log decays [M, lanes], 0 for tokens that do not enter the slots."""
     log_decay = refs["token_log_decay"][0, 0, :, lanes]
     if not spec.segments:
         return log_decay
@@ -122,7 +126,7 @@ def entering_log_decays(refs: Refs, lanes: slice, spec: CallSpec) -> jax.Array:
 
 
 def window_keys(refs: Refs, rows: slice, spec: CallSpec) -> jax.Array:
-    """[rows, K]: keys as the window's logits read them, rotated if the call rotates."""
+    """Keys [rows, K] as the window's logits read them, rotated if the call rotates."""
     if spec.rotated:
         return refs["token_rotated_key"][0, rows]
     key = refs["token_key"][0, rows]
@@ -132,7 +136,7 @@ def window_keys(refs: Refs, rows: slice, spec: CallSpec) -> jax.Array:
 
 
 def window_queries(refs: Refs, rows: slice, spec: CallSpec) -> jax.Array:
-    """[G * C, K]: queries as the window's logits read them, rotated if the call rotates."""
+    """Queries [G * C, K] as the window's logits read them, rotated if the call rotates."""
     if spec.rotated:
         return read_group(refs["rotated_query"], rows, spec.group)
     query = read_group(refs["query"], rows, spec.group)

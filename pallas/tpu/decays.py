@@ -16,24 +16,26 @@ class ChunkDecays:
     exp(-c_j) may overflow. Rows are therefore taken in gate blocks of 16 (8 in float32), and both
     factors are relative to c_ref, c at the block's middle row:
 
-        exp(c_r - c_j) = row_decay_r * bare_token_decay_j,  exp(c_r - c_ref) * exp(c_ref - c_j)
+        s_j exp(c_r - c_j) = row_decay_r token_decay_j,
+        row_decay_r = exp(c_r - c_ref),  token_decay_j = s_j exp(c_ref - c_j)
 
     A decay below the floor (8 nats a token; 16 in float32) counts as the floor, which leaves e^-8
-    (e^-16) of what the slot held before: no sum over the 8 (4) tokens of half a block exceeds 2^93.
+    (e^-16) of what the slot held before. So neither factor exceeds 2^93: at most 8 (16) nats for
+    each of the 8 (4) tokens of half a block. "Bare" factors are without s.
 
     Attributes:
       cumulative: [entering_tokens, M], c of each token, in units of log 2.
       at_rows: [C, M], c of the last token in the slots of each row.
       write: [entering_tokens, M], s.
       at_end: [1, M], c of the C-th token, the last to be in the slots at the chunk's end.
-      bare_to_end: [C, M], exp(c_C - c_j), without s: from the first C tokens to the chunk's end.
+      bare_to_end: [C, M], exp(c_C - c_j): from each of the first C tokens to the chunk's end.
       gate_blocks: the rows of each gate block.
       block_tokens: for each gate block, the tokens that may be in the slots of its rows.
       references: for each gate block, c_ref [1, M].
     """
 
     def __init__(self, decay: jax.Array, spec: CallSpec, dtype: jnp.dtype):
-        """decay: [entering_tokens, M] float32, floored; dtype: of the products' operands."""
+        """Takes floored decays [entering_tokens, M] float32, and the dtype of products' operands."""
         C, block = spec.chunk, _block_rows(dtype)
         cumulative = cumulative_sum(decay)
         self._dtype = dtype
@@ -52,16 +54,16 @@ class ChunkDecays:
         self._clamp = beyond > 0
 
     def row_decay(self, block: int) -> jax.Array:
-        """exp(c_r - c_ref), [the block's rows, M]."""
+        """The factor exp(c_r - c_ref) of the block's rows, [., M] float32."""
         return jnp.exp2(self.at_rows[self.gate_blocks[block]] - self.references[block])
 
     def bare_token_decay(self, block: int) -> jax.Array:
-        """exp(c_ref - c_j), without s, [the block's tokens, M]."""
+        """The factor exp(c_ref - c_j) of the block's tokens, [., M] float32."""
         exponent = self.references[block] - self.cumulative[self.block_tokens[block]]
         return jnp.exp2(jnp.minimum(exponent, MAX_EXPONENT) if self._clamp else exponent)
 
     def token_decay(self, block: int) -> jax.Array:
-        """s_j exp(c_ref - c_j), [the block's tokens, M], in the operands' dtype."""
+        """The factor s_j exp(c_ref - c_j) of the block's tokens, [., M] in the operands' dtype."""
         return (self.write[self.block_tokens[block]] * self.bare_token_decay(block)).astype(
             self._dtype
         )
@@ -78,5 +80,5 @@ def decay_floor(dtype: jnp.dtype) -> float:
 
 
 def floored_decays(log_decay: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[M, tokens] -> [tokens, M], in units of log 2, not below `decay_floor`."""
+    """Transposes [M, tokens] to [tokens, M], in units of log 2 and not below `decay_floor`."""
     return jnp.maximum(log_decay.T * LOG2E, decay_floor(dtype))

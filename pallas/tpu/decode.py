@@ -313,11 +313,11 @@ class _RunningSoftmax:
     """A softmax over parts that come one after the other, on three arrays in VMEM."""
 
     def __init__(self, row_max, row_sum, total):
-        """row_max, row_sum: [Hq, 1]; total: [Hq, V], to be divided by row_sum at the end."""
+        """Takes references: row_max and row_sum [Hq, 1], and total [Hq, V], not yet divided."""
         self._row_max, self._row_sum, self._total = row_max, row_sum, total
 
     def start(self, logits: jax.Array, values: jax.Array) -> None:
-        """logits [Hq, n], in every row one that is not masked; values [n, V]."""
+        """Begins with logits [Hq, n], of which each row has one unmasked, and values [n, V]."""
         self._row_max[...] = jnp.max(logits, axis=1, keepdims=True)
         p = jnp.exp(logits - self._row_max[...])
         self._row_sum[...] = jnp.sum(p, axis=1, keepdims=True)

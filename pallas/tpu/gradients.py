@@ -91,7 +91,7 @@ class DecayGradients(NamedTuple):
 def decay_gradient(
     n: int, step: GridStep, states: ChunkStates, gradients: DecayGradients
 ) -> jax.Array:
-    """dg of the first tokens that chunk n reads, [entering_tokens, M]."""
+    """The gradient dg of the first tokens that chunk n reads, [entering_tokens, M]."""
     spec, decays = step.spec, states.decays
     bare = [decays.bare_token_decay(i) for i in range(len(decays.gate_blocks))]
     d_write = _sum_blocks(gradients.d_token_decays, bare, decays, spec)  # Y
@@ -150,7 +150,7 @@ def store_decays(n: int, step: GridStep, d_decay: jax.Array) -> None:
 
 
 def add_to_first(x: jax.Array, y: jax.Array, rows: int | None = None) -> jax.Array:
-    """y added to the first rows of x, as many as y has, or `rows`."""
+    """Adds y to the first rows of x: as many as y has, or `rows`."""
     rows = y.shape[0] if rows is None else rows
     if x.shape[0] == rows:
         return x + y
@@ -160,7 +160,7 @@ def add_to_first(x: jax.Array, y: jax.Array, rows: int | None = None) -> jax.Arr
 def _sum_blocks(
     d_token_decays: list[jax.Array], factors: list[jax.Array], decays: ChunkDecays, spec: CallSpec
 ) -> jax.Array:
-    """[entering_tokens, M]: the gate blocks' products, each up to its last token, summed."""
+    """Sums the gate blocks' products, each of the block's tokens: [entering_tokens, M]."""
     size, parts = decays.gate_blocks[0].stop, []
     for first in range(0, spec.entering_tokens, size):
         tokens = slice(first, first + size)
@@ -174,7 +174,7 @@ def _sum_blocks(
 
 
 def _from_rows(x: jax.Array, spec: CallSpec) -> jax.Array:
-    """From rows [C, M] to tokens [entering_tokens, M]: row r to the last token in its slots."""
+    """Moves rows [C, M] to tokens [entering_tokens, M]: row r to the last token in its slots."""
     if not spec.halo_padding:
         return x
     beyond = jnp.zeros((spec.entering_tokens - spec.chunk, x.shape[1]), x.dtype)
@@ -182,7 +182,7 @@ def _from_rows(x: jax.Array, spec: CallSpec) -> jax.Array:
 
 
 def _add_later(x: jax.Array, later: dict[str, jax.Array], name: str, spec: CallSpec) -> jax.Array:
-    """The whole gradients [C, D] of the tokens of the chunk's own rows.
+    """Completes the gradients [C, D] of the tokens of the chunk's own rows.
 
     x: [., D], the chunk's part of the gradients of the first tokens that it reads. later[name],
     [halo, D], is what the later chunks add to the chunk's last tokens, from the C-th on; it becomes

@@ -19,7 +19,7 @@ class Masks:
     """
 
     def __init__(self, spec: CallSpec, segments: Segments | None, n: int, step: jax.Array):
-        """Of chunk n of grid step `step`."""
+        """Makes the masks of chunk n of grid step `step`."""
         self._spec, self._segments = spec, segments
         self._first_row = step * spec.step_rows + n * spec.chunk  # of the call
         # Whether the chunk may read tokens from before the call's first.

@@ -67,7 +67,7 @@ def row_columns(row_segments: jax.Array, names: list[str]) -> jax.Array:
 
 
 def _digit_weights(digits: tuple[int, ...]) -> jax.Array:
-    """[8, 128]: what each packed row counts for in the number with these digits."""
+    """What each packed row counts for in the number of these digits, [8, 128]."""
     row = lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
     weights = jnp.zeros((8, LANES), jnp.float32)
     for power, digit in enumerate(digits):
@@ -76,7 +76,7 @@ def _digit_weights(digits: tuple[int, ...]) -> jax.Array:
 
 
 def where_entering(x: jax.Array, row_segments: jax.Array) -> jax.Array:
-    """x [M, rows] for the tokens that enter the slots, 0 for others; row_segments [8, rows]."""
+    """Keeps x [M, rows] for tokens that enter the slots, 0 for others; row_segments [8, rows]."""
     return jnp.where(row_segments[_ENTERS] > 0.0, x, 0.0)
 
 
@@ -96,7 +96,7 @@ class Segments:
     """
 
     def __init__(self, of_rows: dict[str, jax.Array], of_chunk: jax.Array, spec: CallSpec):
-        """of_rows: [C, 128] for each name of `row_columns`; of_chunk: [1, 256 + chunk_tokens]."""
+        """Unpacks of_rows, [C, 128] for each name of `row_columns`, and of_chunk [1, 256 + .]."""
         self._spec = spec
         self.row, self.slot = of_rows["row_segment"], of_rows["slot_segment"]
         self.start, self.end = of_chunk[:, :LANES], of_chunk[:, LANES : 2 * LANES]
@@ -106,22 +106,22 @@ class Segments:
             self.slots_filled = of_rows["slots_filled"] > 0.0
 
     def row_sees_token(self) -> jax.Array:
-        """Bool [C, chunk_tokens]: the token is of the row's segment."""
+        """Whether a token is of a row's segment, bool [C, chunk_tokens]."""
         return _spread(self.row, self._spec.chunk_tokens) == self.token
 
     def where_row_sees_start(self, x: jax.Array) -> jax.Array:
-        """x [C, M] in rows of the segment that the slots at the chunk's start are of, else 0."""
+        """Keeps x [C, M] in rows of the segment of the slots at the chunk's start, else 0."""
         return jnp.where((self.row == self.start)[:, : x.shape[1]], x, 0.0)
 
     def where_token_reaches_end(self, x: jax.Array) -> jax.Array:
-        """x [C, M] for tokens of the segment that the slots at the chunk's end are of, else 0."""
+        """Keeps x [C, M] for tokens of the segment of the slots at the chunk's end, else 0."""
         return jnp.where((self.slot == self.end)[:, : x.shape[1]], x, 0.0)
 
     def where_start_reaches_end(self, x: jax.Array) -> jax.Array:
-        """x [1, M] if the slots are of one segment at the chunk's start and end, else 0."""
+        """Keeps x [1, M] if the slots are of one segment at the chunk's start and end, else 0."""
         return jnp.where((self.start == self.end)[:, : x.shape[1]], x, 0.0)
 
 
 def _spread(x: jax.Array, width: int) -> jax.Array:
-    """[C, 128], all lanes alike, -> [C, width]."""
+    """Widens [C, 128], all lanes alike, to [C, width]."""
     return join([x] * -(-width // x.shape[1]), 1)[:, :width]

@@ -31,11 +31,11 @@ that may be in the slots of some row.
 
 **A wide window** reaches back further than a grid step may hold. The fused kernels then read the
 tokens shifted: the chunk's tokens are the C that enter the slots at its rows, without a halo. Row r
-finds token i in its slots for i <= r and in its window for i > r. The remainder of the
-window, which ends with the row's own token, is `wide_window.py`'s.
+finds token i in its slots for i <= r and in its window for i > r. The remainder of the window,
+which ends with the row's own token, is read by the kernels of `wide_window.py`.
 
 Logits, decays and the log-sum-exp are in units of log 2, because exp2 is the hardware's
-exponential. Arrays of the [.., G, rows] kind keep rows in lanes.
+exponential. Arrays with rows as their last axis keep the rows in lanes: [B, Hkv, G, T].
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class CallSpec:
       rope: queries and keys are rotated in the kernel, by a table.
       rotated: rotated queries and keys are given beside the others.
       feature_map, mask_empty: as the operator's options slot_feature_map and empty_slots="mask".
-      segments: segment numbers say who sees whom; without, every row sees every earlier token.
+      segments: segment numbers say who sees whom; without them every row sees all tokens before.
       state: the slots at the start are given, and the slots at the end are asked for.
       slot_weight: the slot weight is asked for.
       pull_slots_only: the slot weight's gradient reaches the slots' logits only.

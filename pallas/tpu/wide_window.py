@@ -97,18 +97,18 @@ class BlockGrid:
         return pl.BlockSpec(shape, lambda b, h, i, j: index(b, h, jnp.clip(which(i, j), 0, last)))
 
     def tokens(self, size: int, which: WhichBlock) -> pl.BlockSpec:
-        """Of [B, T, Hkv * size]."""
+        """A block of [B, T, Hkv * size]."""
         return self._block((1, self.spec.step_rows, size), lambda b, h, n: (b, n, h), which)
 
     def lanes(self, which: WhichBlock) -> pl.BlockSpec:
-        """Of [B, Hkv, G, T]."""
+        """A block of [B, Hkv, G, T]."""
         shape = (1, 1, self.spec.group, self.spec.step_rows)
         return self._block(shape, lambda b, h, n: (b, h, 0, n), which)
 
     def specs(
         self, inputs: Arrays, queries: WhichBlock, keys: WhichBlock
     ) -> dict[str, pl.BlockSpec]:
-        """The inputs' blocks: `queries` and `keys` say which a grid point takes of each."""
+        """The inputs' blocks; `queries` and `keys` say which of them a grid point takes."""
         G, rows, K = self.spec.group, self.spec.step_rows, self.K
         specs = {
             "query": self.tokens(G * K, queries),
@@ -131,8 +131,10 @@ class BlockGrid:
         return {name: specs[name] for name in inputs}
 
     def query_scratch(self, columns: tuple[str, ...], size: int) -> dict[str, Any]:
-        """For a block of queries while the keys go by: the queries, rotated [G, rows, K]; each of
-        `columns` [G, rows, 128], all lanes alike; and a sum [G, rows, size].
+        """What a block of queries keeps while the keys go by.
+
+        The queries, rotated [G, rows, K]; each of `columns` [G, rows, 128], all lanes alike; a sum
+        [G, rows, size]; and the segments.
         """
         G, rows = self.spec.group, self.spec.step_rows
         scratch = {name: pltpu.VMEM((G, rows, LANES), jnp.float32) for name in columns}
@@ -143,7 +145,7 @@ class BlockGrid:
         return scratch | self.segment_scratch()
 
     def segment_scratch(self) -> dict[str, Any]:
-        """For the segments of the block that stays, [rows, 128], all lanes alike."""
+        """The segments of the block that stays, [rows, 128], all lanes alike."""
         if not self.spec.segments:
             return {}
         return {"segment": pltpu.VMEM((self.spec.step_rows, LANES), jnp.float32)}
@@ -310,7 +312,7 @@ def _keep_queries(refs: Refs, kept: Refs, spec: CallSpec) -> None:
 
 
 def _rotated(refs: Refs, name: str, spec: CallSpec, columns: slice = slice(None)) -> jax.Array:
-    """[rows, K]: queries or keys, rotated if the kernels rotate."""
+    """Queries or keys [rows, K], rotated if the kernels rotate."""
     x = refs[name][0, :, columns]
     if not spec.rope:
         return x
@@ -330,7 +332,7 @@ def _mask(
     *,
     transposed: bool = False,
 ) -> jax.Array:
-    """Bool [queries, keys], or transposed: which tokens rows read here."""
+    """Which tokens rows read here, bool [queries, keys], or transposed."""
     rows, C = spec.step_rows, spec.chunk
     row, token = (
         lax.broadcasted_iota(jnp.int32, (rows, rows), axis)
@@ -345,7 +347,7 @@ def _mask(
 
 
 def _column(row: jax.Array) -> jax.Array:
-    """[1, rows] -> [rows, 128], all lanes alike."""
+    """Transposes [1, rows] to [rows, 128], all lanes alike."""
     size = min(LANES, row.shape[1])
     eye = identity_mask(size)
     return join([
@@ -357,7 +359,7 @@ def _column(row: jax.Array) -> jax.Array:
 
 
 def _row(column: jax.Array) -> jax.Array:
-    """[rows, 1] -> [1, rows]."""
+    """Transposes [rows, 1] to [1, rows]."""
     size = min(LANES, column.shape[0])
     return join([
         to_row(column[i : i + size])[None] for i in range(0, column.shape[0], size)

@@ -15,7 +15,7 @@ from pallas.tpu import LANES, ROW_TILE, expand_table
 
 
 def flatten_heads(x: jax.Array, padding: int, *, halves: bool) -> jax.Array:
-    """[B, rows, heads, D] -> [B, rows + padding, heads * D'].
+    """Lays out [B, rows, heads, D] as [B, rows + padding, heads * D'].
 
     halves: pad each half of a head by itself, as queries and keys need to be rotated.
     """
@@ -24,27 +24,28 @@ def flatten_heads(x: jax.Array, padding: int, *, halves: bool) -> jax.Array:
 
 
 def flatten_decay(log_decay: jax.Array, padding: int) -> jax.Array:
-    """[B, rows, Hkv, M] -> [B, Hkv, M', rows + padding]."""
+    """Lays out [B, rows, Hkv, M] as [B, Hkv, M', rows + padding]."""
     log_decay = _pad(log_decay, axis=3, after=-log_decay.shape[3] % ROW_TILE)
     return _pad(log_decay, axis=1, after=padding).transpose(0, 2, 3, 1)
 
 
 def join_slots(slots: Slots) -> jax.Array:
-    """Slot keys and values, side by side: [B, Hkv, M', K' + V']."""
+    """Joins slot keys and values side by side: [B, Hkv, M', K' + V']."""
     joined = jnp.concatenate([_pad_halves(slots[0]), _pad_last(slots[1])], -1)
     return _pad(joined, axis=2, after=-joined.shape[2] % ROW_TILE)
 
 
 def split_slots(slots: jax.Array, M: int, K: int, V: int) -> Slots:
-    """The inverse of `join_slots`: keys [B, Hkv, M, K] and values [B, Hkv, M, V]."""
+    """Inverts `join_slots`: keys [B, Hkv, M, K] and values [B, Hkv, M, V]."""
     key, value = jnp.split(slots[:, :, :M], [K + -K % LANES], axis=-1)
     return _drop_halves(key, K), value[..., :V]
 
 
 def rotation_table(rope: Rope, scale: float, padding: int) -> jax.Array:
-    """[1 or B, rows + padding, 2 K'] float32, times the root of scale * log2(e).
+    """The rotation's table, [1 or B, rows + padding, 2 K'] float32.
 
-    Both queries and keys are rotated by it, so their products are logits in units of log 2.
+    It is multiplied by the root of scale * log2(e). Queries and keys are both rotated by it, so
+    their products are logits in units of log 2.
     """
     half = rope[0].shape[-1]
     missing = (-2 * half % LANES) // 2

@@ -78,7 +78,7 @@ def splash_full_attention(
 
 
 def _heads_first(x: jax.Array) -> jax.Array:
-    """[B, rows, heads, D] -> [B, heads, rows, D], the rows padded to whole blocks."""
+    """Transposes [B, rows, heads, D] to [B, heads, rows, D], rows padded to whole blocks."""
     return _pad_rows(x, 0).swapaxes(1, 2)
 
 
