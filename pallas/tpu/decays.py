@@ -35,7 +35,7 @@ class ChunkDecays:
     """
 
     def __init__(self, decay: jax.Array, spec: CallSpec, dtype: jnp.dtype):
-        """Takes floored decays [entering_tokens, M] float32, and the dtype of products' operands."""
+        """Takes floored decays [entering_tokens, M] float32, and the products' operands' dtype."""
         C, block = spec.chunk, _block_rows(dtype)
         cumulative = cumulative_sum(decay)
         self._dtype = dtype
