@@ -28,6 +28,7 @@ CHUNK = 64  # C: the rows of a warpgroup's matrix product
 PANEL = 32  # slots that are held in registers at a time
 GATE_ROWS = 16  # rows of a gate block, which share a c_ref
 GATE_BLOCKS = CHUNK // GATE_ROWS
+SIDES = ("key", "value")  # of the slots, which one arithmetic serves
 ALIGNED = 32  # float32 numbers: a tensor copy (TMA) starts at a multiple of 128 bytes
 
 LOGITS = plgpu.Layout.WGMMA  # how [C, n] lies in registers

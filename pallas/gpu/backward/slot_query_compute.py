@@ -8,8 +8,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.backward.slot_query_memory import SIDES, SlotQueryMemory
-from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOG2E, LOGITS, ROW, CallSpec
+from pallas.gpu.backward.slot_query_memory import SlotQueryMemory
+from pallas.gpu.spec import CHUNK, GATE_BLOCKS, LOG2E, LOGITS, ROW, SIDES, CallSpec
 from pallas.gpu.warpgroup.decays import gather, own_reference, spread, start_decay, token_decay
 from pallas.gpu.warpgroup.masks import by_row, entered, hide_slots, same_segment
 from pallas.gpu.warpgroup.matmul import Matmul
@@ -37,7 +37,7 @@ class SlotQueryWarpgroup:
         self._store_query(into_tokens)
 
     def _multiply_tokens(self) -> None:
-        """Finds S and D, [C, C] bfloat16; then the first slots take the places of the tokens."""
+        """Finds A and B, [C, C] bfloat16; then the first slots take the places of the tokens."""
         shared, rows_of = self.shared, self.memory.rows
         for rows, side in zip(("query", "d_out"), SIDES, strict=True):
             operands = lambda rows=rows, side=side: [(rows_of(rows), shared[side].T)]  # noqa: E731
@@ -64,7 +64,7 @@ class SlotQueryWarpgroup:
     def _delta(self, total: jax.Array, mass: jax.Array) -> jax.Array:
         """delta, of the sums of p dp and of p; a row that reads nothing has none."""
         mean = total / jnp.where(mass > 0.0, mass, 1.0)
-        return self._row("slot_weight") * mean + self._row("rest")
+        return self._row("slot_weight") * mean + self._row("delta_beside_slots")
 
     def _panel(self, panel, into_tokens: jax.Array | None) -> jax.Array:
         """One panel's results; returns its L, not masked yet, added to the panels' before."""

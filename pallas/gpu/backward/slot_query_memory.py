@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, PANEL, CallSpec, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, GATE_BLOCKS, PANEL, SIDES, CallSpec, tile
 from pallas.gpu.warpgroup.addresses import ZERO, OpaqueZero
 from pallas.gpu.warpgroup.chunk_index import ChunkIndex
 from pallas.gpu.warpgroup.decays import fetch_references
@@ -15,8 +15,7 @@ from pallas.gpu.warpgroup.launch import Refs
 
 WHOLE = 64  # slots that are worked on at once; of more, a panel at a time
 STAGES = 2  # panels in shared memory at a time, where there are more
-SIDES = ("key", "value")
-GIVEN = ("lse", "slot_weight", "rest")  # numbers of each row
+GIVEN = ("lse", "slot_weight", "delta_beside_slots")  # numbers of each row
 NUMBERS = (*GIVEN, "delta")
 
 

@@ -33,14 +33,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, tile
+from pallas.gpu.spec import ALIGNED, CHUNK, COLUMN, LOGITS, SIDES, tile
 from pallas.gpu.warpgroup.chunk_index import entering_rows
 from pallas.gpu.warpgroup.launch import Refs, launch
 from pallas.gpu.warpgroup.masks import by_column
 from pallas.gpu.warpgroup.matmul import Matmul
 
 FEATURES = 64  # of a block: the rows of a warpgroup's product
-SIDES = ("key", "value")
 
 
 class States(NamedTuple):

@@ -62,7 +62,7 @@ def test_stages_that_do_not_fit_are_refused_by_name(kernel):
     case = window_gradients.Case(D=256)
     inputs = window_gradients.make_inputs(case)
     with pytest.raises(ValueError, match=r"window_stages of 3 takes 2\d+ KB of shared memory"):
-        kernel(*inputs, spec=case.spec, block_sizes=BlockSizes(window_stages=3))
+        kernel(inputs.arrays(), spec=case.spec, block_sizes=BlockSizes(window_stages=3))
 
 
 @pytest.mark.full

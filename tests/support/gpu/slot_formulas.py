@@ -1,19 +1,26 @@
-"""The slots' backward by its formulas in float64, and inputs to try them on.
+"""The formulas of the slots' backward in float64, and inputs to try the kernels on.
 
-Axes: b row of the batch, n chunk, h KV head, g query head of its group, r row of the chunk, j its
-token, k block of rows with a reference of their gates, m slot, d feature. For one query head, with
-S0 the slots at the chunk's start, rise and fall as in `pallas/gpu/warpgroup/decays.py`, and
-spread(X)_r = sum_j X_rj fall_j, gather(X)_rj = sum_m X_rm fall_jm:
+For one query head, with S0 the slots at the chunk's start (SK0 keys, SV0 values), `entered` the
+tokens that a row finds in its slots, row_decay and token_decay as in
+`pallas/gpu/warpgroup/decays.py`, and
 
-    S = entered * q k^T                       D = entered * do v^T
-    a = scale (E0 (q SK0) + rise spread(S))   dp = E0 (do SV0) + rise spread(D)     E0 = exp(G_r)
-    p = exp(a - lse)                          ds = p (dp - sum_m p dp - rest) scale
-    L = entered * gather(ds rise)             A = entered * gather(p rise)
-    dq = (ds E0) SK0^T + L k
-    dk = sum_g L^T q + to_end dSK1^T          dv = sum_g A^T do + to_end dSV1^T
-    dSK0 = total dSK1 + sum_g q^T (ds E0)     dSV0 = total dSV1 + sum_g do^T (p E0)
+    spread(X)_r = sum_j X_rj token_decay_j        gather(X)_rj = sum_m X_rm token_decay_jm
 
-dS1 is the gradient of the slots at the chunk's end, the next one's dS0.
+they are
+
+    A = entered * q k^T                                  B = entered * do v^T
+    a = scale (exp(c) (q SK0) + row_decay spread(A))     dp = exp(c) (do SV0) + row_decay spread(B)
+    p = exp(a - lse)
+    ds = scale p (dp - sum_m p dp - delta_beside_slots)
+    L = entered * gather(ds row_decay)                   dq = (ds exp(c)) SK0^T + L k
+    P = entered * gather(p row_decay)
+    dk = sum_g L^T q + to_end dSK1^T                     dv = sum_g P^T do + to_end dSV1^T
+    dSK0 = total dSK1 + sum_g q^T (ds exp(c))            dSV0 = total dSV1 + sum_g do^T (p exp(c))
+
+dS1 is the gradient of the slots at the chunk's end, the next chunk's dS0.
+
+Axes of arrays: b batch row, n chunk, h KV head, g query head of its group, r row of the chunk, j
+token of the chunk, k gate block, m slot, d feature.
 """
 
 import dataclasses
@@ -38,9 +45,14 @@ NOTHING_SEEN = -1e30  # lse of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """D, M slots of which `slots` are not padding, G and H heads, N rows; gates by their name.
+    """Sizes and options of a call of the kernels.
 
-    added: of which arrays the window's gradients are given.
+    M slots, of which `slots` are not padding; G query heads for each of H KV heads; N query rows,
+    Tq of the kernels.
+
+    window, ahead, masked, state: as for `CallSpec`.
+    gate: the kind of log decays, one of `GATES`.
+    added: the arrays whose window's gradients are given, to be added to.
     """
 
     D: int = 64
@@ -79,26 +91,32 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """What the kernels of the slots' backward read."""
+    """What the launches of the slots' backward read."""
 
-    query: jax.Array  # [B, N, H * G, D] bfloat16
+    query: jax.Array  # [B, Tq, Hq, D] bfloat16
     d_out: jax.Array
-    key: jax.Array  # [B, P, H, D] bfloat16
+    key: jax.Array  # [B, Tk, Hkv, D] bfloat16
     value: jax.Array
-    lse: jax.Array  # [B, H * G, N] float32
+    lse: jax.Array  # [B, Hq, Tq] float32
     slot_weight: jax.Array
-    rest: jax.Array
-    log_decay: jax.Array  # [B, N, H, M] float32
-    written: jax.Array | None  # [B, N], as for `chunk_gates`
+    delta_beside_slots: jax.Array
+    log_decay: jax.Array  # [B, Tq, Hkv, M] float32
+    token_reaches_end: jax.Array | None  # [B, Tq], as for `chunk_gates`
     gates: Gates
-    starts: tuple[jax.Array, jax.Array]  # [B, H, N / C, D, M] bfloat16
+    starts: tuple[jax.Array, jax.Array]  # [B, Hkv, Tq / C, D, M] bfloat16, of keys and values
     segments: Segments | None
-    d_end: tuple[jax.Array, jax.Array] | None  # [B, H, D, M] float32
-    window_gradients: dict[str, jax.Array]  # bfloat16, shapes as of the arrays
+    d_end: tuple[jax.Array, jax.Array] | None  # [B, Hkv, D, M] float32
+    window_gradients: dict[str, jax.Array]  # bfloat16, shaped as the arrays
+
+    def arrays(self, *names: str) -> dict[str, jax.Array]:
+        """The named arrays, the slots at the chunks' starts and the segments, by kernels' names."""
+        arrays = {name: getattr(self, name) for name in names}
+        arrays |= {"start_key": self.starts[0], "start_value": self.starts[1]}
+        return arrays if self.segments is None else arrays | self.segments.arrays(slots=True)
 
 
 class Queries(NamedTuple):
-    """float64, shapes as of `slot_query_gradients`."""
+    """What `slot_query_gradients` returns, in float64."""
 
     query: np.ndarray
     d_logits_to_reference: np.ndarray
@@ -108,15 +126,16 @@ class Queries(NamedTuple):
 
 
 class States(NamedTuple):
-    """float64 gradients of the slots."""
+    """The gradients of the slots, in float64."""
 
-    ends: Side  # [B, H, N / C, D, M] each, at the chunks' ends
-    start: Side  # [B, H, D, M] each
+    ends: Side  # [B, Hkv, Tq / C, D, M] each, at the chunks' ends
+    start: Side  # [B, Hkv, D, M] each, before the first chunk
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The lse is that of the slots and, with a window, one more logit, with
-    its part of the output's gradient: rest.
+    """Random arrays, and an lse, slot weight and delta_beside_slots that fit them.
+
+    lse is that of the slots and, with a window, of one more logit, whose dp is random too.
     """
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     B, N, D, H, M = case.B, case.N, case.D, case.H, case.M
@@ -128,7 +147,7 @@ def make_inputs(case: Case) -> Inputs:
     query, d_out = normal(*rows, heads, D), normal(*rows, heads, D)
     P = N + 64 - case.ahead
     key, value = normal(B, P, H, D), normal(B, P, H, D)
-    pulled = normal(B, heads, N, dtype=np.float32)
+    others_dp = normal(B, heads, N, dtype=np.float32)
     log_decay = log_decays(case.gate, rng.standard_normal((*rows, H, M)), rng)
     log_decay[..., case.slots :] = 0
     log_decay[:, : case.ahead] = 0
@@ -137,21 +156,21 @@ def make_inputs(case: Case) -> Inputs:
     start_value[..., case.slots :] = 0
     end_key, end_value = map(jnp.asarray, normal(2, B, H, D, M, dtype=np.float32))
     segments: Segments | None = None
-    written = kept = None
+    token_reaches_end = start_reaches_end = None
     if case.masked:
-        segments, written, kept = _segments(case, rng)
+        segments, token_reaches_end, start_reaches_end = _segments(case, rng)
         seen = np.asarray(segments.query) >= 0
-        d_out, pulled = d_out * seen[..., None, None], pulled * seen[:, None]
+        d_out, others_dp = d_out * seen[..., None, None], others_dp * seen[:, None]
         d_out = d_out.astype(ml_dtypes.bfloat16)
     decays = jnp.asarray(log_decay, jnp.float32)
     inputs = Inputs(
         *map(jnp.asarray, (query, d_out, key, value)),
         lse=jnp.zeros((B, heads, N), jnp.float32),
         slot_weight=jnp.zeros((B, heads, N), jnp.float32),
-        rest=jnp.zeros((B, heads, N), jnp.float32),
+        delta_beside_slots=jnp.zeros((B, heads, N), jnp.float32),
         log_decay=decays,
-        written=written,
-        gates=rounded(gates_of(np.asarray(decays), written, kept)),
+        token_reaches_end=token_reaches_end,
+        gates=rounded(gates_of(np.asarray(decays), token_reaches_end, start_reaches_end)),
         starts=(jnp.asarray(start_key), jnp.asarray(start_value)),
         segments=segments,
         d_end=(end_key, end_value) if case.state else None,
@@ -166,28 +185,31 @@ def make_inputs(case: Case) -> Inputs:
     lse = flat(lse)
     if case.masked:
         lse = np.where(seen[:, None], lse, NOTHING_SEEN)
-    rest = (1 - slot_weight) * pulled
-    wide = (jnp.asarray(x, jnp.float32) for x in (lse, slot_weight, rest))
+    by_row = {
+        "lse": lse,
+        "slot_weight": slot_weight,
+        "delta_beside_slots": (1 - slot_weight) * others_dp,
+    }
     return inputs._replace(
-        **dict(zip(("lse", "slot_weight", "rest"), wide, strict=True)),
+        **{name: jnp.asarray(x, jnp.float32) for name, x in by_row.items()},
         window_gradients={x: jnp.asarray(normal(*getattr(inputs, x).shape)) for x in case.added},
     )
 
 
 def _segments(case: Case, rng: np.random.Generator) -> tuple[Segments, jax.Array, jax.Array]:
-    """Segments drawn at random, some rows of padding, and what is written and kept."""
+    """Segments drawn at random, with rows of padding; token_reaches_end and start_reaches_end."""
     rows = case.B, case.N
     entering = np.cumsum(rng.random(rows) < 3 / case.N, axis=1).astype(np.int32)
-    reads = rng.integers(0, 3, rows).astype(np.int32)
-    own = np.where(rng.random(rows) < 0.1, -2, entering).astype(np.int32)
-    reads[own < 0] = 0
-    visible = np.pad(entering, ((0, 0), (0, 64)), constant_values=-1)[:, case.ahead :]
-    written = rng.random(rows) < 0.8
-    kept = rng.random((case.B, case.N // CHUNK)) < 0.7
+    slot_access = rng.integers(0, 3, rows).astype(np.int32)
+    query = np.where(rng.random(rows) < 0.1, -2, entering).astype(np.int32)
+    slot_access[query < 0] = 0
+    token = np.pad(entering, ((0, 0), (0, 64)), constant_values=-1)[:, case.ahead :]
+    token_reaches_end = rng.random(rows) < 0.8
+    start_reaches_end = rng.random((case.B, case.N // CHUNK)) < 0.7
     return (
-        Segments(*map(jnp.asarray, (own, visible, reads))),
-        jnp.asarray(written),
-        jnp.asarray(kept),
+        Segments(*map(jnp.asarray, (query, token, slot_access))),
+        jnp.asarray(token_reaches_end),
+        jnp.asarray(start_reaches_end),
     )
 
 
@@ -196,93 +218,107 @@ def _wide(x: Any) -> np.ndarray:
 
 
 class Chunks:
-    """The formulas of the module's docstring; arrays are [b, n, h, g, r or j, d or m]."""
+    """The formulas of the module's docstring.
+
+    Attributes, all float64 or bool, of axes [b, n, h, g, r or j, d or m] unless said otherwise:
+      row_decay, start_decay: exp(c - c_ref), and exp(c), 0 in rows that do not read the start.
+      token_decay, bare_token_decay: [b, n, h, k, j, m], the latter without s.
+      write, to_end, total: of `Gates`; write and to_end [b, n, h, j, m].
+      entered: [b, n, h, g, r, j]. reads: whether a row reads a slot.
+      left: q and do. right: k and v, [b, n, h, j, d]. scores: A and B.
+      starts: SK0 and SV0, [b, n, h, 1, d, m].
+    """
 
     def __init__(self, inputs: Inputs, spec: CallSpec):
         self.spec = spec
         gates, B, N = inputs.gates, *inputs.query.shape[:2]
         H, M = gates.write.shape[2:]
         self.shape = B, N // CHUNK, H, spec.group, CHUNK
-        G = self.tokens(gates.cumulative)  # [b, n, h, j, m]
-        R = G[..., GATE_ROWS // 2 - 1 :: GATE_ROWS, :]
+        c = self.tokens(gates.cumulative)
+        c_ref = c[..., GATE_ROWS // 2 - 1 :: GATE_ROWS, :]
         self.write, self.to_end = self.tokens(gates.write), self.tokens(gates.to_end)
         self.total = _wide(gates.total)
-        self.rise = np.exp2(G - np.repeat(R, GATE_ROWS, axis=-2))[:, :, :, None]
-        self.bare_fall = np.exp2(R[..., None, :] - G[..., None, :, :])  # [b, n, h, k, j, m]
-        self.fall = self.write[..., None, :, :] * self.bare_fall
-        self.from_start = np.exp2(G)[:, :, :, None]
+        self.row_decay = np.exp2(c - np.repeat(c_ref, GATE_ROWS, axis=-2))[:, :, :, None]
+        self.bare_token_decay = np.exp2(c_ref[..., None, :] - c[..., None, :, :])
+        self.token_decay = self.write[..., None, :, :] * self.bare_token_decay
+        self.start_decay = np.exp2(c)[:, :, :, None]
         self.entered = np.tri(CHUNK, dtype=bool)[None, None, None, None]
-        reads = np.full((B, 1, 1, 1, N // CHUNK, CHUNK), 2)
+        access = np.full((B, 1, 1, 1, N // CHUNK, CHUNK), 2)
         if inputs.segments is not None:
-            run, reads = np.asarray(inputs.segments.query), np.asarray(inputs.segments.slot_access)
-            visible = np.pad(inputs.segments.token, ((0, 0), (spec.ahead, 0)), constant_values=-1)
-            run, visible = (x[:, :N].reshape(B, -1, 1, 1, CHUNK) for x in (run, visible))
-            self.entered = self.entered & (run[..., None] == visible[..., None, :])
-        reads = reads.reshape(B, -1, 1, 1, CHUNK, 1)
-        self.from_start = np.where(reads > 1, self.from_start, 0)
-        self.reads = (reads > 0) & (np.arange(M) < spec.slots)
+            query, token, access = (np.asarray(x) for x in inputs.segments)
+            token = np.pad(token, ((0, 0), (spec.ahead, 0)), constant_values=-1)
+            query, token = (x[:, :N].reshape(B, -1, 1, 1, CHUNK) for x in (query, token))
+            self.entered = self.entered & (query[..., None] == token[..., None, :])
+        access = access.reshape(B, -1, 1, 1, CHUNK, 1)
+        self.start_decay = np.where(access > 1, self.start_decay, 0)
+        self.reads = (access > 0) & (np.arange(M) < spec.slots)
         ahead = ((0, 0), (spec.ahead, 0), (0, 0), (0, 0))
         key, value = (np.pad(x, ahead)[:, :N] for x in (inputs.key, inputs.value))
         starts = (_wide(x).swapaxes(1, 2)[:, :, :, None] for x in inputs.starts)
-        self.left = self.rows(inputs.query), self.rows(inputs.d_out)  # q, do
-        self.right = self.tokens(key), self.tokens(value)  # k, v
-        self.starts = tuple(starts)  # [b, n, h, 1, d, m]
+        self.left = self.rows(inputs.query), self.rows(inputs.d_out)
+        self.right = self.tokens(key), self.tokens(value)
+        self.starts = tuple(starts)
         self.scores = tuple(
             np.where(self.entered, np.einsum("bnhgrd,bnhjd->bnhgrj", x, y), 0)
             for x, y in zip(self.left, self.right, strict=True)
-        )  # S, D
+        )
 
     def tokens(self, x: Any) -> np.ndarray:
-        """[B, N, H, .] -> [b, n, h, j, .]."""
+        """[B, Tq, Hkv, .] -> [b, n, h, j, .]."""
         B, n, H, _, C = self.shape
         return _wide(x).reshape(B, n, C, H, -1).swapaxes(2, 3)
 
     def rows(self, x: Any) -> np.ndarray:
-        """[B, N, H * G, .] -> [b, n, h, g, r, .]."""
+        """[B, Tq, Hq, .] -> [b, n, h, g, r, .]."""
         B, n, H, G, C = self.shape
         return _wide(x).reshape(B, n, C, H, G, -1).transpose(0, 1, 3, 4, 2, 5)
 
     def back(self, x: np.ndarray) -> np.ndarray:
-        """[b, n, h, g, r, .] -> [B, N, H * G, .]."""
+        """[b, n, h, g, r, .] -> [B, Tq, Hq, .]."""
         B, n, H, G, C = self.shape
         return x.transpose(0, 1, 4, 2, 3, 5).reshape(B, n * C, H * G, -1)
 
     def spread(self, x: np.ndarray) -> np.ndarray:
         blocks = x.reshape(*x.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
-        return np.einsum("bnhgkrj,bnhkjm->bnhgkrm", blocks, self.fall).reshape(*x.shape[:5], -1)
+        return np.einsum("bnhgkrj,bnhkjm->bnhgkrm", blocks, self.token_decay).reshape(
+            *x.shape[:5], -1
+        )
 
     def gather(self, x: np.ndarray) -> np.ndarray:
         blocks = x.reshape(*x.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
-        return np.einsum("bnhgkrm,bnhkjm->bnhgkrj", blocks, self.fall).reshape(*x.shape[:5], -1)
-
-    def _to_slots(self, side: int) -> np.ndarray:
-        return self.from_start * (self.left[side] @ self.starts[side]) + self.rise * self.spread(
-            self.scores[side]
+        return np.einsum("bnhgkrm,bnhkjm->bnhgkrj", blocks, self.token_decay).reshape(
+            *x.shape[:5], -1
         )
+
+    def _products(self, side: int) -> np.ndarray:
+        """Rows times the slots that each finds: the sums of which a and dp are made."""
+        return self.start_decay * (
+            self.left[side] @ self.starts[side]
+        ) + self.row_decay * self.spread(self.scores[side])
 
     def logits(self) -> np.ndarray:
         """a, -inf where there is no slot or the row reads none."""
-        return np.where(self.reads, self.spec.scale * self._to_slots(0), -np.inf)
+        return np.where(self.reads, self.spec.scale * self._products(0), -np.inf)
 
-    def queries(self, lse: jax.Array, rest: jax.Array) -> Queries:
+    def queries(self, lse: jax.Array, delta_beside_slots: jax.Array) -> Queries:
         """What `slot_query_gradients` returns."""
         B, n, H, G, C = self.shape
         by_row = lambda x: _wide(x).reshape(B, H, G, n, C, 1).transpose(0, 3, 1, 2, 4, 5)  # noqa: E731
         p = np.exp(self.logits() - by_row(lse))
-        dp = self._to_slots(1)
-        delta = np.sum(p * dp, -1, keepdims=True) + by_row(rest)
+        dp = self._products(1)
+        delta = np.sum(p * dp, -1, keepdims=True) + by_row(delta_beside_slots)
         ds = p * (dp - delta) * self.spec.scale
-        into_tokens = np.where(self.entered, self.gather(ds * self.rise), 0)  # L
-        dq = (ds * self.from_start) @ self.starts[0].swapaxes(-1, -2)
-        dq += into_tokens @ self.right[0][:, :, :, None]
-        factors = ((ds, self.rise), (p, self.rise), (ds, self.from_start), (p, self.from_start))
-        return Queries(self.back(dq), *(self.back(x * factor) for x, factor in factors))
+        L = np.where(self.entered, self.gather(ds * self.row_decay), 0)
+        dq = (ds * self.start_decay) @ self.starts[0].swapaxes(-1, -2)
+        dq += L @ self.right[0][:, :, :, None]
+        decays = self.row_decay, self.start_decay
+        return Queries(self.back(dq), *(self.back(x * decay) for decay in decays for x in (ds, p)))
 
     def states(self, queries: Queries, d_end: Side | None) -> States:
-        """Of the rounded `queries`."""
-        pulled = self.rows(queries.d_logits_to_start), self.rows(queries.weights_to_start)
+        """What `state_gradients` returns, given these queries' weights."""
+        weights = self.rows(queries.d_logits_to_start), self.rows(queries.weights_to_start)
         added = [
-            np.einsum("bnhgrd,bnhgrm->nbhdm", x, y) for x, y in zip(self.left, pulled, strict=True)
+            np.einsum("bnhgrd,bnhgrm->nbhdm", x, y) for x, y in zip(self.left, weights, strict=True)
         ]
         grads = [np.zeros_like(x[0]) for x in added] if d_end is None else list(d_end)
         grads = [_wide(x) for x in grads]
@@ -296,14 +332,16 @@ class Chunks:
         return States((key, value), (grads[0], grads[1]))
 
     def tokens_of(self, queries: Queries, ends: Side) -> Side:
-        """The gradients of the keys and of the values as slots see them, [B, N, H, D]."""
+        """The gradients of the keys and values by the rows at which they enter, [B, Tq, Hkv, D].
+
+        ends: the gradients of the slots at the chunks' ends.
+        """
         B, n, H, _, C = self.shape
         results = []
-        for side, pulled in enumerate(
-            (queries.d_logits_to_reference, queries.weights_to_reference)
-        ):
-            into_tokens = np.where(self.entered, self.gather(self.rows(pulled)), 0)
-            grad = np.einsum("bnhgrj,bnhgrd->bnhjd", into_tokens, self.left[side])
+        weights = queries.d_logits_to_reference, queries.weights_to_reference
+        for side in range(2):
+            L = np.where(self.entered, self.gather(self.rows(weights[side])), 0)
+            grad = np.einsum("bnhgrj,bnhgrd->bnhjd", L, self.left[side])
             grad += np.einsum("bnhjm,bhndm->bnhjd", self.to_end, _wide(ends[side]))
             results.append(grad.swapaxes(2, 3).reshape(B, n * C, H, -1))
         return results[0], results[1]

@@ -1,17 +1,20 @@
-"""The query side of the slots' backward against its formulas in float64. See process.py.
+"""The launch that finds the slots' query gradients, against its formulas in float64.
 
-python -m tests.support.gpu.slot_query_gradients INDEX...    of `CASES`
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.slot_query_gradients INDEX...
+
+prints the results; see process.py.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from pallas.gpu.backward.slot_query_gradients import slot_query_gradients
-from tests.support.gpu import slot_formulas
+from pallas.gpu.backward.slot_query_gradients import SlotQueryGradients, slot_query_gradients
 from tests.support.gpu.process import HOPPER, report
-from tests.support.gpu.slot_formulas import Case, Chunks, Inputs
+from tests.support.gpu.slot_formulas import Case, Chunks, Inputs, make_inputs
 from tests.support.ops.cases import GPU_INTERPRETER, relative_error
 
 TOLERANCE = 1e-2  # relative Frobenius; the operands are rounded to 2^-9
@@ -45,26 +48,19 @@ ADDED = [
 CASES = ORDINARY + REST + ADDED
 
 
-def query_side(inputs: Inputs, *, case: Case, interpret):
+def run(inputs: Inputs, *, case: Case, interpret: Any) -> SlotQueryGradients:
+    names = "query", "d_out", "key", "value", "lse", "slot_weight", "delta_beside_slots"
     return slot_query_gradients(
-        inputs.query,
-        inputs.d_out,
-        inputs.key,
-        inputs.value,
-        inputs.lse,
-        inputs.slot_weight,
-        inputs.rest,
+        inputs.arrays(*names),
         inputs.gates,
-        inputs.starts,
-        inputs.segments,
         inputs.window_gradients.get("query"),
         spec=case.spec,
         interpret=interpret,
     )
 
 
-def lower_for_cuda(run, inputs: Inputs) -> None:
-    """The interpreter knows no layouts: what it runs may still not compile."""
+def lower_for_cuda(run: Callable[[Inputs], Any], inputs: Inputs) -> None:
+    """Raises what Mosaic does: the interpreter knows no layouts, and runs what Mosaic refuses."""
     with jax.sharding.use_abstract_mesh(HOPPER):
         traced = jax.jit(run).trace(inputs)
         assert "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -76,19 +72,19 @@ def assert_near(name: str, actual: jax.Array, expected: np.ndarray) -> None:
 
 
 def check(case: Case) -> None:
-    inputs = slot_formulas.make_inputs(case)
-    lower_for_cuda(functools.partial(query_side, case=case, interpret=False), inputs)
-    run = jax.jit(functools.partial(query_side, case=case, interpret=GPU_INTERPRETER))
-    actual = run(inputs)
+    """Lowers the kernel for CUDA, and raises AssertionError if a result is too far off."""
+    inputs = make_inputs(case)
+    lower_for_cuda(functools.partial(run, case=case, interpret=False), inputs)
+    actual = jax.jit(functools.partial(run, case=case, interpret=GPU_INTERPRETER))(inputs)
     chunks = Chunks(inputs, case.spec)
-    expected = chunks.queries(inputs.lse, inputs.rest)
+    expected = chunks.queries(inputs.lse, inputs.delta_beside_slots)
     for name, x in actual._asdict().items():
         y = getattr(expected, name)
         if name in case.added:
             y = y + np.asarray(inputs.window_gradients[name], np.float64)
         if name.endswith("_to_reference"):  # up to 2^93 in some rows: those alone would be compared
-            rise = chunks.back(np.broadcast_to(chunks.rise, chunks.rows(y).shape))
-            x, y = np.asarray(x, np.float64) / rise, y / rise
+            decay = chunks.back(np.broadcast_to(chunks.row_decay, chunks.rows(y).shape))
+            x, y = np.asarray(x, np.float64) / decay, y / decay
         assert_near(name, x, y)
 
 

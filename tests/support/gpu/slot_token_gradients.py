@@ -1,6 +1,8 @@
-"""The token side of the slots' backward against its formulas in float64. See process.py.
+"""The launches that find the gradients of states and of entering tokens, against their formulas.
 
-python -m tests.support.gpu.slot_token_gradients INDEX...    of `CASES`
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.slot_token_gradients INDEX...
+
+prints the results; see process.py. The formulas are computed in float64.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ from pallas.gpu import default_block_sizes
 from pallas.gpu.backward.slot_token_gradients import SlotTokenGradients, slot_token_gradients
 from pallas.gpu.backward.state_gradients import state_gradients
 from pallas.gpu.spec import GATE_BLOCKS, GATE_ROWS
+from pallas.gpu.warpgroup.decays import FLOOR
 from pallas.gpu.warpgroup.state_walk import States
 from tests.support.gpu.process import report
 from tests.support.gpu.slot_formulas import Case, Chunks, Inputs, Queries, Side, make_inputs
@@ -50,64 +53,72 @@ CASES = ORDINARY + SIZES + WIDE + ADDED
 
 
 def decays_of(chunks: Chunks, inputs: Inputs, queries: Queries, ends: Side) -> np.ndarray:
-    """The gradient of the decays [B, N, H, M], by that module's formulas."""
+    """dg of the formulas of `pallas.gpu.backward.slot_token_gradients`, [B, Tq, Hkv, M].
+
+    With the arrays that those call w (by side: queries' weights) and dS (ends).
+    """
     decay = chunks.tokens(inputs.log_decay)
     to_end = np.flip(np.cumsum(np.flip(decay, -2), -2), -2)  # the row's own too
     after = np.pad(to_end[..., 1:, :], ((0, 0),) * 3 + ((0, 1), (0, 0)))
-    written = 1.0 if inputs.written is None else chunks.tokens(inputs.written[..., None, None])
-    rows, tokens, at_end, state = (np.zeros(decay.shape) for _ in range(4))
-    tokens = tokens[:, :, :, None]  # by the rows' blocks
-    for side, (rise, start) in enumerate(
-        (
-            (queries.d_logits_to_reference, queries.d_logits_to_start),
-            (queries.weights_to_reference, queries.weights_to_start),
+    reaches = inputs.token_reaches_end
+    reaches = 1.0 if reaches is None else chunks.tokens(reaches[..., None, None])
+    row_sum, by_token, at_end, to_slots = (np.zeros(decay.shape) for _ in range(4))
+    by_token = by_token[:, :, :, None]  # and by the rows' gate blocks
+    weights = (
+        (queries.d_logits_to_reference, queries.d_logits_to_start),
+        (queries.weights_to_reference, queries.weights_to_start),
+    )
+    for side in range(2):
+        w, w_start = (chunks.rows(x) for x in weights[side])
+        rows, scores, slots = chunks.left[side], chunks.scores[side], chunks.starts[side]
+        row_sum = row_sum + np.sum(w * chunks.spread(scores) + w_start * (rows @ slots), axis=3)
+        split = (*w.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
+        by_token = by_token + np.einsum(
+            "bnhgkrj,bnhgkrm->bnhkjm", scores.reshape(split), w.reshape(split)
         )
-    ):
-        rise, start = chunks.rows(rise), chunks.rows(start)
-        x, scores, slots = chunks.left[side], chunks.scores[side], chunks.starts[side]
-        rows = rows + np.sum(rise * chunks.spread(scores) + start * (x @ slots), axis=3)
-        split = (*rise.shape[:4], GATE_BLOCKS, GATE_ROWS, -1)
-        by_block = np.einsum("bnhgkrj,bnhgkrm->bnhkjm", scores.reshape(split), rise.reshape(split))
-        tokens = tokens + by_block
         end = np.asarray(ends[side], np.float64).swapaxes(1, 2)
         at_end = at_end + chunks.right[side] @ end
         total = chunks.total.swapaxes(1, 2)[..., None, :]
-        state += total * np.sum(slots[:, :, :, 0] * end, axis=-2, keepdims=True)
-    entered = np.sum(chunks.fall * tokens, axis=3)
-    state += np.cumsum(chunks.to_end * at_end, -2) - chunks.to_end * at_end
-    state -= np.exp(decay + after) * written * at_end
-    inside = np.flip(np.cumsum(np.flip(rows - entered, -2), -2), -2)
-    reached = np.where(tokens == 0, 0, chunks.bare_fall)  # a later token's fall is infinite
-    inside = inside - np.exp(decay) * np.sum(reached * tokens, axis=3)
-    grad = np.where(decay > -8, inside, 0) + state
+        to_slots += total * np.sum(slots[:, :, :, 0] * end, axis=-2, keepdims=True)
+    token_sum = np.sum(chunks.token_decay * by_token, axis=3)
+    to_slots += np.cumsum(chunks.to_end * at_end, -2) - chunks.to_end * at_end
+    to_slots -= np.exp(decay + after) * reaches * at_end
+    inside = np.flip(np.cumsum(np.flip(row_sum - token_sum, -2), -2), -2)
+    reached = np.where(by_token == 0, 0, chunks.bare_token_decay)  # infinite for later tokens
+    inside = inside - np.exp(decay) * np.sum(reached * by_token, axis=3)
+    grad = np.where(decay > FLOOR, inside, 0) + to_slots
     B, n, H, _, C = chunks.shape
     return grad.swapaxes(2, 3).reshape(B, n * C, H, -1)
 
 
 def run(case: Case, interpret: Any, inputs: Inputs, queries: Any, ends: Any):
-    """Both kernels, each on the reference's inputs: rounded `Queries`, gradients of the states."""
+    """Both launches, each on what the formulas give the launch before it, rounded.
+
+    queries, ends: what `slot_query_gradients` and `state_gradients` would return.
+    """
     sizes = default_block_sizes(case.D, case.M)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
     states = state_gradients(
         inputs.query, inputs.d_out, queries.d_logits_to_start, queries.weights_to_start,
         inputs.gates, inputs.d_end, **options,
     )  # fmt: skip
-    tokens = slot_token_gradients(
-        inputs.query, inputs.d_out, inputs.key, inputs.value,
-        queries.d_logits_to_reference, queries.weights_to_reference,
-        inputs.gates, inputs.starts, ends, inputs.segments,
-        {x: y for x, y in inputs.window_gradients.items() if x != "query"},
-        **options,
-    )  # fmt: skip
+    arrays = inputs.arrays("query", "d_out", "key", "value")
+    arrays |= {"d_logits": queries.d_logits_to_reference, "weights": queries.weights_to_reference}
+    arrays |= {"d_end_key": ends[0], "d_end_value": ends[1]}
+    window = {x: y for x, y in inputs.window_gradients.items() if x != "query"}
+    tokens = slot_token_gradients(arrays, inputs.gates, window, **options)
     return states, tokens
 
 
 def _with_windows(case: Case, inputs: Inputs, of_slots: Side) -> Side:
-    """The gradients by the arrays' rows [B, P, H, D], of the window too where they are given."""
-    P = inputs.key.shape[1]
+    """The gradients by the rows of the arrays, with the window's where they are given.
+
+    [B, Tq, Hkv, D] -> [B, Tk, Hkv, D].
+    """
+    Tk = inputs.key.shape[1]
     sums = []
     for name, grad in zip(("key", "value"), of_slots, strict=True):
-        total = np.zeros((grad.shape[0], P, *grad.shape[2:]))
+        total = np.zeros((grad.shape[0], Tk, *grad.shape[2:]))
         total[:, : case.N - case.ahead] = grad[:, case.ahead :]  # rows before hold nothing
         if name in case.added:
             total += np.asarray(inputs.window_gradients[name], np.float64)
@@ -116,11 +127,12 @@ def _with_windows(case: Case, inputs: Inputs, of_slots: Side) -> Side:
 
 
 def check(case: Case) -> None:
+    """Lowers the kernels for CUDA, and raises AssertionError if a result is too far off."""
     inputs = make_inputs(case)
     d_end: Any = inputs.d_end
     chunks = Chunks(inputs, case.spec)
     narrow: Any = lambda x: jnp.asarray(x, jnp.bfloat16)  # noqa: E731
-    queries = Queries(*map(narrow, chunks.queries(inputs.lse, inputs.rest)))
+    queries = Queries(*map(narrow, chunks.queries(inputs.lse, inputs.delta_beside_slots)))
     expected = chunks.states(queries, d_end)
     ends = narrow(expected.ends[0]), narrow(expected.ends[1])
     arguments = inputs, queries, ends

@@ -1,6 +1,6 @@
-"""The window's backward against its formulas in float64. See process.py.
+"""The launches that find the window's gradients, against their formulas in float64.
 
-python -m tests.support.gpu.window_gradients INDEX...    of `CASES`
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.window_gradients INDEX...    see process.py
 """
 
 import dataclasses
@@ -28,9 +28,14 @@ NOTHING_SEEN = -1e30  # lse of a row that sees nothing
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """D, G and H heads, N rows, window W; past: tokens before the queries, without a window.
+    """Sizes and options of a call of the kernels.
 
-    tables: of rotation, 1 or B; 0: queries and keys come rotated.
+    G query heads for each of H KV heads; N query rows, Tq of the kernels; window W.
+
+    ahead, masked: as for `CallSpec`.
+    past: without a window, the tokens before the queries.
+    stages: `BlockSizes.window_stages`.
+    tables: batch rows of the tables of rotation, 1 or B; 0: queries and keys come rotated.
     """
 
     D: int = 64
@@ -61,7 +66,7 @@ class Case:
 
     @property
     def tokens(self) -> int:
-        """P."""
+        """Token rows, Tk of the kernels."""
         if self.spec.blocks is None:
             return self.N + self.past
         return self.N + (self.spec.blocks - 1) * CHUNK - self.ahead
@@ -73,16 +78,23 @@ class Case:
 
 
 class Inputs(NamedTuple):
-    """What the kernels of the window's backward read."""
+    """What the launches of the window's backward read."""
 
-    window_query: jax.Array  # [B, N, H * G, D] bfloat16
-    window_key: jax.Array  # [B, P, H, D] bfloat16
+    window_query: jax.Array  # [B, Tq, Hq, D] bfloat16
+    window_key: jax.Array  # [B, Tk, Hkv, D] bfloat16
     value: jax.Array
     d_out: jax.Array
-    lse: jax.Array  # [B, H * G, N] float32
+    lse: jax.Array  # [B, Hq, Tq] float32
     delta: jax.Array
     segments: Segments | None
     rotation: Rotation | None
+
+    def arrays(self) -> dict[str, jax.Array]:
+        """All of them, as the kernels know them."""
+        arrays = self._asdict()
+        segments, rotation = arrays.pop("segments"), arrays.pop("rotation")
+        arrays |= {} if segments is None else segments.arrays(slots=False)
+        return arrays | ({} if rotation is None else rotation._asdict())
 
 
 CASES = [
@@ -109,7 +121,7 @@ CASES = [
 
 
 def make_inputs(case: Case) -> Inputs:
-    """Random arrays. The lse is that of the window and one more logit."""
+    """Random arrays, and the lse of the window and of one more logit."""
     rng = np.random.default_rng(zlib.crc32(repr(case).encode()))
     B, N, P, D, H = case.B, case.N, case.tokens, case.D, case.H
     heads = H * case.G
@@ -137,18 +149,20 @@ def make_inputs(case: Case) -> Inputs:
 
 def _segments(case: Case, rng: np.random.Generator) -> Segments:
     """Segments drawn at random; some rows are padding, and some tokens are none."""
-    rows = case.B, case.ahead + case.tokens
-    run = np.cumsum(rng.random(rows) < 4 / case.N, axis=1).astype(np.int32)
-    absent = rng.random(rows) < 0.1
+    timeline = case.B, case.ahead + case.tokens
+    segment = np.cumsum(rng.random(timeline) < 4 / case.N, axis=1).astype(np.int32)
+    absent = rng.random(timeline) < 0.1
     own = slice(case.spec.offset, case.spec.offset + case.N)
-    query = np.where(absent, -2, run)[:, own]
-    visible = np.where(absent, -1, run)[:, case.ahead :]
-    return Segments(jnp.asarray(query), jnp.asarray(visible), None)
+    query = np.where(absent, -2, segment)[:, own]
+    token = np.where(absent, -1, segment)[:, case.ahead :]
+    return Segments(jnp.asarray(query), jnp.asarray(token), None)
 
 
 def _tables(case: Case, rng: np.random.Generator) -> Rotation:
-    """Of no angles: what undoes them is not what the gradients go through. Of few bits: what is
-    rotated is exact in float32, and so rounded to bfloat16 as the expected values are.
+    """Tables of no angles, so that rotating back and undoing the rotation are not the same.
+
+    Their few bits make what is rotated exact in float32, so that it is rounded to bfloat16 as the
+    expected values are.
     """
     shape = case.tables, case.tokens, case.D // 2
     return Rotation(*(jnp.asarray(rng.integers(-8, 9, shape) / 8, jnp.float32) for _ in range(2)))
@@ -164,7 +178,7 @@ def _rotated(inputs: Inputs, case: Case) -> Inputs:
 
 
 def _before(case: Case) -> int:
-    """The token rows in the arrays before the first query's."""
+    """How many token rows of the arrays come before the first query's."""
     return case.spec.offset - case.spec.ahead
 
 
@@ -181,13 +195,13 @@ def _rotate(x: Any, tables: Rotation | None, first: int, *, back: bool = False) 
 
 
 def _by_head(x: Any, case: Case) -> np.ndarray:
-    """[B, N, H * G, D] -> [B, H, G, N, D] float64."""
+    """[B, Tq, Hq, D] -> [B, Hkv, G, Tq, D] float64."""
     x = np.asarray(x, np.float64)
     return x.reshape(*x.shape[:2], case.H, -1, x.shape[3]).transpose(0, 2, 3, 1, 4)
 
 
 def _logits(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """[B, H, G, N, P], -inf where a row does not see a token, and where it does."""
+    """Logits, -inf where a row does not see a token, and whether it does: [B, Hkv, G, Tq, Tk]."""
     spec = case.spec
     now = (np.arange(case.N) + spec.offset)[:, None]
     token = (np.arange(case.tokens) + case.ahead)[None]
@@ -198,15 +212,15 @@ def _logits(inputs: Inputs, case: Case) -> tuple[np.ndarray, np.ndarray]:
     if inputs.segments is None:
         seen = seen & (token >= spec.offset)
     else:
-        query, visible = np.asarray(inputs.segments.query), np.asarray(inputs.segments.token)
-        seen = seen & (query[:, :, None] == visible[:, None])[:, None, None]
+        query, of_token = np.asarray(inputs.segments.query), np.asarray(inputs.segments.token)
+        seen = seen & (query[:, :, None] == of_token[:, None])[:, None, None]
     query, key = _by_head(inputs.window_query, case), _by_head(inputs.window_key, case)
     logits = spec.scale * np.einsum("bhgrd,bhxjd->bhgrj", query, key)
     return np.where(seen, logits, -np.inf), seen
 
 
 def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
-    """The docstrings' formulas; shapes as the kernels return them."""
+    """What the launches return, by the formulas of their docstrings."""
     by_row = lambda x: np.asarray(x, np.float64).reshape(case.B, case.H, case.G, case.N, 1)  # noqa: E731
     inputs = _rotated(inputs, case)
     query, key, value, d_out = (_by_head(x, case) for x in inputs[:4])
@@ -223,19 +237,20 @@ def expected_grads(inputs: Inputs, case: Case) -> dict[str, np.ndarray]:
     return grads | {
         "query": _rotate(d_query, inputs.rotation, _before(case), back=True),
         "key": _rotate(grads["key"], inputs.rotation, 0, back=True),
-        "pulled": np.sum(p * dp, -1).reshape(inputs.delta.shape),
+        "window_delta": np.sum(p * dp, -1).reshape(inputs.delta.shape),
     }
 
 
 def run(case: Case, interpret: Any, inputs: Inputs) -> dict[str, jax.Array]:
     sizes = BlockSizes(window_stages=case.stages)
     options: dict[str, Any] = {"spec": case.spec, "block_sizes": sizes, "interpret": interpret}
-    tokens = window_token_gradients(*inputs, **options)
-    rows = window_query_gradients(*inputs, **options)
-    return rows._asdict() | {"key": tokens.window_key, "value": tokens.value}
+    tokens = window_token_gradients(inputs.arrays(), **options)
+    queries = window_query_gradients(inputs.arrays(), **options)
+    return queries._asdict() | tokens._asdict()
 
 
 def check(case: Case) -> None:
+    """Lowers the kernels for CUDA, and raises AssertionError if a result is too far off."""
     inputs = make_inputs(case)
     with jax.sharding.use_abstract_mesh(HOPPER):
         traced = jax.jit(functools.partial(run, case, False)).trace(inputs)
@@ -248,7 +263,7 @@ def check(case: Case) -> None:
         for name, x in actual.items()
     }
     for name, error in errors.items():
-        assert error <= (WIDE_TOLERANCE if name == "pulled" else TOLERANCE), errors
+        assert error <= (WIDE_TOLERANCE if name == "window_delta" else TOLERANCE), errors
 
 
 if __name__ == "__main__":
