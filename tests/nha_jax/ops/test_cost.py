@@ -1,6 +1,7 @@
 """What the compiler makes of the XLA implementation: linear memory, no T x T, T x M x K.
 
-And of a step of generation: the cache stays where it is.
+And of a step of generation: the cache stays where it is. The buffers are those of the program
+before LLVM's optimizations, which tests/conftest.py turns off.
 """
 
 import math
@@ -33,7 +34,6 @@ def temporary_bytes(T: int, window_size: int | None) -> tuple[int, int]:
     return analysis.temp_size_in_bytes, 4 * 4 * T * HEADS * DIM
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize(
     "window_size",
     [pytest.param(0, marks=pytest.mark.slow), 64, pytest.param(512, marks=pytest.mark.slow)],
@@ -45,13 +45,11 @@ def test_memory_is_linear(window_size):
     assert temporary_bytes(32768, window_size)[0] <= 4.1 * at_8192
 
 
-@pytest.mark.usefixtures("optimized")
 def test_full_attention_stores_no_square():
     T = 8192
     assert temporary_bytes(T, None)[0] < HEADS * T * T  # a quarter of one float32 copy
 
 
-@pytest.mark.usefixtures("optimized")
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("window_size", [4096, None], ids="W{}".format)
 def test_decode_copies_no_ring(window_size, dtype):

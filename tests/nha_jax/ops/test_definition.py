@@ -1,5 +1,6 @@
 """The reference against the operator's formulas written out, and its two limits."""
 
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 
 from nha_jax.ops import nha_attention
-from tests.support.ops.cases import SMALL_BLOCKS, Case, make_inputs, relative_error, run
+from tests.support.ops.cases import SMALL_BLOCKS, Case, make_inputs, relative_error
+from tests.support.pairs import every_pair
 
 
 def written_out(query, key, value, log_decay, case: Case, rope, ids):
@@ -56,24 +58,39 @@ def written_out(query, key, value, log_decay, case: Case, rope, ids):
     return out, weight
 
 
-@pytest.mark.parametrize("empty_slots", ["attend", "mask"])
-@pytest.mark.parametrize("window", ["0", "1", "4", "T", "T+5", "None"])
-@pytest.mark.parametrize("segments", [False, True], ids=["one-document", "packed"])
-def test_reference_is_the_formula(window, empty_slots, segments):
-    feature_map = {"0": "silu", "1": "relu"}.get(window, "identity")
-    rope = "rows" if segments else "tokens"
-    case = Case(
-        T=23, window=window, G=2, M=5, K=6, V=4, gate="mixed", rope=rope, segments=segments,
-        empty_slots=empty_slots, slot_feature_map=feature_map,
+OPTIONS = {
+    "window": ("0", "1", "4", "T", "T+5", "None"),
+    "empty_slots": ("attend", "mask"),
+    "segments": (False, True),
+}
+
+
+@functools.partial(jax.jit, static_argnames=("window_size", "slot_feature_map", "empty_slots"))
+def reference(arrays, rest, **options):
+    return nha_attention(
+        *arrays, rope=rest["rope"], segment_ids=rest["segment_ids"], return_slot_weight=True,
+        implementation="reference", **options,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", every_pair(OPTIONS, rest=pytest.mark.slow))
+def test_reference_is_the_formula(options):
+    feature_map = {"0": "silu", "1": "relu"}.get(options["window"], "identity")
+    rope = "rows" if options["segments"] else "tokens"
+    case = Case(
+        T=23, G=2, M=5, K=6, V=4, gate="mixed", rope=rope, slot_feature_map=feature_map, **options
+    )
     inputs = make_inputs(case)
     arrays = {name: x.astype(np.float64) for name, x in inputs["arrays"].items()}
-    out, weight = written_out(
-        **arrays, case=case, rope=inputs["rest"]["rope"], ids=inputs["rest"]["segment_ids"]
-    )
-    result = run(case, "reference", "float64", inputs)
-    assert relative_error(result["out"], out) < 1e-7  # the rope tables are float32
-    assert np.max(np.abs(result["slot_weight"] - weight)) < 1e-7
+    rest = inputs["rest"]
+    out, weight = written_out(**arrays, case=case, rope=rest["rope"], ids=rest["segment_ids"])
+    with jax.enable_x64():
+        result = reference(
+            [jnp.asarray(x) for x in arrays.values()], rest, window_size=case.window_size,
+            slot_feature_map=feature_map, empty_slots=case.empty_slots,
+        )  # fmt: skip
+    assert relative_error(np.asarray(result.out), out) < 1e-7  # the rope tables are float32
+    assert np.max(np.abs(result.slot_weight - weight)) < 1e-7
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

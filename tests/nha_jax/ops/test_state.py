@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nha_jax import ops
 from nha_jax.ops import init_state, resize_state
 from tests.support.ops.cases import Case, make_inputs
+from tests.support.pairs import every_pair
 
 STATIC = ("window_size", "empty_slots", "return_state", "implementation")
 nha_attention = jax.jit(ops.nha_attention, static_argnames=STATIC)
@@ -19,9 +20,7 @@ T, NAMES = 75, ("query", "key", "value", "log_decay")
 WINDOWS = ["0", "1", "16", "64", "100", "None"]
 
 
-@pytest.fixture(scope="module", params=["attend", "mask"])
-def empty_slots(request) -> str:
-    return request.param
+EMPTY_SLOTS = ("attend", "mask")
 
 
 def tokens_of(case: Case):
@@ -45,9 +44,16 @@ def assert_same(x, expected):
     np.testing.assert_allclose(x, expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("window", WINDOWS)
-def test_prefill_then_decode(window, implementation, empty_slots):
+PREFILL_OPTIONS = {
+    "window": WINDOWS,
+    "implementation": ("reference", "xla"),
+    "empty_slots": EMPTY_SLOTS,
+}
+
+
+@pytest.mark.parametrize("options", every_pair(PREFILL_OPTIONS, rest=pytest.mark.slow))
+def test_prefill_then_decode(options):
+    window, implementation, empty_slots = options.values()
     arrays, keywords = tokens_of(Case(T=T, window=window, G=2, H=2, empty_slots=empty_slots))
     whole = nha_attention(*arrays(0, T), **keywords(0, T), return_state=True)
     first = nha_attention(
@@ -59,34 +65,55 @@ def test_prefill_then_decode(window, implementation, empty_slots):
     for t in range(60, T):
         out, state = decode_step(*arrays(t, t + 1), state, **keywords(t, t + 1))
         outs.append(out)
-    assert_same(jnp.concatenate(outs, axis=1), whole.out)
+    assert_same(np.concatenate(outs, axis=1), whole.out)
     jax.tree.map(assert_same, state, whole.state)
 
 
-@pytest.mark.parametrize(
-    "window",
-    [pytest.param(x, marks=pytest.mark.slow if x in ("1", "64", "100") else ()) for x in WINDOWS],
-)
-@given(cuts=st.lists(st.integers(1, T - 1), max_size=4, unique=True))
-@settings(max_examples=4, deadline=None, derandomize=True)
-def test_chunks_of_any_size(window, cuts):
+def check_chunks(window: str, stops: list[int]) -> None:
+    """Calls that end at `stops`, each going on from the one before, are one call."""
     arrays, keywords = tokens_of(Case(T=T, window=window, empty_slots="mask"))
     whole = nha_attention(*arrays(0, T), **keywords(0, T), return_state=True)
     outs, state, start = [], None, 0
-    for stop in [*sorted(cuts), T]:
+    for stop in stops:
         part = nha_attention(
             *arrays(start, stop), **keywords(start, stop), initial_state=state, return_state=True,
         )  # fmt: skip
         outs.append(part.out)
         state, start = part.state, stop
-    assert_same(jnp.concatenate(outs, axis=1), whole.out)
+    assert start == T
+    assert_same(np.concatenate(outs, axis=1), whole.out)
     jax.tree.map(assert_same, state, whole.state)
 
 
-@pytest.mark.parametrize("padding", ["right", "left"])
+SIZES = [1, 24, 1, 24, 1, 24]  # few sizes: a call of each is compiled once
+
+
 @pytest.mark.parametrize("window", ["0", "16", "None"])
-def test_rows_of_different_lengths(window, padding, empty_slots):
-    """Each row of a padded batch, then five more tokens, equals the row alone."""
+@given(sizes=st.permutations(SIZES))
+@settings(max_examples=4, deadline=None, derandomize=True)
+def test_chunks_in_any_order(window, sizes):
+    check_chunks(window, np.cumsum(sizes).tolist())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("window", WINDOWS)
+@given(cuts=st.lists(st.integers(1, T - 1), max_size=4, unique=True))
+@settings(max_examples=8, deadline=None, derandomize=True)
+def test_chunks_of_any_size(window, cuts):
+    check_chunks(window, [*sorted(cuts), T])
+
+
+ROWS_OPTIONS = {
+    "window": ("0", "16", "None"),
+    "padding": ("right", "left"),
+    "empty_slots": EMPTY_SLOTS,
+}
+
+
+@pytest.mark.parametrize("options", every_pair(ROWS_OPTIONS, rest=pytest.mark.slow))
+def test_rows_of_different_lengths(options):
+    """Each row of a padded batch, then five more tokens, equals the row without padding."""
+    window, padding, empty_slots = options.values()
     case = Case(T=T, window=window, G=2, B=3, rope="rows", empty_slots=empty_slots)
     lengths, more = (70, 3, 31), 5
     inputs = make_inputs(case)
@@ -94,38 +121,34 @@ def test_rows_of_different_lengths(window, padding, empty_slots):
     ids = ids if padding == "right" else ids[:, ::-1]
     place = lambda row: np.flatnonzero(ids[row])  # noqa: E731
 
-    def pick(x, row, index):
-        return jnp.asarray(x[row : row + 1, index])
-
     def padded(x):
         result = np.zeros((3, 70, *x.shape[2:]), x.dtype)
         for row, length in enumerate(lengths):
             result[row, place(row)] = x[row, :length]
-        return jnp.asarray(result)
+        return result
 
     rope = inputs["rest"]["rope"]
-    options = {"window_size": case.window_size, "empty_slots": empty_slots}
+    keywords = {"window_size": case.window_size, "empty_slots": empty_slots}
     batch = nha_attention(
-        *(padded(inputs["arrays"][name]) for name in NAMES), **options,
-        rope=tuple(map(padded, rope)), segment_ids=jnp.asarray(ids, jnp.int32), return_state=True,
+        *(padded(inputs["arrays"][name]) for name in NAMES), **keywords,
+        rope=tuple(map(padded, rope)), segment_ids=ids.astype(np.int32), return_state=True,
     )  # fmt: skip
     state = resize_state(batch.state, T) if window == "None" else batch.state
     after = []
     for step in range(more):
         index = np.array(lengths)[:, None] + step
-        now = [jnp.take_along_axis(x, index.reshape(3, 1, *(1,) * (x.ndim - 2)), 1)
+        now = [np.take_along_axis(x, index.reshape(3, 1, *(1,) * (x.ndim - 2)), 1)
                for x in (*(inputs["arrays"][name] for name in NAMES), *rope)]  # fmt: skip
-        out, state = decode_step(*now[:4], state, rope=tuple(now[4:]), **options)
+        out, state = decode_step(*now[:4], state, rope=tuple(now[4:]), **keywords)
         after.append(out)
-    after = jnp.concatenate(after, axis=1)
+    after, before = np.concatenate(after, axis=1), np.asarray(batch.out)
+    # What follows a row's last token there, none of its tokens sees.
+    alone = np.asarray(
+        nha_attention(*(inputs["arrays"][name] for name in NAMES), **keywords, rope=rope)
+    )
     for row, length in enumerate(lengths):
-        index = np.arange(length + more)
-        alone = nha_attention(
-            *(pick(inputs["arrays"][name], row, index) for name in NAMES), **options,
-            rope=tuple(pick(table, row, index) for table in rope),
-        )  # fmt: skip
-        assert_same(batch.out[row, place(row)], alone[0, :length])
-        assert_same(after[row], alone[0, length:])
+        assert_same(before[row, place(row)], alone[row, :length])
+        assert_same(after[row], alone[row, length : length + more])
 
 
 def test_inactive_rows_keep_their_state():
