@@ -1,9 +1,5 @@
 """The whole model: forward, prefill and decode, packed documents, depth, and parameter axes."""
 
-import os
-import subprocess
-import sys
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,7 +11,7 @@ import nha_jax
 from nha_jax import Model, ModelConfig
 from nha_jax.layers import LOGICAL_AXES
 from nha_jax.ops import rope_tables
-from tests.support.paths import ROOT
+from tests.support.eight_devices import run_on_eight_devices
 
 WINDOWS = {
     "window": 8,
@@ -342,49 +338,9 @@ def test_a_wrong_argument_is_named(call, error, message):
         call(model)
 
 
-ON_A_MESH = """
-import jax, jax.numpy as jnp
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from tests.nha_jax.test_model import tiny_config, random_tokens
-from nha_jax import Model
-
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": "data"}
-mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-config = tiny_config(num_layers=2, window_size=4, implementation="reference")
-tokens = random_tokens(4, 12)
-forward = jax.jit(Model.__call__)
-wanted = forward(Model(config, rngs=nnx.Rngs(0)), tokens)
-with jax.set_mesh(mesh):
-    model = Model(config, rngs=nnx.Rngs(0))
-
-    def place(parameter):
-        names = parameter.get_metadata()["out_sharding"]
-        sharding = NamedSharding(mesh, PartitionSpec(*map(RULES.get, names)))
-        return parameter.replace(jax.device_put(parameter[...], sharding))
-
-    state = jax.tree.map(place, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
-    nnx.update(model, state)
-    kernel = model.blocks.attention.q_proj.kernel[...]
-    assert kernel.sharding.spec == PartitionSpec(None, "data", "model"), kernel.sharding
-    tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
-    found = jax.device_get(forward(model, tokens))
-assert jnp.allclose(wanted, found, atol=1e-5, rtol=1e-4), abs(wanted - found).max()
-print(len(jax.devices()), "devices agree")
-"""
-
-
 def test_sharded_over_eight_devices_equals_one():
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH], env=environment, capture_output=True, text=True
-    )
-    assert done.stdout == "8 devices agree\n", done.stderr
+    done = run_on_eight_devices("tests.support.model_on_a_mesh")
+    assert done.returncode == 0, done.stderr
 
 
 def test_with_windows_shares_the_parameters():

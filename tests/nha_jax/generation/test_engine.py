@@ -1,9 +1,6 @@
 """Continuous batching: every text as if it were alone, whatever comes, goes and waits around it."""
 
 import collections
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nha_jax import Engine, Model, ModelConfig, SamplingOptions
-from tests.support.paths import ROOT
+from tests.support.eight_devices import run_on_eight_devices
 
 VOCAB = 24
 LAYOUTS = {"window": 4, "slots": 0, "full": None, "mixed": (4, None)}
@@ -192,36 +189,6 @@ def test_full_attention_needs_max_length(model):
         Engine(model, batch_size=1, max_length=4, prefill_chunk=0)
 
 
-ON_A_MESH = """
-import jax, numpy as np
-from jax.sharding import AxisType, PartitionSpec
-from tests.nha_jax.generation.test_engine import tiny_model
-from nha_jax import Engine, generate
-
-model = tiny_model(num_kv_heads=2, conv_width=4)
-prompt = np.random.default_rng(0).integers(0, 24, (4, 9))
-wanted = generate(model, prompt, max_new_tokens=20, seed=1)
-mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-with jax.set_mesh(mesh):
-    cache = Engine(model, batch_size=4, max_length=64)._state.cache
-    for layer in cache.layers:
-        assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
-        ring = layer.attention.window_value.sharding.spec
-        assert ring == PartitionSpec("data", None, "tensor"), ring
-    found = generate(model, prompt, max_new_tokens=20, seed=1)
-np.testing.assert_array_equal(found, wanted)
-print(len(jax.devices()), "devices agree")
-"""
-
-
 def test_a_batch_divided_over_eight_devices_gives_the_same_texts():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    result = subprocess.run(
-        [sys.executable, "-c", ON_A_MESH],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert "8 devices agree" in result.stdout
+    done = run_on_eight_devices("tests.support.generation_on_a_mesh")
+    assert done.returncode == 0, done.stderr

@@ -3,6 +3,8 @@
 It prints nothing if that is so.
 """
 
+from unittest import mock
+
 import chex
 import jax
 import numpy as np
@@ -36,14 +38,10 @@ def main() -> None:
             largest = max(largest, part.size)
         return part
 
-    Checkpoint.read = measured  # type: ignore[method-assign]
-    model = from_pretrained(FIXTURES / "llama-2", num_slots=8, shardings=shardings, **EXACT)
+    with mock.patch.object(Checkpoint, "read", measured):
+        model = from_pretrained(FIXTURES / "llama-2", num_slots=8, shardings=shardings, **EXACT)
     kernel = model.blocks.attention.q_proj.kernel[...]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 16)}
     assert largest == 32 * 32 // 8, largest
     whole = from_pretrained(FIXTURES / "llama-2", num_slots=8, **EXACT)
     chex.assert_trees_all_equal(jax.device_get(nnx.state(model)), jax.device_get(nnx.state(whole)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,11 @@
-"""Operator and decode step on eight devices; prints how many cases agreed. For test_sharding.py.
+"""A program: the operator or the decode step on eight devices, for test_sharding.py.
 
-Usage: sharded_operator.py [more]
+`main` takes the name of a check of CHECKS, and the position of its case in CASES or DECODE_WINDOWS.
 """
 
 import dataclasses
 import functools
 import re
-import sys
 from typing import Any
 
 import jax
@@ -40,6 +39,12 @@ class Case:
     gate: str = "mild"
     implementation: str = "xla"
     axes: dict[str, list[str]] | None = None
+
+    def __str__(self) -> str:
+        names = [f"{name}{size}" for name, size in self.mesh.items()]
+        names += [f"B{self.B}", f"Hkv{self.Hkv}", f"W{self.window_size}", f"rope-{self.rope}"]
+        names += [self.empty_slots, self.gate, self.implementation]
+        return "-".join(names + ["segments"] * self.segments + ["state"] * self.state)
 
 
 CASES = [
@@ -80,7 +85,8 @@ CASES += [
     in_context(4, True, "mask", "mixed"),
     in_context(None, True, "attend", "mild", rope="tokens"),
 ]
-MORE_CASES = [
+ORDINARY = len(CASES)  # the first of them; those that follow run with -m slow
+CASES += [
     in_context(0, False, "attend", "mild"),
     in_context(1, True, "mask", "mild"),
     in_context(3, False, "attend", "mixed", rope="tokens"),
@@ -222,18 +228,12 @@ def check_no_communication() -> None:
     assert not re.search(rf" ({exchanges})", program)
 
 
-def main(more: str = "") -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
-    assert len(jax.devices()) == 8
-    cases = MORE_CASES if more else CASES
-    for case in cases:
-        check(case)
-    if not more:
-        for window_size in DECODE_WINDOWS:
-            check_decode(window_size)
-        check_no_communication()
-    print(len(cases), "cases agree")
+CHECKS = {
+    "case": lambda index: check(CASES[int(index)]),
+    "decode": lambda index: check_decode(DECODE_WINDOWS[int(index)]),
+    "communication": check_no_communication,
+}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+def main(name: str, *index: str) -> None:
+    CHECKS[name](*index)

@@ -6,7 +6,6 @@ JSON. XLA warns on stderr.
 """
 
 import json
-import sys
 from typing import Any
 
 import jax
@@ -83,7 +82,6 @@ def gradients(config: TrainConfig, devices: list[jax.Device]) -> tuple[float, di
 
 
 def main(kind: str, *meshes: str) -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     differences = {}
     for text in meshes:
         config = make_config(kind, json.loads(text))
@@ -98,7 +96,3 @@ def main(kind: str, *meshes: str) -> None:
             "gradients": difference / largest,
         }
     print(json.dumps(differences))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -6,7 +6,6 @@ entries of the largest part that was read, and of the whole; `train`, the metric
 
 import json
 import math
-import sys
 from collections import Counter
 
 import jax
@@ -59,7 +58,3 @@ def main(config_file: str, what: str) -> None:
             state, metrics = functions.update(state, batch, original)
             rows.append({name: float(x) for name, x in metrics.items()})
         print(json.dumps(rows))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

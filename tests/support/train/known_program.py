@@ -30,7 +30,3 @@ def main() -> None:
         for shape, spec in zip(((16, 32, 64), (64, 64)), specs, strict=True)
     )
     print(jax.jit(divided).lower(*shapes).compile().as_text())
-
-
-if __name__ == "__main__":
-    main()

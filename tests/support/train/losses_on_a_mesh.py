@@ -4,7 +4,6 @@ Usage: losses_on_a_mesh.py CONFIG CHECKPOINTS
 """
 
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -37,7 +36,3 @@ def main(config_file: str, folder: str) -> None:
         follow(*restored, 5)
     assert mesh.devices.size == 8
     print(json.dumps(losses))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -25,7 +25,6 @@ def update(config: TrainConfig) -> tuple[dict[str, float], list[np.ndarray]]:
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     config = dataclasses.replace(
         make_config("from-scratch", {"data": 2, "fsdp": 2, "context": 2}),
         loss=LossConfig(z_loss=1e-2, slot_loss=1e-1),
@@ -46,7 +45,3 @@ def main() -> None:
         for x, wanted in zip(state_by_parts, state, strict=True)
     )
     print(json.dumps({name: float(value) for name, value in differences.items()}))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,10 +1,7 @@
 """The loss, one update, and what is refused to be an update."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -14,6 +11,7 @@ import optax
 import pytest
 from flax import nnx
 
+from tests.support.eight_devices import run_on_eight_devices
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.config import OptimizerConfig, TrainConfig
@@ -134,15 +132,11 @@ def test_same_loss_on_one_and_on_eight_devices(nha: Nha, undisturbed: Nha) -> No
     # The undisturbed run, on one device, from its start and from a checkpoint of it.
     checkpoints = nha.run / "checkpoints"
     shutil.copytree(undisturbed.run / "checkpoints" / "115", checkpoints / "115")
-    program = "tests.support.train.losses_on_a_mesh"
-    result = subprocess.run(
-        [sys.executable, "-m", program, str(nha.config_file), str(checkpoints)],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
+    done = run_on_eight_devices(
+        "tests.support.train.losses_on_a_mesh", str(nha.config_file), str(checkpoints)
     )
-    assert result.returncode == 0, result.stderr
-    losses = {int(step): loss for step, loss in json.loads(result.stdout).items()}
+    assert done.returncode == 0, done.stderr
+    losses = {int(step): loss for step, loss in json.loads(done.stdout).items()}
     assert sorted(losses) == [1, 2, 3, 116, 117, 118, 119, 120]
     alone = undisturbed.losses()
     for step, loss in losses.items():

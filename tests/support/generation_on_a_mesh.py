@@ -1,0 +1,23 @@
+"""A program: a batch of texts divided over eight devices is that of one device."""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, PartitionSpec
+
+from nha_jax import Engine, generate
+from tests.nha_jax.generation.test_engine import tiny_model
+
+
+def main() -> None:
+    model = tiny_model(num_kv_heads=2, conv_width=4)
+    prompt = np.random.default_rng(0).integers(0, 24, (4, 9))
+    wanted = generate(model, prompt, max_new_tokens=20, seed=1)
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        cache = Engine(model, batch_size=4, max_length=64)._rows.cache
+        for layer in cache.layers:
+            assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
+            ring = layer.attention.window_value.sharding.spec
+            assert ring == PartitionSpec("data", None, "tensor"), ring
+        found = generate(model, prompt, max_new_tokens=20, seed=1)
+    np.testing.assert_array_equal(found, wanted)
