@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a Hopper GPU: are the kernels right, and how fast are they? Within ten minutes.
+# Checks the kernels on a machine with a Hopper GPU, and times them, within ten minutes.
 #
-#   benchmarks/gpu_check.sh [FOLDER]         # default: gpu_check; both logs and the figures
-#   benchmarks/gpu_check.sh --toy [FOLDER]   # no GPU: the script itself, at toy size
+#   benchmarks/gpu_check.sh [FOLDER]         # FOLDER gets both logs and the figures; gpu_check
+#   benchmarks/gpu_check.sh --toy [FOLDER]   # without a GPU: tries the script itself, at toy size
 #
-# PYTHON is the command to run, "python" by default, e.g. PYTHON="uv run --extra cuda python". It
-# needs what the tests need; flash-linear-attention and torch, for the contest, may be missing.
+# PYTHON is the command that runs Python, "python" by default; e.g. "uv run --extra cuda python". It
+# must know what the tests need. torch and flash-linear-attention are timed beside the kernels if
+# they are there.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -22,12 +23,13 @@ failed=0
 echo "== Numerics: the compiled kernels against float64 on the host"
 if [ "$toy" ]; then
     export JAX_PLATFORMS=cpu NPROC=16
-    numerics=($python -m tests.support.gpu.interpreted 2)
+    numerics=($python -m tests.support.gpu.ordinary 3)
 else
     nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-    # Several processes share the device, and the definition is computed on the host.
+    # Several processes share the GPU; what the kernels are held against is computed on the host.
     export JAX_PLATFORMS=cuda,cpu XLA_PYTHON_CLIENT_PREALLOCATE=false
-    numerics=(timeout 270 $python -m pytest -m gpu -n "${WORKERS:-12}" -v --tb=short -rf tests/pallas/gpu)
+    numerics=(timeout 270 $python -m pytest -m gpu -n "${WORKERS:-12}" -v --tb=short -rf)
+    numerics+=(tests/pallas/gpu)
 fi
 "${numerics[@]}" 2>&1 | tee "$folder/numerics.log" || failed=1
 

@@ -1,11 +1,15 @@
-"""What ptxas makes of the decode kernel on Hopper, with no GPU: nothing is measured.
+"""Prints what ptxas makes of the decode kernel for Hopper, with no GPU: nothing is measured.
 
 uv run --extra cuda python benchmarks/gpu_decode_static.py    # about a quarter of a minute a row
 
-One step with its state donated. minimum: slots read and written, rotated keys and values read, and
-one entry of each ring, which is also all that the kernel moves; in microseconds of an H100's HBM.
-copied: bytes of the state that XLA copies beside the kernel; temporary: HBM beyond arguments.
-`loop`: many steps in one program, as `generate` has them.
+Each row is a program of one decode step with its state donated or, as `generate` has it, of a loop
+of steps. Its columns, beside registers, spills and shared memory:
+
+  minimum    bytes that a step must move: slots read and written, rotated keys and values read, one
+             entry of each ring; also the microseconds that an H100's HBM takes for them. The kernel
+             moves no more
+  copied     bytes of the state that XLA copies beside the kernel
+  temporary  bytes of HBM beyond the arguments
 """
 
 import argparse
@@ -33,13 +37,13 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"| {HEADINGS} |")
     print("|" + " --- |" * len(HEADINGS.split(" | ")))
-    layouts = [{"H": 4, "K": 256, "W": 32, "B": 64}, {"M": 128, "G": 8, "B": 64}]
-    layouts += [
+    shapes = [{"H": 4, "K": 256, "W": 32, "B": 64}, {"M": 128, "G": 8, "B": 64}]
+    shapes += [
         {"B": B, "G": G, "W": W}
         for B, G, W in itertools.product(arguments.batch_sizes, arguments.groups, arguments.windows)
     ]
-    for layout, loop in itertools.product(layouts, (False, True)):
-        print(row(DecodeJob("H100", kernel=True, loop=loop, **layout)), flush=True)
+    for shape, loop in itertools.product(shapes, (False, True)):
+        print(row(DecodeJob("H100", kernel=True, loop=loop, **shape)), flush=True)
 
 
 def row(job: DecodeJob) -> str:

@@ -1,10 +1,11 @@
-"""What ptxas makes of the operator's GPU kernels on Hopper, with no GPU: nothing is measured.
+"""Prints what ptxas makes of the operator's kernels for Hopper, with no GPU: nothing is measured.
 
 uv run --extra cuda python benchmarks/gpu_static.py    # a minute a shape
 
-HBM / minimum: what the operations of the compiled forward, and of forward and backward, read and
-write, rotation and gates included, each array once for each operation, to what they must: once
-query, key, value, log_decay and output, backward the gradients too.
+HBM / minimum: the bytes that the operations of the compiled forward (and, second, of forward and
+backward) read and write, rotation and gates included and each array counted once for each
+operation, over the bytes that they must: query, key, value, log_decay and output once, and backward
+also the gradients.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Compiles a decode step for Hopper without a GPU, as a worker of `static.compiling`.
+"""Compiles a decode step for Hopper without a GPU, in a process of its own.
 
-As a program: `python -m static.gpu_decoding JSON FOLDER`, with the fields of `DecodeJob`; it prints
-a JSON object in one line. Needs CUDA's libraries (the extra `cuda`).
+`python -m static.gpu_decoding JSON FOLDER`, with JSON for the fields of `DecodeJob`, prints a JSON
+object in one line. It needs CUDA's libraries (the extra `cuda`).
 """
 
 import dataclasses
@@ -18,17 +18,23 @@ from static.ptxas import read_dumps
 
 
 def compile_in_subprocess(job: DecodeJob) -> dict[str, Any]:
-    """`compile_and_read`'s object, from a fresh process. Raises RuntimeError if that fails."""
+    """Returns `compile_and_read`'s object from a fresh process.
+
+    Raises:
+        RuntimeError: it does not compile; the message ends with the compiler's.
+    """
     return run_worker("static.gpu_decoding", dataclasses.asdict(job), dump=False)
 
 
 def compile_and_read(job: DecodeJob, dumps: Path) -> dict[str, Any]:
-    """A step, or a loop of them, its state donated.
+    """Compiles a step, or a loop of steps, with its state donated.
 
     Returns:
-        "kernels", by name, as `static.ptxas.read_dumps` has them; "state_copies", bytes of the
-        state that XLA copies; "state_bytes" and "aliased_bytes"; "temporary_bytes", of HBM;
-        "minimum_bytes".
+        "kernels": their figures by name, as `static.ptxas.read_dumps` has them.
+        "state_copies": bytes of the state that XLA copies.
+        "state_bytes", "aliased_bytes": of the state, and of what is updated in place.
+        "temporary_bytes": HBM beyond the arguments.
+        "minimum_bytes": what a step must move.
     """
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1"}
     import jax
@@ -64,7 +70,10 @@ SIZES = {"bf16": 2, "f32": 4, "s32": 4}
 
 
 def _copied(hlo: str, sizes: set[int]) -> int:
-    """Bytes of the copies that are as large as an array of the state, and larger than a page."""
+    """Counts the bytes of copies of arrays that are as large as one of the state's.
+
+    Arrays of up to 4096 bytes are left out.
+    """
     total = 0
     for dtype, shape in re.findall(r"= (\w+)\[([\d,]*)\]\S* copy(?:-start)?\(", hlo):
         count = SIZES.get(dtype, 1)

@@ -1,8 +1,8 @@
-"""Compiles the operator's GPU kernels for Hopper without a GPU, and reads what ptxas says.
+"""Compiles the operator's GPU kernels for Hopper without a GPU, and reads what ptxas says of them.
 
-A process of its own for each program, because Mosaic compiles equal kernels of a process once. As a
-program: `python -m static.ptxas JSON FOLDER`, with the fields of `Shape`; it prints a JSON object
-in one line. Needs CUDA's libraries (the extra `cuda`).
+`python -m static.ptxas JSON FOLDER`, with JSON for the fields of `Shape`, prints a JSON object in
+one line. It needs CUDA's libraries (the extra `cuda`). Each program has a process of its own,
+because Mosaic compiles equal kernels of a process once.
 """
 
 import json
@@ -18,7 +18,7 @@ from static.programs import Shape, minimum_bytes
 
 
 def compile_in_subprocess(shape: Shape) -> dict[str, Any]:
-    """`compile_and_read`'s object, from a fresh process; the dumps are removed.
+    """Returns `compile_and_read`'s object from a fresh process, and removes its dumps.
 
     Raises:
         RuntimeError: it does not compile; the message ends with the compiler's.
@@ -27,12 +27,13 @@ def compile_in_subprocess(shape: Shape) -> dict[str, Any]:
 
 
 def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
-    """Forward and backward by the kernels, of [B, T, heads, size] arrays as a layer has them.
+    """Compiles the forward, and the forward and backward, of [B, T, heads, size] arrays.
 
     Returns:
-        "kernels", by name: "registers" a thread, "spills" (bytes stored and loaded), and
-        "shared_memory" (bytes a block); of the "forward", and of the program of forward and
-        backward, "both", the "bytes" that `bytes_moved` reads there, and "minimum_bytes".
+        "kernels": by name "registers" of a thread, "spills" (bytes stored and loaded) and
+          "shared_memory" (bytes of a block).
+        "forward", and "both" for forward and backward: "bytes", as `bytes_moved` counts them in the
+          program, and "minimum_bytes".
     """
     os.environ |= {"MOSAIC_GPU_DUMP_TO": str(dumps), "MOSAIC_GPU_DUMP_PTX": "1"}
     import jax
@@ -85,9 +86,9 @@ def compile_and_read(shape: Shape, dumps: Path) -> dict[str, Any]:
 
 
 def read_dumps(dumps: Path) -> dict[str, dict[str, int]]:
-    """Each kernel's figures, by its name; of kernels of one name, the largest.
+    """Returns each kernel's figures by its name; of several kernels of one name, the largest.
 
-    Mosaic and XLA each number the files that they leave of a kernel in their own order.
+    Mosaic and XLA number the files that they leave for a kernel each in its own order.
     """
     kernels: dict[str, dict[str, int]] = {}
     for pattern, figures_of in (("*.ptxas", _registers), ("*.resources.txt", _shared_memory)):
@@ -109,7 +110,7 @@ def _shared_memory(resources: str) -> dict[str, int]:
 
 
 def _find(pattern: str, text: str) -> tuple[str, ...]:
-    """Raises ValueError if the compiler's words have changed."""
+    """Returns the pattern's groups. Raises ValueError if the compiler no longer says it so."""
     match = re.search(pattern, text)
     if match is None:
         raise ValueError(f"no {pattern!r} in {text!r}")

@@ -1,7 +1,7 @@
-"""The operator's suite and the decode step on a GPU, compiled, against the host's arithmetic:
-values and gradients of the operator in float64.
+"""The operator's suite and decode steps, compiled for the GPU that is here, against the host.
 
-benchmarks/gpu_check.sh runs it: pytest -m gpu tests/pallas/gpu
+The operator's values and gradients are held against float64, the decode steps against XLA.
+benchmarks/gpu_check.sh runs this: pytest -m gpu tests/pallas/gpu
 """
 
 import functools
@@ -18,7 +18,7 @@ from tests.support.gpu.interpreted import CASES
 from tests.support.ops.cases import Case, make_inputs
 from tests.support.ops.decode_cases import decode_options, make_state, make_token
 
-# What the interpreter is too slow for, and what is cuDNN's on a GPU.
+# Cases that the interpreter is too slow for, and, of window None, cuDNN's on a GPU.
 LARGER = [
     Case(T=1024, window="64", G=4, M=64, K=128, V=128, H=2, B=1),
     Case(T=1000, window="100", M=64, K=64, V=64, H=4, gate="mixed", segments=True),

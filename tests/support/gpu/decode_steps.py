@@ -1,6 +1,6 @@
 """The decode kernel in its interpreter against decode_step in XLA.
 
-NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.decode_steps INDEX...    see process.py
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.decode_steps INDEX...    # see process.py
 """
 
 import functools

@@ -1,6 +1,6 @@
 """The operator on the interpreted GPU kernels, values and gradients, against float64.
 
-NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.interpreted INDEX...    see process.py
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.interpreted INDEX...    # see process.py
 """
 
 import jax

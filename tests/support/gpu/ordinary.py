@@ -1,6 +1,6 @@
 """The cases of the GPU kernels that every run of the tests interprets, in one process.
 
-NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.ordinary INDEX...    see process.py
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.ordinary INDEX...    # see process.py
 
 Starting a process and lowering a kernel take as long as a case. So all cases share a process, and
 two of them, which have every kernel between them, are lowered for CUDA.

@@ -1,6 +1,6 @@
 """Runs cases of the GPU kernels in processes of their own, in Mosaic's GPU interpreter.
 
-NPROC=16 JAX_PLATFORMS=cpu python -m MODULE INDEX...    of a module with `CASES` here
+NPROC=16 JAX_PLATFORMS=cpu python -m MODULE INDEX...    # MODULE is one of those here with `CASES`
 
 prints "INDEX: ok" or "INDEX: error" for each. The interpreter runs every warpgroup in a thread that
 waits for others. XLA has as many threads as the machine has cores unless NPROC, which is read once

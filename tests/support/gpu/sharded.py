@@ -1,6 +1,6 @@
-"""The operator and its gradient on four GPUs that are not there. For test_sharding.py.
+"""Compiles the operator and its gradient for four GPUs that are not there.
 
-python -m tests.support.gpu.sharded WINDOW    prints the kernels and collectives that it compiles to
+python -m tests.support.gpu.sharded WINDOW    # prints the program's kernels and collectives
 """
 
 import re
@@ -19,7 +19,7 @@ B, T, H, K, M = 4, 128, 4, 64, 16
 
 CUDNN = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
 CALLS = {64: {"mosaic_gpu_v2"}, None: CUDNN}
-"""By window, the kernels and collectives of a program."""
+"""The kernels and collectives that are to be in a window's program."""
 
 COLLECTIVES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 
@@ -29,7 +29,7 @@ def is_kernel(target: str) -> bool:
 
 
 def gradients(window_size: int | None):
-    """A function of query, key, value, log_decay and the output's cotangent."""
+    """Returns a function of query, key, value, log_decay and the output's cotangent."""
 
     def run(query, key, value, log_decay, cotangent):
         def attend(*arrays):
@@ -47,7 +47,7 @@ def gradients(window_size: int | None):
 
 
 def shapes(mesh) -> list[jax.ShapeDtypeStruct]:
-    """Rows divided over the mesh's first axis, heads over its second."""
+    """The function's arguments: rows divided over the mesh's first axis, heads over its second."""
     sharding = NamedSharding(mesh, PartitionSpec("data", None, "tensor"))
     wide = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16, sharding=sharding)
     log_decay = jax.ShapeDtypeStruct((B, T, H, M), jnp.float32, sharding=sharding)

@@ -2,7 +2,7 @@
 
 NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.slot_query_gradients INDEX...
 
-prints the results; see process.py.
+See process.py.
 """
 
 import functools

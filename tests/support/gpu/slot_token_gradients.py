@@ -2,7 +2,7 @@
 
 NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.slot_token_gradients INDEX...
 
-prints the results; see process.py. The formulas are computed in float64.
+See process.py. The formulas are computed in float64.
 """
 
 from typing import Any

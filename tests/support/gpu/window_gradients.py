@@ -1,6 +1,6 @@
 """The launches that find the window's gradients, against their formulas in float64.
 
-NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.window_gradients INDEX...    see process.py
+NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.window_gradients INDEX...    # see process.py
 """
 
 import dataclasses

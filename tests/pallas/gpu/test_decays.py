@@ -1,4 +1,4 @@
-"""What the output pass computes of log_decay by itself."""
+"""What is made of log decays inside a kernel."""
 
 import numpy as np
 import pytest
