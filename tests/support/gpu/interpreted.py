@@ -11,19 +11,8 @@ from tests.support.gpu.process import HOPPER, report
 from tests.support.ops import cases
 from tests.support.ops.cases import Case
 
-# Heads that are not padded, and windows of up to 128: the kernels rotate.
-ROTATED = [
-    Case(T=130, window="1", M=48, K=64, V=64, rope="rows", empty_slots="mask"),
-    Case(T=190, window="64", G=2, M=64, K=128, V=128, rope="rows", gate="mixed", segments=True),
-    Case(T=130, window="16", K=64, V=40, slot_feature_map="silu", rope="yarn", segments=True),
-    Case(T=256, window="128", M=128, K=128, V=64, B=1),
-    Case(T=200, window="100", G=4, H=2, M=20, K=64, V=64, B=1, gate="-inf", rope="yarn"),
-    Case(T=130, window="100", M=0, K=64, V=64, rope="rows"),
-    Case(T=128, window="64", G=2, M=128, K=256, V=256, B=1, gate="mixed", rope="rows"),
-    Case(T=100, window="32", G=2, M=20, K=256, V=200, B=1, rope="yarn", segments=True),
-    Case(T=128, window="64", M=64, K=128, V=128, B=1, slot_weight_gradient="slots"),
-]
-MORE = [
+# One of each kind that the kernels treat in their own way; index 0 is the documents' example.
+KINDS = [
     Case(T=128, window="64", G=2, M=20, K=64, V=40, B=1, gate="mixed", rope="yarn", segments=True),
     Case(T=90, window="None", B=1, segments=True, empty_slots="mask", rope="rows"),
     Case(T=66, window="0", B=1, slot_feature_map="silu", gate="-inf", state=True),
@@ -57,7 +46,20 @@ MORE = [
         rope=None,
     ),
 ]
-CASES = MORE + ROTATED + test_attention.SUITE
+# Heads that are not padded, and windows of up to 128: the kernels rotate queries and keys.
+ROTATED = [
+    Case(T=130, window="1", M=48, K=64, V=64, rope="rows", empty_slots="mask"),
+    Case(T=190, window="64", G=2, M=64, K=128, V=128, rope="rows", gate="mixed", segments=True),
+    Case(T=130, window="16", K=64, V=40, slot_feature_map="silu", rope="yarn", segments=True),
+    Case(T=256, window="128", M=128, K=128, V=64, B=1),
+    Case(T=200, window="100", G=4, H=2, M=20, K=64, V=64, B=1, gate="-inf", rope="yarn"),
+    Case(T=130, window="100", M=0, K=64, V=64, rope="rows"),
+    Case(T=128, window="64", G=2, M=128, K=256, V=256, B=1, gate="mixed", rope="rows"),
+    Case(T=100, window="32", G=2, M=20, K=256, V=200, B=1, rope="yarn", segments=True),
+    Case(T=128, window="64", M=64, K=128, V=128, B=1, slot_weight_gradient="slots"),
+]
+
+CASES = KINDS + ROTATED + test_attention.SUITE
 
 
 def lower_for_cuda(case: Case, inputs: dict) -> None:
