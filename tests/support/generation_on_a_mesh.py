@@ -14,7 +14,7 @@ def main() -> None:
     wanted = generate(model, prompt, max_new_tokens=20, seed=1)
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     with jax.set_mesh(mesh):
-        cache = Engine(model, batch_size=4, max_length=64)._rows.cache
+        cache = Engine(model, batch_size=4, max_length=64)._state.cache
         for layer in cache.layers:
             assert layer.attention.slot_key.sharding.spec == PartitionSpec("data", "tensor")
             ring = layer.attention.window_value.sharding.spec
