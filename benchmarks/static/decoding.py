@@ -129,8 +129,8 @@ def program(job: DecodeJob, implementation: str | None) -> tuple[Callable[..., A
 
         return jax.lax.fori_loop(0, STEPS, body, (query, state))
 
-    wide = jax.ShapeDtypeStruct((B, H * job.G * K), jnp.bfloat16)
-    narrow = jax.ShapeDtypeStruct((B, H * K), jnp.bfloat16)
+    query = jax.ShapeDtypeStruct((B, H * job.G * K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((B, H * K), jnp.bfloat16)
     log_decay = jax.ShapeDtypeStruct((B, H * M), jnp.float32)
     create = functools.partial(
         init_state,
@@ -142,7 +142,7 @@ def program(job: DecodeJob, implementation: str | None) -> tuple[Callable[..., A
         window_size=job.W,
         dtype=jnp.bfloat16,
     )
-    arguments = [wide, narrow, narrow, log_decay, jax.eval_shape(create)]
+    arguments = [query, key, key, log_decay, jax.eval_shape(create)]
     return (steps if job.loop else step), arguments
 
 

@@ -95,12 +95,12 @@ def _nha(program: Program, shape: Shape):
 
 def _arguments(shape: Shape, backward: bool) -> list[jax.ShapeDtypeStruct]:
     B, T, H, K = shape.B, shape.T, shape.H, shape.K
-    wide = jax.ShapeDtypeStruct((B, T, H * shape.G * K), jnp.bfloat16)
-    narrow = jax.ShapeDtypeStruct((B, T, H * K), jnp.bfloat16)
-    arguments = [wide, narrow, narrow, jax.ShapeDtypeStruct((B, H, shape.M, T), jnp.float32)]
+    query = jax.ShapeDtypeStruct((B, T, H * shape.G * K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((B, T, H * K), jnp.bfloat16)
+    arguments = [query, key, key, jax.ShapeDtypeStruct((B, H, shape.M, T), jnp.float32)]
     if shape.segments:
         arguments.append(jax.ShapeDtypeStruct((B, T), jnp.int32))
-    return [*arguments, wide] if backward else arguments
+    return [*arguments, query] if backward else arguments
 
 
 def _splash(shape: Shape):
@@ -135,9 +135,9 @@ def _splash(shape: Shape):
 
 def _splash_arguments(shape: Shape, backward: bool) -> list[jax.ShapeDtypeStruct]:
     B, T, H, K = shape.B, shape.T, shape.H, shape.K
-    wide = jax.ShapeDtypeStruct((B, H * shape.G, T, K), jnp.bfloat16)
-    narrow = jax.ShapeDtypeStruct((B, H, T, K), jnp.bfloat16)
-    arguments = [wide, narrow, narrow]
+    query = jax.ShapeDtypeStruct((B, H * shape.G, T, K), jnp.bfloat16)
+    key = jax.ShapeDtypeStruct((B, H, T, K), jnp.bfloat16)
+    arguments = [query, key, key]
     if shape.segments:
         arguments.append(jax.ShapeDtypeStruct((B, T), jnp.int32))
-    return [*arguments, wide] if backward else arguments
+    return [*arguments, query] if backward else arguments

@@ -21,7 +21,7 @@ _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = \w+\[([\d,]*)\]\S* (copy|
 
 @functools.cache
 def devices(chip: str) -> tuple[Any, ...]:
-    """Compile-only devices of the smallest topology; skips the test if libtpu is missing."""
+    """Returns compile-only devices of the smallest topology; skips the test without libtpu."""
     pytest.importorskip("libtpu", reason="needs libtpu: uv run --extra tpu")
     for _ in range(20):
         try:
@@ -37,7 +37,7 @@ def devices(chip: str) -> tuple[Any, ...]:
 def compile_for(
     chip: str, function: Callable[..., Any], *arguments: Any, donate: tuple[int, ...] = ()
 ) -> jax.stages.Compiled:
-    """`function` of abstract arguments (trees of ShapeDtypeStruct), for one device of the chip."""
+    """Compiles `function` for one device of the chip; arguments are trees of ShapeDtypeStruct."""
     device = SingleDeviceSharding(devices(chip)[0])
     jitted = jax.jit(function, in_shardings=device, out_shardings=device, donate_argnums=donate)
     mesh = make_mesh(chip, (1,), ("data",))
@@ -46,13 +46,13 @@ def compile_for(
 
 
 def make_mesh(chip: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> Mesh:
-    """A mesh of the chip's first devices."""
+    """Makes a mesh of the chip's first devices."""
     chosen = np.array(devices(chip)[: math.prod(shape)]).reshape(shape)
     return Mesh(chosen, axes, axis_types=(AxisType.Auto,) * len(axes))
 
 
 def relayouts(compiled: jax.stages.Compiled, elements: int) -> list[str]:
-    """The copies and transpositions of arrays of at least so many elements: lines of HLO."""
+    """Finds the copies and transpositions of arrays of at least `elements`: lines of HLO."""
     found = []
     for line in compiled.as_text().splitlines():
         match = _OPERATION.match(line)

@@ -129,9 +129,9 @@ def test_forward(case: Case) -> None:
 
 @pytest.mark.parametrize("case", parameters(SMALL))
 def test_gradients(case: Case) -> None:
-    def gradients(query, key, value, log_decay, segment_ids, cotangent):
+    def gradients(query, key, value, log_decay, segment_ids, d_out):
         run = lambda *inputs: attention(case)(*inputs, segment_ids)  # noqa: E731
-        return jax.vjp(run, query, key, value, log_decay)[1](cotangent)
+        return jax.vjp(run, query, key, value, log_decay)[1](d_out)
 
     query, *rest = arguments(case)
     check(case, compile_for(case.chip, gradients, query, *rest, query))
