@@ -123,6 +123,15 @@ NOT_RUN = {
         "pip install -q uv && uv run pytest -n 2",
         "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
         "uv run pytest -m slow tests/train",
+        "uv run pytest -n 2 -m slow",
+        "uv run pytest -n 2 -m full tests/nha_jax/ops tests/pallas/gpu "
+        "tests/pallas/tpu/test_decode.py",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m full tests/pallas/tpu "
+        "tests/train/plan",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests",
+        "uv run --extra cuda pytest -m gpu -n 12 tests/pallas/gpu",
+        "uv run --isolated --group hf pytest -m hf tests/nha_jax/hf",
         'uv run pytest -m "slow or not slow" tests/train/devices/test_mesh.py '
         "tests/nha_jax/ops/test_sharding.py",
     ),
