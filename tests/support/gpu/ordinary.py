@@ -39,7 +39,7 @@ CASES: list[Check] = [
     # Slots alone.
     (
         interpreted.interpret,
-        Case(T=66, window="0", B=1, gate="normaliser-1", slot_weight_gradient="slots"),
+        Case(T=40, window="0", B=1, gate="normaliser-1", slot_weight_gradient="slots"),
     ),
     # A window alone.
     (
