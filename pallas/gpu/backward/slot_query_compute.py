@@ -16,7 +16,7 @@ from pallas.gpu.warpgroup.matmul import Matmul
 
 
 class SlotQueryWarpgroup:
-    """A query head's rows of a chunk."""
+    """The warpgroup that has a query head's rows of a chunk, and all of its slots."""
 
     def __init__(self, memory: SlotQueryMemory, matmul: Matmul, spec: CallSpec):
         self.memory, self.matmul, self.spec = memory, matmul, spec
@@ -48,7 +48,7 @@ class SlotQueryWarpgroup:
             self.memory.fetch_slots(panel)
 
     def _sum_delta(self) -> None:
-        """Leaves delta in its place: it needs all panels, and so each is computed twice."""
+        """Stores delta, a sum over all panels, before the panels' results are found."""
 
         def add(panel, sums):
             p, dp = self._weights(panel)
@@ -62,7 +62,7 @@ class SlotQueryWarpgroup:
         plgpu.commit_smem()
 
     def _delta(self, total: jax.Array, mass: jax.Array) -> jax.Array:
-        """delta, of the sums of p dp and of p; a row that reads nothing has none."""
+        """delta, given the sums of p dp and of p, which are 0 in a row that reads no slots."""
         mean = total / jnp.where(mass > 0.0, mass, 1.0)
         return self._row("slot_weight") * mean + self._row("delta_beside_slots")
 
@@ -105,7 +105,7 @@ class SlotQueryWarpgroup:
         return p, self._products(panel, "d_out", "value")
 
     def _build_token_decays(self, panel) -> None:
-        """Stores the panel's token decays; and c - c_ref, of the row's gate block, instead of c."""
+        """Stores a panel's token decays, and in place of c, c minus the row's own c_ref."""
         shared, memory = self.shared, self.memory
         memory.zero.renew()
         stage = memory.stage(panel)
@@ -120,10 +120,10 @@ class SlotQueryWarpgroup:
         plgpu.commit_smem()
 
     def _products(self, panel, rows: str, side: str) -> jax.Array:
-        """q times a panel's keys as they are after each row's token, or do times their values.
+        """Rows (q or do, by name) times the slots' keys or values as each row finds them.
 
-        row_decay * (exp(c_ref) * start + spread(scores)): less to hold than with exp(c). Where
-        exp(c_ref) underflows exp(c) is below 2^-33.
+        Computed as row_decay * (exp(c_ref) * start + spread(scores)), which needs fewer registers
+        than with exp(c). Where exp(c_ref) underflows, exp(c) is below 2^-33.
         """
         shared, memory = self.shared, self.memory
         stage, slots = memory.stage(panel), shared[f"slot_{side}s"]
@@ -158,9 +158,9 @@ class SlotQueryWarpgroup:
         return plgpu.load(self.memory.numbers(name), layout=ROW)
 
     def _store_panel(self, panel, results: dict[str, jax.Array]) -> None:
-        """Writes a panel's results and d_logits_to_start, which is in the place of s.
+        """Writes a panel's results, and d_logits_to_start, which `_panel` left in the place of s.
 
-        They pass through the places of the token decays, which are no longer needed.
+        The results pass through the places of the token decays, which are no longer needed.
         """
         index, memory = self.index, self.memory
         places = {name: memory.token_decays(i) for i, name in enumerate(results)}
@@ -173,7 +173,7 @@ class SlotQueryWarpgroup:
             plgpu.copy_smem_to_gmem(place, self.refs[name].at[*where])
 
     def _store_query(self, into_tokens: jax.Array) -> None:
-        """Writes dq, through the place of q."""
+        """Finds dq, and writes it through the place of q."""
         shared, index, memory = self.shared, self.index, self.memory
         L = jnp.where(self._entered(), into_tokens, 0.0).astype(jnp.bfloat16)
         plgpu.barrier_wait(shared["loaded_again"])

@@ -64,7 +64,7 @@ from pallas.gpu.warpgroup.matmul import Matmul
 
 
 class SlotQueryGradients(NamedTuple):
-    """bfloat16: [B, Tq, Hq, D] the gradient of the query, else [B, Tq, Hq, M]."""
+    """The launch's outputs, bfloat16: query [B, Tq, Hq, D], the others [B, Tq, Hq, M]."""
 
     query: jax.Array  # with the window's, where that is given
     d_logits_to_reference: jax.Array  # ds exp(c - c_ref), c_ref of the row's block

@@ -22,7 +22,7 @@ NUMBERS = (*GIVEN, "delta")
 def query_scratch(spec: CallSpec, D: int, M: int, *, adds: bool, interpret: bool) -> Refs:
     """Shared memory, and the barriers of the copies into it.
 
-    adds: there is a gradient to add to.
+    adds: whether dq is added to a gradient that is given.
     """
     narrow, wide = jnp.bfloat16, jnp.float32
     panel = M if M <= WHOLE else PANEL
@@ -84,7 +84,7 @@ class SlotQueryMemory:
         return self.shared[name].at[self.zero.value]
 
     def numbers(self, name: str):
-        """A number of each row, one of `NUMBERS`."""
+        """A number of each row, by its name in `NUMBERS`."""
         return self.shared["numbers"].at[NUMBERS.index(name)]
 
     def token_decays(self, block: int):
@@ -92,7 +92,7 @@ class SlotQueryMemory:
         return self.shared["token_decays"].at[self.zero.value + block]
 
     def references(self, panel):
-        """Of a gate block, c_ref of the panel's slots."""
+        """A function of a gate block: where c_ref of the panel's slots lies."""
         slots = self.slots(panel)
         return lambda block: self.shared["references"].at[block, slots]
 
@@ -106,12 +106,12 @@ class SlotQueryMemory:
         return lax.rem(jnp.int32(panel), jnp.int32(self.stages))
 
     def slot_keys(self, panel: int):
-        """At the end, SK0 of a panel: the last are still where they were."""
+        """SK0 of a panel, at the end: the last panels' are still where they were."""
         is_here = panel >= self.panels - self.stages
         return self.shared["slot_keys" if is_here else "slot_values"].at[panel % self.stages]
 
     def fetch_first(self) -> None:
-        """Fetches the rows, the tokens, what is known of each, and the first panels' gates."""
+        """Fetches rows and tokens with their numbers and segments, and the first panels' gates."""
         refs, shared, index = self.refs, self.shared, self.index
         b, head, loaded = index.batch, index.heads, shared["loaded"]
         for name in ("query", "d_out"):
@@ -146,7 +146,7 @@ class SlotQueryMemory:
             self._fetch_slots_to(f"slot_{side}s", side, panel, loaded)
 
     def fetch_next(self, turn) -> None:
-        """Fetches what takes this turn's places, when all have read them."""
+        """Fetches the panel that takes this turn's place, which all warps have read."""
 
         @pl.when(turn + self.stages < 2 * self.panels)
         def _():
@@ -155,7 +155,7 @@ class SlotQueryMemory:
             self.fetch_slots(panel)
 
     def fetch_again(self) -> None:
-        """Fetches what dq is made of and is not here, after the last panel's dp."""
+        """Fetches what dq is made of and is no longer here, after the last panel's dp."""
         plgpu.commit_smem()
         index, again = self.index, self.shared["loaded_again"]
         self._fetch_tokens("key", self.rows("d_out"), again)

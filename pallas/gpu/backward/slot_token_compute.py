@@ -27,13 +27,15 @@ from pallas.gpu.warpgroup.masks import block_entered, by_column, iota, same_segm
 from pallas.gpu.warpgroup.matmul import Matmul
 from pallas.gpu.warpgroup.row_sums import store_zeros, sum_rows_by_parts
 
-FLOOR_ODDS = 1 / math.expm1(-FLOOR)  # with less, a log decay is below the floor: c knows it not
+# The odds of a log decay at the floor. With less, c holds the floor and not the decay, so that
+# nothing inside the chunk depends on it.
+FLOOR_ODDS = 1 / math.expm1(-FLOOR)
 
 
 class TokenWarpgroup:
-    """Fetches what both warpgroups read, and finds dx of either side.
+    """Fetches what both warpgroups read, and finds dx of both sides.
 
-    Leaves S0 . dS and to_end E, summed over the sides, for the other.
+    It also leaves S0 . dS and to_end E, summed over the sides, for the other warpgroup.
     """
 
     def __init__(self, memory: SlotTokenMemory, matmul: Matmul, spec: CallSpec):
@@ -81,7 +83,7 @@ class TokenWarpgroup:
             memory.fetch_tokens(side + 1)
 
     def _sum_to_end(self, side: int) -> None:
-        """Adds a side to S0 . dS and to to_end E, which overwrites c, and says when both have it.
+        """Adds a side to S0 . dS and to to_end E, which overwrites c; after both, tells the other.
 
         This sums across warps; the other warpgroup never does, see `launch`.
         """
@@ -110,7 +112,7 @@ class TokenWarpgroup:
             plgpu.barrier_arrive(shared["ends_ready"])
 
     def _add_head(self, item, grad: jax.Array) -> jax.Array:
-        """dx with one more head."""
+        """Returns dx with one more head."""
         stage = self.memory.wait_for_item(item)
         for block in range(GATE_BLOCKS):
             grad = self._add_gate_block(block, stage, grad)
@@ -118,7 +120,7 @@ class TokenWarpgroup:
         return grad
 
     def _add_gate_block(self, block: int, stage, grad: jax.Array) -> jax.Array:
-        """dx with a head's rows of one more gate block."""
+        """Returns dx with a head's rows of one more gate block."""
         memory, rows = self.memory, pl.ds(block * GATE_ROWS, GATE_ROWS)
         ys, ws = self.shared["rows"], self.shared["row_weights"]
         L = self.matmul(
@@ -128,7 +130,10 @@ class TokenWarpgroup:
         return self.matmul(lambda: [(L, ys.at[stage, rows])], (CHUNK, memory.D), grad)
 
     def _add_window(self, item, grad: jax.Array) -> jax.Array:
-        """dx with the window's, by a product with 1: so nothing more is held in registers."""
+        """Returns dx with the window's gradient.
+
+        It is added as a product with the unit matrix, which takes no registers for it.
+        """
         memory, shared = self.memory, self.shared
         stage = memory.wait_for_item(item)
         one = jnp.where(iota(CHUNK, 0) == iota(CHUNK, 1), 1.0, 0.0).astype(jnp.bfloat16)
@@ -168,7 +173,7 @@ class DecayWarpgroup:
         self._store(token_sums)
 
     def _add_head(self, item, token_sums: jax.Array) -> jax.Array:
-        """token_sum with one more head; row_sum is added to in its place."""
+        """Returns token_sum with one more head, and adds the head to row_sum where that lies."""
         stage = self.memory.wait_for_item(item)
         self._add_row_sums(stage)
         token_sums = self._add_token_sums(stage, token_sums)
@@ -176,7 +181,10 @@ class DecayWarpgroup:
         return token_sums
 
     def _add_row_sums(self, stage) -> None:
-        """Adds a head to row_sum. A gate block is a warp, which needs one of four products."""
+        """Adds a head to row_sum.
+
+        A gate block's rows are those of a warp, so that each warp needs one of the four products.
+        """
         memory, shared = self.memory, self.shared
         scores = self.matmul(
             lambda: [(shared["rows"].at[stage], memory.operand("tokens").T)], (CHUNK, CHUNK)
@@ -201,13 +209,13 @@ class DecayWarpgroup:
         shared["row_sums"][...] = self._load("row_sums") + of_start
 
     def _start_decay(self) -> jax.Array:
-        """exp(c_ref) of the row's block, in the rows that read the slots at the chunk's start."""
+        """exp(c_ref) with the row's own c_ref, 0 in rows that do not read S0."""
         memory = self.memory
         reference = own_reference(lambda x: memory.references(memory.zero.value + x), memory.width)
         return start_decay(reference, self.shared.get("slot_access"))
 
     def _add_token_sums(self, stage, token_sums: jax.Array) -> jax.Array:
-        """token_sum with a head."""
+        """Returns token_sum with one more head."""
         memory, shared = self.memory, self.shared
         scores = self.matmul(
             lambda: [(memory.operand("tokens"), shared["rows"].at[stage].T)], (CHUNK, CHUNK)
@@ -217,13 +225,16 @@ class DecayWarpgroup:
         return token_sums
 
     def _token_sums_of(self, block: int, stage, scores: jax.Array) -> jax.Array:
-        """A gate block's rows' part of a head's token_sum. scores: A, [tokens, 16 rows]."""
+        """The part of a head's token_sum that a gate block's rows make up.
+
+        scores: A, [tokens, 16 rows] bfloat16.
+        """
         rows, ws = pl.ds(block * GATE_ROWS, GATE_ROWS), self.shared["row_weights"]
         sums = self.matmul(lambda: [(scores, ws.at[stage, rows])], self.gates_shape)
         return sums * _wide(self.memory.token_decays(block))
 
     def _masked_blocks(self, scores: jax.Array, *, tokens_down: bool) -> list[jax.Array]:
-        """scores [C, C] in four of [C, 16] bfloat16, with zeros where nothing has entered."""
+        """scores [C, C] in four blocks [C, 16] bfloat16, 0 where a token is not in a row's slots."""
         blocks = []
         for block in range(GATE_BLOCKS):
             first = block * GATE_ROWS
@@ -261,7 +272,7 @@ class DecayWarpgroup:
     def _sum_rows(self, x: jax.Array, *, parts: int, earlier: bool) -> jax.Array:
         """[C, slots]: for each row the sum of x over the earlier rows, or over the later.
 
-        parts: as for `sum_rows_by_parts`, where they lie in the slots' place.
+        parts: as for `sum_rows_by_parts`; they lie in the place of S0.
         """
         row, other = iota(CHUNK, 0), iota(CHUNK, 1)
         place = self.memory.zero.value, pl.ds(0, CHUNK)
@@ -294,9 +305,9 @@ def _over_heads(
     add_head: Callable[[jax.Array, jax.Array], jax.Array],
     start: jax.Array,
 ) -> jax.Array:
-    """start, as add_head(item, sum) changes it for each head; right after `zero.renew`.
+    """Returns what add_head(item, sum) makes of start, head after head; after a `zero.renew`.
 
-    A loop even over one head, which would else be laid out among what surrounds it.
+    It is a loop even for one head: else its operations would be scheduled among those around it.
     """
     first = memory.first_item(side)
     begin = 0 if memory.group > 1 else memory.zero.value
@@ -304,9 +315,10 @@ def _over_heads(
 
 
 def _entered(memory: SlotTokenMemory, block: int, *, tokens_down: bool) -> jax.Array:
-    """[C, 16], which of a gate block's tokens are in the slots that a row reads.
+    """[C, 16], whether a token is in the slots that a row reads.
 
-    tokens_down: of the chunk's tokens and a gate block's rows.
+    The 16 columns are a gate block's tokens, and the rows the chunk's; with tokens_down the columns
+    are a gate block's rows, and the rows the chunk's tokens.
     """
     mask, shared = block_entered(block, tokens_down=tokens_down), memory.shared
     if "query_segment" in shared:

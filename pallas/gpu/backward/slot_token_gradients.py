@@ -23,8 +23,8 @@ and that of the log decay of token j, the sum of both sides'
 
 The first sum of dg nearly cancels where decays are strong, so both its terms are made of the very
 operands, rounded, that enter the products. No term of its second line does. Where nothing decays s
-is 0, and odds token_sum is needed all the same: LEAST_WRITE stands for s, in f and to_end too,
-which no result can tell from 0. The kernel reads odds, and makes s of it.
+is 0, and odds token_sum is needed all the same: LEAST_WRITE stands for s, in f and to_end too, and
+is too small to show in any result. The kernel reads odds, and makes s of it.
 
 Inputs:
   query, d_out              [B, Tq, Hq, D] bfloat16; C divides Tq
@@ -88,9 +88,9 @@ Arrays = dict[str, jax.Array]
 
 
 class SlotTokenGradients(NamedTuple):
-    """The gradients of what enters the slots."""
+    """The gradients of what enters the slots; those of `window` included."""
 
-    key: jax.Array  # [B, Tk, Hkv, D] bfloat16, with the window's, where that is given
+    key: jax.Array  # [B, Tk, Hkv, D] bfloat16
     value: jax.Array
     log_decay: jax.Array  # [B, Tq, Hkv, M] float32
 
@@ -155,7 +155,7 @@ def _sum_shares(shares: jax.Array, window: jax.Array | None) -> jax.Array:
 
 
 def _with_rows(x: jax.Array, rows: int) -> jax.Array:
-    """x [B, Tq, Hkv, D] with zeros for the rows after it, whose tokens do not enter the slots."""
+    """Extends x [B, Tq, Hkv, D] by zeros, for tokens that do not enter the slots."""
     return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, 0)))
 
 

@@ -64,8 +64,8 @@ def token_scratch(stages: int, D: int, width: int, *, masked: bool, interpret: b
 class SlotTokenMemory:
     """A thread block's arrays as one of its warpgroups sees them, and the copies into them.
 
-    Items come and go in stages: for each side the rows of the group's query heads, then, if there
-    is such, the gradient of the window that is added to the side's.
+    Items take turns in the stages: for each side the rows of each query head of the group, and
+    then, if it is added to the side's, the window's gradient.
 
     Attributes:
       refs, shared: arrays and barriers, by name.
@@ -86,7 +86,7 @@ class SlotTokenMemory:
         self.zero = OpaqueZero(shared["zero"])
 
     def operand(self, name: str) -> Any:
-        """A product's operand of which there is one buffer."""
+        """An array that products read and that has one buffer."""
         return self.shared[name].at[self.zero.value]
 
     def token_decays(self, block: int, *tokens: Any) -> Any:
@@ -98,18 +98,18 @@ class SlotTokenMemory:
         return self.shared["references"].at[block, pl.ds(0, self.width)]
 
     def d_tokens(self, side: int) -> Any:
-        """Where the side's gradient goes, and the window's is, in the device's memory."""
+        """The side's gradient in the device's memory, where the window's is before."""
         where = self.index.panel, self.index.batch, self.index.written, self.index.head
         return self.refs["d_" + SIDES[side]].at[*where]
 
     # Items
 
     def first_item(self, side: int) -> int:
-        """The side's first item; for the side after the last the number of items."""
+        """The side's first item. `len(SIDES)` for a side gives the number of items."""
         return side * self.group + sum(self.added[:side])
 
     def window_item(self, side: int) -> int:
-        """The item that is the window's gradient."""
+        """The item that is the window's gradient of a side."""
         return self.first_item(side) + self.group
 
     def wait_for_item(self, item) -> int | jax.Array:
@@ -130,7 +130,7 @@ class SlotTokenMemory:
         pl.when(more)(lambda: self.fetch_item(item + self.stages, stage))
 
     def fetch_item(self, item, stage) -> None:
-        """Copies an item, whichever it is."""
+        """Copies an item to a stage, whatever it is."""
         for side, name in enumerate(SIDES):
             head = item - self.first_item(side)
             is_head = (head >= 0) & (head < self.group)

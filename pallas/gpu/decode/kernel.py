@@ -50,7 +50,7 @@ class DecodeSpec:
 
 
 class RegisterLayouts:
-    """How tiles and parts of them lie in registers, for heads of some size."""
+    """How tiles of rows, and what is summed from them, lie in registers."""
 
     def __init__(self, features: int):
         width = min(features, MOST_FEATURES)
@@ -88,7 +88,7 @@ def decode_kernel(refs: Refs, shared: Refs, spec: DecodeSpec, sizes: DecodeSizes
 
 
 class _ThreadBlock:
-    """One of the warpgroups that serve a batch row's key/value head.
+    """A batch row's key/value head, as one of a thread block's warpgroups serves it.
 
     Attributes:
       me: the warpgroup's number in its thread block.
@@ -218,8 +218,8 @@ class _ThreadBlock:
     def _load_panel(self, panel: jax.Array) -> KeysValues:
         """A panel of the ring.
 
-        Entries that an earlier panel had, that hold nothing yet or that are to be replaced are not
-        visible.
+        Entries are not visible that an earlier panel had, that hold nothing yet, or that the new
+        token replaces.
         """
         first = jnp.minimum(panel * self.tiles, self.spec.entries // TILE - self.tiles)
         where = self.batch, pl.ds(first, self.tiles), slice(None), self.head
@@ -297,9 +297,9 @@ class _ThreadBlock:
         return WarpSoftmax(_load(top, row), _load(mass, row), _load(total, tile))
 
     def _attend(self, query: str, rows: KeysValues) -> None:
-        """Adds these rows to the softmax of every query head; query: the name of what they meet.
+        """Adds these rows to the softmax of every query head, one head after the other.
 
-        Heads are served one by one: together they would not fill a matrix product either.
+        query: the name of the queries that multiply their keys.
         """
         key, value = rows.key.astype(jnp.float32), rows.value.astype(jnp.float32)
 
@@ -353,7 +353,7 @@ class _ThreadBlock:
 def _add_rows(
     softmax: WarpSoftmax, logits: jax.Array, value: jax.Array, visible: jax.Array | None
 ) -> WarpSoftmax:
-    """A query head's softmax with more rows: logits [n, 4], value [n, 4, V]."""
+    """Returns a query head's softmax with more rows: logits [n, 4], value [n, 4, V]."""
     if visible is not None:
         logits = jnp.where(visible, logits, MASKED_LOGIT)
     top = jnp.maximum(softmax.top, logits.max(axis=0))

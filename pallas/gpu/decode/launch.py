@@ -2,9 +2,9 @@
 
 A thread block serves one key/value head of a batch row. Where the state is a long ring that nothing
 leaves, several blocks (splits) share the ring, and their results are joined by a few operations
-after the launch. The state is updated in place: of the rings, only the entry that the new token
-replaces is written, and of the keys that are not rotated and of the decays only that entry is read.
-Of a row that is not active only the output is written, and nothing read.
+after the launch. The state is updated in place, and little of it is touched: the rings get one new
+entry, and those of unrotated keys and of decays are read at that entry only. For a row that is not
+active nothing is read, and only its output is written.
 
 Inputs (names in the kernel; shapes in `decode_types.py`):
   rotated_query, new_value         of the new token
@@ -19,7 +19,7 @@ Outputs:
   lse                              with splits, shaped alike, log-sum-exp in units of log 2
 Shared memory:
   top, mass, total                 each warp's softmax, [G, warpgroups, 4] and [.., V] float32
-  entries                          the new token's, on their way to the ring
+  entries                          the new token's ring entries, on their way there
 
 Warpgroups: 2 or 4, all alike. Each updates and reads its share of the slots, reads its share of the
 ring, and at the end writes the output of every 2nd or 4th query head.
