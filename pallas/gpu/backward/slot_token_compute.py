@@ -234,7 +234,7 @@ class DecayWarpgroup:
         return sums * _wide(self.memory.token_decays(block))
 
     def _masked_blocks(self, scores: jax.Array, *, tokens_down: bool) -> list[jax.Array]:
-        """scores [C, C] in four blocks [C, 16] bfloat16, 0 where a token is not in a row's slots."""
+        """scores [C, C] in four blocks [C, 16] bfloat16, 0 for tokens not in a row's slots."""
         blocks = []
         for block in range(GATE_BLOCKS):
             first = block * GATE_ROWS
