@@ -48,17 +48,6 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
     }
 
 
-@pytest.fixture(scope="session")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Lets the many processes of this suite share what they compile."""
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        # As in the tests' own process: compiled sooner, for the same arithmetic in all of them.
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    }
-
-
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 3 MB."""
@@ -72,18 +61,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def nha(tmp_path: Path, tiny_values: dict[str, Any], environment: dict[str, str]) -> Nha:
-    return Nha(tmp_path, tiny_values, environment)
+def nha(tmp_path: Path, tiny_values: dict[str, Any]) -> Nha:
+    return Nha(tmp_path, tiny_values)
 
 
 @pytest.fixture(scope="session")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory,
-    tiny_values: dict[str, Any],
-    environment: dict[str, str],
-) -> Nha:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Nha:
     """A finished run of the tiny configuration that nothing interrupted."""
-    nha = Nha(tmp_path_factory.mktemp("undisturbed"), tiny_values, environment)
+    nha = Nha(tmp_path_factory.mktemp("undisturbed"), tiny_values)
     nha.train()
     return nha
 

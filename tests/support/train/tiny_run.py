@@ -21,13 +21,12 @@ LAUNCH = "import sys; from train.cli import main; sys.exit(main())"
 class Nha:
     """Runs `nha` on a tiny configuration; `folder` is the run's."""
 
-    def __init__(self, folder: Path, values: dict[str, Any], environment: dict[str, str]):
+    def __init__(self, folder: Path, values: dict[str, Any]):
         folder.mkdir(exist_ok=True)
         self.run = folder / "run"
         self.config_file = folder / "config.yaml"
         self.values = {**values, "run": str(self.run)}
         self.config_file.write_text(yaml.safe_dump(self.values))
-        self._environment = environment
 
     def config(self, **overrides: Any) -> TrainConfig:
         """The configuration, checked."""
@@ -36,13 +35,16 @@ class Nha:
 
     def start(self, *arguments: str, devices: int = 1, **environment: str) -> subprocess.Popen[str]:
         """`nha train` in the background."""
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        # As in the tests' own process: compiled sooner, for the same arithmetic in all of them.
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+        if devices > 1:
+            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
         return subprocess.Popen(
             [sys.executable, "-c", LAUNCH, "train", str(self.config_file), *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, **self._environment, "XLA_FLAGS": flags, **environment},
+            env=os.environ | environment,
         )
 
     def start_both(self, *arguments: str) -> list[subprocess.Popen[str]]:

@@ -99,9 +99,9 @@ def test_twenty_kills_leave_no_trace(nha: Nha, undisturbed: Nha) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_room(
-    tiny_values: dict[str, Any], environment: dict[str, str], small_disk: Path, undisturbed: Nha
+    tiny_values: dict[str, Any], small_disk: Path, undisturbed: Nha
 ) -> None:
-    nha = Nha(small_disk, tiny_values, environment)
+    nha = Nha(small_disk, tiny_values)
     hog = small_disk / "hog"
     process = nha.start()
     wait_for(lambda: nha.logged() >= 12, process)

@@ -64,9 +64,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def hybrid(
-    tmp_path: Path, tiny_values: dict[str, Any], environment: dict[str, str], original: Path
-) -> Nha:
+def hybrid(tmp_path: Path, tiny_values: dict[str, Any], original: Path) -> Nha:
     """The tiny run, from the original, with windows and without what is not attention."""
     values = tiny_values | {
         "initial_model": str(original),
@@ -77,7 +75,7 @@ def hybrid(
         "evaluation": {"every": 6, "sequences": 8, "final_sequences": 8},
         "checkpoint": {"every": 100},
     }
-    return Nha(tmp_path, values, environment)
+    return Nha(tmp_path, values)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from train.step.update import TrainingFunctions, TrainState
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> TrainConfig:
-    nha = Nha(tmp_path_factory.mktemp("step"), tiny_values, {})
+    nha = Nha(tmp_path_factory.mktemp("step"), tiny_values)
     overrides = [("batch_size", "2"), ("optimizer.learning_rate", "1e-2"), ("steps", "300")]
     return load_config(str(nha.config_file), [*overrides, ("optimizer.weight_decay", "0")])
 
