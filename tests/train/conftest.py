@@ -8,17 +8,20 @@ from typing import Any
 
 import pytest
 
+from tests.support.shared import made_once
 from tests.support.train.tiny_run import Nha
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus() -> Path:
     """Forty files of a few hundred bytes, of which about a fifth is held out."""
-    folder = tmp_path_factory.mktemp("corpus")
-    for number in range(40):
-        text = "".join(f"line {line} of file {number}: {line * number}\n" for line in range(12))
-        (folder / f"file_{number:02}.txt").write_text(text)
-    return folder
+
+    def make(folder: Path) -> None:
+        for number in range(40):
+            lines = [f"line {line} of file {number}: {line * number}\n" for line in range(12)]
+            (folder / f"file_{number:02}.txt").write_text("".join(lines))
+
+    return made_once("corpus", make)
 
 
 @pytest.fixture(scope="session")
@@ -66,11 +69,15 @@ def nha(tmp_path: Path, tiny_values: dict[str, Any]) -> Nha:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_values: dict[str, Any]) -> Nha:
-    """A finished run of the tiny configuration that nothing interrupted."""
-    nha = Nha(tmp_path_factory.mktemp("undisturbed"), tiny_values)
-    nha.train()
-    return nha
+def undisturbed(tiny_values: dict[str, Any]) -> Nha:
+    """A finished run of the tiny configuration that nothing interrupted. Tests only read it."""
+
+    def make(folder: Path) -> None:
+        process = Nha(folder, tiny_values).start()
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+
+    return Nha(made_once("undisturbed", make), tiny_values)
 
 
 @pytest.fixture(scope="session")

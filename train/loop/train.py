@@ -18,7 +18,7 @@ from train.loop.trainer import Trainer
 from train.report.wandb_reporter import check_wandb
 from train.step.trainable import Trainable
 from train.step.update import TrainingFunctions
-from train.storage.initial_model import InitialModel
+from train.storage.initial_model import InitialModel, teacher_config
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder
 
@@ -93,7 +93,7 @@ def _check_implementation(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError if an implementation is named that cannot serve the step."""
     if config.model.implementation is not None:
         with jax.set_mesh(mesh), explain_refusal():
-            TrainingFunctions(config, mesh).trace_update()
+            TrainingFunctions(config, mesh, teacher_config(config)).trace_update()
 
 
 def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:

@@ -1,5 +1,7 @@
-"""`nha` on a tiny configuration, as a process of its own."""
+"""`nha train` on a tiny configuration, as a process of its own or in that of the tests."""
 
+import contextlib
+import io
 import json
 import os
 import socket
@@ -12,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from train.cli import main
 from train.config import TrainConfig
 from train.load_config import load_config
 
@@ -64,12 +67,13 @@ class Nha:
             for index in range(2)
         ]
 
-    def train(self, *arguments: str, devices: int = 1) -> str:
-        """`nha train` to its end; returns what it printed."""
-        process = self.start(*arguments, devices=devices)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == 0, output
-        return output
+    def train(self, *arguments: str) -> str:
+        """`nha train` to its end, in this process; returns what it printed."""
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            code = main(["train", str(self.config_file), *arguments])
+        assert code == 0, printed.getvalue()
+        return printed.getvalue()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl; a torn last line is an error unless the run is going on."""

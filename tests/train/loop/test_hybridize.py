@@ -69,7 +69,7 @@ def hybrid(tmp_path: Path, tiny_values: dict[str, Any], original: Path) -> Nha:
     values = tiny_values | {
         "initial_model": str(original),
         "trainable": ["blocks.attention.*"],
-        "model": {"window_size": [4, None]},
+        "model": {"window_size": [4, None], "implementation": "reference"},
         "steps": 6,
         "optimizer": {"learning_rate": 3e-3, "schedule": "constant"},
         "evaluation": {"every": 6, "sequences": 8, "final_sequences": 8},
@@ -120,7 +120,7 @@ def follow(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"optimizer__learning_rate": 1e-2},
+        pytest.param({"optimizer__learning_rate": 1e-2}, marks=pytest.mark.slow),
         {
             "optimizer__learning_rate": 1e-2,
             "frozen_dtype": "bfloat16",
