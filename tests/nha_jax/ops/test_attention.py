@@ -119,7 +119,7 @@ CHOSEN = [
     Case(T=200, window="0", M=48, H=2, gate="normaliser-0.1", segments=True, empty_slots="mask"),
     Case(T=65, window="0", G=8, gate="holes", rope=None, state=True, empty_slots="mask"),
     Case(
-        T=63, window="1", K=60, V=64, gate="-1000", rope="rows", state=True, empty_slots="mask",
+        T=63, window="1", K=60, V=64, gate="-inf", rope="rows", state=True, empty_slots="mask",
         slot_feature_map="relu",
     ),
     Case(T=200, window="16", G=4, M=64, K=64, V=60, H=2, gate="normaliser-1", rope=None),
@@ -127,7 +127,7 @@ CHOSEN = [
     Case(T=2, window="64", gate="holes", rope="rows", segments=True, state=True),
     Case(T=200, window="64", G=8, H=2, gate="0", slot_feature_map="relu"),
     Case(
-        T=65, window="100", M=48, K=60, V=64, gate="-inf", rope=None, segments=True, state=True,
+        T=65, window="100", M=48, K=60, V=64, gate="-1000", rope=None, segments=True, state=True,
         empty_slots="mask", slot_feature_map="silu",
     ),
     Case(T=65, window="T+5", G=4, K=128, V=64, gate="-1000", rope="rows", slot_feature_map="silu"),
