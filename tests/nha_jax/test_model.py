@@ -63,22 +63,32 @@ def random_tokens(*shape: int) -> jax.Array:
 forward = jax.jit(Model.__call__)
 
 
+MODELS = {name: {"window_size": windows} for name, windows in WINDOWS.items()} | {
+    "no-slots": {"window_size": (4, None, 4), "num_slots": 0},
+    "converted": CONVERTED,
+}
+EVEN = ("window", "slots-only", "mixed")  # the others' rows have different lengths in every run
+
+
 @pytest.mark.parametrize(
-    "overrides",
+    ("overrides", "lengths"),
     [
-        *({"window_size": layout} for layout in WINDOWS.values()),
-        {"window_size": (4, None, 4), "num_slots": 0},
-        CONVERTED,
+        pytest.param(
+            overrides,
+            lengths,
+            id=f"{name}-{'ragged' if lengths else 'even'}",
+            marks=() if (name in EVEN) == (lengths is None) else pytest.mark.slow,
+        )
+        for name, overrides in MODELS.items()
+        for lengths in (None, (17, 5, 1))
     ],
-    ids=[*WINDOWS, "no-slots", "converted"],
 )
-@pytest.mark.parametrize("lengths", [None, (17, 5, 1)], ids=["even", "ragged"])
 def test_prefill_and_decode_equal_the_forward(overrides, lengths):
     model = tiny_model(**overrides)
-    tokens = random_tokens(3, 24)
-    expected = forward(model, tokens)
-    starts = jnp.asarray(lengths or (17, 17, 17))
-    prompt = jnp.where(jnp.arange(17) < starts[:, None], tokens[:, :17], 39)
+    tokens = np.asarray(random_tokens(3, 24))
+    expected = np.asarray(forward(model, tokens))
+    starts = np.asarray(lengths or (17, 17, 17))
+    prompt = np.where(np.arange(17) < starts[:, None], tokens[:, :17], 39)
 
     @jax.jit
     def prefill(model, prompt):
@@ -88,13 +98,13 @@ def test_prefill_and_decode_equal_the_forward(overrides, lengths):
     logits, cache = prefill(model, prompt)
     for distance in range(7):
         index = (starts + distance)[:, None]
-        wanted = jnp.take_along_axis(expected, index[..., None] - 1, axis=1)[:, 0]
+        wanted = np.take_along_axis(expected, index[..., None] - 1, axis=1)[:, 0]
         chex.assert_trees_all_close(logits, wanted, atol=2e-5, rtol=1e-5)
-        logits, cache = step(model, jnp.take_along_axis(tokens, index, axis=1)[:, 0], cache)
+        logits, cache = step(model, np.take_along_axis(tokens, index, axis=1)[:, 0], cache)
     np.testing.assert_array_equal(cache.length, starts + 7)
 
 
-@pytest.mark.parametrize("conv_width", [0, 4])
+@pytest.mark.parametrize("conv_width", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_prompts_read_in_chunks_equal_prompts_read_at_once(conv_width):
     model = tiny_model(window_size=WINDOWS["mixed"], conv_width=conv_width)
     tokens, lengths = np.asarray(random_tokens(3, 32)), np.array([30, 11, 1])
@@ -144,8 +154,9 @@ def test_packed_documents_equal_documents_alone(num_layers, window_size, impleme
     model = tiny_model(
         num_layers=num_layers, window_size=window_size, implementation=implementation
     )
-    tokens = random_tokens(1, 28)
-    weights = jax.random.normal(jax.random.key(1), (1, 28, 40)) * (SEGMENT_IDS != 0)[..., None]
+    tokens = np.asarray(random_tokens(1, 28))
+    weights = np.random.default_rng(1).standard_normal((1, 28, 40), np.float32)
+    weights *= np.asarray(SEGMENT_IDS != 0)[..., None]
 
     @nnx.jit
     @nnx.value_and_grad(has_aux=True)
@@ -159,9 +170,10 @@ def test_packed_documents_equal_documents_alone(num_layers, window_size, impleme
     inside = (np.arange(max(DOCUMENTS)) < np.asarray(DOCUMENTS)[:, None])[..., None]
     (_, alone), wanted = loss(model, tokens[0, index], None, weights[0, index] * inside)
     (_, packed), found = loss(model, tokens, SEGMENT_IDS, weights)
+    packed, alone, wanted, found = jax.device_get((packed, alone, wanted, found))
     chex.assert_trees_all_close(packed[0, index] * inside, alone * inside, atol=2e-5, rtol=1e-5)
     for one, other in zip(jax.tree.leaves(wanted), jax.tree.leaves(found), strict=True):
-        assert jnp.linalg.norm(other - one) <= 1e-5 * jnp.linalg.norm(one)
+        assert np.linalg.norm(other - one) <= 1e-5 * np.linalg.norm(one)
 
 
 def test_positions_only_matter_through_their_differences():
@@ -352,7 +364,7 @@ def test_with_windows_shares_the_parameters():
     assert other.embed.embedding is model.embed.embedding
     same = Model(tiny_config(window_size=layout), rngs=nnx.Rngs(0))
     tokens = random_tokens(1, 20)
-    chex.assert_trees_all_equal(other(tokens), same(tokens))
+    chex.assert_trees_all_equal(forward(other, tokens), forward(same, tokens))
     with pytest.raises(ValueError, match="window_size"):
         model.with_windows([4] * (num_layers + 1))
 
@@ -360,11 +372,15 @@ def test_with_windows_shares_the_parameters():
 def test_layers_one_by_one_make_up_the_model():
     model = tiny_model(window_size=(8, 0, None))
     tokens = random_tokens(1, 28)
-    apply_layer = jax.jit(Model.apply_layer, static_argnums=3)
-    hidden = model.embed_tokens(tokens)
-    for index, window_size in enumerate(model.config.windows):
-        hidden = apply_layer(model, index, hidden, window_size, segment_ids=SEGMENT_IDS)
-    found = model.logits(model.norm(hidden))
+
+    @jax.jit
+    def one_by_one(model, tokens):
+        hidden = model.embed_tokens(tokens)
+        for index, window_size in enumerate(model.config.windows):
+            hidden = model.apply_layer(index, hidden, window_size, segment_ids=SEGMENT_IDS)
+        return model.logits(model.norm(hidden))
+
+    found = one_by_one(model, tokens)
     chex.assert_trees_all_close(found, forward(model, tokens, SEGMENT_IDS), rtol=1e-5, atol=1e-5)
 
 

@@ -14,7 +14,6 @@ from nha_jax import Engine, Model, ModelConfig, SamplingOptions
 from tests.support.eight_devices import run_on_eight_devices
 
 VOCAB = 24
-LAYOUTS = {"window": 4, "slots": 0, "full": None, "mixed": (4, None)}
 
 
 def tiny_model(window_size=(4, None), **overrides) -> Model:
@@ -43,7 +42,15 @@ def texts(engine: Engine, requests: list[int]) -> dict[int, list[int]]:
     return {request: found[request] for request in requests}
 
 
-@pytest.mark.parametrize("window_size", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize(
+    "window_size",
+    [
+        pytest.param(4, id="window", marks=pytest.mark.slow),
+        pytest.param(0, id="slots"),
+        pytest.param(None, id="full", marks=pytest.mark.slow),
+        pytest.param((4, None), id="mixed"),
+    ],
+)
 def test_greedy_equals_recomputation_for_512_tokens(window_size):
     """Each token is the likeliest of the full forward over all tokens before it."""
     model = tiny_model(window_size)

@@ -103,7 +103,7 @@ def test_whole_past_with_masked_slots_is_softmax_attention(implementation):
             return jnp.sum(jnp.sin(attention(query, key, value)))
 
         names = ("query", "key", "value")
-        return jax.value_and_grad(value, (0, 1, 2))(*(arrays[name] for name in names))
+        return jax.jit(jax.value_and_grad(value, (0, 1, 2)))(*(arrays[name] for name in names))
 
     ours = loss(
         lambda q, k, v: nha_attention(
@@ -157,7 +157,8 @@ def test_slot_weight_of_the_slots_only_leaves_the_window_alone():
             )  # fmt: skip
             return jnp.vdot(result.slot_weight, inputs["cotangents"]["slot_weight"])
 
-        return jax.grad(loss, (0, 1))(inputs["arrays"]["log_decay"], inputs["rest"]["rope"])
+        gradient = jax.jit(jax.grad(loss, (0, 1)))
+        return gradient(inputs["arrays"]["log_decay"], inputs["rest"]["rope"])
 
     with jax.enable_x64():
         (every_decay, every_rope), (decay, rope) = gradients("all"), gradients("slots")
@@ -175,9 +176,10 @@ def test_without_slots_is_sliding_window_attention(implementation):
     empty = jnp.zeros((B, T, H, 0))
 
     def loss(attend):
-        return jax.value_and_grad(
+        value_and_gradients = jax.value_and_grad(
             lambda *arrays: jnp.vdot(attend(*arrays), cotangent), argnums=(0, 1, 2)
-        )(query, key, value)
+        )
+        return jax.jit(value_and_gradients)(query, key, value)
 
     found = loss(
         lambda *arrays: nha_attention(
