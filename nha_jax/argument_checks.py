@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nha_jax.scalars import is_count, is_integer, plain, shown
+
 
 def check_segments_and_positions(
     shape: tuple[int, ...], segment_ids: jax.Array | None, positions: jax.Array | None
@@ -56,22 +58,54 @@ def check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
     return array
 
 
-def check_prompt(prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int) -> np.ndarray:
-    """Returns a prompt as [T] int32.
+def check_count(name: str, value: object) -> int:
+    """Returns the argument of this name as an int; raises ValueError unless it is at least 1."""
+    number = plain(value)
+    if not is_count(number):
+        raise ValueError(f"{name}={shown(value)} must be an integer of at least 1 and below 2**31")
+    return number
+
+
+def check_prompt(
+    prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int, name: str = "prompt"
+) -> np.ndarray:
+    """Returns a prompt as [T] int32; errors call it by `name`.
 
     Raises:
         ValueError, TypeError: it is empty, not [T] integers, or has tokens outside [0, vocab_size).
     """
-    tokens = np.asarray(prompt)
+    tokens = token_array(prompt, name)
     if tokens.ndim != 1 or not tokens.size:
-        raise ValueError(f"prompt must be [time] and not empty, got shape {tokens.shape}")
-    _require_integers("prompt", tokens.dtype)
+        got = shown(prompt) if tokens.ndim == 0 else f"shape {tokens.shape}"
+        raise ValueError(f"{name} must be [time] and not empty, got {got}")
+    _require_integers(name, tokens.dtype)
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(
-            f"prompt must have tokens within [0, {vocab_size}), "
-            f"got {tokens.min()} to {tokens.max()}"
+            f"{name} must have tokens within [0, {vocab_size}), "
+            f"got {shown(int(tokens.min()))} to {shown(int(tokens.max()))}"
         )
     return tokens.astype(np.int32)
+
+
+def token_array(prompt: object, name: str = "prompt") -> np.ndarray:
+    """Returns tokens as an array of any shape and dtype.
+
+    Raises:
+        ValueError, TypeError: they are text, or lists of several lengths.
+    """
+    try:
+        tokens = np.asarray(prompt)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be [time] or [batch, time], got lists of several lengths: {shown(prompt)}"
+        ) from None
+    if tokens.dtype.kind in "US":
+        raise TypeError(f"{name} must be tokens, got the text {shown(prompt)}: encode it first")
+    if tokens.dtype.kind in "fO" and not isinstance(prompt, np.ndarray):
+        exact = np.asarray(prompt, object)
+        if exact.size and all(map(is_integer, exact.flat)):  # beyond 64 bits, and so out of range
+            raise ValueError(f"{name} must have tokens of a vocabulary, got {shown(prompt)}")
+    return tokens
 
 
 def _require_integers(name: str, dtype: jnp.dtype) -> None:
@@ -88,12 +122,17 @@ def check_lengths(
         ValueError, TypeError: they are not [batch_size] integers within [least, num_tokens]. Under
             jit the values are unknown and not checked.
     """
-    if np.shape(lengths) != (batch_size,):
+    try:
+        shape = np.shape(lengths)
+    except ValueError:  # lists of several lengths
         raise ValueError(
-            f"lengths must be [batch] = ({batch_size},), got shape {np.shape(lengths)}"
-        )
+            f"lengths must be [batch] = ({batch_size},), got {shown(lengths)}"
+        ) from None
+    if shape != (batch_size,):
+        raise ValueError(f"lengths must be [batch] = ({batch_size},), got shape {shape}")
     if not isinstance(lengths, jax.core.Tracer):
         values = np.asarray(lengths)
+        _require_integers("lengths", values.dtype)
         if values.min() < least or values.max() > num_tokens:
             raise ValueError(
                 f"lengths must be within [{least}, {num_tokens}], got {values.tolist()}"

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nha_jax.argument_checks import check_prompt
+from nha_jax.argument_checks import check_count, check_prompt
 from nha_jax.cache import ModelCache
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model
+from nha_jax.scalars import shown
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
 
@@ -83,22 +84,21 @@ class Engine:
         Raises:
           ValueError: an argument is out of its range, or max_length is missing.
         """
-        for name, value in (
-            ("batch_size", batch_size), ("prefill_rows", prefill_rows),
-            ("prefill_chunk", prefill_chunk), ("steps_per_call", steps_per_call),
-        ):  # fmt: skip
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
+        batch_size = check_count("batch_size", batch_size)
+        if max_length is not None:
+            max_length = check_count("max_length", max_length)
         self._config = model.config
         self._graph, parameters = nnx.split(model)
         # New variables with the same arrays: the model's may get other arrays later.
         self._parameters = jax.tree.map(lambda array: array, parameters)
         self._max_length = max_length if None in model.config.windows else None
-        self._prefill_rows = min(prefill_rows, batch_size)
-        self._prefill_chunk, self._steps_per_call = prefill_chunk, steps_per_call
+        self._prefill_rows = min(check_count("prefill_rows", prefill_rows), batch_size)
+        self._prefill_chunk = check_count("prefill_chunk", prefill_chunk)
+        self._steps_per_call = check_count("steps_per_call", steps_per_call)
         self._waiting: collections.deque[_Request] = collections.deque()
         self._running: list[_Request | None] = [None] * batch_size
         self._reading: _PromptBatch | None = None
+        self._unseen: collections.deque[Event] = collections.deque()  # drawn, not handed out yet
         self._next_id = 0
         self._state = _BatchState(
             cache=self._init_cache(batch_size),
@@ -124,6 +124,8 @@ class Engine:
             or needs more than max_length tokens; or an option does not fit the vocabulary.
         """
         options = SamplingOptions() if options is None else options
+        if not isinstance(options, SamplingOptions):
+            raise TypeError(f"options must be SamplingOptions or None, got {shown(options)}")
         options.check_vocabulary(self._config.vocab_size)
         tokens = check_prompt(prompt, self._config.vocab_size)
         longest = len(tokens) + options.max_new_tokens
@@ -139,12 +141,18 @@ class Engine:
         return request.number
 
     def cancel(self, request: int) -> None:
-        """Ends a request; does nothing if it is unknown or finished."""
+        """Ends a request: `run` and `step` give no event of it any more, drawn before or not.
+
+        Does nothing if it is unknown, or if all of its events were given.
+        """
         self._waiting = collections.deque(x for x in self._waiting if x.number != request)
+        self._unseen = collections.deque(x for x in self._unseen if x.request != request)
         if self._reading is not None:
             for row, one in list(self._reading.requests.items()):
                 if one.number == request:
                     del self._reading.requests[row]
+            if not self._reading.requests:
+                self._reading = None
         for row, running in enumerate(self._running):
             if running is not None and running.number == request:
                 self._running[row] = None
@@ -152,24 +160,37 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a request is waiting, being read, or being continued."""
-        return bool(self._waiting) or self._reading is not None or any(self._running)
+        """Whether a request is waiting, being read, or being continued, or events are left."""
+        working = self._reading is not None or any(self._running)
+        return bool(self._waiting or self._unseen) or working
 
     def step(self) -> list[Event]:
         """Reads a chunk of the prompts whose turn it is; unless that was their last, draws tokens.
 
         Returns:
           The tokens drawn, in order for each request: the first ones of prompts that were read to
-          their end, or else up to steps_per_call for each row of the batch; possibly none.
+          their end, or else up to steps_per_call for each row of the batch; possibly none. If a
+          loop over `run` ended early: only the events that it has not come to.
         """
-        if first_tokens := self._read():
-            return first_tokens
-        return self._draw() if any(self._running) else []
+        if not self._unseen:
+            return self._advance()
+        events = list(self._unseen)
+        self._unseen.clear()
+        return events
 
     def run(self) -> Iterator[Event]:
         """Yields the tokens of all requests as they are drawn, until all requests are finished."""
         while self.busy:
-            yield from self.step()
+            if not self._unseen:
+                self._unseen.extend(self._advance())
+            if self._unseen:
+                yield self._unseen.popleft()
+
+    def _advance(self) -> list[Event]:
+        """Reads a chunk, or draws tokens, as `step` says."""
+        if first_tokens := self._read():
+            return first_tokens
+        return self._draw() if any(self._running) else []
 
     def _init_cache(self, rows: int) -> ModelCache:
         return _init_cache(self._graph, self._parameters, rows, self._max_length)

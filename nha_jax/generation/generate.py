@@ -1,15 +1,16 @@
 """Continuing prompts in one call."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeGuard, overload
 
 import jax
 import numpy as np
 
-from nha_jax.argument_checks import check_lengths
+from nha_jax.argument_checks import check_lengths, check_prompt, token_array
 from nha_jax.generation.engine import Engine, chunk_for
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model
+from nha_jax.scalars import shown
 
 _LENGTH_MULTIPLE = 64  # cache lengths are rounded up to it, so that few of them are compiled
 _STEPS_PER_CALL = 16
@@ -71,10 +72,11 @@ def generate(
 
     Args:
         model: the model.
-        prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of at most 512 tokens.
+        prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of at most 512 tokens; or
+            a list of B rows of different lengths.
         max_new_tokens: how many tokens each row gets.
-        lengths: [B] integers in [1, T], for prompts of different lengths: row b is
-            prompt[b, :lengths[b]], and what follows is not read.
+        lengths: [B] integers in [1, T], for prompts of different lengths in one array: row b
+            is prompt[b, :lengths[b]], and what follows is not read.
         return_log_probabilities: return `Generated` rather than the tokens alone.
         seed: seed of the random numbers.
         options: temperature, top_k, top_p, min_p, repetition_penalty and stop_tokens, as in
@@ -87,20 +89,20 @@ def generate(
     Raises:
         ValueError, TypeError: an argument has a wrong value, shape or dtype; the message names it.
     """
-    prompts = _split(prompt, lengths)
+    prompts, single = _split(prompt, lengths, model.config.vocab_size)
     common = SamplingOptions(max_new_tokens=max_new_tokens, seed=seed, **options)
     longest = max(map(len, prompts))
     engine = Engine(
         model,
         batch_size=len(prompts),
-        max_length=-(-(longest + max_new_tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE,
+        max_length=-(-(longest + common.max_new_tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE,
         prefill_rows=len(prompts),
         prefill_chunk=chunk_for(longest),
         steps_per_call=_STEPS_PER_CALL,
     )
     for row, tokens in enumerate(prompts):
         engine.submit(tokens, common.for_row(row))
-    shape = (len(prompts), max_new_tokens)
+    shape = (len(prompts), common.max_new_tokens)
     generated = Generated(np.zeros(shape, np.int32), np.zeros(shape, np.float32))
     position = [0] * len(prompts)
     for event in engine.run():
@@ -108,24 +110,38 @@ def generate(
         generated.tokens[row, column:] = event.token
         generated.log_probabilities[row, column] = event.log_probability
         position[row] += 1
-    if np.ndim(prompt) == 1:
+    if single:
         generated = Generated(*(x[0] for x in generated))
     return generated if return_log_probabilities else generated.tokens
 
 
 def _split(
-    prompt: jax.typing.ArrayLike | Sequence[Any], lengths: jax.typing.ArrayLike | None
-) -> Sequence[np.ndarray]:
-    """Cuts the prompt into its rows, each of its own length."""
-    tokens = np.asarray(prompt)
+    prompt: jax.typing.ArrayLike | Sequence[Any],
+    lengths: jax.typing.ArrayLike | None,
+    vocab_size: int,
+) -> tuple[Sequence[np.ndarray], bool]:
+    """Cuts the prompt into its rows, each of its own length; says whether it is only one, [T]."""
+    if lengths is None and _is_ragged(prompt):
+        rows = [check_prompt(row, vocab_size, f"prompt[{i}]") for i, row in enumerate(prompt)]
+        return rows, False
+    tokens = token_array(prompt)
     if tokens.ndim not in (1, 2) or not tokens.size:
-        raise ValueError(
-            f"prompt must be [time] or [batch, time] and not empty, got shape {tokens.shape}"
-        )
+        got = shown(prompt) if tokens.ndim == 0 else f"shape {tokens.shape}"
+        raise ValueError(f"prompt must be [time] or [batch, time] and not empty, got {got}")
     if lengths is None:
-        return list(np.atleast_2d(tokens))
+        return list(np.atleast_2d(tokens)), tokens.ndim == 1
     if tokens.ndim == 1:
         raise ValueError("lengths belongs to a prompt [batch, time]; cut the prompt [time] instead")
     batch_size, num_tokens = tokens.shape
     checked = np.asarray(check_lengths(lengths, batch_size, num_tokens, least=1))
-    return [row[:length] for row, length in zip(tokens, checked, strict=True)]
+    return [row[:length] for row, length in zip(tokens, checked, strict=True)], False
+
+
+def _is_ragged(prompt: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list of rows that have different lengths."""
+    if not isinstance(prompt, list | tuple):
+        return False
+    try:
+        return len({len(row) for row in prompt}) > 1
+    except TypeError:  # numbers
+        return False

@@ -1,16 +1,17 @@
 """Drawing the next token: the options of a prompt, and their arrays for a batch of prompts."""
 
 import dataclasses
-import math
-import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-MOST_STOP_TOKENS = 8
+from nha_jax.scalars import is_count, is_integer, is_number, plain, shown
+
+_HOTTEST = 1e30  # all tokens are equally likely, as at any temperature above
+_STRONGEST_PENALTY = 1e30  # logits stay finite in float32 when divided or multiplied by it
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +31,9 @@ class SamplingOptions:
         2407.01082); None: from all.
       repetition_penalty: the logits of tokens that are in the prompt or were drawn are divided by
         it where they are positive and multiplied where not (arXiv 1909.05858); 1: unchanged.
-      seed: seed of the random numbers. The n-th token depends on the seed, on n and on the tokens
-        before it, not on what else is in the batch.
-      stop_tokens: up to 8 tokens, each of which ends the text.
+      seed: seed of the random numbers, any integer. The n-th token depends on the seed, on n and on
+        the tokens before it, not on what else is in the batch.
+      stop_tokens: tokens, each of which ends the text.
 
     Raises:
       ValueError, TypeError: a field has a wrong value; the message names both.
@@ -48,27 +49,34 @@ class SamplingOptions:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.name != "stop_tokens":
+                object.__setattr__(self, field.name, plain(getattr(self, field.name)))
         self._check_stop_tokens()
-        if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
-            self._reject("max_new_tokens", "must be an integer of at least 1")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
+        if not is_count(self.max_new_tokens):
+            self._reject("max_new_tokens", "must be an integer of at least 1 and below 2**31")
+        if not is_number(self.temperature) or self.temperature < 0:
             self._reject("temperature", "must be finite and at least 0 (0: greedy)")
-        if self.top_k is not None and not (_is_integer(self.top_k) and self.top_k >= 1):
+        if self.top_k is not None and not (is_integer(self.top_k) and self.top_k >= 1):
             self._reject("top_k", "must be an integer of at least 1, or None")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (is_number(self.top_p) and 0 < self.top_p <= 1):
             self._reject("top_p", "must be within (0, 1], or None")
-        if self.min_p is not None and not 0 <= self.min_p <= 1:
+        if self.min_p is not None and not (is_number(self.min_p) and 0 <= self.min_p <= 1):
             self._reject("min_p", "must be within [0, 1], or None")
-        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+        if not is_number(self.repetition_penalty) or self.repetition_penalty <= 0:
             self._reject("repetition_penalty", "must be finite and above 0 (1: none)")
-        if not _is_integer(self.seed):
-            raise TypeError(f"seed={self.seed!r} must be an integer")
+        if not is_integer(self.seed):
+            raise TypeError(f"seed={shown(self.seed)} must be an integer")
 
     def _check_stop_tokens(self) -> None:
-        stop = tuple(self.stop_tokens) if isinstance(self.stop_tokens, Sequence) else (None,)
-        if len(stop) > MOST_STOP_TOKENS or not all(_is_integer(token) for token in stop):
-            self._reject("stop_tokens", f"must be a sequence of up to {MOST_STOP_TOKENS} tokens")
-        object.__setattr__(self, "stop_tokens", stop)
+        given = self.stop_tokens
+        kinds = Sequence | set | frozenset | np.ndarray | jax.Array
+        listed = isinstance(given, kinds) and not isinstance(given, str | bytes)
+        listed = listed and getattr(given, "ndim", 1) == 1
+        stop = tuple(map(plain, given)) if listed else (None,)
+        if not all(map(is_integer, stop)):
+            self._reject("stop_tokens", "must be a sequence of tokens")
+        object.__setattr__(self, "stop_tokens", tuple(dict.fromkeys(stop)))
 
     def for_row(self, row: int) -> "SamplingOptions":
         """Returns the options for one row of a batch, with a seed made of this one and the row."""
@@ -82,8 +90,8 @@ class SamplingOptions:
         if not all(0 <= token < vocab_size for token in self.stop_tokens):
             self._reject("stop_tokens", f"must be tokens within [0, {vocab_size})")
 
-    def _reject(self, field: str, reason: str) -> None:
-        raise ValueError(f"{field}={getattr(self, field)!r} {reason}")
+    def _reject(self, field: str, reason: str) -> NoReturn:
+        raise ValueError(f"{field}={shown(getattr(self, field))} {reason}")
 
 
 class RowSampling(NamedTuple):
@@ -94,7 +102,7 @@ class RowSampling(NamedTuple):
     top_p: jax.Array  # [B] float32; 1: no limit
     min_p: jax.Array  # [B] float32; 0: no limit
     repetition_penalty: jax.Array  # [B] float32
-    stop_tokens: jax.Array  # [B, MOST_STOP_TOKENS] int32, padded with -1
+    stops: jax.Array  # [B, vocab_size] bool, whether a token ends the text
     key: jax.Array  # [B] random keys
     drawn: jax.Array  # [B] int32, how many tokens were drawn so far
     seen: jax.Array  # [B, vocab_size] bool, whether a token is in the prompt or was drawn
@@ -107,16 +115,21 @@ class RowSampling(NamedTuple):
         seen = np.zeros((len(prompts), vocab_size), bool)
         for row, prompt in zip(seen, prompts, strict=True):
             row[prompt] = True
-        stop = [[*o.stop_tokens, *[-1] * (MOST_STOP_TOKENS - len(o.stop_tokens))] for o in options]
+        stops = np.zeros((len(options), vocab_size), bool)
+        for row, one in zip(stops, options, strict=True):
+            row[list(one.stop_tokens)] = True
         floats = lambda values: jnp.asarray(list(values), jnp.float32)  # noqa: E731
         return cls(
-            temperature=floats(o.temperature for o in options),
+            temperature=floats(min(o.temperature, _HOTTEST) for o in options),
             top_k=jnp.asarray([o.top_k or vocab_size for o in options], jnp.int32),
             top_p=floats(1.0 if o.top_p is None else o.top_p for o in options),
             min_p=floats(o.min_p or 0.0 for o in options),
-            repetition_penalty=floats(o.repetition_penalty for o in options),
-            stop_tokens=jnp.asarray(stop, jnp.int32),
-            key=jnp.stack([jax.random.key(o.seed) for o in options]),
+            repetition_penalty=floats(
+                np.clip(o.repetition_penalty, 1 / _STRONGEST_PENALTY, _STRONGEST_PENALTY)
+                for o in options
+            ),
+            stops=jnp.asarray(stops),
+            key=jnp.stack([_key(o.seed) for o in options]),
             drawn=jnp.zeros(len(options), jnp.int32),
             seen=jnp.asarray(seen),
         )
@@ -182,7 +195,14 @@ def draw(
 
 def is_stop(tokens: jax.Array, rows: RowSampling) -> jax.Array:
     """Whether the tokens [B] are stop tokens of their rows: [B] bool."""
-    return (tokens[:, None] == rows.stop_tokens).any(axis=1)
+    return rows.stops[jnp.arange(tokens.shape[0]), tokens]
+
+
+def _key(seed: int) -> jax.Array:
+    """Makes the random key of a seed; jax would cut one of more than 32 bits."""
+    if not -(2**31) <= seed < 2**32:
+        seed = int(np.random.SeedSequence([abs(seed), int(seed < 0)]).generate_state(1)[0])
+    return jax.random.key(seed)
 
 
 def _noise(key: jax.Array, drawn: jax.Array, vocab_size: int) -> jax.Array:
@@ -210,7 +230,3 @@ def _ranked(logits: jax.Array, scores: jax.Array, rows: RowSampling) -> jax.Arra
     batch = jnp.arange(logits.shape[0])[:, None]
     kept = jnp.zeros(logits.shape, bool).at[batch, candidates].set(keep)
     return jnp.where(kept, scores, -jnp.inf)
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)

@@ -60,8 +60,6 @@ def continue_texts(
     }
     for event in engine.run():
         text = texts[event.request]
-        if text.finished:
-            continue
         shown, finished = text.add(event)
         if finished and not event.finished:
             engine.cancel(event.request)
@@ -90,7 +88,6 @@ class _GrowingText:
         self, number: int, tokenizer: Tokenizer, prompt: np.ndarray, stop_strings: Sequence[str]
     ):
         self.prompt = number
-        self.finished = False
         self._stop_strings = stop_strings
         self._end_token = tokenizer.end_token
         self._decoder = tokenizer.decoder(prompt)
@@ -111,7 +108,6 @@ class _GrowingText:
             text, finished = text[: min(found)], "stop"
         keep = 0 if finished else self._length_of_possible_stop(text)
         self._held_back = text[len(text) - keep :]
-        self.finished = finished is not None
         return text[: len(text) - keep], finished
 
     def _length_of_possible_stop(self, text: str) -> int:

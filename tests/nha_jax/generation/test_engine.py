@@ -1,6 +1,7 @@
 """Continuous batching: every text as if it were alone, whatever comes, goes and waits around it."""
 
 import collections
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +150,74 @@ def test_a_finished_text_says_why(model):
     assert [event.finished for event in engine.run()] == [None] * 5 + ["length"]
 
 
+def submitted(model, prompts=([1, 2], [3] * 9, [4], [5, 6])) -> tuple[Engine, list[int]]:
+    """An engine with more requests than rows."""
+    engine = Engine(model, **SHAPE)
+    options = SamplingOptions(max_new_tokens=6, temperature=0)
+    return engine, [engine.submit(prompt, options) for prompt in prompts]
+
+
+@pytest.mark.parametrize("seen_before", [1, 2, 5, 9, 13, 20, 24])
+def test_no_event_follows_a_cancellation_in_the_loop(model, seen_before):
+    for chosen in range(4):  # whatever state it is in by then
+        engine, requests = submitted(model)
+        found, cancelled = collections.Counter(), None
+        for count, event in enumerate(engine.run(), 1):
+            assert event.request != cancelled
+            found[event.request] += 1
+            if count == seen_before:
+                cancelled = requests[chosen]
+                engine.cancel(cancelled)
+        assert not engine.busy
+        others = [request for request in requests if request != cancelled]
+        assert [found[request] for request in others] == [6] * 3
+
+
+def test_no_event_follows_a_cancellation_between_steps(model):
+    for steps in range(10):  # queued, read in chunks, decoding, finished
+        engine, (first, second, *_) = submitted(model)
+        before = [event for _ in range(steps) for event in engine.step()]
+        engine.cancel(first)
+        engine.cancel(second)
+        after = list(engine.run())
+        assert {first, second}.isdisjoint(event.request for event in after)
+        found = collections.Counter(event.request for event in before + after)
+        assert found[second + 1] == found[second + 2] == 6
+
+
+def test_a_last_token_that_was_drawn_is_not_given_after_a_cancellation(model):
+    engine, (first, second) = submitted(model, ([1, 2], [3, 4]))
+    given = [event.request for event in itertools.islice(engine.run(), 3)]
+    assert given == [first, second, first]
+    assert engine.busy  # all others are drawn, and no row is taken
+    engine.cancel(first)
+    assert [event.request for event in engine.run()] == [second] * 5
+    assert not engine.busy
+
+
+def test_a_loop_that_ended_early_loses_no_event(model):
+    engine, requests = submitted(model, ([1, 2], [3, 4]))
+    first = next(iter(engine.run()))
+    rest = engine.step()
+    assert [event.request for event in (first, *rest)] == requests  # one each, of one step
+    assert len([*rest, *engine.run()]) == 11
+
+
+@pytest.mark.parametrize("unknown", [99, -1, None, "0", np.int64(7), [0]])
+def test_cancelling_what_is_unknown_does_nothing(model, unknown):
+    engine, requests = submitted(model, ([1, 2],))
+    engine.step()
+    engine.cancel(unknown)
+    assert len(texts(engine, requests)[0]) == 5
+
+
+def test_a_prompt_that_is_not_wanted_any_more_is_not_read_on(model):
+    engine, (long,) = submitted(model, ([3] * 20,))
+    assert engine.step() == []
+    engine.cancel(np.int64(long))
+    assert not engine.busy
+
+
 def test_the_cache_is_updated_in_place(model):
     engine = Engine(model, **SHAPE)
     engine.submit([1, 2], SamplingOptions(max_new_tokens=20))
@@ -175,6 +244,17 @@ def test_the_models_later_changes_do_not_count():
         (lambda engine: engine.submit([]), ValueError, "prompt must be .* not empty"),
         (lambda engine: engine.submit([[1]]), ValueError, r"got shape \(1, 1\)"),
         (lambda engine: engine.submit([0.5]), TypeError, "got dtype float64"),
+        (lambda engine: engine.submit("hi"), TypeError, "got the text 'hi': encode it first"),
+        (lambda engine: engine.submit(["h"]), TypeError, "got the text .* encode it first"),
+        (lambda engine: engine.submit(None), ValueError, "not empty, got None"),
+        (lambda engine: engine.submit([2**70]), ValueError, "tokens of a vocabulary, got"),
+        (lambda engine: engine.submit([-1, 2**63]), ValueError, "tokens of a vocabulary, got"),
+        (lambda engine: engine.submit([[1], [2, 3]]), ValueError, "lists of several lengths"),
+        (
+            lambda engine: engine.submit([1], {"top_k": 3}),
+            TypeError,
+            "options must be SamplingOptions or None, got {'top_k': 3}",
+        ),
         (lambda engine: engine.submit([3, 24]), ValueError, r"within \[0, 24\), got 3 to 24"),
         (
             lambda engine: engine.submit([1] * 60, SamplingOptions(max_new_tokens=5)),
@@ -182,7 +262,7 @@ def test_the_models_later_changes_do_not_count():
             "60 tokens and max_new_tokens=5 need 65 entries .* max_length=64",
         ),
     ],
-    ids=["empty", "shape", "dtype", "unknown", "long"],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_wrong_request_is_refused(model, call, error, message):
     with pytest.raises(error, match=message):
@@ -192,8 +272,24 @@ def test_a_wrong_request_is_refused(model, call, error, message):
 def test_full_attention_needs_max_length(model):
     with pytest.raises(ValueError, match="max_length=None: layers with full attention"):
         Engine(model, batch_size=1)
-    with pytest.raises(ValueError, match="prefill_chunk=0 must be at least 1"):
+    with pytest.raises(ValueError, match="prefill_chunk=0 must be an integer of at least 1"):
         Engine(model, batch_size=1, max_length=4, prefill_chunk=0)
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, 2.5, True, "x", float("nan"), 2**31, 10**5000, [1]], ids=type
+)
+@pytest.mark.parametrize(
+    "name", ["batch_size", "max_length", "prefill_rows", "prefill_chunk", "steps_per_call"]
+)
+def test_a_size_that_is_no_count_is_named(model, name, value):
+    with pytest.raises(ValueError, match=rf"^{name}=.* must be an integer of at least 1"):
+        Engine(model, **SHAPE | {name: value})
+
+
+def test_numpy_integers_are_sizes(model):
+    engine = Engine(model, **{name: np.int64(size) for name, size in SHAPE.items()})
+    assert len(texts(engine, [engine.submit([1], SamplingOptions(max_new_tokens=2))])[0]) == 2
 
 
 def test_a_batch_divided_over_eight_devices_gives_the_same_texts():

@@ -69,7 +69,7 @@ def test_rows_and_seeds_differ(model):
 
 def test_a_tiny_temperature_is_greedy(model):
     greedy = generate(model, PROMPT, max_new_tokens=8, temperature=0)
-    for temperature in (1e-30, 1e-300):
+    for temperature in (1e-30, 1e-300, -0.0):
         found = generate(model, PROMPT, max_new_tokens=8, temperature=temperature)
         np.testing.assert_array_equal(found, greedy)
 
@@ -236,7 +236,36 @@ def _fields(value: object) -> str:
         ({"top_p": 0.0}, ValueError, r"top_p=0.0 must be within \(0, 1\]"),
         ({"seed": 0.5}, TypeError, "seed=0.5 must be an integer"),
         ({"stop_tokens": [24]}, ValueError, r"stop_tokens=\(24,\) must be tokens within \[0, 24\)"),
-        ({"stop_tokens": 2}, ValueError, "stop_tokens=2 must be a sequence of up to 8 tokens"),
+        ({"stop_tokens": 2}, ValueError, "stop_tokens=2 must be a sequence of tokens"),
+        ({"stop_tokens": "ab"}, ValueError, "stop_tokens='ab' must be a sequence of tokens"),
+        ({"stop_tokens": [[1], [1, 2]]}, ValueError, r"stop_tokens=\[\[1\], \[1, 2\]\] must be"),
+        ({"stop_tokens": [True]}, ValueError, r"stop_tokens=\[True\] must be"),
+        ({"max_new_tokens": "3"}, ValueError, "max_new_tokens='3' must be an integer"),
+        ({"max_new_tokens": 2**31}, ValueError, "max_new_tokens=2147483648 must be an integer"),
+        ({"temperature": "1"}, ValueError, "temperature='1' must be finite"),
+        ({"temperature": None}, ValueError, "temperature=None must be finite"),
+        ({"temperature": np.inf}, ValueError, "temperature=inf must be finite"),
+        ({"temperature": True}, ValueError, "temperature=True must be finite"),
+        ({"temperature": 10**400}, ValueError, "temperature=.* must be finite"),
+        ({"top_p": "0.5"}, ValueError, r"top_p='0.5' must be within \(0, 1\]"),
+        ({"top_p": np.nan}, ValueError, r"top_p=nan must be within \(0, 1\]"),
+        ({"top_p": [0.5]}, ValueError, r"top_p=\[0.5\] must be within \(0, 1\]"),
+        ({"min_p": "0.5"}, ValueError, r"min_p='0.5' must be within \[0, 1\]"),
+        ({"top_k": 2.0}, ValueError, "top_k=2.0 must be an integer"),
+        ({"repetition_penalty": "2"}, ValueError, "repetition_penalty='2' must be finite"),
+        ({"repetition_penalty": None}, ValueError, "repetition_penalty=None must be finite"),
+        ({"seed": True}, TypeError, "seed=True must be an integer"),
+        ({"seed": None}, TypeError, "seed=None must be an integer"),
+        ({"prompt": "ab"}, TypeError, "prompt must be tokens, got the text 'ab': encode it first"),
+        ({"prompt": None}, ValueError, "not empty, got None"),
+        ({"prompt": [[1], []]}, ValueError, r"prompt\[1\] must be \[time\] and not empty"),
+        ({"prompt": [[1], [2, 24]]}, ValueError, r"prompt\[1\] must have tokens within \[0, 24\)"),
+        ({"prompt": [[1], "ab"]}, TypeError, r"prompt\[1\] must be tokens, got the text 'ab'"),
+        ({"prompt": [[[1], [2, 3]]]}, ValueError, "got lists of several lengths"),
+        ({"prompt": [[1], [2, 3]], "lengths": [1, 2]}, ValueError, "lists of several lengths"),
+        ({"prompt": [[3, 4]], "lengths": ["a"]}, TypeError, "lengths must be integers"),
+        ({"prompt": [[3, 4]], "lengths": [np.nan]}, TypeError, "lengths must be integers"),
+        ({"prompt": [[3, 4]], "lengths": [[1], [1, 2]]}, ValueError, r"lengths must be \[batch\]"),
         ({"stop": [2]}, TypeError, "stop"),
     ],
     ids=_fields,
@@ -245,3 +274,65 @@ def test_a_wrong_argument_is_named(model, arguments, error, message):
     arguments = {"prompt": [1, 2], "max_new_tokens": 2} | arguments
     with pytest.raises(error, match=message):
         nha_jax.generate(model, **arguments)
+
+
+def test_a_list_of_rows_may_have_several_lengths(model):
+    rows = [PROMPT[0].tolist(), PROMPT[1, :4], tuple(PROMPT[2, :1])]
+    found = generate(model, rows, max_new_tokens=6, seed=2)
+    expected = generate(model, PROMPT, lengths=[9, 4, 1], max_new_tokens=6, seed=2)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "means"),
+    [
+        ({"temperature": np.float32(0.5)}, {"temperature": 0.5}),
+        ({"temperature": jnp.float32(0.5)}, {"temperature": 0.5}),
+        ({"top_k": np.int32(3)}, {"top_k": 3}),
+        ({"seed": np.uint64(2**63)}, {"seed": 2**63}),
+        ({"max_new_tokens": np.array(3)}, {"max_new_tokens": 3}),
+        ({"stop_tokens": np.array([2, 3])}, {"stop_tokens": (2, 3)}),
+        ({"stop_tokens": {5}}, {"stop_tokens": (5,)}),
+        ({"stop_tokens": [1] * 9}, {"stop_tokens": (1,)}),
+        ({"stop_tokens": range(12)}, {"stop_tokens": tuple(range(12))}),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_options_are_kept_as_python_writes_them(given, means):
+    options = SamplingOptions(**given)
+    assert options == SamplingOptions(**means)
+    assert repr(options) == repr(SamplingOptions(**means))
+    hash(options)
+
+
+def test_any_integer_is_a_seed_of_its_own(model):
+    seeds = [0, 1, 2**32, 2**40, 2**63, 2**64, 2**64 + 1, -(2**70), 10**5000]
+    rows = RowSampling.of(
+        [SamplingOptions(seed=seed) for seed in seeds], [np.zeros(0, int)] * len(seeds), VOCAB
+    )
+    assert len({tuple(key) for key in np.asarray(jax.random.key_data(rows.key))}) == len(seeds)
+    assert rows.key[1] == jax.random.key(1)
+
+
+def test_many_stop_tokens_end_a_text_each(model):
+    free = generate(model, PROMPT, max_new_tokens=8, temperature=0)
+    others = [token for token in range(VOCAB) if token not in free[0]]
+    assert len(others) > 8
+    stop = [*others, int(free[0, 2])]
+    found = generate(model, PROMPT, max_new_tokens=8, temperature=0, stop_tokens=stop)
+    for row, expected in zip(found, free, strict=True):
+        end = min((list(expected).index(token) for token in stop if token in expected), default=8)
+        np.testing.assert_array_equal(row[: end + 1], expected[: end + 1])
+        assert set(row[end:]) <= {expected[min(end, 7)]}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"repetition_penalty": 1e-300}, {"repetition_penalty": 1e300}, {"temperature": 1e300},
+     {"top_p": 1e-300}, {"min_p": 1e-300}, {"min_p": 1}],
+    ids=_fields,
+)  # fmt: skip
+def test_the_largest_and_smallest_options_give_tokens_with_a_probability(options):
+    drawn = set(draws(np.asarray([2.0, -1.0, 1.5, -1.5]), prompt=[0, 2], **options).tolist())
+    likeliest = options in ({"repetition_penalty": 1e-300}, {"top_p": 1e-300}, {"min_p": 1})
+    assert drawn == ({0} if likeliest else {0, 1, 2, 3})
