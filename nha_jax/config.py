@@ -2,14 +2,17 @@
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
 
+import numpy as np
 from flax.core import FrozenDict
 
 from nha_jax.config_parts import Experts, RopeScaling
 from nha_jax.ops import backends
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from nha_jax.presets import PRESETS
+from nha_jax.scalars import LARGEST_INT32, is_count, is_positive, plain, shown
 
 if TYPE_CHECKING:
     DerivedInt = Any
@@ -22,6 +25,9 @@ DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "operator", "dots"]
 AttentionBias = Literal["none", "qkv", "all"]
 ValueActivation = Literal["silu", "identity"]
+
+MOST_LAYERS = 2**16
+"""`ModelConfig.windows` lists every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,8 @@ class ModelConfig:
             operator's own backward needs, whose forward then runs once; "dots", all but that and
             the projections' and the SwiGLU's products (of experts, their router's only).
 
+    Scalars of numpy and jax are kept as Python's numbers.
+
     Raises:
         ValueError: a field is out of its range or does not fit another; one line names the field,
             its value and the fix.
@@ -108,8 +116,12 @@ class ModelConfig:
     kernel_options: dict[str, dict[str, int]] | None = None
 
     def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            object.__setattr__(self, each.name, plain(getattr(self, each.name)))
         for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads"):
             self._check_integer(field, minimum=1)
+        if self.num_layers > MOST_LAYERS:
+            self._reject("num_layers", f"must be at most {MOST_LAYERS}")
         self._check_integer("num_slots", minimum=0)
         self._derive("num_kv_heads", self.num_query_heads)
         if self.key_dim is None and self.hidden_size % self.num_query_heads:
@@ -121,8 +133,8 @@ class ModelConfig:
         self._derive("key_dim", self.hidden_size // self.num_query_heads)
         self._derive("value_dim", self.key_dim)
         self._derive("mlp_size", 64 * -(-8 * self.hidden_size // (3 * 64)))
-        if isinstance(self.window_size, list):
-            object.__setattr__(self, "window_size", tuple(self.window_size))
+        if isinstance(self.window_size, list | tuple | np.ndarray):
+            object.__setattr__(self, "window_size", tuple(map(plain, self.window_size)))
         self._check_heads()
         self._check_window_size()
         self._check_options()
@@ -136,12 +148,13 @@ class ModelConfig:
         self._check_integer(field, minimum=1)
 
     def _reject(self, field: str, reason: str) -> NoReturn:
-        raise ValueError(f"ModelConfig: {field}={getattr(self, field)!r} {reason}")
+        raise ValueError(f"ModelConfig: {field}={shown(getattr(self, field))} {reason}")
 
     def _check_integer(self, field: str, *, minimum: int) -> None:
         value = getattr(self, field)
-        if not _is_integer(value) or value < minimum:
-            self._reject(field, f"must be an integer of at least {minimum}")
+        if not is_count(value, minimum):
+            expected = f"must be an integer of at least {minimum}"
+            self._reject(field, f"{expected} and at most {LARGEST_INT32}")
 
     def _check_heads(self) -> None:
         if self.num_query_heads % self.num_kv_heads:
@@ -155,13 +168,11 @@ class ModelConfig:
 
     def _check_window_size(self) -> None:
         pattern = self._window_entries()
-        if not pattern or not all(
-            window is None or (_is_integer(window) and window >= 0) for window in pattern
-        ):
+        if not pattern or not all(window is None or is_count(window, 0) for window in pattern):
             self._reject(
                 "window_size",
                 "must be an integer of at least 0, None (full attention), or a non-empty "
-                "pattern of these",
+                f"pattern of these; a window is at most {LARGEST_INT32}",
             )
         if not self.num_slots and 0 in pattern:
             self._reject("window_size", "has a layer without a window, and num_slots=0 no slots")
@@ -177,28 +188,34 @@ class ModelConfig:
         if self.conv_width == 1:
             self._reject("conv_width", "has no past tap; use 0 for no convolution, or 2 and more")
         for field in ("gate_logit_normalizer", "rope_theta", "norm_eps", "initializer_range"):
-            value = getattr(self, field)
-            if not (_is_integer(value) or isinstance(value, float)) or not 0 < value < float("inf"):
-                self._reject(field, "must be a finite number above 0")
+            if not is_positive(getattr(self, field)):
+                self._reject(field, "must be a finite number above 0, in float32 too")
         for field in ("tie_embeddings", "output_norm", "qk_norm"):
             if not isinstance(getattr(self, field), bool):
                 self._reject(field, "must be true or false")
         implementations = (*backends.names(), None)
         for field, choices in (*_CHOICES.items(), ("implementation", implementations)):
-            if getattr(self, field) not in choices:
+            value = getattr(self, field)
+            if not isinstance(value, str | None) or value not in choices:
                 self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
 
     def _freeze_kernel_options(self) -> None:
+        given: Any = self.kernel_options
+        if isinstance(given, Mapping):
+            given = {
+                name: {key: plain(x) for key, x in one.items()} if isinstance(one, Mapping) else one
+                for name, one in given.items()
+            }
         try:
-            backends.check_kernel_options(self.kernel_options)
+            backends.check_kernel_options(given)
         except ValueError as error:
             raise ValueError(f"ModelConfig: {error}") from None
-        if self.kernel_options is not None:  # hashable, as a static argument of jax.jit must be
-            object.__setattr__(self, "kernel_options", FrozenDict(self.kernel_options))
+        if given is not None:  # hashable, as a static argument of jax.jit must be
+            object.__setattr__(self, "kernel_options", FrozenDict(given))
 
     def _build(self, field: str, part: type) -> None:
         value = getattr(self, field)
-        if isinstance(value, dict):
+        if isinstance(value, Mapping):
             try:
                 object.__setattr__(self, field, part(**value))
             except (TypeError, ValueError) as error:
@@ -242,8 +259,8 @@ class ModelConfig:
         Raises:
             ValueError: no preset has this name; the message lists those there are.
         """
-        if name not in PRESETS:
-            raise ValueError(f"no preset {name!r}; there are {', '.join(map(repr, PRESETS))}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"no preset {shown(name)}; there are {', '.join(map(repr, PRESETS))}")
         return cls.from_dict(PRESETS[name] | overrides)
 
     def to_dict(self) -> dict[str, Any]:
@@ -256,7 +273,7 @@ class ModelConfig:
         return fields
 
     @classmethod
-    def from_dict(cls, fields: dict[str, Any]) -> Self:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         """Builds the config that has these fields, as `to_dict` returns them.
 
         A field under the name that an earlier version saved it by is read too.
@@ -265,13 +282,15 @@ class ModelConfig:
             ValueError: a key is no field (the message suggests the nearest one), a required field
                 is missing, or a value is out of range.
         """
+        if not isinstance(fields, Mapping):
+            raise ValueError(f"ModelConfig: expected a mapping of its fields, got {shown(fields)}")
         fields = _without_old_names(fields)
         known = {field.name: field for field in dataclasses.fields(cls)}
         for key in fields:
             if key not in known:
-                nearest = difflib.get_close_matches(key, known, n=1)
+                nearest = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
-                raise ValueError(f"ModelConfig: unknown field {key!r}{hint}")
+                raise ValueError(f"ModelConfig: unknown field {shown(key)}{hint}")
         missing = [
             name
             for name, field in known.items()
@@ -282,7 +301,7 @@ class ModelConfig:
         return cls(**fields)
 
 
-def _without_old_names(fields: dict[str, Any]) -> dict[str, Any]:
+def _without_old_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     """Renames the fields that earlier versions saved under other names."""
     if "block_sizes" not in fields:
         return fields
@@ -295,10 +314,6 @@ def _without_old_names(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _article(word: str) -> str:
     return "an" if word[0] in "AEIOU" else "a"
-
-
-def _is_integer(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {

@@ -1,9 +1,10 @@
 """Parts of a `ModelConfig` with fields of their own: stretched rotations, and experts."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
+
+from nha_jax.scalars import is_count, is_positive, plain, shown
 
 RopeScalingKind = Literal["linear", "llama3", "yarn"]
 
@@ -43,21 +44,23 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        kinds = get_args(RopeScalingKind)
-        _require(self, "kind", self.kind in kinds, f"one of {', '.join(map(repr, kinds))}")
-        _require(self, "factor", _is_number(self.factor, 1), "a finite number of at least 1")
-        length = self.original_length
-        if self.kind != "linear":
-            fits = isinstance(length, int) and length >= 1
-            _require(self, "original_length", fits, f"at least 1: kind={self.kind!r} needs it")
+        _make_plain(self)
+        kinds, kind = get_args(RopeScalingKind), self.kind
+        fits = isinstance(kind, str) and kind in kinds
+        _require(self, "kind", fits, f"one of {', '.join(map(repr, kinds))}")
+        fits = is_positive(self.factor) and self.factor >= 1
+        _require(self, "factor", fits, "a finite number of at least 1")
+        fits = is_count(self.original_length) or (kind == "linear" and self.original_length is None)
+        needed = "at least 1" if kind == "linear" else f"at least 1: kind={kind!r} needs it"
+        _require(self, "original_length", fits, needed)
         for low, high in (("low_frequency_factor", "high_frequency_factor"),
                           ("beta_slow", "beta_fast")):  # fmt: skip
-            _require(self, low, _is_number(getattr(self, low)), "a finite number above 0")
             least = getattr(self, low)
-            fits = _is_number(getattr(self, high)) and getattr(self, high) > least
+            _require(self, low, is_positive(least), "a finite number above 0")
+            fits = is_positive(getattr(self, high)) and getattr(self, high) > least
             _require(self, high, fits, f"a finite number above {low}={least}")
         scale = self.attention_factor
-        fits = scale is None or _is_number(scale)
+        fits = scale is None or is_positive(scale)
         _require(self, "attention_factor", fits, "a finite number above 0, or None")
         _require(self, "truncate", isinstance(self.truncate, bool), "true or false")
 
@@ -86,22 +89,21 @@ class Experts:
     normalize: bool = True
 
     def __post_init__(self) -> None:
+        _make_plain(self)
         for name in ("count", "per_token", "size"):
-            value = getattr(self, name)
-            fits = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            _require(self, name, fits, "an integer of at least 1")
+            fits = is_count(getattr(self, name))
+            _require(self, name, fits, "an integer of at least 1 and below 2**31")
         few = self.per_token <= self.count
         _require(self, "per_token", few, f"at most count={self.count}")
         _require(self, "normalize", isinstance(self.normalize, bool), "true or false")
 
 
-def _is_number(value: object, least: float | None = None) -> bool:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        return False
-    return value > 0 if least is None else value >= least
+def _make_plain(part: RopeScaling | Experts) -> None:
+    for field in dataclasses.fields(part):
+        object.__setattr__(part, field.name, plain(getattr(part, field.name)))
 
 
 def _require(part: RopeScaling | Experts, name: str, condition: bool, expected: str) -> None:
     assert name in {field.name for field in dataclasses.fields(part)}
     if not condition:
-        raise ValueError(f"{name}={getattr(part, name)!r} must be {expected}")
+        raise ValueError(f"{name}={shown(getattr(part, name))} must be {expected}")

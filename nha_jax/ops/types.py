@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.state import NHAState, compute_dtype
+from nha_jax.scalars import LARGEST_INT32, shown
 
 SlotFeatureMap = Literal["identity", "silu", "relu"]
 EmptySlots = Literal["attend", "mask"]
@@ -59,8 +60,8 @@ class Options:
         W = self.window_size
         if W is not None and (isinstance(W, bool) or not isinstance(W, numbers.Integral)):
             raise TypeError(f"window_size must be an int or None (full attention), got {W!r}")
-        if W is not None and W < 0:
-            raise ValueError(f"window_size must be at least 0, got {W}")
+        if W is not None and not 0 <= W <= LARGEST_INT32:
+            raise ValueError(f"window_size must be at least 0 and below 2**31, got {shown(W)}")
         if not isinstance(self.scale, numbers.Real) or not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         for name, choices in (

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import nha_jax
@@ -98,6 +100,27 @@ def _fields(value: object) -> str:
         ),
         ({"num_slot": 3}, "unknown field 'num_slot'; did you mean 'num_slots'?"),
         ({"qwertz": 3}, "unknown field 'qwertz'$"),
+        ({"vocab_size": 2**31}, "vocab_size=2147483648 must be .* at most 2147483647"),
+        ({"vocab_size": 10**400}, "vocab_size=<an integer of 1329 bits> must be"),
+        ({"hidden_size": np.float32(96)}, "hidden_size=96.0 must be an integer"),
+        ({"num_layers": 2**17}, "num_layers=131072 must be at most 65536"),
+        ({"num_slots": np.nan}, "num_slots=nan must be an integer"),
+        ({"mlp_size": np.int64(2**40)}, "mlp_size=1099511627776 must be"),
+        ({"key_dim": np.bool_(True)}, "key_dim=True must be an integer"),
+        ({"window_size": 2**64}, "window_size=18446744073709551616 must be .* at most 2147483647"),
+        ({"window_size": [8, np.inf]}, r"window_size=\(8, inf\) must be"),
+        ({"window_size": np.ones((2, 2), int)}, "window_size=.* must be an integer"),
+        ({"rope_theta": 10**400}, "rope_theta=<an integer of 1329 bits> must be a finite number"),
+        ({"rope_theta": 1e300}, "rope_theta=1e.300 must be a finite number above 0, in float32"),
+        ({"norm_eps": -0.0}, "norm_eps=-0.0 must be a finite number above 0"),
+        ({"norm_eps": 1e-60}, "norm_eps=1e-60 must be a finite number above 0, in float32 too"),
+        ({"gate_logit_normalizer": np.float32("inf")}, "gate_logit_normalizer=inf must be"),
+        ({"dtype": ["float32"]}, r"dtype=\['float32'\] must be one of"),
+        ({"remat": np.zeros(3)}, r"remat=array\(.*\) must be one of"),
+        ({"tie_embeddings": np.int64(1)}, "tie_embeddings=1 must be true or false"),
+        (tpu_options(chunk=[64]), r"kernel_options\['pallas_tpu'\].*got \[64\]"),
+        ({"experts": {"count": 8, "per_token": 2, "size": 2**31}}, "size=2147483648 must be"),
+        ({"experts": {1: 2}}, "experts={1: 2} does not fit"),
     ],
     ids=_fields,
 )
@@ -126,6 +149,13 @@ def test_a_wrong_value_is_one_line_that_names_it(overrides, message):
             "attention_factor=0.0 must be a finite number above 0, or None",
         ),
         ({"truncate": 1}, "truncate=1 must be true or false"),
+        ({"kind": ["yarn"]}, r"kind=\['yarn'\] must be one of"),
+        ({"factor": 10**400}, "factor=<an integer of 1329 bits> must be a finite number"),
+        ({"factor": np.nan}, "factor=nan must be a finite number"),
+        ({"factor": "2"}, "factor='2' must be a finite number"),
+        ({"original_length": "16"}, "original_length='16' must be at least 1"),
+        ({"kind": "yarn", "original_length": True}, "original_length=True must be at least 1"),
+        ({"kind": "yarn", "original_length": 2**40}, "original_length=1099511627776 must be"),
     ],
     ids=_fields,
 )
@@ -158,6 +188,57 @@ def test_block_sizes_of_before_are_options_of_the_tpu_kernels():
 def test_missing_fields_are_named():
     with pytest.raises(ValueError, match="missing num_layers, num_query_heads"):
         ModelConfig.from_dict({"vocab_size": 5, "hidden_size": 8})
+
+
+@pytest.mark.parametrize("fields", [None, [], "nha-tiny", 3, [["vocab_size", 3]]], ids=repr)
+def test_fields_that_are_no_mapping_are_shown(fields):
+    with pytest.raises(ValueError, match="ModelConfig: expected a mapping of its fields, got "):
+        ModelConfig.from_dict(fields)
+
+
+def test_a_key_that_is_no_text_is_shown():
+    with pytest.raises(ValueError, match=r"unknown field 7$"):
+        ModelConfig.from_dict(SMALL | {7: 3})
+
+
+@pytest.mark.parametrize("name", [None, ["nha-tiny"], 3], ids=repr)
+def test_a_preset_is_a_name(name):
+    with pytest.raises(ValueError, match=r"no preset .*; there are 'nha-tiny'"):
+        ModelConfig.preset(name)
+
+
+def test_numpys_numbers_are_kept_as_pythons():
+    numbers = {name: np.int64(value) for name, value in SMALL.items()}
+    config = ModelConfig(
+        **numbers,
+        num_kv_heads=jnp.int32(2),
+        num_slots=np.uint8(16),
+        window_size=np.array([8, 0]),
+        tie_embeddings=np.bool_(True),
+        rope_theta=np.float32(10000),
+        norm_eps=np.float64(1e-5),
+        dtype=np.str_("float32"),
+        kernel_options={"pallas_tpu": {"chunk": np.int16(128)}},
+        rope_scaling=RopeScaling(kind="yarn", factor=np.float32(4), original_length=np.int64(32)),
+        experts={"count": np.int64(8), "per_token": np.int32(2), "size": np.array(32)},
+    )
+    written = json.dumps(config.to_dict())
+    assert ModelConfig.from_dict(json.loads(written)) == config
+    assert "np." not in repr(config)
+    assert config.windows == (8, 0, 8, 0)
+    assert hash(config) == hash(ModelConfig.from_dict(config.to_dict()))
+    widened = dataclasses.replace(config, window_size=(None, np.int64(4)))
+    assert json.loads(json.dumps(widened.to_dict()))["window_size"] == [None, 4]
+
+
+def test_a_preset_takes_numpys_numbers():
+    config = ModelConfig.preset("nha-tiny", num_slots=np.int64(8), window_size=[np.int32(4)])
+    assert config == ModelConfig.preset("nha-tiny", num_slots=8, window_size=(4,))
+    json.dumps(config.to_dict())
+
+
+def test_the_widest_window_is_accepted():
+    assert small(window_size=2**31 - 1).windows == (2**31 - 1,) * 4
 
 
 def test_dictionary_survives_json():
