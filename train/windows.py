@@ -1,11 +1,11 @@
 """Windows as text and as files: one window, a pattern of them, or one for each layer."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from train.errors import ConfigError
+from train.storage.small_json import parse
 
 Window = int | None
 """How many of the last tokens a layer keeps exactly; None: all of them (full attention)."""
@@ -69,12 +69,14 @@ def _read_window(word: str) -> Window:
 
 def _read_file(path: str, name: str) -> Windows:
     try:
-        values = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        values = parse(Path(path).expanduser().read_bytes(), dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{name} = {path!r}: cannot read the file: {error.strerror}") from None
-    except ValueError:
-        raise ConfigError(f"{name} = {path!r}: the file is not JSON") from None
-    windows = values.get(WINDOWS_KEY) if isinstance(values, dict) else None
+    except ValueError as error:
+        raise ConfigError(
+            f"{name} = {path!r}: the file is damaged: {error}; expected one that `nha search` wrote"
+        ) from None
+    windows = values.get(WINDOWS_KEY)
     if not isinstance(windows, list) or not windows or not all(map(_is_window, windows)):
         raise ConfigError(
             f"{name} = {path!r}: expected a file that `nha search` wrote, with a list of windows "

@@ -7,9 +7,10 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -21,6 +22,7 @@ from train.config import CheckpointConfig
 from train.devices import processes
 from train.errors import CheckpointError, ConfigError, describe_differences
 from train.step.update import TrainState
+from train.storage.atomic import write_atomically
 
 _METRIC = "held_out_loss"
 
@@ -48,16 +50,23 @@ class Checkpoints:
     and a damaged checkpoint gives way to the one before it.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig):
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        files: Mapping[str, str] = MappingProxyType({}),
+    ):
         """Opens the folder, or makes it.
 
         Args:
             folder: the folder of this run's checkpoints.
             config: when to save, and how many checkpoints to keep.
+            files: name and content of small files to put into each checkpoint.
         """
         policies = ocp.training.save_decision_policies
         logging.getLogger("absl").addFilter(_raises_nothing)
         self._folder = folder
+        self._files = files
         self._checkpointer = ocp.training.Checkpointer(
             folder,
             save_decision_policy=policies.FixedIntervalPolicy(config.every),
@@ -185,10 +194,13 @@ class Checkpoints:
         return state, Progress(step, int(loaded["data"]["next_batch"]), skipped)
 
     def _finish(self, response: Any, step: int) -> None:
-        """Waits for a save and adds its checksums; runs in the background."""
+        """Waits for a save, adds the small files and checksums; runs in the background."""
         response.result()
         if processes.is_first():
-            write_checksums(self._folder / str(step))
+            saved = self._folder / str(step)
+            for name, content in self._files.items():
+                write_atomically(saved / name, content)
+            write_checksums(saved)
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, damage in damaged.items():

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from train.storage.atomic import write_atomically
+from train.storage.small_json import parse
 
 CHECKSUMS_FILE = "checksums.json"
 
@@ -42,9 +43,9 @@ def find_damage(folder: Path) -> str | None:
     if not has_checksums(folder):
         return None
     try:
-        record = json.loads((folder / CHECKSUMS_FILE).read_bytes())
-        expected = {name: (int(size), int(crc)) for name, (size, crc) in record.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        content = (folder / CHECKSUMS_FILE).read_bytes()
+        expected = parse(content, dict[str, tuple[int, int]])
+    except (OSError, ValueError):
         return f"{CHECKSUMS_FILE} is not readable"
     with ThreadPoolExecutor(_THREADS) as pool:
         faults = list(pool.map(lambda name: _fault(folder / name, *expected[name]), expected))

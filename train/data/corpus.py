@@ -101,10 +101,11 @@ def _from_prepared(name: str, sources: Sequence[tuple[PreparedFolder, float]]) -
     """Makes a corpus of prepared folders and their weights, which add up to 1."""
     for prepared, _ in sources:
         for split, purpose in ((prepared.training, "training"), (prepared.held_out, "evaluation")):
-            if len(split) < 2:  # a token and its target
+            # All tokens but a document's first are targets.
+            if len(split) <= split.num_documents or not split.text_bytes:
                 raise ConfigError(
-                    f"data.corpus = {name}: {prepared.folder} has no document for {purpose}; "
-                    "prepare more text or another --held-out-fraction"
+                    f"data.corpus = {name}: {prepared.folder} has no token to predict "
+                    f"for {purpose}; prepare more text or another --held-out-fraction"
                 )
     weights = tuple(weight for _, weight in sources)
     fingerprints = "\0".join(prepared.manifest.fingerprint for prepared, _ in sources)

@@ -17,6 +17,7 @@ from train.data.tokenizer.from_file import load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
+from train.storage.small_json import parse
 
 MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".prepare"
@@ -26,6 +27,8 @@ FORMAT = 1
 SPLITS = ("training", "held_out")
 
 _OPEN_FILES = 256
+
+_AGAIN = "delete the folder and run `nha data prepare` again"
 
 
 @dataclass(frozen=True)
@@ -72,14 +75,14 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            content = json.loads(path.read_bytes())
-            stored = content.pop("sha256")
+            content = parse(path.read_bytes(), dict[str, Any])
         except OSError as error:
             raise DataError(f"{path}: cannot read it: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path}: damaged: not what `nha data prepare` writes") from None
+        except ValueError as error:
+            raise DataError(f"{path}: damaged: {error}; {_AGAIN}") from None
+        stored = content.pop("sha256", None)
         if hashlib.sha256(_canonical(content)).hexdigest() != stored:
-            raise DataError(f"{path}: damaged: its checksum is another")
+            raise DataError(f"{path}: damaged: its checksum is another; {_AGAIN}")
         if content["format"] != FORMAT:
             raise DataError(f"{path}: format {content['format']}, which this version cannot read")
         shards = {

@@ -1,5 +1,6 @@
 """The losses that a search has measured, kept on disk so that none is measured twice."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from typing import Any, Self
 from nha_jax import ModelConfig
 from train.config import rename_keys
 from train.errors import ConfigError
-from train.storage.atomic import write_atomically
+from train.storage.atomic import write_if_changed
+from train.storage.small_json import parse
 from train.windows import WINDOWS_KEY, Windows, format_windows
 
 _LOSS_KEY = "bits_per_byte"
@@ -39,7 +41,6 @@ class LossLog:
             ConfigError: the file holds something else, or losses of another model or other data,
                 or cannot be written.
         """
-        self.losses: dict[Windows, float] = {}
         present = json.loads(json.dumps(measured_on))
         rows = _read_rows(path)
         header = rows[0] if rows else present
@@ -49,11 +50,12 @@ class LossLog:
                 f"{path}: its losses were measured with another {', '.join(differing)}; remove it "
                 "or choose another --output"
             )
-        for row in rows[1:]:
-            self.losses[tuple(row[WINDOWS_KEY])] = row[_LOSS_KEY]
+        self.losses: dict[Windows, float] = {
+            tuple(row[WINDOWS_KEY]): row[_LOSS_KEY] for row in rows[1:]
+        }
         try:
-            # The file is written anew to get rid of a torn line.
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows or [present]))
+            # Written anew only to get rid of a torn line.
+            write_if_changed(path, "".join(json.dumps(row) + "\n" for row in rows or [present]))
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{path}: cannot write there: {error.strerror}") from None
@@ -82,22 +84,26 @@ class LossLog:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """Reads the rows of a file, the header first; returns none if there is no file.
+    """Reads the rows of a file, the header first; returns none if it is missing or empty.
 
     Raises:
         ConfigError: the first line is no header.
     """
-    if not path.exists():
+    content = path.read_bytes() if path.exists() else b""
+    if not content.strip(b"\n\0"):
         return []
     rows = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # a torn last line, or the empty one after the last
-            continue
-    if not rows or not isinstance(rows[0], dict) or WINDOWS_KEY in rows[0]:
+    for line in content.split(b"\n"):
+        with contextlib.suppress(ValueError):  # a torn last line, or the empty one after the last
+            rows.append(parse(line, dict[str, Any]))
+    if not rows or WINDOWS_KEY in rows[0]:
         raise ConfigError(f"{path}: holds no losses of a search; choose another --output")
-    return [_update_header(rows[0]), *rows[1:]]
+    header, *losses = rows
+    return [_update_header(header), *filter(_is_loss, losses)]
+
+
+def _is_loss(row: dict[str, Any]) -> bool:
+    return isinstance(row.get(WINDOWS_KEY), list) and isinstance(row.get(_LOSS_KEY), float)
 
 
 def _update_header(header: dict[str, Any]) -> dict[str, Any]:

@@ -67,6 +67,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
+def write_if_changed(path: Path, content: str | bytes) -> None:
+    """Does what `write_atomically` does, unless the file holds that already."""
+    content = content.encode() if isinstance(content, str) else content
+    try:
+        if path.read_bytes() == content:
+            return
+    except FileNotFoundError:
+        pass
+    write_atomically(path, content)
+
+
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed processes left of their temporary files in `folder`.
 

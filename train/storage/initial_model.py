@@ -4,9 +4,10 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from nha_jax import ModelConfig
 from nha_jax.sizes import abstract_parameters
@@ -15,6 +16,7 @@ from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig
 from train.errors import ConfigError
 from train.storage.atomic import write_atomically
+from train.storage.small_json import parse, read_whole
 
 _RECORD = "initial_model.json"
 
@@ -75,10 +77,13 @@ class InitialModel:
         """
         fingerprint = self.fingerprint()
         record = run / _RECORD
-        if not record.exists():
+        stored = read_whole(record, dict[str, str])
+        if stored is None:
+            if record.exists():
+                print(f"nha: {record}: damaged; written again", file=sys.stderr)
             content = {"initial_model": self.name, "fingerprint": fingerprint}
             write_atomically(record, json.dumps(content, indent=2) + "\n")
-        elif json.loads(record.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+        elif stored.get("fingerprint") != fingerprint:
             raise ConfigError(
                 f"initial_model = {self.name!r}: it is not the one any more that the run in {run} "
                 "began with; put that one back, or choose another run"
@@ -138,7 +143,7 @@ def read_config(name: str) -> ModelConfig:
     """
     folder = _find(name)
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        values = parse((folder / CONFIG_FILE).read_bytes(), dict[str, Any])
         if "model_type" in values:  # as other libraries write it
             raise ConfigError(
                 f"initial_model = {name!r}: a model of another library; `nha import {name} FOLDER` "
@@ -150,7 +155,7 @@ def read_config(name: str) -> ModelConfig:
             f"initial_model = {name!r}: no model in this folder; expected one that `nha import` "
             "or `nha_jax.save` wrote, or a finished run"
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"initial_model = {name!r}: {CONFIG_FILE} is not valid: {reason}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from train.storage.atomic import write_atomically
+from train.storage.small_json import read_whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +17,9 @@ class Result:
         step: updates done.
         held_out_bits_per_byte: bits per byte over evaluation.final_sequences sequences.
         held_out_perplexity: the perplexity of a token, over the same.
-        references: bits per byte of other compressors, by name.
+        references: bits per byte of other compressors, by name; empty if they were not measured.
         prompt: the text that the sample continues.
-        sample: what the model wrote.
+        sample: what the model wrote; None if it could not write.
     """
 
     step: int
@@ -26,14 +27,12 @@ class Result:
     held_out_perplexity: float
     references: dict[str, float]
     prompt: str
-    sample: str
+    sample: str | None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
-        """Reads the result written to `path`; None if there is none."""
-        if not path.exists():
-            return None
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Reads the result written to `path`; None if there is none, or it is damaged."""
+        return read_whole(path, cls)
 
     def write(self, path: Path) -> None:
         """Writes the result as JSON."""
@@ -42,12 +41,11 @@ class Result:
     def __str__(self) -> str:
         compared = {"this model": self.held_out_bits_per_byte, **self.references}
         width = max(map(len, compared))
-        return "\n".join(
-            [
-                f"\nHeld-out bits per byte after {self.step} steps (lower is better)",
-                *(f"  {name:<{width}}  {value:.3f}" for name, value in compared.items()),
-                f"Perplexity of a token: {self.held_out_perplexity:.2f}",
-                f"\nThe model continues {self.prompt!r}:\n",
-                self.prompt + self.sample,
-            ]
-        )
+        lines = [
+            f"\nHeld-out bits per byte after {self.step} steps (lower is better)",
+            *(f"  {name:<{width}}  {value:.3f}" for name, value in compared.items()),
+            f"Perplexity of a token: {self.held_out_perplexity:.2f}",
+        ]
+        if self.sample is not None:
+            lines += [f"\nThe model continues {self.prompt!r}:\n", self.prompt + self.sample]
+        return "\n".join(lines)

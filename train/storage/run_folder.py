@@ -5,13 +5,15 @@ import fcntl
 import json
 import os
 import re
+import sys
 from pathlib import Path
 from typing import IO, Any, Self
 
 from train.config import TrainConfig, rename_keys
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
-from train.storage.atomic import remove_unfinished, write_atomically
+from train.storage.atomic import remove_unfinished, write_if_changed
+from train.storage.small_json import read_whole
 
 CHANGEABLE = (
     "run",
@@ -30,6 +32,8 @@ CHANGEABLE = (
 )
 """The keys, and sections of keys, that may differ when a run is resumed: none of them changes the
 updates already made."""
+
+RECORD_FILE = "run.json"
 
 # What a process killed while it made the folder leaves behind.
 _UNFINISHED = re.compile(r"\.lock|\.run\.json\..*tmp")
@@ -51,6 +55,7 @@ class RunFolder:
         wandb: folder of Weights & Biases, with the identity of its run.
         model: folder of the finished model, for `nha_jax.load`.
         result: what the finished run reached, as JSON.
+        record: what run.json holds, in the process that opened the folder.
     """
 
     def __init__(self, path: str):
@@ -64,7 +69,8 @@ class RunFolder:
         self.wandb = self.path / "wandb"
         self.model = self.path / "model"
         self.result = self.path / "result.json"
-        self._record = self.path / "run.json"
+        self._record = self.path / RECORD_FILE
+        self.record = ""
         self._lock: IO[str] | None = None
 
     def check(self, config: TrainConfig, fingerprint: str) -> None:
@@ -79,21 +85,26 @@ class RunFolder:
             return
         if not self.path.is_dir():
             raise ConfigError(f"{name}: exists and is no folder; choose another")
-        if not self._record.exists():
-            entries = sorted(os.listdir(self.path))
-            foreign = [entry for entry in entries if not _UNFINISHED.fullmatch(entry)]
-            if foreign:
-                raise ConfigError(
-                    f"{name}: the folder exists and holds {foreign[0]!r}, but no run; "
-                    "choose another"
-                )
+        stored = self._stored_record()
+        if stored is None:
+            self._check_not_foreign(name)
             return
-        differing = _differences(self._read_record(), _record(config, fingerprint))
+        differing = _differences(stored, _record(config, fingerprint))
         if differing:
             raise ConfigError(
                 f"{name}: the folder holds a run of another configuration: "
                 f"{'; '.join(differing)}; choose another folder, or the old values to resume"
             )
+
+    def _check_not_foreign(self, name: str) -> None:
+        """Raises ConfigError if a folder without a readable run.json holds another's files."""
+        if self._record.exists() and self.checkpoints.is_dir():
+            return  # a run of a version that put no copies beside its checkpoints
+        for entry in sorted(os.listdir(self.path)):
+            if not _UNFINISHED.fullmatch(entry) and entry != RECORD_FILE:
+                raise ConfigError(
+                    f"{name}: the folder exists and holds {entry!r}, but no run; choose another"
+                )
 
     def open(self, config: TrainConfig, fingerprint: str) -> Self:
         """Makes and locks the folder and writes down the configuration; use with `with`.
@@ -135,7 +146,10 @@ class RunFolder:
                 f"run = {config.run!r}: another process is training in this folder"
             ) from None
         remove_unfinished(self.path)
-        write_atomically(self._record, json.dumps(_record(config, fingerprint), indent=2) + "\n")
+        if self._record.exists() and read_whole(self._record, dict[str, Any]) is None:
+            print(f"nha: {self._record}: damaged; written again", file=sys.stderr)
+        self.record = json.dumps(_record(config, fingerprint), indent=2) + "\n"
+        write_if_changed(self._record, self.record)
 
     def __enter__(self) -> Self:
         return self
@@ -167,13 +181,39 @@ class RunFolder:
         return config["model"]
 
     def config(self) -> dict[str, Any] | None:
-        """Reads the stored run's configuration by sections; None if the folder holds no run."""
-        return self._read_record()["config"] if self._record.exists() else None
+        """Reads the stored run's configuration by sections; None if the folder holds no run.
 
-    def _read_record(self) -> dict[str, Any]:
-        """Reads what `_record` made; keys of an earlier version get their present names."""
-        record = json.loads(self._record.read_text(encoding="utf-8"))
-        config, _ = rename_keys(record["config"])
+        Raises:
+            ConfigError: run.json is damaged, and no checkpoint has a copy of it.
+        """
+        stored = self._stored_record()
+        if stored is None and self._record.exists():
+            raise ConfigError(
+                f"{self._record}: damaged: empty or cut off; the `nha train` command of this run "
+                "writes it again"
+            )
+        return None if stored is None else stored["config"]
+
+    def _stored_record(self) -> dict[str, Any] | None:
+        """Reads what `_record` made, from a checkpoint's copy if run.json is lost.
+
+        Keys of an earlier version get their present names.
+
+        Raises:
+            ConfigError: run.json is whole, and something else.
+        """
+        record = read_whole(self._record, dict[str, Any])
+        if record is None:
+            copies = self.checkpoints.glob(f"[0-9]*/{RECORD_FILE}")
+            newest = sorted(copies, key=lambda path: int(path.parent.name), reverse=True)
+            found = (read_whole(path, dict[str, Any]) for path in newest)
+            record = next((copy for copy in found if copy is not None), None)
+        if record is None:
+            return None
+        sections, corpus = record.get("config"), record.get("corpus")
+        if not isinstance(sections, dict) or "model" not in sections or corpus is None:
+            raise ConfigError(f"{self._record}: not what `nha train` writes; choose another folder")
+        config, _ = rename_keys(sections)
         return {**record, "config": config}
 
 

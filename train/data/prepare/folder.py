@@ -27,7 +27,8 @@ from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError, DataError, describe_differences
-from train.storage.atomic import remove_unfinished, write_atomically
+from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
+from train.storage.small_json import read_whole
 
 _SETTINGS_FILE = "settings.json"
 
@@ -84,7 +85,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     }
     out = Path(options.out).expanduser().absolute()
     with _opened(out, options.out, settings):
-        if not (out / MANIFEST_FILE).exists():
+        if _finished_manifest(out) is None:
             for name, content in tokenizer.files.items():
                 write_atomically(out / name, content)
             written = _run_missing_jobs(out, jobs, tokenizer, rules, options.workers)
@@ -169,23 +170,30 @@ def _opened(out: Path, shown: str, settings: dict[str, Any]) -> Iterator[None]:
         for folder in (out, work):
             remove_unfinished(folder)
         try:
-            write_atomically(work / _SETTINGS_FILE, json.dumps(settings, indent=1))
+            if stored is None:  # without them it is not known what the jobs were done from
+                for record in work.glob(_record_name("*")):
+                    record.unlink()
+            write_if_changed(work / _SETTINGS_FILE, json.dumps(settings, indent=1))
             yield
         except OSError as error:
             raise DataError(f"{shown}: cannot write there: {error.strerror}") from None
 
 
 def _stored_settings(out: Path, shown: str) -> dict[str, Any] | None:
-    """Reads the settings that a folder was prepared from; None if nothing is there yet."""
+    """Reads the settings that a folder was prepared from; None if there are none, or damaged."""
     if not out.exists():
         return None
     if not out.is_dir():
         raise ConfigError(f"{shown}: exists and is no folder; choose another")
-    if (out / MANIFEST_FILE).exists():
-        return dict(Manifest.read(out).settings)
+    manifest = _finished_manifest(out)
+    if manifest is not None:
+        return dict(manifest.settings)
     settings = out / WORK_FOLDER / _SETTINGS_FILE
     if settings.exists():
-        return json.loads(settings.read_bytes())
+        stored = read_whole(settings, dict[str, Any])
+        if stored is None:
+            print(f"nha: {settings}: damaged; everything is prepared again", file=sys.stderr)
+        return stored
     foreign = sorted(name for name in os.listdir(out) if name != WORK_FOLDER)
     if foreign:
         raise ConfigError(
@@ -193,6 +201,22 @@ def _stored_settings(out: Path, shown: str) -> dict[str, Any] | None:
             "choose another"
         )
     return None
+
+
+def _finished_manifest(out: Path) -> Manifest | None:
+    """Reads a folder's manifest; None if it is missing, or damaged and can be made again.
+
+    Raises:
+        DataError: it is damaged, and what the jobs had written down is gone.
+    """
+    if not (out / MANIFEST_FILE).exists():
+        return None
+    try:
+        return Manifest.read(out)
+    except DataError:
+        if (out / WORK_FOLDER / _SETTINGS_FILE).exists():
+            return None
+        raise
 
 
 def _run_missing_jobs(
@@ -203,8 +227,7 @@ def _run_missing_jobs(
     workers: int | None,
 ) -> list[WrittenShards]:
     """Runs the jobs that were not finished before, and returns what all jobs have written."""
-    # "piece" is in the name since before jobs were called so: a stopped folder goes on.
-    record_files = [out / WORK_FOLDER / f"piece-{n:05}.json" for n in range(len(jobs))]
+    record_files = [out / WORK_FOLDER / _record_name(f"{n:05}") for n in range(len(jobs))]
     records = [_finished(out, file, rules) for file in record_files]
     missing = [n for n, record in enumerate(records) if record is None]
     sizes = [sum(part.size for part in job) for job in jobs]
@@ -229,11 +252,16 @@ def _run_missing_jobs(
     return [record for record in records if record is not None]
 
 
+def _record_name(number: str) -> str:
+    # "piece" since before jobs were called so: a stopped folder goes on.
+    return f"piece-{number}.json"
+
+
 def _finished(out: Path, file: Path, rules: ShardRules) -> WrittenShards | None:
-    """Reads what a job has written; None if it has not finished or a shard is gone."""
-    if not file.exists():
-        return None
+    """Reads what a job has written; None if it has not finished, or it or a shard is damaged."""
     record = WrittenShards.read(file)
+    if record is None:
+        return None
     try:
         for shard in record.shards.values():
             shard.check_sizes(out, np.dtype(rules.dtype))

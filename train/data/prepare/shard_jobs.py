@@ -16,6 +16,7 @@ from train.data.token_shards import ShardRecord, ShardWriter
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
+from train.storage.small_json import read_whole
 
 # Documents go through the tokenizer in batches of about this size.
 _BATCH_BYTES = 1 << 20
@@ -61,11 +62,9 @@ class WrittenShards:
     first_bad: str = ""
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Reads what `write` wrote."""
-        content = json.loads(path.read_bytes())
-        shards = {split: ShardRecord(**record) for split, record in content.pop("shards").items()}
-        return cls(shards, **content)
+    def read(cls, path: Path) -> Self | None:
+        """Reads what `write` wrote; None if that is missing or damaged."""
+        return read_whole(path, cls)
 
     def write(self, path: Path) -> None:
         """Writes JSON, whole or not at all."""

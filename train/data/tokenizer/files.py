@@ -1,11 +1,11 @@
 """The files of a tokenizer, and what they say of the tokens that begin and end a text."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from train.errors import DataError
+from train.storage.small_json import parse
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -23,12 +23,9 @@ def read_object(content: bytes, where: object) -> dict[str, Any]:
         DataError: the content is no JSON object; the message begins with `where`.
     """
     try:
-        values = json.loads(content)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise DataError(f"{where}: damaged: expected a JSON object")
-    return values
+        return parse(content, dict[str, Any])
+    except ValueError as error:
+        raise DataError(f"{where}: damaged: {error}; expected a JSON object") from None
 
 
 def read_objects(files: Mapping[str, bytes], folder: Path) -> dict[str, dict[str, Any]]:
