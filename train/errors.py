@@ -1,6 +1,7 @@
 """Errors that reach the user as one line, each with its exit code."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -45,6 +46,20 @@ def explain_refusal() -> Iterator[None]:
         if not str(error).startswith("implementation="):
             raise
         raise ConfigError(f"model.{error}; null takes the fastest that serves") from None
+
+
+@contextlib.contextmanager
+def do_without(what: str) -> Iterator[None]:
+    """Lets what only adds to the work fail without costing it: a line on stderr says what failed.
+
+    Args:
+        what: what is done inside the `with`, as the line calls it.
+    """
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        print(f"nha: {what}: {reason}; going on without it", file=sys.stderr)
 
 
 def describe_differences(

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.errors import ConfigError
+from train.errors import ConfigError, do_without
 
 _DESCRIPTION = """\
 Reads a text and shows the slot weight omega, which is the softmax's mass on the slots, by layer,
@@ -58,6 +58,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
     picture = _output_path(options)
 
+    from train.inspect.figure import draw
     from train.inspect.measure import format_table, inspect
     from train.storage.atomic import write_atomically
     from train.text.loading import load_model, load_tokenizer_of
@@ -80,22 +81,21 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             "of the text's"
         )
     inspection = inspect(model, tokens, options.context)
-
-    from train.inspect.figure import draw
-
     text = Path(options.text).name
     title = f"{Path(options.run).resolve().name} reading {text}, {inspection.tokens} tokens"
     numbers = picture.with_suffix(".json")
+    print(title)
+    print(format_table(inspection), flush=True)
     try:
         write_atomically(numbers, inspection.to_json(run=options.run, text=options.text))
-        write_atomically(picture, draw(inspection, title))
     except OSError as error:
         raise ConfigError(
             f"{picture.parent}: cannot write there: {error.strerror}; give --output"
         ) from None
-    print(title)
-    print(format_table(inspection))
-    print(f"{picture}\n{numbers}")
+    with do_without(str(picture)):
+        write_atomically(picture, draw(inspection, title))
+        print(picture)
+    print(numbers)
     return 0
 
 

@@ -10,7 +10,7 @@ from train.data.corpus import Corpus
 from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
-from train.storage.atomic import write_atomically
+from train.storage.atomic import write_if_changed
 from train.storage.initial_model import InitialModel
 from train.storage.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ def write_extra_files(
     elif config.initial_model is None:  # otherwise they are there since the run began
         files = corpus.tokenizer.files
     for name, content in files.items():
-        write_atomically(folder.path / name, content)
+        write_if_changed(folder.path / name, content)
 
 
 def merge_extra_files(initial: InitialModel, tokenizer: Tokenizer) -> dict[str, bytes]:

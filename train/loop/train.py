@@ -8,19 +8,21 @@ from jax.sharding import Mesh
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.data.corpus import Corpus, load_corpus
+from train.data.tokenizer.interface import Tokenizer
 from train.devices import processes
 from train.devices.compilation_cache import use_compilation_cache
 from train.devices.mesh import make_mesh
-from train.errors import explain_refusal
+from train.errors import ConfigError, explain_refusal
 from train.loop.extra_files import check_tokenizer, write_extra_files
 from train.loop.interruption import Interruption
+from train.loop.profiling import check_profile
 from train.loop.trainer import Trainer
 from train.report.wandb_reporter import check_wandb
 from train.step.trainable import Trainable
 from train.step.update import TrainingFunctions
 from train.storage.initial_model import InitialModel, teacher_config
 from train.storage.result import Result
-from train.storage.run_folder import RunFolder
+from train.storage.run_folder import RECORD_FILE, RunFolder
 
 
 def train(config: TrainConfig) -> int:
@@ -33,8 +35,9 @@ def train(config: TrainConfig) -> int:
         The exit code: 0, or 128 + the signal that stopped the run (130 Ctrl-C, 143 SIGTERM).
 
     Raises:
-        ConfigError: the corpus, the devices, the run folder, the initial model, the implementation
-            or wandb do not fit the configuration; nothing was written.
+        ConfigError: the corpus, the devices, the run folder, the initial model, the implementation,
+            the sample's prompt, the profile or wandb do not fit the configuration; nothing was
+            written.
         TrainingError: the loss stays non-finite, or a file cannot be written.
         CheckpointError: all checkpoints are damaged, or none can be saved.
     """
@@ -56,12 +59,16 @@ def _train(config: TrainConfig) -> int:
     mesh = make_mesh(config)
     Trainable.match(config.trainable, config.model)
     _check_implementation(config, mesh)
+    _check_sample(config.sample.prompt, corpus.tokenizer)
     folder = RunFolder(config.run)
+    check_profile(config.logging.profile, folder.profile)
     initial = _initial_model(config, corpus, folder)
     with (
         folder.open(config, corpus.fingerprint),
         jax.set_mesh(mesh),
-        Checkpoints(folder.checkpoints, config.checkpoint) as checkpoints,
+        Checkpoints(
+            folder.checkpoints, config.checkpoint, {RECORD_FILE: folder.record}
+        ) as checkpoints,
     ):
         if initial is not None:
             processes.on_first(lambda: initial.remember(folder.path))
@@ -81,7 +88,7 @@ def _train(config: TrainConfig) -> int:
                 return 128 + number
             result = trainer.finish()
         elif processes.is_first():
-            print(f"This run is finished: {done} of {config.steps} steps; raise steps to go on.")
+            print(_finished(done, config.steps))
     if processes.is_first():
         print(result)
         print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
@@ -89,11 +96,28 @@ def _train(config: TrainConfig) -> int:
     return 0
 
 
+def _finished(done: int, steps: int) -> str:
+    if done > steps:
+        return f"This run is finished: {done} steps are done; steps = {steps} takes none back."
+    return f"This run is finished: {done} of {steps} steps; raise steps to go on."
+
+
+def _check_sample(prompt: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError if the text to continue has no token."""
+    if not len(tokenizer.encode_prompt(prompt)):
+        raise ConfigError(
+            f"sample.prompt = {prompt!r}: the tokenizer of data.corpus makes no token of it; "
+            "choose another text"
+        )
+
+
 def _check_implementation(config: TrainConfig, mesh: Mesh) -> None:
-    """Raises ConfigError if an implementation is named that cannot serve the step."""
+    """Raises ConfigError if an implementation is named that cannot serve step or evaluation."""
     if config.model.implementation is not None:
         with jax.set_mesh(mesh), explain_refusal():
-            TrainingFunctions(config, mesh, teacher_config(config)).trace_update()
+            functions = TrainingFunctions(config, mesh, teacher_config(config))
+            functions.trace_update()
+            functions.trace_evaluate()
 
 
 def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:

@@ -1,5 +1,7 @@
 """A run in progress: its steps, evaluations and saves."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +16,7 @@ from train.data.batches import Sequences, training_batches
 from train.data.corpus import Corpus
 from train.devices import processes
 from train.devices.mesh import rows_of_process, single_device_mesh
-from train.errors import TrainingError
+from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
 from train.report.reporting import Reporting, fetch, plot_run
@@ -126,54 +128,65 @@ class Trainer:
                     break
             self._checkpoints.wait()
         if processes.is_first():
-            plot_run(self._folder, self._references())
+            plot_run(self._folder, self._references)
         return self._vote.last(interruption.signal)
 
     def finish(self) -> Result | None:
-        """Measures the finished model, saves it for `nha_jax.load`, and lets it write a sample.
+        """Saves the finished model for `nha_jax.load`, measures it, and lets it write a sample.
+
+        What comes later cannot cost what came before: the sample may fail.
 
         Returns:
             The result, in the first process; if there are others, they only help to measure, and
             have None.
         """
-        held_out = self._evaluate(self._config.evaluation.final_sequences)
+        count = self._config.evaluation.final_sequences
         if jax.process_count() == 1:
-            return self._write_result(held_out, self.state.model)
+            model = self._save_model(self.state.model)
+            return self._write_result(self._evaluate(count), model)
+        held_out = self._evaluate(count)
         everywhere = processes.replicate(self.state.model, self._mesh)
         if not processes.is_first():
             return None
         # The other processes take no part any more.
         with jax.set_mesh(single_device_mesh(jax.local_devices()[0])):
             local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
-            return self._write_result(held_out, local)
+            return self._write_result(held_out, self._save_model(local))
 
-    def _write_result(self, held_out: HeldOut, model_state: Any) -> Result:
-        config = self._config
+    def _save_model(self, model_state: Any) -> nha_jax.Model:
         model = self._functions.model(model_state)
-        # What training names may not serve decode steps; the sample takes what does.
-        sample = complete(
-            model.with_implementation(None),
-            self._corpus.tokenizer,
-            config.sample.prompt,
-            nha_jax.SamplingOptions(
-                max_new_tokens=config.sample.max_new_tokens,
-                temperature=config.sample.temperature,
-                seed=config.seed,
-            ),
-        )
         files = extra_files_of(self._folder.path)
         nha_jax.save(self._folder.model, model, overwrite=True, files=files)
-        step, references = self.progress.step, self._references()
+        return model
+
+    def _write_result(self, held_out: HeldOut, model: nha_jax.Model) -> Result:
         result = Result(
-            step,
+            self.progress.step,
             held_out.bits_per_byte,
             held_out.perplexity,
-            references,
-            config.sample.prompt,
-            sample,
+            self._references,
+            self._config.sample.prompt,
+            sample=None,
         )
         result.write(self._folder.result)
+        with do_without("sample"):
+            result = dataclasses.replace(result, sample=self._sample(model))
+            result.write(self._folder.result)
         return result
+
+    def _sample(self, model: nha_jax.Model) -> str:
+        sample = self._config.sample
+        # What training names may not serve decode steps; the sample takes what does.
+        return complete(
+            model.with_implementation(None),
+            self._corpus.tokenizer,
+            sample.prompt,
+            nha_jax.SamplingOptions(
+                max_new_tokens=sample.max_new_tokens,
+                temperature=sample.temperature,
+                seed=self._config.seed,
+            ),
+        )
 
     def _report_steps(
         self, steps: dict[int, Metrics], reporting: Reporting, held_out: HeldOut | None = None
@@ -211,8 +224,11 @@ class Trainer:
             self._rows,
         )
 
+    @functools.cached_property
     def _references(self) -> dict[str, float]:
-        return gzip_references(self._corpus.held_out)
+        with do_without("gzip's bits per byte"):
+            return gzip_references(self._corpus.held_out)
+        return {}
 
     def _print_header(self) -> None:
         model, data = self._config.model, self._config.data
@@ -233,6 +249,8 @@ class Trainer:
             amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
             print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
-        if self.progress.step:
+        if self.progress.step >= self._config.steps:
+            print(f"trained  {self.progress.step} steps: only the result is missing")
+        elif self.progress.step:
             print(f"resuming after step {self.progress.step} of {self._config.steps}")
         print(flush=True)

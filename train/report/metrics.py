@@ -5,7 +5,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -14,7 +14,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
-from train.storage.atomic import write_atomically
+from train.errors import do_without
+from train.storage.atomic import write_if_changed
 
 Row = dict[str, Any]
 """The metrics of one step: `step`, and numbers or lists of a number a layer, by name."""
@@ -43,7 +44,7 @@ class JsonLines:
     def __init__(self, path: Path, after_step: int):
         """Opens or makes the file; drops rows after the step `after_step`, and a torn last one."""
         kept = [row for row in read_rows(path) if row["step"] <= after_step]
-        write_atomically(path, "".join(map(_to_line, kept)))
+        write_if_changed(path, "".join(map(_to_line, kept)))
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Row) -> None:
@@ -77,6 +78,34 @@ class TensorBoard:
         self._events.write_event(Event(step=step, wall_time=time.time(), **content))
 
 
+class Dispensable:
+    """A reporter that a run can do without: when it fails, a line says so and it gets no more."""
+
+    def __init__(self, name: str, make: Callable[[], Reporter]):
+        """Makes the reporter, if that works.
+
+        Args:
+            name: what the line calls it.
+            make: makes it.
+        """
+        self._name = name
+        self._reporter: Reporter | None = None
+        with do_without(name):
+            self._reporter = make()
+
+    def write(self, row: Row) -> None:
+        reporter, self._reporter = self._reporter, None
+        if reporter is not None:
+            with do_without(self._name):
+                reporter.write(row)
+                self._reporter = reporter
+
+    def close(self) -> None:
+        if self._reporter is not None:
+            with do_without(self._name):
+                self._reporter.close()
+
+
 class MetricsLog:
     """Writes every row to JSON lines, to TensorBoard and to further reporters."""
 
@@ -89,7 +118,8 @@ class MetricsLog:
             after_step: the last step that counts as done; 0 starts afresh.
             more: closed with the log.
         """
-        lines, board = JsonLines(path, after_step), TensorBoard(events, after_step)
+        lines = JsonLines(path, after_step)
+        board = Dispensable("TensorBoard", lambda: TensorBoard(events, after_step))
         self._reporters: tuple[Reporter, ...] = (lines, board, *more)
 
     def __enter__(self) -> Self:
@@ -146,7 +176,7 @@ class ProgressBar:
         # Where no one watches it live, a line every ten seconds is enough.
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(
-            total=total,
+            total=max(total, initial),
             initial=initial,
             unit=unit,
             mininterval=interval,

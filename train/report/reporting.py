@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from train.config import TrainConfig
 from train.devices import processes
 from train.devices.chips import chip_of
+from train.errors import do_without
 from train.report.clock import Clock
-from train.report.metrics import MetricsLog, ProgressBar, Reporter, Row, read_rows
+from train.report.metrics import Dispensable, MetricsLog, ProgressBar, Reporter, Row, read_rows
 from train.report.plots import plot_loss_curve, plot_slot_weight
 from train.report.wandb_reporter import WeightsAndBiases
 from train.step.evaluation import HeldOut
@@ -52,12 +53,11 @@ class Reporting:
         self._flops = training_flops_per_token(config)
         self._bytes_per_target = bytes_per_target
         more: list[Reporter] = []
-        if config.logging.wandb is not None and processes.is_first():
-            more.append(
-                WeightsAndBiases(
-                    config.logging.wandb, folder.wandb, folder.path, config_values(config)
-                )
-            )
+        project = config.logging.wandb
+        if project is not None and processes.is_first():
+            values = config_values(config)
+            make = lambda: WeightsAndBiases(project, folder.wandb, folder.path, values)  # noqa: E731
+            more.append(Dispensable("logging.wandb", make))
         self._log: MetricsLog | None = None
         if processes.is_first():
             self._log = MetricsLog(folder.metrics, folder.tensorboard, after_step, more)
@@ -131,10 +131,14 @@ class Reporting:
 
 
 def plot_run(folder: RunFolder, references: Mapping[str, float]) -> None:
-    """Draws the run's pictures from its metrics; references as in `plot_loss_curve`."""
-    rows = read_rows(folder.metrics)
-    plot_loss_curve(rows, dict(references), folder.curve)
-    plot_slot_weight(rows, folder.slot_weight)
+    """Draws the run's pictures from its metrics; references as in `plot_loss_curve`.
+
+    A picture that cannot be drawn costs a line on stderr.
+    """
+    with do_without(str(folder.curve)):
+        plot_loss_curve(read_rows(folder.metrics), dict(references), folder.curve)
+    with do_without(str(folder.slot_weight)):
+        plot_slot_weight(read_rows(folder.metrics), folder.slot_weight)
 
 
 def fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

@@ -38,7 +38,7 @@ class WeightsAndBiases:
 
         folder.mkdir(exist_ok=True)
         identity = folder / "id"
-        if not identity.exists():
+        if not identity.exists() or not identity.read_bytes():
             write_atomically(identity, secrets.token_hex(8))
         self._run = wandb.init(
             project=project,

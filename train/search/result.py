@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train.errors import do_without
 from train.search.budgets import Budget
 from train.search.strategies import Trial
 from train.storage.atomic import replacing, write_atomically
@@ -38,8 +39,8 @@ class SearchResult:
     def write(self, path: Path) -> None:
         """Writes the result as JSON, with the best windows under "window_size", and its plot.
 
-        The plot goes beside it, under the same name with .png. Whoever reads the files meanwhile
-        finds the old ones or whole new ones.
+        The plot goes beside it, under the same name with .png; if it cannot be drawn, a line says
+        so. Whoever reads the files meanwhile finds the old ones or whole new ones.
         """
         values = {
             **_to_row(self.found),
@@ -49,8 +50,10 @@ class SearchResult:
             "comparison": {name: _to_row(trial) for name, trial in self.comparison.items()},
             "history": [_to_row(trial) for trial in self.history],
         }
-        plot_search(self, path.with_suffix(".png"))
         write_atomically(path, json.dumps(values, indent=2) + "\n")
+        picture = path.with_suffix(".png")
+        with do_without(str(picture)):
+            plot_search(self, picture)
 
     def __str__(self) -> str:
         rows = [("found by the search", self.found), *self.comparison.items()]

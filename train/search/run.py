@@ -90,8 +90,15 @@ def run_search(options: SearchOptions) -> int:
         settings={"base": space.base, "candidates": space.candidates, "beam": space.beam},
         measured_on={"run": options.run, "data": data.corpus, **measured_on},
     )
-    result.write(output)
-    print(f"\n{result}\n\nIn {output} (window_size), {output.with_suffix('.png')}")
+    print(f"\n{result}\n")
+    try:
+        result.write(output)
+    except OSError as error:
+        raise ConfigError(
+            f"{output}: cannot write there: {error.strerror}; every loss is in "
+            f"{output.with_suffix('.jsonl')}, and the same command goes on"
+        ) from None
+    print(f"In {output} (window_size), {output.with_suffix('.png')}")
     return 0
 
 
@@ -129,7 +136,8 @@ def _output(options: SearchOptions) -> Path:
         raise ConfigError(f"--output = {options.output!r}: expected a name that ends in .json")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no such folder")
-    if path.exists():
+    emptied = path.is_file() and not path.read_bytes().strip(b"\0")  # by a crash
+    if path.exists() and not emptied:
         read_windows(str(path), "--output")  # nothing but a search's result is overwritten
     return path
 

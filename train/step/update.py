@@ -158,6 +158,15 @@ class TrainingFunctions:
 
     def trace_update(self) -> jax.stages.Traced:
         """Traces `update` on abstract arrays, to be compiled for devices that may not be there."""
+        return self._update.trace(*self._abstract_arguments())
+
+    def trace_evaluate(self) -> jax.stages.Traced:
+        """Traces `evaluate` on abstract arrays."""
+        state, _, batch = self._abstract_arguments()
+        return self._evaluate.trace(state.model, batch)
+
+    def _abstract_arguments(self) -> tuple[TrainState, Any, Any]:
+        """The state, the teacher's and a batch, with shapes, dtypes and shardings only."""
 
         def place(tree: Any, sharding: NamedSharding) -> Any:
             return jax.tree.map(
@@ -173,7 +182,7 @@ class TrainingFunctions:
         integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
         placed = place(batch | {"loss_mask": booleans}, batch_sharding(self._mesh))
-        return self._update.trace(state, teacher, placed)
+        return state, teacher, placed
 
     def update_placed(
         self, state: TrainState, batch: DeviceBatch, teacher: nnx.State | None = None

@@ -24,10 +24,13 @@ def read_tokens(path: str, tokenizer: Tokenizer, limit: int | None = None) -> np
         [at most limit] int32.
 
     Raises:
-        ConfigError: the file cannot be read, or is empty.
+        ConfigError: the file cannot be read, or its text has no token.
     """
     text = read_text(path, None if limit is None else limit * _MOST_BYTES_PER_TOKEN)
-    return tokenizer.encode_prompt(text)[:limit]
+    tokens = tokenizer.encode_prompt(text)[:limit]
+    if not len(tokens):
+        raise ConfigError(f"{path}: the model's tokenizer makes no token of this text")
+    return tokens
 
 
 def read_text(path: str, limit: int | None = None) -> str:

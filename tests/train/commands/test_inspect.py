@@ -10,9 +10,11 @@ from flax import nnx
 
 import nha_jax
 from train.cli import main
+from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.errors import ConfigError
 from train.inspect.figure import draw
 from train.inspect.measure import Inspection, format_table, half_life, inspect
+from train.text.user_texts import read_tokens
 
 WINDOWS = (4, 0, None)
 CONTEXT = 32
@@ -134,6 +136,33 @@ def test_command_writes_picture_and_numbers_and_prints_a_table(
     assert lines[5].endswith("the slots stay empty")
     assert lines[6:] == [str(picture), str(numbers)]
     assert not list(run.glob(".*"))
+
+
+def test_numbers_are_there_though_the_picture_fails(
+    run: Path, text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> bytes:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("train.inspect.figure.draw", fail)
+    arguments = ["--context", str(CONTEXT), "--output", str(text.with_suffix(".png"))]
+    assert main(["inspect", str(run), "--text", str(text), *arguments]) == 0
+    output, error = capsys.readouterr()
+    numbers, picture = text.with_suffix(".json"), text.with_suffix(".png")
+    assert json.loads(numbers.read_text())["tokens"] == len(TEXT)
+    assert output.endswith(f"{numbers}\n")
+    assert error == f"nha: {picture}: no font; going on without it\n"
+    assert not picture.exists()
+
+
+class NoTokens(ByteTokenizer):
+    def encode_prompt(self, text: str, *, chat: bool = False) -> np.ndarray:
+        return np.zeros(0, np.int32)
+
+
+def test_a_text_without_a_token_is_refused(text: Path) -> None:
+    with pytest.raises(ConfigError, match="makes no token of this text"):
+        read_tokens(str(text), NoTokens())
 
 
 def test_infinite_half_lives_are_null_in_json_inf_in_the_table_and_can_be_drawn() -> None:

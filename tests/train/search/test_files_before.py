@@ -45,6 +45,24 @@ def test_the_losses_are_not_measured_again(before: Path, monkeypatch: pytest.Mon
     assert measured == []  # every choice of three layers was among them
 
 
+def test_the_result_is_there_though_the_plot_fails(
+    before: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("train.search.result.plot_search", fail)
+    result = before / "search.json"
+    wanted = json.loads(result.read_text())["window_size"]
+    result.write_bytes(b"")  # by a power cut
+    corpus = FIXTURES / "shards_before" / "bytes"
+    command = ["search", str(before / "model"), f"--corpus={corpus}", "--sequence-length=16"]
+    assert main([*command, "--sequences=4", "--full-layers=2", f"--output={result}"]) == 0
+    assert json.loads(result.read_text())["window_size"] == wanted
+    picture = result.with_suffix(".png")
+    assert f"nha: {picture}: no font; going on without it" in capsys.readouterr().err
+
+
 def test_a_model_option_that_is_new_and_unused_does_not_matter(before: Path) -> None:
     path = before / "search.jsonl"
     header, *losses = path.read_text().splitlines(keepends=True)
