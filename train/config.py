@@ -324,12 +324,15 @@ class TrainConfig:
             less memory
         seed: seed of the initial parameters and of the order of the data
         initial_model: folder of the model to start from, which `nha import` or `nha_jax.save`
-            wrote, or of a finished run; the keys of `model` are then changes to its configuration
+            wrote, or of a finished run; the keys of `model` are then changes to its configuration.
+            Its parameters are trained, and saved at the end, in float32 whatever the file holds,
+            unless model.param_dtype is given
         trainable: patterns of names of the parameters to train, e.g. blocks.attention.*; the
             others stay as they are, and have no gradient and no optimizer state
         frozen_dtype: dtype of the parameters that are not trained, while training; null for
-            model.param_dtype. If model.dtype is bfloat16, then bfloat16 here changes nothing but
-            the scales of norms and the choice of experts, which are computed in float32
+            model.param_dtype or, if that is not given, for the dtype that initial_model has. If
+            model.dtype is bfloat16, then bfloat16 here changes nothing but the scales of norms and
+            the choice of experts, which are computed in float32
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: the text to learn, and how it is cut
         optimizer: AdamW with clipping, a warm-up and a decay

@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
@@ -29,6 +29,7 @@ from train.windows import WINDOWS_KEY, read_windows
 
 PRESET_KEY = "preset"
 INITIAL_MODEL_KEY = "initial_model"
+_PARAM_DTYPE, _FROZEN_DTYPE = "param_dtype", "frozen_dtype"
 _ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
 
 
@@ -287,7 +288,11 @@ def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
             _check_preset(preset)
             filled = ModelConfig.preset(preset, **overrides)
         elif isinstance(initial, str):
-            filled = ModelConfig.from_dict(_initial_config(initial, values.get("run")) | overrides)
+            fields, dtypes = _initial_config(initial, values.get("run"))
+            if _PARAM_DTYPE not in overrides:
+                fields = fields | {_PARAM_DTYPE: dtypes.trained}
+                values = {_FROZEN_DTYPE: dtypes.frozen, **values}
+            filled = ModelConfig.from_dict(fields | overrides)
         else:
             return values
     except ValueError as error:
@@ -304,13 +309,28 @@ def _check_preset(name: Any) -> None:
         raise ConfigError(f"model.{PRESET_KEY} = {_show(name)}: {error}") from None
 
 
-def _initial_config(name: str, run: Any) -> dict[str, Any]:
-    """Reads the initial model's configuration, or what the run stored of it if it is gone."""
-    if not has_config(name) and isinstance(run, str):
-        stored = RunFolder(run).config() or {}
-        if stored.get(INITIAL_MODEL_KEY) == name:
-            return stored["model"]
-    return read_config(name).to_dict()
+class _Dtypes(NamedTuple):
+    """What the parameters of an initial model are held in while they are trained, or not."""
+
+    trained: str
+    frozen: str | None
+
+
+def _initial_config(name: str, run: Any) -> tuple[dict[str, Any], _Dtypes]:
+    """Reads the initial model's configuration, or what the run stored of it if it is gone.
+
+    Returns:
+        The fields of the configuration, and the dtypes unless the user says otherwise. A file in
+        bfloat16 is trained in float32, where small updates are not lost; what is not trained stays
+        as the file has it. A run that has begun keeps what it has.
+    """
+    stored = (RunFolder(run).known_config() or {}) if isinstance(run, str) else {}
+    begun = stored.get(INITIAL_MODEL_KEY) == name
+    fields = stored["model"] if begun and not has_config(name) else read_config(name).to_dict()
+    if begun:
+        return fields, _Dtypes(stored["model"][_PARAM_DTYPE], stored.get(_FROZEN_DTYPE))
+    held = fields[_PARAM_DTYPE]
+    return fields, _Dtypes("float32", None if held == "float32" else held)
 
 
 def _validate(values: dict[str, Any]) -> TrainConfig:

@@ -1,10 +1,12 @@
 """The training loop: from a configuration to a run folder with a trained model."""
 
 import signal
+import sys
 
 import jax
 from jax.sharding import Mesh
 
+from nha_jax import ModelConfig
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.data.corpus import Corpus, load_corpus
@@ -73,6 +75,7 @@ def _train(config: TrainConfig) -> int:
         if initial is not None:
             processes.on_first(lambda: initial.remember(folder.path))
         if processes.is_first():
+            _warn_of_lost_updates(config.model)
             write_extra_files(folder, config, corpus, initial)
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
@@ -94,6 +97,15 @@ def _train(config: TrainConfig) -> int:
         print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
         print("tensorboard, checkpoints, model")
     return 0
+
+
+def _warn_of_lost_updates(model: ModelConfig) -> None:
+    if model.param_dtype != "float32":
+        print(
+            f"nha: model.param_dtype = {model.param_dtype}: parameters and moments of 8 bits lose "
+            "small updates, the norms' all of them; float32 loses none",
+            file=sys.stderr,
+        )
 
 
 def _finished(done: int, steps: int) -> str:

@@ -236,7 +236,8 @@ class Trainer:
         shape = " ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
         print(f"run      {self._folder.path}")
         parameters = nha_jax.num_parameters(model)
-        print(f"model    {parameters:,} parameters, {flops / 1e6:.2f} MFLOPs a token")
+        dtype = f"trained and saved in {model.param_dtype}"
+        print(f"model    {parameters:,} parameters, {dtype}, {flops / 1e6:.2f} MFLOPs a token")
         if self._initial is not None:
             changes = "; ".join(self._initial.changes(model)) or "as it is"
             print(f"from     {self._initial.folder}: {changes}")

@@ -186,12 +186,17 @@ class RunFolder:
         Raises:
             ConfigError: run.json is damaged, and no checkpoint has a copy of it.
         """
-        stored = self._stored_record()
-        if stored is None and self._record.exists():
+        config = self.known_config()
+        if config is None and self._record.exists():
             raise ConfigError(
                 f"{self._record}: damaged: empty or cut off; the `nha train` command of this run "
                 "writes it again"
             )
+        return config
+
+    def known_config(self) -> dict[str, Any] | None:
+        """Does what `config` does, but gives None if run.json is damaged."""
+        stored = self._stored_record()
         return None if stored is None else stored["config"]
 
     def _stored_record(self) -> dict[str, Any] | None:
