@@ -14,7 +14,6 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pydantic
@@ -23,6 +22,7 @@ import yaml
 from nha_jax import ModelConfig
 from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
 from train.errors import ConfigError
+from train.paths import user_path
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
 from train.windows import WINDOWS_KEY, read_windows
@@ -172,7 +172,7 @@ def _attribute_lines(docstring: str) -> dict[str, str]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = user_path(path, "CONFIG").read_text(encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
     except UnicodeDecodeError:

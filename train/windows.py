@@ -1,10 +1,10 @@
 """Windows as text and as files: one window, a pattern of them, or one for each layer."""
 
 import math
-from pathlib import Path
 from typing import Any
 
 from train.errors import ConfigError
+from train.paths import user_path
 from train.storage.small_json import parse
 
 Window = int | None
@@ -68,8 +68,9 @@ def _read_window(word: str) -> Window:
 
 
 def _read_file(path: str, name: str) -> Windows:
+    file = user_path(path, name)
     try:
-        values = parse(Path(path).expanduser().read_bytes(), dict[str, Any])
+        values = parse(file.read_bytes(), dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{name} = {path!r}: cannot read the file: {error.strerror}") from None
     except ValueError as error:

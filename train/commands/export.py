@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError
+from train.paths import user_path
 
 if TYPE_CHECKING:
     from nha_jax import ModelConfig
@@ -68,15 +69,16 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
     shard_bytes = _read_size(options.shard_size)
     windows = None if options.windows is None else read_windows(options.windows, "--windows")
-    out = Path(options.out)
+    out = user_path(options.out, "HF_DIR")
+    named = user_path(options.run, "RUN")
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
     try:
         check_exportable(out, overwrite=options.overwrite)
-        config, source = _open(options.run)
+        config, source = _open(named)
         if options.windows is not None:
             config = dataclasses.replace(config, window_size=windows)
-        files = extra_files_of(options.run)
+        files = extra_files_of(named)
         export = plan_export(config, files, options.format)
         print(_summary(config, export, files), flush=True)
         with bytes_bar(weight_bytes(source.shapes)) as bar:
@@ -95,14 +97,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _open(path: str) -> "tuple[ModelConfig, WeightSource]":
+def _open(path: Path) -> "tuple[ModelConfig, WeightSource]":
     """Opens a saved model on the disk, or loads a run's newest checkpoint."""
     from nha_jax.sizes import abstract_parameters
     from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
     from nha_jax.storage.weights import ModelSource, check_weights
     from train.text.loading import load_model
 
-    if (Path(path) / WEIGHTS_FILE).exists():
+    if (path / WEIGHTS_FILE).exists():
         config, source = open_saved(path)
         check_weights(abstract_parameters(config), source)
         return config, source

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
+from train.paths import user_path
 
 if TYPE_CHECKING:
     from nha_jax.hf import Pretrained
@@ -72,13 +73,14 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     windows: Any = "original"
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
-    out = Path(options.run)
+    out = user_path(options.run, "RUN")
+    source = user_path(options.source, "HF_DIR")
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
     try:
         check_replaceable(out, overwrite=options.overwrite)
         pretrained = open_pretrained(
-            options.source,
+            source,
             num_slots=options.num_slots,
             window_size=windows,
             dtype=options.dtype,

@@ -3,9 +3,10 @@
 import os
 import sys
 import tempfile
-from pathlib import Path
 
 import jax
+
+from train.paths import user_path
 
 LEAST_SECONDS = 1.0
 """Programs that compile faster are not worth the file."""
@@ -16,10 +17,15 @@ def use_compilation_cache(folder: str | None) -> None:
 
     The variable JAX_COMPILATION_CACHE_DIR goes first. A folder that cannot be written to costs a
     line on stderr, not the run.
+
+    Raises:
+        ConfigError: `folder` is no path, see `user_path`.
     """
-    if folder is None or os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if folder is None:
         return
-    path = Path(folder).expanduser()
+    path = user_path(folder, "compilation_cache")
+    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

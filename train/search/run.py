@@ -15,6 +15,7 @@ from train.config import DataConfig, EvaluationConfig, require
 from train.data.batches import Sequences, evaluation_batches
 from train.data.corpus import Corpus, load_corpus
 from train.errors import ConfigError
+from train.paths import user_path
 from train.report.metrics import ProgressBar
 from train.search.budgets import Budget, CacheBytes, FullLayers
 from train.search.layerwise import LayerwiseLoss
@@ -131,7 +132,7 @@ def _output(options: SearchOptions) -> Path:
     if options.output is None:
         folder = RunFolder(options.run)
         return (folder.path if folder.config() else folder.path.parent) / "search.json"
-    path = Path(options.output).expanduser()
+    path = user_path(options.output, "--output")
     if path.suffix != ".json":
         raise ConfigError(f"--output = {options.output!r}: expected a name that ends in .json")
     if not path.absolute().parent.is_dir():

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from train.paths import MAX_NAME_BYTES
+
 
 class Replacement:
     """A file being written that takes the place of another when it is committed.
@@ -22,7 +24,9 @@ class Replacement:
         """Opens a temporary file beside `path`, which stays as it is."""
         self._path = path
         # The process's number: one that was killed may not be gone when the next one starts.
-        self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        ending = f".{os.getpid()}.tmp"
+        name = os.fsencode(f".{path.name}")[: MAX_NAME_BYTES - len(ending)]
+        self._temporary = path.with_name(os.fsdecode(name) + ending)
         self.file: BinaryIO = self._temporary.open("wb")
 
     def commit(self) -> None:

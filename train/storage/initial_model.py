@@ -15,6 +15,7 @@ from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
 from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig
 from train.errors import ConfigError
+from train.paths import user_path
 from train.storage.atomic import write_atomically
 from train.storage.small_json import parse, read_whole
 
@@ -164,6 +165,6 @@ def read_config(name: str) -> ModelConfig:
 
 def _find(name: str) -> Path:
     """The folder with the model: the one named, or `model` inside it if it is a run's."""
-    folder = Path(name).expanduser()
+    folder = user_path(name, "initial_model")
     model_of_run = folder / "model"
     return folder if (folder / CONFIG_FILE).exists() or not model_of_run.is_dir() else model_of_run

@@ -12,6 +12,7 @@ from typing import IO, Any, Self
 from train.config import TrainConfig, rename_keys
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
+from train.paths import user_path
 from train.storage.atomic import remove_unfinished, write_if_changed
 from train.storage.small_json import read_whole
 
@@ -58,8 +59,8 @@ class RunFolder:
         record: what run.json holds, in the process that opened the folder.
     """
 
-    def __init__(self, path: str):
-        self.path = Path(path).expanduser().absolute()
+    def __init__(self, path: str | Path):
+        self.path = user_path(path, "run").absolute()
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"

@@ -15,27 +15,28 @@ from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
+from train.paths import user_path
 from train.storage.run_folder import RunFolder
 
 
-def load_model(path: str) -> nha_jax.Model:
+def load_model(path: str | Path) -> nha_jax.Model:
     """Loads a model that `nha_jax.save` wrote, or the newest undamaged checkpoint of a run.
 
     Raises:
         ConfigError: the folder is missing or holds neither, or the saved model is damaged.
         CheckpointError: all of the run's checkpoints are damaged.
     """
-    _check_folder(path)
-    if (Path(path) / WEIGHTS_FILE).exists():
+    named = _folder(path)
+    if (named / WEIGHTS_FILE).exists():
         with _as_config_error():
-            return nha_jax.load(path)
-    folder = RunFolder(path)
+            return nha_jax.load(named)
+    folder = RunFolder(named)
     config = nha_jax.ModelConfig.from_dict(folder.model_config())
     graph, state = abstract_model(config)
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
 
 
-def load_tokenizer_of(path: str) -> Tokenizer:
+def load_tokenizer_of(path: str | Path) -> Tokenizer:
     """Loads the tokenizer that a folder's model was trained with; that of bytes if it has no files.
 
     Raises:
@@ -43,13 +44,12 @@ def load_tokenizer_of(path: str) -> Tokenizer:
             was imported without its tokenizer.
         DataError: the tokenizer's files are damaged.
     """
-    _check_folder(path)
-    folder = Path(path)
+    folder = _folder(path)
     tokenizer = load_tokenizer(folder)
     imported = (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists()
     if tokenizer.name == "bytes" and imported:
         with _as_config_error():
-            size = open_saved(path)[0].vocab_size
+            size = open_saved(folder)[0].vocab_size
         if size != BYTE_VOCABULARY:
             raise ConfigError(
                 f"{path}: it was imported without its tokenizer, and its {size} tokens are no "
@@ -67,6 +67,8 @@ def _as_config_error() -> Iterator[None]:
         raise ConfigError(" ".join(str(error).split())) from None
 
 
-def _check_folder(path: str) -> None:
-    if not Path(path).is_dir():
+def _folder(path: str | Path) -> Path:
+    folder = user_path(path, "RUN")
+    if not folder.is_dir():
         raise ConfigError(f"{path}: no such folder; expected a run or a saved model")
+    return folder
