@@ -94,6 +94,14 @@ class Mixture:
             before, after = before - mine, after - mine_after
         raise AssertionError("the last source takes what remains")
 
+    def counts(self, n: int) -> list[int]:
+        """Returns how many of the first `n` draws are from each source."""
+        counts = []
+        for share, whole in self._shares:
+            counts.append(-(-n * share // whole))
+            n -= counts[-1]
+        return counts
+
 
 class _BatchSource:
     """The endless batches as a random-access source for Grain: `source[n]` is batch n."""
@@ -165,24 +173,29 @@ def evaluation_batches(
     Raises:
         DataError: a file is missing or damaged; raised when a sequence is read from it.
     """
-    chosen = [
-        (source, int(index))
+    indices = [
+        np.unique(np.linspace(0, len(source) - 1, number).round()).astype(np.int64)
         for source, number in zip(sequences.sources, _shares(sequences, count), strict=True)
-        for index in np.unique(np.linspace(0, len(source) - 1, number).round())
     ]
+    ends = np.cumsum([len(each) for each in indices])
     wanted = range(batch_size) if rows is None else [int(row) for row in rows]
-    source, index = chosen[0]
-    empty = {name: np.zeros_like(array) for name, array in source[index].items()}
-    for start in range(0, len(chosen), batch_size):
-        numbers = [start + row for row in wanted]
-        yield _stack([chosen[n][0][chosen[n][1]] if n < len(chosen) else empty for n in numbers])
+
+    def read(n: int) -> Batch:
+        source = int(np.searchsorted(ends, n, side="right"))
+        from_the_end = n - int(ends[source])
+        return sequences.sources[source][int(indices[source][from_the_end])]
+
+    empty = {name: np.zeros_like(array) for name, array in read(0).items()}
+    for start in range(0, int(ends[-1]), batch_size):
+        yield _stack([read(start + row) if start + row < ends[-1] else empty for row in wanted])
 
 
 def _shares(sequences: Sequences, count: int) -> list[int]:
     """Divides `count` sequences among the sources, as the first draws of the mixture do."""
-    mixture = Mixture(sequences.weights)
-    drawn = np.bincount([mixture[n][0] for n in range(count)], minlength=len(sequences.sources))
-    return [min(int(n), len(source)) for n, source in zip(drawn, sequences.sources, strict=True)]
+    drawn = Mixture(sequences.weights).counts(count)
+    return [
+        min(number, len(source)) for number, source in zip(drawn, sequences.sources, strict=True)
+    ]
 
 
 def _seeds(seed: int, count: int) -> list[int]:
