@@ -1,6 +1,7 @@
 """Draws an `Inspection`: which heads read the slots, at which positions, and their half-lives."""
 
 import io
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,7 +29,8 @@ def draw(inspection: Inspection, title: str) -> bytes:
     num_layers, num_heads, _ = inspection.slot_weight.shape
     heat_height = min(max(0.32 * num_layers * num_heads, 2.8), 10.0)
     figure = Figure(figsize=(13, heat_height + 5.4), layout="constrained")
-    figure.suptitle(title, fontsize=14, fontweight="bold")
+    # A name of a file is no mathematics.
+    figure.suptitle(_printable(title), fontsize=14, fontweight="bold", parse_math=False)
     grid = figure.add_gridspec(
         2, 3, height_ratios=[heat_height, 4.0], width_ratios=[8, 2, 0.15], hspace=0.05
     )
@@ -38,8 +40,18 @@ def draw(inspection: Inspection, title: str) -> bytes:
     figure.colorbar(image, cax=figure.add_subplot(grid[0, 2]), label="slot weight ω")
     _draw_half_lives(figure.add_subplot(grid[1, :]), inspection)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
+    with warnings.catch_warnings():
+        # The font has not all characters that names have; boxes stand for them.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(buffer, dpi=120, format="png")
     return buffer.getvalue()
+
+
+def _printable(text: str) -> str:
+    """Escapes what no font can show: line ends, and bytes that are not UTF-8."""
+    return "".join(
+        x if x.isprintable() else x.encode("unicode_escape", "surrogatepass").decode() for x in text
+    )
 
 
 def _draw_heat(axes: "Axes", inspection: Inspection) -> Any:
