@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError
+from train.paths import user_path
 
 if TYPE_CHECKING:
     from train.data.prepared_folder import PreparedFolder
@@ -18,7 +18,8 @@ INPUT is a file, a folder or a glob (** goes through all folders below); there m
   .jsonl .json .ndjson   JSON lines, with the text under --text-key
   .parquet               a table, with the text in the column --text-key
   any other              UTF-8 text, one document a file
-All but parquet may be packed as .gz or .zst. Empty documents are left out.
+All but parquet may be packed as .gz or .zst. Empty documents and files are left out. A packed file
+that is cut stops the command, whatever the options.
 
 Each document is followed by the end token, and preceded by what the tokenizer puts before a text,
 such as <|begin_of_text|>.
@@ -97,7 +98,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     prepare(chosen)
-    print(_summary(options.out, PreparedFolder.open(Path(options.out).expanduser())))
+    print(_summary(options.out, PreparedFolder.open(user_path(options.out, "OUT"))))
     return 0
 
 

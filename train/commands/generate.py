@@ -6,10 +6,10 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
+from train.paths import user_path
 
 if TYPE_CHECKING:
     import numpy as np
@@ -127,8 +127,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
 
+    options.folder = user_path(options.folder, "RUN")
     tokenizer = load_tokenizer_of(options.folder)
-    template = ChatTemplate.of(Path(options.folder)) if options.chat else None
+    template = ChatTemplate.of(options.folder) if options.chat else None
     prompts = [
         _Prompted(
             option,
@@ -164,7 +165,7 @@ def _choose_sampling(options: argparse.Namespace, tokenizer: "Tokenizer") -> "Sa
     from nha_jax import SamplingOptions
     from train.text.generation_defaults import GenerationDefaults
 
-    defaults = GenerationDefaults.of(Path(options.folder))
+    defaults = GenerationDefaults.of(options.folder)
     given = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
     shown = [f"{name}={x}" for name, x in defaults.sampling.items() if name not in given]
     if defaults.stop_tokens:
@@ -190,7 +191,7 @@ def _read_prompt(
             return np.array([int(token) for token in value.split()], np.int64)
         except ValueError:
             raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
-    text = read_text(value) if option == "--prompt-file" else value
+    text = read_text(value, option) if option == "--prompt-file" else value
     if not text:
         raise ConfigError("--prompt: the text is empty")
     if template is None:

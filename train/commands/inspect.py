@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import ConfigError, do_without
+from train.paths import user_path
 
 _DESCRIPTION = """\
 Reads a text and shows the slot weight omega, which is the softmax's mass on the slots, by layer,
@@ -56,7 +57,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if getattr(options, name) < 1:
             flag = name.replace("_", "-")
             raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
-    picture = _output_path(options)
+    named, text = user_path(options.run, "RUN"), user_path(options.text, "--text")
+    picture = _output_path(options, named, text)
 
     from train.inspect.figure import draw
     from train.inspect.measure import format_table, inspect
@@ -65,8 +67,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.text.user_texts import read_tokens
     from train.windows import read_windows
 
-    tokens = read_tokens(options.text, load_tokenizer_of(options.run), options.max_tokens)
-    model = load_model(options.run).with_implementation(None)  # the fastest that serves
+    tokens = read_tokens(options.text, "--text", load_tokenizer_of(named), options.max_tokens)
+    model = load_model(named).with_implementation(None)  # the fastest that serves
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
         try:
@@ -81,8 +83,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             "of the text's"
         )
     inspection = inspect(model, tokens, options.context)
-    text = Path(options.text).name
-    title = f"{Path(options.run).resolve().name} reading {text}, {inspection.tokens} tokens"
+    title = f"{named.resolve().name} reading {text.name}, {inspection.tokens} tokens"
     numbers = picture.with_suffix(".json")
     print(title)
     print(format_table(inspection), flush=True)
@@ -99,15 +100,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _output_path(options: argparse.Namespace) -> Path:
+def _output_path(options: argparse.Namespace, run: Path, text: Path) -> Path:
     """Decides where the picture goes.
 
     Raises:
         ConfigError: its name does not end in .png, or its folder does not exist.
     """
     if options.output is None:
-        return Path(options.run) / f"inspect-{Path(options.text).stem}.png"
-    path = Path(options.output)
+        return run / f"inspect-{text.stem}.png"
+    path = user_path(options.output, "--output")
     if path.suffix != ".png":
         raise ConfigError(f"--output = {options.output!r}: must end in .png")
     if not path.parent.is_dir():

@@ -1,6 +1,7 @@
 """The corpus that `data.corpus` names: text files, a prepared folder, or a mixture of folders."""
 
 import hashlib
+import os
 import sysconfig
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from pathlib import Path
 from train.config import DataConfig
 from train.data.held_out import is_file_held_out
 from train.data.input_files import find_files, walk
+from train.data.packed_files import OTHER_PACKINGS, kind_of, naming, open_unpacked
 from train.data.prepared_folder import PreparedFolder, is_prepared, is_unfinished
 from train.data.token_source import Split, TokensInMemory
 from train.data.tokenizer.as_bytes import ByteTokenizer, join_documents
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
+from train.paths import user_path
 
 STDLIB = "stdlib"
 
@@ -65,7 +68,7 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     if isinstance(config.corpus, dict):
         return _load_mixture(config.corpus)
-    folder = Path(config.corpus).expanduser()
+    folder = user_path(config.corpus, "data.corpus")
     if is_unfinished(folder):
         raise ConfigError(
             f"data.corpus = {config.corpus!r}: `nha data prepare` has not finished there; "
@@ -81,7 +84,7 @@ def _load_mixture(weights: dict[str, float]) -> Corpus:
     sources: list[tuple[PreparedFolder, float]] = []
     # Sorted by name, so that the order in the configuration does not matter.
     for name, weight in sorted(weights.items()):
-        folder = Path(name).expanduser()
+        folder = user_path(name, f"data.corpus.{name}")
         if not is_prepared(folder):
             raise ConfigError(
                 f"data.corpus.{name}: expected a folder that `nha data prepare` wrote; mixtures "
@@ -138,7 +141,7 @@ def _load_text(corpus: str, held_out_fraction: float) -> Corpus:
             )
     digest = hashlib.sha256()
     for name, content in contents:
-        digest.update(f"{name}\0{len(content)}\0".encode())
+        digest.update(os.fsencode(name) + f"\0{len(content)}\0".encode())
         digest.update(content)
     training, evaluation = (Split((_in_memory(split),)) for split in splits)
     return Corpus(repr(corpus), training, evaluation, ByteTokenizer(), digest.hexdigest()[:16])
@@ -152,8 +155,8 @@ def _text_files(corpus: str) -> list[tuple[str, Path]]:
             for name, path in walk(Path(sysconfig.get_paths()["stdlib"]))
             if name.endswith(".py") and _STDLIB_EXCLUDED.isdisjoint(Path(name).parts)
         ]
-    files = find_files(corpus)
-    if not files and not Path(corpus).expanduser().is_dir():
+    files = find_files(corpus, "data.corpus")
+    if not files and not user_path(corpus, "data.corpus").is_dir():
         raise ConfigError(
             f"data.corpus = {corpus!r}: no such folder, and no file matches it; expected a "
             f"prepared folder, a folder or glob of text files, or {STDLIB}"
@@ -162,10 +165,11 @@ def _text_files(corpus: str) -> list[tuple[str, Path]]:
 
 
 def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"data.corpus: cannot read {path}: {error.strerror}") from None
+    """Reads a file's text, unpacked; what is no text is for `nha data prepare`."""
+    if kind_of(path) in (".parquet", *OTHER_PACKINGS):
+        raise ConfigError(f"data.corpus: {path} is no text; `nha data prepare` reads .parquet")
+    with naming(path, ConfigError, "data.corpus: cannot read it"), open_unpacked(path) as file:
+        return file.read()
 
 
 def _in_memory(documents: Sequence[tuple[str, bytes]]) -> TokensInMemory:

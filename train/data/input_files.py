@@ -1,32 +1,41 @@
-"""Finds the files that a folder, a glob or a name stands for, and opens them unpacked."""
+"""Finds the files that a folder, a glob or a name stands for."""
 
 import glob
-import gzip
-import io
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, cast
 
-from train.extras import import_extra
-
-PACKED_SUFFIXES = (".gz", ".zst")
+from train.errors import ConfigError
+from train.paths import user_path
 
 
-def find_files(pattern: str) -> list[tuple[str, Path]]:
+def find_files(text: str, name: str) -> list[tuple[str, Path]]:
     """Finds files, leaving out hidden files and folders inside a folder.
 
+    What exists is itself: in `[a]/*.txt`, `[a]` is the folder of that name if there is one.
+
     Args:
-        pattern: a folder, a file, or a glob (`**` goes through all folders below).
+        text: a folder, a file, or a glob (`**` goes through all folders below).
+        name: the option or the key that it was written for, with which the errors begin.
 
     Returns:
         (name, path) of each file, sorted by name; names are relative to the folder that all files
         have in common. The list is empty if nothing was found.
+
+    Raises:
+        ConfigError: the text is no path, a folder cannot be read, or what was found is no file.
     """
-    path = Path(pattern).expanduser()
+    path = user_path(text, name)
     if path.is_dir():
-        return walk(path)
-    matches = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-    matches = [match for match in matches if match.is_file()]
+        return [(name, file) for name, file in walk(path) if _is_file(file)]
+    if os.path.lexists(path):
+        if not _is_file(path):
+            raise ConfigError(f"{name} = {text!r}: a pipe or a device; expected a file or a folder")
+        return [(path.name, path)]
+    found = sorted(_matches(path))
+    matches = [match for match in found if _is_file(match)]
+    if found and not matches:
+        raise ConfigError(f"{name} = {text!r}: matches folders only; /** behind it is their files")
     if not matches:
         return []
     root = Path(os.path.commonpath([match.parent for match in matches]))
@@ -34,40 +43,66 @@ def find_files(pattern: str) -> list[tuple[str, Path]]:
 
 
 def walk(root: Path) -> list[tuple[str, Path]]:
-    """Returns (relative name, path) of every file below a folder but the hidden ones, sorted."""
-    files = (path for path in root.rglob("*") if path.is_file())
-    names = ((path.relative_to(root).as_posix(), path) for path in files)
-    return sorted(
-        (name, path)
-        for name, path in names
-        if not any(part.startswith(".") for part in name.split("/"))
-    )
+    """Lists what is below a folder and is no folder, but for what is hidden.
+
+    Links to folders are followed, but not to a folder that holds the link.
+
+    Returns:
+        (name relative to the folder, path) of each, sorted.
+
+    Raises:
+        ConfigError: a folder cannot be read.
+    """
+    files = (file for _, files in _folders(root) for file in files)
+    return sorted((file.relative_to(root).as_posix(), file) for file in files)
 
 
-def kind_of(path: Path) -> str:
-    """Returns a file's suffix in lower case without that of its packing: .jsonl of a.JSONL.gz."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in PACKED_SUFFIXES:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
+def _folders(root: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """Gives a folder and all below it, each with what it holds besides folders, hidden ones not."""
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(root, frozenset())]
+    while waiting:
+        folder, above = waiting.pop()
+        try:
+            status = folder.stat()
+            identity = status.st_dev, status.st_ino
+            if identity in above:
+                continue
+            with os.scandir(folder) as entries:
+                visible = [entry for entry in entries if not entry.name.startswith(".")]
+            # Of a link in a circle only Path.is_dir says no, and does not raise.
+            folders = {
+                folder / entry.name
+                for entry in visible
+                if (Path(entry).is_dir() if entry.is_symlink() else entry.is_dir())
+            }
+        except OSError as error:
+            raise ConfigError(f"{folder}: cannot read this folder: {error.strerror}") from None
+        paths = [folder / entry.name for entry in visible]
+        yield folder, [path for path in paths if path not in folders]
+        waiting += [(path, above | {identity}) for path in folders]
 
 
-def is_packed(path: Path) -> bool:
-    """Says whether the file is compressed as a whole, and so can only be read from its start."""
-    return path.suffix.lower() in PACKED_SUFFIXES
+def _is_file(path: Path) -> bool:
+    """Says whether a path is a file; raises ConfigError if it is a link to what is not there."""
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path}: a link to what is not there, {os.readlink(path)!r}")
+    return path.is_file()
 
 
-def open_unpacked(path: Path) -> BinaryIO:
-    """Opens a file for reading, unpacking it if its name ends in .gz or .zst."""
-    match path.suffix.lower():
-        case ".gz":
-            return cast(BinaryIO, gzip.open(path, "rb"))
-        case ".zst":
-            zstandard = import_extra("zstandard")
-            # Parallel compressors write a file as several frames, one after the other.
-            reader = zstandard.ZstdDecompressor().stream_reader(
-                path.open("rb"), read_across_frames=True, closefd=True
-            )
-            return cast(BinaryIO, io.BufferedReader(reader, 1 << 20))
-        case _:
-            return path.open("rb")
+def _matches(path: Path) -> set[Path]:
+    """Finds what a glob stands for; as much of its beginning as exists is taken as it is."""
+    parts = path.parts
+    there = next(n for n in range(len(parts), -1, -1) if os.path.lexists(Path(*parts[:n])))
+    return set(_glob(Path(*parts[:there]), parts[there:])) or set(_glob(Path(), parts))
+
+
+def _glob(root: Path, parts: Sequence[str]) -> Iterator[Path]:
+    """Finds what a glob below a folder stands for; `**` goes no folder through itself."""
+    if "**" not in parts:
+        yield from (root / match for match in glob.glob(str(Path(*parts)), root_dir=root))
+        return
+    # glob's own ** would follow a link to a folder above over and over.
+    before, after = parts[: parts.index("**")], parts[parts.index("**") + 1 :]
+    for head in _glob(root, before) if before else [root]:
+        for folder, _ in _folders(head) if head.is_dir() else ():
+            yield from _glob(folder, after or ["*"])

@@ -1,22 +1,27 @@
 """Texts that a user names: files, or standard input."""
 
 import sys
-from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
+from train.data.packed_files import naming, open_unpacked
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
+from train.paths import user_path
 
 # No token stands for more bytes than this on average, so the rest of a long file is not read.
 _MOST_BYTES_PER_TOKEN = 16
 
+_PIECE_BYTES = 1 << 20
 
-def read_tokens(path: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
+
+def read_tokens(path: str, name: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
     """Reads a file's text as tokens; it begins as `Tokenizer.encode_prompt` says.
 
     Args:
-        path: the file; "-" for standard input.
+        path: the file, unpacked if its name ends in .gz or .zst; "-" for standard input.
+        name: the option that it was given for.
         tokenizer: what turns the text into tokens.
         limit: how many tokens to give at most; None: all.
 
@@ -24,30 +29,43 @@ def read_tokens(path: str, tokenizer: Tokenizer, limit: int | None = None) -> np
         [at most limit] int32.
 
     Raises:
-        ConfigError: the file cannot be read, or its text has no token.
+        ConfigError: the file cannot be read or is damaged, or its text has no token.
     """
-    text = read_text(path, None if limit is None else limit * _MOST_BYTES_PER_TOKEN)
+    text = read_text(path, name, None if limit is None else limit * _MOST_BYTES_PER_TOKEN)
     tokens = tokenizer.encode_prompt(text)[:limit]
     if not len(tokens):
         raise ConfigError(f"{path}: the model's tokenizer makes no token of this text")
     return tokens
 
 
-def read_text(path: str, limit: int | None = None) -> str:
+def read_text(path: str, name: str, limit: int | None = None) -> str:
     """Reads a file's text; bytes that are not UTF-8 become lone surrogates.
 
     Args:
-        path: the file; "-" for standard input.
+        path: the file, unpacked if its name ends in .gz or .zst; "-" for standard input.
+        name: the option that it was given for.
         limit: how many bytes to read at most; None: all.
 
     Raises:
-        ConfigError: the file cannot be read, or is empty.
+        ConfigError: the file cannot be read, is damaged, or is empty.
     """
-    try:
-        with sys.stdin.buffer if path == "-" else Path(path).open("rb") as file:
-            content = file.read(-1 if limit is None else limit)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the text: {error.strerror}") from None
+    file = user_path(path, name)
+    with (
+        naming(file, ConfigError, "cannot read the text"),
+        sys.stdin.buffer if path == "-" else open_unpacked(file) as opened,
+    ):
+        content = _read(opened, limit)
     if not content:
         raise ConfigError(f"{path}: the text is empty")
     return content.decode(errors="surrogateescape")
+
+
+def _read(file: BinaryIO, limit: int | None) -> bytes:
+    """Reads at most `limit` bytes; None: all."""
+    if limit is None:
+        return file.read()
+    content = bytearray()
+    # A piece at a time: memory is taken for what is read, whatever is asked for.
+    while piece := file.read(min(limit - len(content), _PIECE_BYTES)):
+        content += piece
+    return bytes(content)

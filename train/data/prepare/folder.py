@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from train.config import require
 from train.data.input_files import find_files
-from train.data.prepare.raw_files import divide_file
+from train.data.packed_files import naming
+from train.data.prepare.raw_files import divide_file, may_be_empty
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
 from train.data.prepare.workers import run_jobs
 from train.data.prepared_folder import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
@@ -27,10 +28,16 @@ from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError, DataError, describe_differences
+from train.paths import user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
 
 _SETTINGS_FILE = "settings.json"
+
+MAX_SHARDS = 100_000
+"""How many shards a folder may be divided into: each costs files, and time whenever it is read."""
+
+_WORKERS_PER_CORE = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +72,10 @@ def prepare(options: PrepareOptions) -> Manifest:
         ConfigError: an option or an input cannot be used, or the folder holds something else.
         DataError: an input is damaged, or the folder cannot be written.
     """
+    out = user_path(options.out, "OUT").absolute()
     tokenizer = _tokenizer(options)
     files = _files(options.inputs)
+    _check_sizes(files, options.shard_bytes)
     parts = [part for path in files for part in divide_file(path, options.shard_bytes)]
     jobs = divide_into_jobs(parts, options.shard_bytes)
     rules = ShardRules(
@@ -83,12 +92,16 @@ def prepare(options: PrepareOptions) -> Manifest:
         **asdict(rules),
         "shard_bytes": options.shard_bytes,
     }
-    out = Path(options.out).expanduser().absolute()
     with _opened(out, options.out, settings):
         if _finished_manifest(out) is None:
             for name, content in tokenizer.files.items():
                 write_atomically(out / name, content)
             written = _run_missing_jobs(out, jobs, tokenizer, rules, options.workers)
+            if _describe(files) != settings["inputs"]:
+                raise DataError(
+                    f"{options.out}: an input changed while it was read; delete this folder, and "
+                    "run the same command again"
+                )
             _manifest(written, tokenizer, rules, settings).write(out)
         shutil.rmtree(out / WORK_FOLDER)
     return Manifest.read(out)
@@ -98,7 +111,7 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
     """Loads the tokenizer that the options name."""
     if options.tokenizer is None:
         return ByteTokenizer()
-    path = Path(options.tokenizer).expanduser()
+    path = user_path(options.tokenizer, "--tokenizer")
     if path.is_dir():
         tokenizer = load_tokenizer(path, options.end_token)
         if not tokenizer.files:
@@ -117,19 +130,40 @@ def _files(inputs: Sequence[str]) -> list[Path]:
     """Finds the files of all inputs; lists each once, in order."""
     files: dict[Path, None] = {}
     for pattern in inputs:
-        found = find_files(pattern)
+        found = find_files(pattern, "INPUT")
+        if not found and user_path(pattern, "INPUT").is_dir():
+            raise ConfigError(f"{pattern}: no file in this folder that is not hidden")
         if not found:
             raise ConfigError(f"{pattern}: no such file or folder, and nothing matches it")
         files |= dict.fromkeys(path.absolute() for _, path in found)
     return list(files)
 
 
+def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:
+    """Says which files are empty; raises ConfigError if there would be too many shards."""
+    sizes = {path: path.stat().st_size for path in files}
+    total = sum(sizes.values())
+    least = -(-total // MAX_SHARDS)
+    if shard_bytes < least:
+        raise ConfigError(
+            f"--shard-bytes = {shard_bytes}: expected at least {least}, as the inputs have {total} "
+            f"bytes and there may be {MAX_SHARDS} shards"
+        )
+    # A packed file or a table that holds nothing is not empty; one that is was cut.
+    empty = [path for path, size in sizes.items() if not size and may_be_empty(path)]
+    if empty:
+        more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
+        print(f"nha: without text, and left out: {empty[0]}{more}", file=sys.stderr)
+
+
 def _describe(files: Sequence[Path]) -> str:
     """Describes the inputs in short, with a hash of their names, sizes and times of change."""
     digest, size = hashlib.sha256(), 0
     for path in files:
-        status = path.stat()
-        digest.update(f"{path.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        with naming(path, DataError):
+            status = path.stat()
+        digest.update(os.fsencode(path.name))
+        digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
         size += status.st_size
     return f"{len(files)} files, {size} bytes, {digest.hexdigest()[:16]}"
 
@@ -245,7 +279,8 @@ def _run_missing_jobs(
             bar.update(size)
 
         todo = {n: jobs[n] for n in missing}
-        count = min(workers or os.cpu_count() or 1, len(missing))
+        cores = os.cpu_count() or 1
+        count = min(workers or cores, cores * _WORKERS_PER_CORE, len(missing))
         for n, record in run_jobs(todo, out, tokenizer, rules, count, show):
             record.write(record_files[n])
             records[n] = record

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +22,12 @@ from train.data.tokenizer.from_file import load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 
+# A process does not hear Ctrl-C while the tokenizer has a document, which may be a file as large as
+# this; the parent of a worker does.
+_MOST_BYTES_HERE = 8 << 20
+
+_SECONDS_TO_STOP = 0.5
+
 
 def run_jobs(
     jobs: Mapping[int, ShardJob],
@@ -37,7 +44,7 @@ def run_jobs(
         folder: where the shards go; it holds the tokenizer's files.
         tokenizer: what `load_tokenizer(folder)` returns.
         rules: see `write_shards`.
-        workers: number of processes; 1: this one.
+        workers: number of processes; 1: this one, if no job may take long.
         progress: called in this process.
 
     Raises:
@@ -45,7 +52,8 @@ def run_jobs(
     """
     # The workers run in parallel, so each of them is to use one thread.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if workers > 1:
+    largest = max((part.text_bytes for job in jobs.values() for part in job), default=0)
+    if workers > 1 or largest > _MOST_BYTES_HERE:
         yield from _in_parallel(jobs, folder, rules, workers, progress)
         return
     for number, job in jobs.items():
@@ -62,14 +70,21 @@ def _in_parallel(
     # Not forked: threads of the parent (jax, tokenizers) may hold locks, which stay locked then.
     context = multiprocessing.get_context("spawn")
     counters = context.Array("q", 2)  # bytes read, tokens made
-    stop = context.Event()
-    executor = ProcessPoolExecutor(workers, context, _start_worker, (folder, rules, counters, stop))
+    # The workers see the other end closed, even if this process is killed with -9.
+    parent_end, stop = context.Pipe()
+    arguments = (folder, rules, counters, stop)
+    executor = ProcessPoolExecutor(workers, context, _start_worker, arguments)
     before = [0, 0]
     try:
-        futures: dict[Future[WrittenShards], int] = {
-            executor.submit(_write_shards_in_worker, number, job): number
-            for number, job in jobs.items()
-        }
+        # Workers inherit the mask: Ctrl-C is for this process, which stops them.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            futures: dict[Future[WrittenShards], int] = {
+                executor.submit(_write_shards_in_worker, number, job): number
+                for number, job in jobs.items()
+            }
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while futures:
             finished, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
             # The lock is not taken, as a worker that was killed may hold it.
@@ -84,7 +99,7 @@ def _in_parallel(
             "where it was, and --workers says with how many"
         ) from None
     finally:
-        stop.set()
+        parent_end.close()
         executor.shutdown(cancel_futures=True)
 
 
@@ -99,19 +114,19 @@ _worker: tuple[Path, Tokenizer, ShardRules, Progress]
 def _start_worker(folder: Path, rules: ShardRules, counters: Any, stop: Any) -> None:
     """Sets a worker process up."""
     global _worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the parent sets `stop`
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+    stopped = threading.Event()
 
     def follow_parent() -> None:
-        parent.join()
+        stop.poll(None)
+        stopped.set()
+        time.sleep(_SECONDS_TO_STOP)
         os._exit(1)
 
-    # A parent that is killed with -9 cannot stop its workers: they would wait for work for ever.
+    # `progress` stops a job between two batches, and leaves no files; but one may take long.
     threading.Thread(target=follow_parent, daemon=True).start()
 
     def progress(size: int, tokens: int) -> None:
-        if stop.is_set():
+        if stopped.is_set():
             raise _StoppedError
         with counters.get_lock():
             counters[0] += size
