@@ -1,7 +1,7 @@
 """The weights of a transformers model, read as they are needed: under their names and ours."""
 
 import itertools
-import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +11,9 @@ import numpy as np
 
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.tensors import IGNORED_SUFFIXES, TIED_HEAD, Entry
+from nha_jax.scalars import shown
 from nha_jax.sizes import Shapes, abstract_parameters
+from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.weights import Index, SafetensorsSource, differences
 
 WEIGHTS_FILE = "model.safetensors"
@@ -90,6 +92,15 @@ class ConvertedSource:
         self._checkpoint = checkpoint
         self._entries = {entry.name: entry for entry in entries}
         self.shapes: Shapes = abstract_parameters(config)
+        meant = sum(
+            math.prod(self.shapes[entry.name].shape[: entry.stacked_axes])
+            for entry in self._entries.values()
+        )
+        if meant > 10 * max(len(checkpoint.shapes), 100):  # too many to name
+            raise ValueError(
+                f"{self.name} does not fit its config.json, which means {meant} tensors: the files "
+                f"have {len(checkpoint.shapes)}"
+            )
         problems = _differences(config, self._entries.values(), self.shapes, checkpoint.shapes)
         if problems:
             raise ValueError(f"{self.name} does not fit its config.json: {'; '.join(problems)}")
@@ -179,16 +190,17 @@ def _shards(folder: Path) -> list[str]:
     index = folder / INDEX_FILE
     if not index.is_file():
         raise FileNotFoundError(_no_weights(folder))
-    try:
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        # A name with a folder in it could lead anywhere.
-        if not shards or any(Path(shard).name != shard for shard in shards):
-            raise ValueError
-    except (KeyError, TypeError, AttributeError, ValueError):
+    named = parse_object(index.read_bytes(), index).get("weight_map")
+    # A name with a folder in it could lead anywhere.
+    if not isinstance(named, dict) or not named or not all(map(_is_file_name, named.values())):
         raise ValueError(
-            f"{index}: expected JSON with a weight_map from tensors to files beside it"
-        ) from None
-    return sorted(shards)
+            f"{index}: weight_map = {shown(named)}: expected a map from tensors to files beside it"
+        )
+    return sorted(set(named.values()))
+
+
+def _is_file_name(value: object) -> bool:
+    return isinstance(value, str) and value not in ("", "..") and Path(value).name == value
 
 
 def _no_weights(folder: Path) -> str:

@@ -1,12 +1,25 @@
 """The config.json of a transformers model, and the `ModelConfig` that computes the same."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nha_jax.config import AttentionBias, DType, ModelConfig
 from nha_jax.config_parts import Experts
 from nha_jax.hf.families import FAMILIES, Family, find_family
+from nha_jax.hf.fields import (
+    COUNT,
+    COUNT_OR_NULL,
+    DTYPE,
+    FLAG,
+    INDEX_OR_NULL,
+    LAYERS,
+    POSITIVE,
+    Required,
+    is_empty,
+    listed,
+    refused,
+)
 from nha_jax.hf.rope import read_rope, write_rope
 from nha_jax.hf.tensors import Entry, converted_table
 
@@ -58,15 +71,7 @@ HARMLESS = frozenset({
     "torch_dtype", "transformers_version", "unk_token_id", "use_cache",
 })  # fmt: skip
 
-
-Required = Mapping[str, tuple[Callable[[Any], bool], str]]
-"""For each key, a test that its value is one we can compute with, and that value in words."""
-
-
-def is_empty(value: Any) -> bool:
-    """Whether a key of config.json has an empty value: null, false, 0, [] or {}."""
-    return not value
-
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 # With other values of these keys, transformers computes something that a `Model` does not.
 _REQUIRED: Required = {
@@ -82,10 +87,49 @@ _REQUIRED: Required = {
     "mlp_only_layers": (is_empty, "[]: experts in every layer"),
     "decoder_sparse_step": (lambda value: value in (None, 1), "1: experts in every layer"),
     "layer_types": (
-        lambda value: set(value or ()) <= {"full_attention", "sliding_attention"},
+        lambda value: (
+            value is None
+            or (isinstance(value, list) and all(each in _LAYER_TYPES for each in value))
+        ),
         "'full_attention' or 'sliding_attention' for every layer",
     ),
 }
+
+
+_KINDS: Required = {
+    "vocab_size": COUNT,
+    "hidden_size": COUNT,
+    "intermediate_size": COUNT,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": COUNT,
+    "num_key_value_heads": COUNT_OR_NULL,
+    "head_dim": COUNT_OR_NULL,
+    "rms_norm_eps": POSITIVE,
+    "initializer_range": POSITIVE,
+    "tie_word_embeddings": FLAG,
+    "max_position_embeddings": COUNT_OR_NULL,
+    "use_sliding_window": FLAG,
+    "sliding_window": INDEX_OR_NULL,
+    "max_window_layers": INDEX_OR_NULL,
+    "num_experts": COUNT,
+    "num_local_experts": COUNT,
+    "num_experts_per_tok": COUNT,
+    "moe_intermediate_size": COUNT,
+    "norm_topk_prob": FLAG,
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
+}
+"""What the keys that become numbers and flags may hold, as far as a family reads them."""
+
+
+def find_problems(fields: Mapping[str, Any], family: Family) -> list[str]:
+    """Describes everything in a config.json of this family that we cannot compute with."""
+    values = {**family.defaults, **fields}
+    read = {*_read_keys(family), "dtype", "torch_dtype"}
+    kinds = {key: kind for key, kind in _KINDS.items() if key in read}
+    missing = [f"{key} is missing" for key in _SIZES if key not in values]
+    _, _, rope_problems, _ = read_rope(values)
+    return missing + refused(values, kinds) + refused(values, _REQUIRED) + rope_problems
 
 
 def from_hf_config(
@@ -112,13 +156,10 @@ def from_hf_config(
             f"there are {', '.join(FREE_FIELDS)}"
         )
     family = find_family(fields)
-    values = {**family.defaults, **fields}
-    problems = [f"{key} is missing" for key in _SIZES if key not in values]
-    problems += refused(values, _REQUIRED)
-    theta, scaling, rope_problems, rope_unknown = read_rope(values)
-    problems += rope_problems
-    if problems:
+    if problems := find_problems(fields, family):
         raise ValueError(listed(problems))
+    values = {**family.defaults, **fields}
+    theta, scaling, _, rope_unknown = read_rope(values)
     try:
         config = ModelConfig(
             **_sizes(values, family),
@@ -200,15 +241,6 @@ def to_hf_config(
     return fields
 
 
-def refused(values: Mapping[str, Any], required: Required) -> list[str]:
-    """Describes the problem of each key whose value we cannot compute with."""
-    return [
-        f"{key} = {values[key]!r}: expected {expected}"
-        for key, (fits, expected) in required.items()
-        if key in values and not fits(values[key])
-    ]
-
-
 def _family_of(config: ModelConfig) -> Family:
     """Picks the family with no more features than the config needs."""
     if config.experts:
@@ -229,7 +261,7 @@ def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
             count=values.get("num_local_experts", values["num_experts"]),
             per_token=values["num_experts_per_tok"],
             size=values["moe_intermediate_size"],
-            normalize=values["norm_topk_prob"],
+            normalize=bool(values["norm_topk_prob"]),
         )
     return {
         "vocab_size": values["vocab_size"],
@@ -241,7 +273,7 @@ def _sizes(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "mlp_size": values["intermediate_size"],
         "norm_eps": values["rms_norm_eps"],
         "initializer_range": values["initializer_range"],
-        "tie_embeddings": values["tie_word_embeddings"],
+        "tie_embeddings": bool(values["tie_word_embeddings"]),
         "qk_norm": family.qk_norm,
         "attention_bias": bias,
         "experts": experts,
@@ -263,9 +295,9 @@ def _sliding_notice(values: Mapping[str, Any], family: Family) -> list[str]:
         return []
     sliding = layers
     if family.slides == "named":
-        named: Sequence[str] | None = values.get("layer_types")
-        above = max(layers - values["max_window_layers"], 0)
-        sliding = above if named is None else list(named).count("sliding_attention")
+        named: list[str] | None = values.get("layer_types")
+        above = max(layers - (values["max_window_layers"] or 0), 0)
+        sliding = above if named is None else named.count("sliding_attention")
     if not sliding:
         return []
     return [
@@ -274,9 +306,14 @@ def _sliding_notice(values: Mapping[str, Any], family: Family) -> list[str]:
     ]
 
 
-def _unknown_keys(fields: Mapping[str, Any], family: Family) -> list[str]:
+def _read_keys(family: Family) -> set[str]:
+    """Names the keys that become numbers and flags, under all of their names."""
     aliases = ("num_local_experts",) if family.experts else ()
-    known = {*family.defaults, *_SIZES, *_ROPE_KEYS, *_REQUIRED, *HARMLESS, *aliases}
+    return {*family.defaults, *_SIZES, *aliases}
+
+
+def _unknown_keys(fields: Mapping[str, Any], family: Family) -> list[str]:
+    known = {*_read_keys(family), *_ROPE_KEYS, *_REQUIRED, *HARMLESS}
     return sorted(set(fields) - known)
 
 
@@ -284,8 +321,3 @@ def unknown_notice(keys: Iterable[str]) -> list[str]:
     """Returns the notice about keys that have no meaning here; empty if there are none."""
     named = ", ".join(keys)
     return [f"config.json has keys that were ignored: {named}"] if named else []
-
-
-def listed(problems: Iterable[str]) -> str:
-    """Formats the error about everything in a config.json that stands in the way of its import."""
-    return f"config.json cannot be imported: {'; '.join(problems)}"

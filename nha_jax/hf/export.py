@@ -16,12 +16,13 @@ import safetensors
 from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
 from nha_jax.hf.config import FREE_FIELDS, from_hf_config, to_hf_config
-from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
+from nha_jax.hf.families import PUBLISHED_FAMILY, find_hybrid
 from nha_jax.hf.published import published_notices, read_published, write_published
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
 from nha_jax.hf.tensors import Entry, hybrid_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.sizes import Shapes
+from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.saved_model import (
     CONFIG_FILE,
     EXTRA_FILES,
@@ -269,7 +270,7 @@ def _plain_fields(
 def _kept(config: ModelConfig, original: Mapping[str, Any], *, published: bool) -> dict[str, Any]:
     """Returns the original's config.json, if it still describes the model; else an empty one."""
     model_type = original.get("model_type")
-    if model_type in HYBRIDS:
+    if find_hybrid(original):
         original = without_gates(original)
     if published != (model_type == PUBLISHED_FAMILY.model_type) or not original:
         return {}
@@ -296,10 +297,9 @@ def _tokens(files: Mapping[str, bytes]) -> dict[str, Any]:
 
 def _read_object(content: bytes) -> dict[str, Any]:
     try:
-        values = json.loads(content)
+        return parse_object(content, "")
     except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _is_export(path: Path) -> bool:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nha_jax.config import AttentionBias
+from nha_jax.scalars import shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,6 +133,12 @@ PUBLISHED_FAMILY = Family(
 """The architecture that the authors of Native Hybrid Attention trained from scratch."""
 
 
+def find_hybrid(fields: Mapping[str, Any]) -> Family | None:
+    """Finds the hybridised family that a config.json names, if it names one."""
+    model_type = fields.get("model_type")
+    return HYBRIDS.get(model_type) if isinstance(model_type, str) else None
+
+
 def find_family(fields: Mapping[str, Any]) -> Family:
     """Finds the family of transformers that a config.json names.
 
@@ -139,14 +146,14 @@ def find_family(fields: Mapping[str, Any]) -> Family:
         ValueError: it names none, or one that is not supported; the message lists those that are.
     """
     model_type, architectures = fields.get("model_type"), fields.get("architectures") or []
-    family = FAMILIES.get(str(model_type))
-    if model_type is None:
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if model_type is None and isinstance(architectures, list):
         family = next((x for x in FAMILIES.values() if x.architecture in architectures), None)
     if family is None or architectures not in ([], [family.architecture]):
         supported = (*FAMILIES.values(), *HYBRIDS.values(), PUBLISHED_FAMILY)
         known = ", ".join(f"{x.model_type} ({x.architecture})" for x in supported)
         raise ValueError(
-            f"config.json is of no supported model: model_type = {model_type!r}, "
-            f"architectures = {architectures!r}; expected one of {known}"
+            f"config.json is of no supported model: model_type = {shown(model_type)}, "
+            f"architectures = {shown(architectures)}; expected one of {known}"
         )
     return family

@@ -1,6 +1,5 @@
 """Reading pretrained models of transformers, and the paper's authors', as `nha_jax.Model`."""
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,10 +9,11 @@ from typing import Any, Literal
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import ImportedConfig, from_hf_config
-from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
+from nha_jax.hf.families import PUBLISHED_FAMILY, find_hybrid
 from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
+from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.saved_model import CONFIG_FILE, ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
@@ -73,10 +73,9 @@ def open_pretrained(
 
 def import_config(fields: Mapping[str, Any], **options: Any) -> ImportedConfig:
     """Translates the config.json of any supported model; options and errors of `from_hf_config`."""
-    model_type = fields.get("model_type")
-    if model_type == PUBLISHED_FAMILY.model_type:
+    if fields.get("model_type") == PUBLISHED_FAMILY.model_type:
         return read_published(fields, **options)
-    if model_type in HYBRIDS:
+    if find_hybrid(fields):
         return read_hybrid(fields, **options)
     return from_hf_config(fields, **options)
 
@@ -136,10 +135,4 @@ def _read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG_FILE}")
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        fields = None
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file}: expected a JSON object")
-    return fields
+    return parse_object(file.read_bytes(), file)

@@ -16,14 +16,25 @@ from nha_jax.hf.config import (
     FREE_FIELDS,
     HARMLESS,
     ImportedConfig,
-    Required,
     computing_dtype,
-    is_empty,
-    listed,
-    refused,
     unknown_notice,
 )
 from nha_jax.hf.families import PUBLISHED_FAMILY
+from nha_jax.hf.fields import (
+    COUNT,
+    COUNT_OR_NULL,
+    DTYPE,
+    FLAG,
+    LAYERS,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    Required,
+    is_empty,
+    layer_count,
+    listed,
+    refused,
+    wrong_architecture,
+)
 from nha_jax.hf.published_hybrid import empty_slots_notice, fixed_slots, unpublished
 from nha_jax.hf.published_windows import (
     KEYS,
@@ -62,6 +73,30 @@ _REQUIRED: Required = {
     "quantization_config": (is_empty, "weights that are not quantized"),
 }
 
+_KINDS: Required = {
+    "vocab_size": COUNT,
+    "num_hidden_layers": LAYERS,
+    "num_kv_heads": COUNT_OR_NULL,
+    "intermediate_size": COUNT_OR_NULL,
+    "hidden_ratio": POSITIVE_OR_NULL,
+    "use_short_conv": FLAG,
+    "conv_size": COUNT_OR_NULL,
+    "gate_logit_normalizer": POSITIVE,
+    "rope_theta": POSITIVE,
+    "norm_eps": POSITIVE,
+    "initializer_range": POSITIVE,
+    "tie_word_embeddings": FLAG,
+    "dtype": DTYPE,
+    "torch_dtype": DTYPE,
+}
+
+_HEADS: Required = {
+    "hidden_size": COUNT,
+    "num_heads": COUNT,
+    **dict.fromkeys(("expand_k", "expand_v", "exapnd_k", "exapnd_v"), POSITIVE),
+}
+"""The keys that the sizes of heads follow from."""
+
 # Keys for training, or for how the original computes the same thing.
 _WITHOUT_EFFECT = {
     "fuse_cross_entropy", "fuse_norm", "fuse_swiglu", "max_position_embeddings", "norm_first",
@@ -89,15 +124,12 @@ def read_published(
     if wrong := sorted(set(chosen) - set(FREE_FIELDS)):
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the original determines it")
     values = {**PUBLISHED_FAMILY.defaults, **fields}
-    architectures = values.get("architectures") or []
-    problems = refused(values, _REQUIRED)
-    if architectures not in ([], [PUBLISHED_FAMILY.architecture]):
-        problems.append(
-            f"architectures = {architectures!r}: expected {PUBLISHED_FAMILY.architecture!r}"
-        )
-    windows, wrong = read_windows(values, values["num_hidden_layers"])
+    wrong_heads = refused(values, _HEADS)
+    problems = wrong_architecture(values, PUBLISHED_FAMILY.architecture)
+    problems += [*refused(values, _REQUIRED), *refused(values, _KINDS), *wrong_heads]
+    windows, wrong = read_windows(values, layer_count(values))
     problems += wrong
-    key_dim, value_dim, wrong = _head_sizes(values)
+    key_dim, value_dim, wrong = (1, 1, []) if wrong_heads else _head_sizes(values)
     problems += wrong
     num_slots = key_dim if values["num_slots"] is None else values["num_slots"]
     problems += fixed_slots(num_slots, chosen)
@@ -123,7 +155,7 @@ def read_published(
             conv_width=values["conv_size"] if values["use_short_conv"] else 0,
             rope_theta=values["rope_theta"],
             norm_eps=values["norm_eps"],
-            tie_embeddings=values["tie_word_embeddings"],
+            tie_embeddings=bool(values["tie_word_embeddings"]),
             initializer_range=values["initializer_range"],
             **PUBLISHED_FIELDS | own | chosen,
             param_dtype=param_dtype,

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from nha_jax.config import DType, ModelConfig
-from nha_jax.hf.config import ImportedConfig, from_hf_config, listed, to_hf_config
-from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS
+from nha_jax.hf.config import ImportedConfig, find_problems, from_hf_config, to_hf_config
+from nha_jax.hf.families import FAMILIES, HYBRID_SUFFIX, HYBRIDS, find_family
+from nha_jax.hf.fields import layer_count, listed, wrong_architecture
 from nha_jax.hf.published_windows import (
     KEYS,
     full_layers_notice,
@@ -22,6 +23,7 @@ from nha_jax.hf.published_windows import (
     write_windows,
 )
 from nha_jax.hf.tensors import hybrid_table
+from nha_jax.scalars import is_count, shown
 
 GATE_LOGIT_NORMALIZER = 8
 """The gate_logit_normalizer of hybridised models: a constant of the authors' code."""
@@ -39,16 +41,15 @@ def read_hybrid(
     Slots and windows are the original's, unless other windows are chosen. Empty slots are attended
     to, as in the authors' code, unless the file is one that we wrote and says "mask".
     """
-    family = HYBRIDS[str(fields.get("model_type"))]
+    family, plain = HYBRIDS[fields["model_type"]], without_gates(fields)
     values = {**family.defaults, **fields}
-    architectures = values.get("architectures") or []
-    problems = []
-    if architectures not in ([], [family.architecture]):
-        problems.append(f"architectures = {architectures!r}: expected {family.architecture!r}")
-    problems += fixed_slots(values["num_slots"], chosen)
-    layers = values.get("num_hidden_layers")
-    windows, wrong = read_windows(values, layers if isinstance(layers, int) else 1)
-    problems += wrong
+    windows, wrong = read_windows(values, layer_count(values))
+    problems = [
+        *wrong_architecture(values, family.architecture),
+        *find_problems(plain, find_family(plain)),
+        *fixed_slots(values["num_slots"], chosen),
+        *wrong,
+    ]
     if problems:
         raise ValueError(listed(problems))
     own = {
@@ -57,7 +58,7 @@ def read_hybrid(
         "empty_slots": values.get("empty_slots", "attend"),
         "gate_logit_normalizer": GATE_LOGIT_NORMALIZER,
     }
-    original = from_hf_config(without_gates(fields), param_dtype=param_dtype, **own | chosen)
+    original = from_hf_config(plain, param_dtype=param_dtype, **own | chosen)
     config = dataclasses.replace(original.config, window_size=shortest_window_size(original.config))
     notices = (*original.notices, *hybrid_notices(config, family.model_type))
     return ImportedConfig(family, config, hybrid_table, notices)
@@ -72,10 +73,12 @@ def without_gates(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def fixed_slots(num_slots: object, chosen: Mapping[str, Any]) -> list[str]:
     """Lists what is wrong with the slots of a checkpoint that has gates, or with those chosen."""
-    if not isinstance(num_slots, int) or num_slots < 1:
-        return [f"num_slots = {num_slots!r}: expected at least 1"]
+    if not is_count(num_slots):
+        return [f"num_slots = {shown(num_slots)}: expected at least 1"]
     if chosen.get("num_slots", num_slots) != num_slots:
-        return [f"num_slots = {chosen['num_slots']} was chosen, and the gates are of {num_slots}"]
+        return [
+            f"num_slots = {shown(chosen['num_slots'])} was chosen, and the gates are of {num_slots}"
+        ]
     return []
 
 

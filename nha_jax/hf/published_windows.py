@@ -1,9 +1,10 @@
 """Windows in the authors' config.json: one size for all layers, or full attention in some."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from nha_jax.config import ModelConfig
+from nha_jax.scalars import is_count, shown
 
 LARGEST_WINDOW = 64
 """The largest window of the authors' format: beyond it, their code leaves the slots out."""
@@ -24,14 +25,14 @@ def read_windows(values: Mapping[str, Any], num_layers: int) -> tuple[Windows, l
     """
     window, block, offset = (values.get(key) for key in KEYS)
     problems = []
-    if not _is_count(window) or not 1 <= window <= LARGEST_WINDOW:
+    if not is_count(window) or not 1 <= window <= LARGEST_WINDOW:
         problems.append(
-            f"window_size = {window!r}: expected 1 to {LARGEST_WINDOW}; beyond that the original "
-            "has no slots"
+            f"window_size = {shown(window)}: expected 1 to {LARGEST_WINDOW}; beyond that the "
+            "original has no slots"
         )
     for key, value in (("block_size", block), ("transformer_idx", offset)):
-        if value is not None and not _is_count(value):
-            problems.append(f"{key} = {value!r}: expected a whole number or null")
+        if value is not None and not is_count(value, 0):
+            problems.append(f"{key} = {shown(value)}: expected a whole number or null")
     if block == 0:
         problems.append("block_size = 0: expected at least 1 or null")
     if problems:
@@ -93,7 +94,3 @@ def shortest_window_size(config: ModelConfig) -> int | Windows | None:
     """Returns the shortest `ModelConfig.window_size` that means the config's windows."""
     period = config.window_period
     return period[0] if len(period) == 1 else period
-
-
-def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

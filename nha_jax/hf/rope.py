@@ -5,6 +5,16 @@ from collections.abc import Mapping
 from typing import Any, cast, get_args
 
 from nha_jax.config_parts import RopeScaling, RopeScalingKind
+from nha_jax.hf.fields import (
+    COUNT_OR_NULL,
+    FLAG,
+    NUMBER_OR_NULL,
+    POSITIVE,
+    POSITIVE_OR_NULL,
+    Required,
+    refused,
+)
+from nha_jax.scalars import shown
 
 DEFAULT_THETA = 10000.0
 
@@ -35,6 +45,20 @@ _NEEDED = {
 }
 _MSCALES = ("mscale", "mscale_all_dim")
 
+_KINDS: Required = {
+    "factor": POSITIVE_OR_NULL,
+    "original_max_position_embeddings": COUNT_OR_NULL,
+    "low_freq_factor": POSITIVE_OR_NULL,
+    "high_freq_factor": POSITIVE_OR_NULL,
+    "beta_fast": POSITIVE_OR_NULL,
+    "beta_slow": POSITIVE_OR_NULL,
+    "attention_factor": POSITIVE_OR_NULL,
+    "truncate": FLAG,
+    "mscale": NUMBER_OR_NULL,
+    "mscale_all_dim": NUMBER_OR_NULL,
+}
+_OUTSIDE = ("original_max_position_embeddings", "max_position_embeddings")
+
 
 def read_rope(
     values: Mapping[str, Any],
@@ -54,27 +78,33 @@ def read_rope(
     rope = values.get(key) or {}
     if not isinstance(rope, dict) or any(isinstance(part, dict) for part in rope.values()):
         expected = "a mapping, the same for all layers"
-        return DEFAULT_THETA, None, [f"{key} = {rope!r}: expected {expected}"], []
+        return DEFAULT_THETA, None, [f"{key} = {shown(rope)}: expected {expected}"], []
+    inside = f"{key}."
+    problems = refused(rope, {"rope_theta": POSITIVE}, inside)
+    if "rope_theta" not in rope:
+        problems = refused(values, {"rope_theta": POSITIVE})
     theta = rope.get("rope_theta", values.get("rope_theta", DEFAULT_THETA))
-    kind = str(rope.get("rope_type", rope.get("type", "default")))
-    problems, scaling = [], None
+    kind, scaling = rope.get("rope_type", rope.get("type", "default")), None
     if rope.get("partial_rotary_factor") not in (None, 1):
-        problems.append(
-            f"{key}.partial_rotary_factor = {rope['partial_rotary_factor']!r}: expected 1"
-        )
-    if kind not in ("default", *_KEYS):
+        partial = shown(rope["partial_rotary_factor"])
+        problems.append(f"{inside}partial_rotary_factor = {partial}: expected 1")
+    keys: set[str] = set()
+    if not isinstance(kind, str) or kind not in ("default", *_KEYS):
         known = ", ".join(map(repr, ("default", *_KEYS)))
-        problems.append(f"{key}.rope_type = {kind!r}: expected one of {known}")
+        problems.append(f"{inside}rope_type = {shown(kind)}: expected one of {known}")
     elif kind != "default":
+        keys = {*_KEYS[kind], *(_MSCALES if kind == "yarn" else ())}
+        wrong = refused(rope, {name: _KINDS[name] for name in sorted(keys)}, inside)
         missing = sorted(name for name in _NEEDED[kind] if rope.get(name) is None)
-        problems += [f"{key}.{name} is missing: {kind!r} needs it" for name in missing]
-        if not missing:
+        wrong += [f"{inside}{name} is missing: {kind!r} needs it" for name in missing]
+        problems += wrong
+        if not wrong and not refused(values, dict.fromkeys(_OUTSIDE, COUNT_OR_NULL)):
             try:
                 scaling = _scaling(kind, rope, values)
-            except (TypeError, ValueError) as error:
+            except (ArithmeticError, ValueError) as error:
                 problems.append(f"{key} does not fit: {error}")
-    known_keys = {*_SHARED, *_KEYS.get(kind, {}), *(_MSCALES if kind == "yarn" else ())}
-    unknown = [f"{key}.{name}" for name in sorted(set(rope) - known_keys)]
+    problems += refused(values, {"original_max_position_embeddings": COUNT_OR_NULL})
+    unknown = [f"{inside}{name}" for name in sorted(set(rope) - keys - set(_SHARED))]
     return theta, scaling, problems, unknown
 
 
@@ -90,15 +120,17 @@ def write_rope(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
 
 
 def _scaling(kind: str, rope: Mapping[str, Any], values: Mapping[str, Any]) -> RopeScaling:
-    """Builds the scaling; raises TypeError or ValueError if a value does not fit."""
+    """Builds the scaling; raises ArithmeticError or ValueError if a value does not fit."""
     assert kind in get_args(RopeScalingKind)
     longest = values.get("max_position_embeddings")
     own = rope.get("original_max_position_embeddings") or longest
-    length = values.get("original_max_position_embeddings", own)
+    length = values.get("original_max_position_embeddings") or own
     filled = {**rope, "original_max_position_embeddings": length}
     if kind == "yarn":
         if filled.get("factor") is None:
-            filled["factor"] = values["max_position_embeddings"] / length
+            if longest is None:
+                raise ValueError("factor is missing, and so is max_position_embeddings")
+            filled["factor"] = longest / length
         filled["attention_factor"] = _attention_factor(filled)
     fields = {field: filled.get(name) for name, field in _KEYS[kind].items()}
     given = {field: value for field, value in fields.items() if value is not None}

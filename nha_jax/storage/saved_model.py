@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
+from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.weights import (
     ModelSource,
     SafetensorsSource,
@@ -144,8 +145,8 @@ def _is_saved_model(path: Path) -> bool:
     if not path.is_dir() or {file.name for file in path.iterdir()} - own:
         return False
     try:
-        ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError):
+        _read_config(path / CONFIG_FILE)
+    except (OSError, ValueError):
         return False
     return True
 
@@ -179,8 +180,15 @@ def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSo
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
-    config = ModelConfig.from_dict(json.loads((path / CONFIG_FILE).read_text(encoding="utf-8")))
-    return config, SafetensorsSource(path / WEIGHTS_FILE)
+    return _read_config(path / CONFIG_FILE), SafetensorsSource(path / WEIGHTS_FILE)
+
+
+def _read_config(file: Path) -> ModelConfig:
+    fields = parse_object(file.read_bytes(), file)
+    try:
+        return ModelConfig.from_dict(fields)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
 
 
 def extra_files_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:

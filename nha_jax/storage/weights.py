@@ -64,7 +64,8 @@ class SafetensorsSource:
             with safetensors.safe_open(path, "numpy") as file:
                 headers = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path}: damaged: {error}") from None
+            state = "damaged" if path.stat().st_size else "empty"
+            raise ValueError(f"{path}: {state}: {error}; copy or download it again") from None
         dtypes = {short: jnp.dtype(long) for long, short in _DTYPES.items()}
         self.shapes: Shapes = {
             name: jax.ShapeDtypeStruct(header.get_shape(), dtypes.get(header.get_dtype(), np.void))

@@ -196,6 +196,26 @@ def test_fields_that_are_no_mapping_are_shown(fields):
         ModelConfig.from_dict(fields)
 
 
+ANYTHING = [
+    None, True, "x", "", [], [[]], {}, {"a": [None]}, {"": 1}, 0, -1, 3, 0.5, -0.0, 1e300,
+    float("nan"), float("inf"), 2**31, -(2**70), 10**400,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", [*small().to_dict(), "block_sizes", "novelty"])
+def test_a_field_may_hold_anything_and_is_named(key):
+    for value in ANYTHING:
+        fields = small().to_dict() | {key: value}
+        try:
+            ModelConfig.from_dict(json.loads(json.dumps(fields)))
+        except ValueError as error:
+            message = str(error)
+            assert message.startswith("ModelConfig: ")
+            assert key in message or key == "block_sizes", message
+            assert "\n" not in message
+            assert len(message) < 1000
+
+
 def test_a_key_that_is_no_text_is_shown():
     with pytest.raises(ValueError, match=r"unknown field 7$"):
         ModelConfig.from_dict(SMALL | {7: 3})

@@ -123,12 +123,45 @@ def test_a_tensor_in_two_shards_is_named(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "index",
-    ["not JSON", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../other.safetensors"}}'],
+    ("index", "message"),
+    [
+        ("", "empty: expected a JSON object; copy or download it again"),
+        ("not JSON", "damaged: expected a JSON object; copy or download it again"),
+        ('{"weight_map": {"a": "model', "damaged: expected a JSON object"),
+        ("[" * 100_000, "damaged: expected a JSON object"),
+        ("[]", "damaged: expected a JSON object"),
+        ("{}", "weight_map = None: expected a map from tensors to files beside it"),
+        ('{"weight_map": {}}', "weight_map = {}: expected a map"),
+        ('{"weight_map": ["a"]}', "weight_map = ['a']: expected a map"),
+        ('{"weight_map": {"a": 3}}', "weight_map = {'a': 3}: expected a map"),
+        ('{"weight_map": {"a": ["b"]}}', "weight_map = {'a': ['b']}: expected a map"),
+        ('{"weight_map": {"a": ""}}', "weight_map = {'a': ''}: expected a map"),
+        ('{"weight_map": {"a": ".."}}', "weight_map = {'a': '..'}: expected a map"),
+        ('{"weight_map": {"a": "../other.safetensors"}}', "files beside it"),
+    ],
 )
-def test_an_index_that_leads_nowhere_is_refused(folder: Path, index: str) -> None:
+def test_an_index_that_leads_nowhere_is_refused(folder: Path, index: str, message: str) -> None:
     (folder / "model.safetensors.index.json").write_text(index)
-    assert "expected JSON with a weight_map from tensors to files beside it" in refused(folder)
+    found = refused(folder)
+    assert f"model.safetensors.index.json: {message}" in found or message == "files beside it"
+    assert message in found
+
+
+@pytest.mark.parametrize(("size", "state"), [(0, "empty"), (5, "damaged"), (300, "damaged")])
+def test_weights_that_were_cut_are_named_with_the_cure(folder: Path, size: int, state: str) -> None:
+    file = folder / FIRST
+    file.write_bytes(file.read_bytes()[:size])
+    message = refused(folder)
+    assert f"{FIRST}: {state}: " in message
+    assert "copy or download it again" in message
+
+
+def test_a_config_of_far_too_many_tensors_is_refused_without_naming_them(folder: Path) -> None:
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 60_000}))
+    message = refused(folder)
+    assert "which means 600003 tensors: the files have " in message
+    assert len(message) < 300
 
 
 @pytest.mark.parametrize(
@@ -151,10 +184,15 @@ def test_names_are_not_downloaded() -> None:
     assert message.startswith("meta-llama/Llama-3-8B: expected a folder; nothing is downloaded")
 
 
-@pytest.mark.parametrize("text", ["{", "[1]"])
-def test_a_damaged_config_is_named(folder: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [("", "empty"), (" \n", "empty"), ("{", "damaged"), ("[1]", "damaged"), ("null", "damaged"),
+     ("[" * 100_000, "damaged"), ('{"vocab_size": ' + "9" * 5000 + "}", "damaged")],
+    ids=["empty", "blank", "cut", "list", "null", "nested", "huge"],
+)  # fmt: skip
+def test_a_damaged_config_is_named(folder: Path, text: str, state: str) -> None:
     (folder / "config.json").write_text(text)
-    assert "config.json: expected a JSON object" in refused(folder)
+    assert f"config.json: {state}: expected a JSON object; copy or" in refused(folder)
 
 
 def test_only_asked_for_tensors_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_all_that_cannot_be_computed_is_listed_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vocab_size": None}, "vocab_size=None must be an integer"),
+        ({"vocab_size": None}, "vocab_size = None: expected a whole number"),
         ({"num_key_value_heads": 3}, "num_kv_heads=3 must divide num_query_heads=4"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters = .* the same for all"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor is missing"),
@@ -89,7 +89,7 @@ def test_all_that_cannot_be_computed_is_listed_at_once() -> None:
             {"model_type": "qwen3_moe", "mlp_only_layers": [0], "decoder_sparse_step": 2},
             r"mlp_only_layers = \[0\].*decoder_sparse_step = 2",
         ),
-        ({"model_type": "qwen3_moe", "num_experts": 0}, "count=0 must be"),
+        ({"model_type": "qwen3_moe", "num_experts": 0}, "num_experts = 0: expected a whole"),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict, message: str) -> None:

@@ -1,6 +1,8 @@
 """Saved and loaded models are the same; anything else is refused, by name."""
 
 import json
+import re
+import shutil
 
 import chex
 import jax
@@ -98,6 +100,37 @@ def test_a_failed_save_leaves_everything_as_it_was(tmp_path, monkeypatch):
         save(tmp_path / "other", tiny_model(1))
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model"]
     chex.assert_trees_all_equal(nnx.state(load(tmp_path / "model")), nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "empty: expected a JSON object; copy or download it again"),
+        ("{", "damaged: expected a JSON object; copy or download it again"),
+        ("null", "damaged: expected a JSON object"),
+        ("[" * 100_000, "damaged: expected a JSON object"),
+        ("\xff", "damaged: expected a JSON object"),
+        ("{}", "ModelConfig: missing vocab_size, num_layers"),
+        ('{"vocab_size": NaN', "damaged"),
+    ],
+    ids=["empty", "cut", "null", "nested", "no-utf-8", "object", "cut-later"],
+)
+def test_a_config_that_was_cut_is_named_with_the_cure(tmp_path, text, problem):
+    shutil.copytree(FIXTURES / "saved_before" / "model", tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(text, encoding="latin-1")
+    with pytest.raises(ValueError, match=f"^{re.escape(str(file))}: {problem}") as error:
+        load(tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "state"), [(0, "empty"), (7, "damaged"), (1000, "damaged")])
+def test_weights_that_were_cut_are_named_with_the_cure(tmp_path, size, state):
+    shutil.copytree(FIXTURES / "saved_before" / "model", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:size])
+    with pytest.raises(ValueError, match=rf"model\.safetensors: {state}: .*download it again"):
+        load(tmp_path / "model")
 
 
 def test_every_wrong_tensor_is_named_at_once(tmp_path):
