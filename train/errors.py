@@ -1,9 +1,16 @@
 """Errors that reach the user as one line, each with its exit code."""
 
 import contextlib
+import errno
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+_MACHINE = {
+    errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -60,6 +67,41 @@ def do_without(what: str) -> Iterator[None]:
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         print(f"nha: {what}: {reason}; going on without it", file=sys.stderr)
+
+
+def one_line(text: str) -> str:
+    """Writes what would break a line, or steer a terminal, as escapes such as `\\n`."""
+    unseen = "[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+    return re.sub(unseen, lambda match: ascii(match[0])[1:-1], text.strip())
+
+
+def shorten(text: str, most: int = 60) -> str:
+    """Cuts a value or a message down to what a line has room for."""
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+@contextlib.contextmanager
+def refusals_are_config_errors() -> Iterator[None]:
+    """Turns a ValueError, or an OSError that is about a name or a file, into a ConfigError.
+
+    What the machine cannot do, such as writing to a full disk, stays what it is.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(" ".join(str(error).split())) from None
+    except OSError as error:
+        if error.errno in _MACHINE:
+            raise
+        raise ConfigError(describe_os_error(error)) from None
+
+
+def describe_os_error(error: OSError) -> str:
+    """Words an error of the operating system: the files it is about, and the reason."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    names = (error.filename, error.filename2) if error.strerror else ()
+    shown = [shorten(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)]
+    return f"{' -> '.join(shown)}: {reason}" if shown else reason
 
 
 def describe_differences(

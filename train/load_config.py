@@ -5,6 +5,7 @@ Every mistake is a `ConfigError` of one line: the dotted key, the value, what wa
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import json
@@ -17,19 +18,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pydantic
-import yaml
 
 from nha_jax import ModelConfig
 from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
-from train.errors import ConfigError
+from train.errors import ConfigError, shorten
 from train.paths import user_path
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
 from train.windows import WINDOWS_KEY, read_windows
+from train.yaml_text import members, read_yaml, type_hints
 
 PRESET_KEY = "preset"
 INITIAL_MODEL_KEY = "initial_model"
 _PARAM_DTYPE, _FROZEN_DTYPE = "param_dtype", "frozen_dtype"
+_BITS = {"seed": 32, "model.num_layers": 16}  # of integers that are not counts of 31 bits
+_BITS_OF_PERIODS = 63  # "never" may be written as a large number
+_MOST_BYTES = 1 << 20
 _ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
 
 
@@ -57,31 +61,8 @@ class Key:
     @property
     def section(self) -> type | None:
         """The dataclass of the keys that it holds, for a section; such a key may also be null."""
-        members = (self.annotation, *typing.get_args(self.annotation))
         is_section = lambda x: isinstance(x, type) and dataclasses.is_dataclass(x)  # noqa: E731
-        return next(filter(is_section, members), None)
-
-
-class _Loader(yaml.SafeLoader):
-    """A reader of YAML as people write it: 3e-4 is a number, and a repeated key is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                line = node.value[position][0].start_mark.line + 1
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key} appears twice (line {line})"
-                )
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML follows, reads 3e-4 as text, because it has no dot.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
+        return next(filter(is_section, members(self.annotation)), None)
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
@@ -99,16 +80,20 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     """
     values = _rename(_read(path))
     for name, text in overrides:
-        _override(values, _rename_option(name), _parse(text, f"--{name}={text}"))
+        new = _rename_option(name)
+        key = next((key for key in keys() if key.name == new), None)
+        annotation = key.annotation if key else Any
+        _override(values, new, read_yaml(text, shorten(f"--{name}={text}"), annotation, new))
     values = _rename(values)  # an override may have given a whole section
     _check_names(values, TrainConfig, "")
+    _check_integers(values, "")
     values = {key: value for key, value in values.items() if value is not None}
     return _validate(_fill_model(_read_windows_file(values)))
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
     """Yields every key below a section: its own in order, then those of the sections it holds."""
-    hints = typing.get_type_hints(section)
+    hints = type_hints(section)
     descriptions = _attribute_lines(section.__doc__ or "")
     found = []
     for entry in dataclasses.fields(section):
@@ -138,10 +123,10 @@ def describe(annotation: Any) -> str:
     if dataclasses.is_dataclass(annotation):
         return "a section of keys"
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if len(members(annotation)) > 1:
+        return " or ".join(describe(argument) for argument in members(annotation))
     if origin is typing.Literal:
         return "one of " + ", ".join(str(argument) for argument in arguments)
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(describe(argument) for argument in arguments)
     if origin is dict:
         return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
     if origin in (tuple, list):
@@ -172,25 +157,20 @@ def _attribute_lines(docstring: str) -> dict[str, str]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        text = user_path(path, "CONFIG").read_text(encoding="utf-8")
+        with user_path(path, "CONFIG").open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+    if len(content) > _MOST_BYTES:
+        raise ConfigError(f"{path}: larger than {_MOST_BYTES} bytes: no configuration")
+    try:
+        text = content.decode()
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: the configuration is not UTF-8 text") from None
-    values = _parse(text, path)
+    values = read_yaml(text, path, TrainConfig)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, found {values!r:.60}")
     return values
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where}{line}: not valid YAML: {problem}") from None
 
 
 def _rename(values: dict[str, Any]) -> dict[str, Any]:
@@ -240,6 +220,31 @@ def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
             raise _unknown_key(f"{prefix}{name}", value)
         if key.section and isinstance(value, dict):
             _check_names(value, key.section, f"{key.name}.")
+
+
+@functools.cache
+def _integer_bits() -> dict[str, int]:
+    """How many bits the integers under each key that takes some may have."""
+    counting = [key.name for key in keys() if int in _types_in(key.annotation)]
+    periods = {name: _BITS_OF_PERIODS for name in counting if "every" in name}
+    return dict.fromkeys(counting, 31) | periods | _BITS
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    return {annotation}.union(*map(_types_in, typing.get_args(annotation)))
+
+
+def _check_integers(value: Any, name: str, bits: int | None = None) -> None:
+    """Raises ConfigError if an integer, at any depth, is larger than what it counts can be."""
+    bits = _integer_bits().get(name, bits)
+    if isinstance(value, Mapping):
+        for key, child in value.items():
+            _check_integers(child, f"{name}.{key}".lstrip("."), bits)
+    elif isinstance(value, list):
+        for child in value:
+            _check_integers(child, name, bits)
+    elif bits and isinstance(value, int) and not -(2**bits) <= value < 2**bits:
+        raise ConfigError(f"{name} = {_show(value)}: expected an integer below 2**{bits}")
 
 
 def _unknown_key(name: str, value: Any) -> ConfigError:
@@ -297,6 +302,9 @@ def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
             return values
     except ValueError as error:
         raise _explain_value_error(error, "model") from None
+    except OSError as error:
+        shown = _show(initial)
+        raise ConfigError(f"{INITIAL_MODEL_KEY} = {shown}: {error.strerror}") from None
     return {**values, "model": filled.to_dict()}
 
 
@@ -335,11 +343,15 @@ def _initial_config(name: str, run: Any) -> tuple[dict[str, Any], _Dtypes]:
 
 def _validate(values: dict[str, Any]) -> TrainConfig:
     # Through JSON, since pydantic's strict mode takes lists for tuples only from there.
-    text = json.dumps(values, default=str)
     try:
-        return pydantic.TypeAdapter(TrainConfig).validate_json(text, strict=True)
+        return _adapter().validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         raise _explain(error.errors()[0], values) from None
+
+
+@functools.cache
+def _adapter() -> pydantic.TypeAdapter[TrainConfig]:
+    return pydantic.TypeAdapter(TrainConfig)
 
 
 def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
@@ -359,7 +371,9 @@ def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
         return ConfigError(f"{name}: missing; expected {describe(key.annotation)}{hint}")
     if error["type"] == "value_error":
         return _explain_value_error(error["ctx"]["error"], name)
-    return ConfigError(f"{name} = {_show(value)}: expected {describe(known[name].annotation)}")
+    wanted = describe(known[name].annotation)
+    hint = "; text goes in quotes" if wanted.startswith("text") and value is not None else ""
+    return ConfigError(f"{name} = {_show(value)}: expected {wanted}{hint}")
 
 
 def _explain_value_error(error: ValueError, section: str) -> ConfigError:
@@ -374,5 +388,4 @@ def _explain_value_error(error: ValueError, section: str) -> ConfigError:
 
 def _show(value: Any) -> str:
     """Writes a value as it would stand in YAML, on one short line."""
-    text = json.dumps(value, default=str, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return shorten(json.dumps(value, ensure_ascii=False))
