@@ -75,7 +75,7 @@ def one_line(text: str) -> str:
     return re.sub(unseen, lambda match: ascii(match[0])[1:-1], text.strip())
 
 
-def shorten(text: str, most: int = 60) -> str:
+def cut(text: str, most: int = 60) -> str:
     """Cuts a value or a message down to what a line has room for."""
     return text if len(text) <= most else text[: most - 3] + "..."
 
@@ -100,7 +100,7 @@ def describe_os_error(error: OSError) -> str:
     """Words an error of the operating system: the files it is about, and the reason."""
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     names = (error.filename, error.filename2) if error.strerror else ()
-    shown = [shorten(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)]
+    shown = [cut(os.fsdecode(name)) for name in names if isinstance(name, str | bytes)]
     return f"{' -> '.join(shown)}: {reason}" if shown else reason
 
 

@@ -21,7 +21,7 @@ import pydantic
 
 from nha_jax import ModelConfig
 from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
-from train.errors import ConfigError, shorten
+from train.errors import ConfigError, cut
 from train.paths import user_path
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
@@ -83,7 +83,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
         new = _rename_option(name)
         key = next((key for key in keys() if key.name == new), None)
         annotation = key.annotation if key else Any
-        _override(values, new, read_yaml(text, shorten(f"--{name}={text}"), annotation, new))
+        _override(values, new, read_yaml(text, cut(f"--{name}={text}"), annotation, new))
     values = _rename(values)  # an override may have given a whole section
     _check_names(values, TrainConfig, "")
     _check_integers(values, "")
@@ -388,4 +388,4 @@ def _explain_value_error(error: ValueError, section: str) -> ConfigError:
 
 def _show(value: Any) -> str:
     """Writes a value as it would stand in YAML, on one short line."""
-    return shorten(json.dumps(value, ensure_ascii=False))
+    return cut(json.dumps(value, ensure_ascii=False))

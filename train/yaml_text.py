@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from train.errors import ConfigError, shorten
+from train.errors import ConfigError, cut
 
 _TAG = "tag:yaml.org,2002:"
 _NULL, _BOOL, _INT, _FLOAT, _STR = (_TAG + x for x in ("null", "bool", "int", "float", "str"))
@@ -205,7 +205,7 @@ def _number(node: yaml.ScalarNode, text: str, name: str) -> int | float:
         is_decimal = re.fullmatch("[-+]?[0-9_]+", text)
         return int(text, 10 if is_decimal else 0)
     except ValueError:
-        raise _TextError(node, f"{name} = {shorten(text)}: not a number that can be read") from None
+        raise _TextError(node, f"{name} = {cut(text)}: not a number that can be read") from None
 
 
 def _text(node: yaml.ScalarNode, name: str) -> str:
@@ -213,7 +213,7 @@ def _text(node: yaml.ScalarNode, name: str) -> str:
     try:
         return node.value.encode("utf-16", "surrogatepass").decode("utf-16")
     except UnicodeDecodeError:
-        shown = shorten(ascii(node.value)[1:-1])
+        shown = cut(ascii(node.value)[1:-1])
         raise _TextError(node, f'{name} = "{shown}": holds half a character') from None
 
 

@@ -39,7 +39,7 @@ then
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
-    parser = commands.add_parser("data", help="prepare text to train on", allow_abbrev=False)
+    parser = commands.add_parser("data", help="prepare text to train on")
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser(
         "prepare",
@@ -47,7 +47,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     prepare.add_argument("out", metavar="OUT", help="the folder to make")
     prepare.add_argument("inputs", metavar="INPUT", nargs="+", help="what to read, see above")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.errors import ConfigError
+from train.errors import ConfigError, refusals_are_config_errors
 from train.paths import user_path
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     parser.add_argument("out", metavar="HF_DIR", help="folder to make")
@@ -73,7 +72,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     named = user_path(options.run, "RUN")
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
-    try:
+    with refusals_are_config_errors():
         check_exportable(out, overwrite=options.overwrite)
         config, source = _open(named)
         if options.windows is not None:
@@ -91,8 +90,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
                 overwrite=options.overwrite,
                 on_written=bar.update,
             )
-    except (OSError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
     print(f"wrote {out}")
     return 0
 

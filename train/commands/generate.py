@@ -50,7 +50,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument("folder", metavar="RUN", help="folder of a run or of a saved model")
     add = parser.add_argument

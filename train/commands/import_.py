@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.errors import ConfigError
+from train.errors import ConfigError, refusals_are_config_errors
 from train.paths import user_path
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", metavar="HF_DIR", help="folder of the pretrained model")
     parser.add_argument("run", metavar="RUN", help="folder to make")
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     source = user_path(options.source, "HF_DIR")
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
-    try:
+    with refusals_are_config_errors():
         check_replaceable(out, overwrite=options.overwrite)
         pretrained = open_pretrained(
             source,
@@ -88,8 +87,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         )
         print(_summary(pretrained), flush=True)
         _write(out, pretrained, overwrite=options.overwrite)
-    except (OSError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
     print(f"wrote {out}; next: {_next(pretrained, out)}")
     return 0
 

@@ -21,7 +21,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         usage="nha inspect RUN --text FILE [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     parser.add_argument("--text", required=True, metavar="FILE", help="the text to read")
@@ -54,9 +53,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     for name in ("max_tokens", "context"):
-        if getattr(options, name) < 1:
-            flag = name.replace("_", "-")
-            raise ConfigError(f"--{flag} = {getattr(options, name)}: must be at least 1")
+        value, flag = getattr(options, name), name.replace("_", "-")
+        if value < 1:
+            raise ConfigError(f"--{flag} = {value}: must be at least 1")
+        if value >= 2**31:
+            raise ConfigError(f"--{flag} = {value}: must be below 2**31")
     named, text = user_path(options.run, "RUN"), user_path(options.text, "--text")
     picture = _output_path(options, named, text)
 

@@ -24,7 +24,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         usage="nha plan CONFIG --topology TOPOLOGY [options] [--key=value ...]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        takes_overrides=True,
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/nha-340m.yaml")
     parser.add_argument(

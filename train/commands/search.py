@@ -25,7 +25,6 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         usage="nha search RUN (--full-layers K | --cache-bytes N) [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     budget = parser.add_mutually_exclusive_group(required=True)

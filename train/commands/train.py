@@ -18,7 +18,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         description="Trains a model. If the command is stopped in any way, the same command "
         "resumes the run.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        takes_overrides=True,
         add_help=False,
     )
     parser.add_argument(

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from train import errors
 from train.config import TrainConfig
 from train.errors import ConfigError, UserError
+from train.failures import TRACEBACK, describe_failure
 
 _COORDINATOR = "JAX_COORDINATOR_ADDRESS"
 _COUNT, _INDEX = "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
@@ -137,13 +138,12 @@ def leave_after(error: Exception) -> NoReturn:
     Ending as usual would wait for the others, which may be waiting for this one. When it is gone,
     its connections close, and the others end too.
     """
-    code = error.exit_code if isinstance(error, UserError) else 1
-    if isinstance(error, UserError):
-        print(f"nha: {error}", file=sys.stderr)
-    elif isinstance(error, jax.errors.JaxRuntimeError) and "closed by peer" in str(error):
-        print("nha: another process of this run has ended; see what it printed", file=sys.stderr)
-    else:
+    line, code = describe_failure(error, "train")
+    if isinstance(error, jax.errors.JaxRuntimeError) and "closed by peer" in str(error):
+        line = "another process of this run has ended; see what it printed"
+    elif os.environ.get(TRACEBACK):
         traceback.print_exception(error)
+    print(f"nha: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if is_first():

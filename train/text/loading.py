@@ -1,7 +1,5 @@
 """The model and the tokenizer of a folder that a user names: a run's, or a saved model's."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from flax import nnx
@@ -14,7 +12,7 @@ from train.data.tokenizer.as_bytes import BYTE_VOCABULARY
 from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
-from train.errors import ConfigError
+from train.errors import ConfigError, refusals_are_config_errors
 from train.paths import user_path
 from train.storage.run_folder import RunFolder
 
@@ -28,7 +26,7 @@ def load_model(path: str | Path) -> nha_jax.Model:
     """
     named = _folder(path)
     if (named / WEIGHTS_FILE).exists():
-        with _as_config_error():
+        with refusals_are_config_errors():
             return nha_jax.load(named)
     folder = RunFolder(named)
     config = nha_jax.ModelConfig.from_dict(folder.model_config())
@@ -48,7 +46,7 @@ def load_tokenizer_of(path: str | Path) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     imported = (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists()
     if tokenizer.name == "bytes" and imported:
-        with _as_config_error():
+        with refusals_are_config_errors():
             size = open_saved(folder)[0].vocab_size
         if size != BYTE_VOCABULARY:
             raise ConfigError(
@@ -56,15 +54,6 @@ def load_tokenizer_of(path: str | Path) -> Tokenizer:
                 f"bytes; put the original's {TOKENIZER_FILE} into this folder"
             )
     return tokenizer
-
-
-@contextlib.contextmanager
-def _as_config_error() -> Iterator[None]:
-    """Turns what is wrong with a saved model into an error of one line."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        raise ConfigError(" ".join(str(error).split())) from None
 
 
 def _folder(path: str | Path) -> Path:
