@@ -66,6 +66,49 @@ def check_count(name: str, value: object) -> int:
     return number
 
 
+def check_tokens(
+    name: str, tokens: jax.typing.ArrayLike, vocab_size: int
+) -> tuple[jax.Array, jax.Array]:
+    """Tells the tokens of a vocabulary from those that it has not.
+
+    Args:
+        name: of the argument, for the error.
+        tokens: integers of any dtype, in any shape.
+        vocab_size: tokens in [0, vocab_size) are known.
+
+    Returns:
+        The tokens in int32, 0 in place of unknown ones, and bool, which of them are known.
+
+    Raises:
+        ValueError, TypeError: the tokens are no integers, or lists of several lengths.
+    """
+    if not isinstance(tokens, jax.Array):
+        tokens = token_array(tokens, name)  # in jnp, a token of 64 bits would lose the upper 32
+    _require_integers(name, tokens.dtype)
+    if tokens.dtype.itemsize < 4:
+        tokens = tokens.astype(np.int32)  # vocab_size may be more than the dtype holds
+    known = (tokens >= 0) & (tokens < vocab_size)
+    numpy = jnp if isinstance(tokens, jax.Array) else np
+    return jnp.asarray(numpy.where(known, tokens, 0).astype(np.int32)), jnp.asarray(known)
+
+
+def after_unknown(known: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Finds the real tokens that an unknown one precedes in their segment, or that are unknown.
+
+    Args:
+        known: [B, T] bool.
+        segment_ids: [B, T] integers, or None: each row is one segment.
+
+    Returns:
+        [B, T] bool.
+    """
+    num_tokens = known.shape[1]
+    index = jnp.arange(num_tokens)
+    unknown = ~known if segment_ids is None else ~known & (segment_ids != 0)
+    last_unknown = jax.lax.cummax(jnp.where(unknown, index, -1), axis=1)
+    return last_unknown >= index - default_positions(num_tokens, segment_ids)
+
+
 def check_prompt(
     prompt: jax.typing.ArrayLike | Sequence[int], vocab_size: int, name: str = "prompt"
 ) -> np.ndarray:

@@ -8,7 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.argument_checks import check_integers, check_lengths, check_segments_and_positions
+from nha_jax.argument_checks import (
+    after_unknown,
+    check_lengths,
+    check_segments_and_positions,
+    check_tokens,
+)
 from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
 from nha_jax.config import ModelConfig
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
@@ -24,6 +29,7 @@ from nha_jax.layers.layer_stack import (
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
+from nha_jax.ops.padding import clear_padding
 
 
 class Model(nnx.Module):
@@ -72,9 +78,11 @@ class Model(nnx.Module):
         """Computes the logits of the token that follows each token.
 
         Args:
-            tokens: [B, T] integers in [0, vocab_size); others give NaN.
+            tokens: [B, T] integers in [0, vocab_size). Any other, above or below, gives NaN there
+                and to the rest of its segment, and changes nothing in other segments.
             segment_ids: [B, T] integers. Adjacent tokens of equal ids make up a segment, and see
-                only their own. 0 is padding, whose logits have no meaning. None: one segment.
+                only their own. 0 is padding: its tokens may be any integers and change nothing,
+                and its logits have no meaning. None: one segment.
             positions: [T] or [B, T] integers for the rotary embedding; None: counted from the
                 first token of each segment.
 
@@ -93,7 +101,10 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         positions: jax.Array | None = None,
     ) -> jax.Array:
-        """Computes the input of the head: [B, T, hidden_size] float32. Arguments as for a call."""
+        """Computes the input of the head: [B, T, hidden_size] float32; 0 at padding.
+
+        Arguments as for a call; where a token outside [0, vocab_size) makes logits NaN, it is NaN.
+        """
         hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=None)
         return hidden
 
@@ -125,7 +136,15 @@ class Model(nnx.Module):
         return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype."""
+        """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype.
+
+        Tokens outside [0, vocab_size) give NaN.
+        """
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
+        return _nan_unless(known, self._embed(tokens))
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Does what `embed_tokens` does, of tokens that are all known."""
         table = shard_vocabulary(self.embed.embedding[...], tokens)
         hidden = jnp.take(
             table, tokens, axis=0
@@ -148,7 +167,8 @@ class Model(nnx.Module):
         Args:
             index: which layer, in [0, num_layers). It may be traced, so that one compiled
                 function serves every layer with this window; it is then clamped to the range.
-            hidden: [B, T, hidden_size] in config.dtype, the output of the layer before.
+            hidden: [B, T, hidden_size] in config.dtype, the output of the layer before; what it
+                holds at padding changes nothing.
             window_size: how many of the last tokens are kept exactly (W); None for full attention.
             segment_ids, positions: as for a call.
 
@@ -239,7 +259,9 @@ class Model(nnx.Module):
         """Reads prompts, or a chunk of each, for `decode_step` to continue.
 
         Args:
-            tokens: [B, T] integers; the first lengths[b] of row b are read.
+            tokens: [B, T] integers; the first lengths[b] of row b are read. One of those that is
+                outside [0, vocab_size) makes its row NaN, here and in the cache; the rest may be
+                any integers.
             lengths: [B] integers in [1, T]; with a cache in [0, T]: a row without tokens keeps its
                 cache, and its logits have no meaning. None: all rows have T tokens.
             max_length: the most tokens that a row will have, prompt included. Only layers with full
@@ -253,7 +275,7 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: an argument has a wrong shape, dtype or value.
         """
-        tokens = check_integers("tokens", tokens)
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
         if tokens.ndim != 2 or not tokens.shape[1]:
             raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {tokens.shape}")
         batch_size, num_tokens = tokens.shape
@@ -261,6 +283,7 @@ class Model(nnx.Module):
         if lengths is not None:
             least = 1 if cache is None else 0
             row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
+            known |= jnp.arange(num_tokens) >= row_lengths[:, None]  # or not read
         if cache is None:
             check_room(self.config.windows, max_length, num_tokens)
             rope = self._rope(jnp.arange(num_tokens))
@@ -282,8 +305,9 @@ class Model(nnx.Module):
 
         period = len(self.config.window_period)
         caches = None if cache is None else stack_layers(cache.layers, period)
+        hidden = _nan_unless(known, self._embed(tokens))
         hidden, caches = scan_blocks(
-            prefill, self.blocks, self.embed_tokens(tokens), self.config.window_period, caches
+            prefill, self.blocks, hidden, self.config.window_period, caches
         )
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
@@ -299,7 +323,8 @@ class Model(nnx.Module):
         """Reads one more token of each row.
 
         Args:
-            tokens: [B] integers, the next token of each row.
+            tokens: [B] integers, the next token of each row. One outside [0, vocab_size) makes its
+                row NaN, here and in the cache, unless the row is not active.
             cache: as `prefill`, `init_cache` or this method returned it. With full attention in a
                 layer, no row may get longer than the max_length of its cache: the oldest tokens
                 would be overwritten.
@@ -312,14 +337,16 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: tokens have a wrong shape or dtype.
         """
-        tokens = check_integers("tokens", tokens)
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
         if tokens.shape != cache.length.shape:
             raise ValueError(
                 f"tokens must be [batch] as in the cache, {cache.length.shape}; "
                 f"got shape {tokens.shape}"
             )
         rope = self._rope(cache.length[:, None])
-        hidden, layers = self.embed_tokens(tokens[:, None]), []
+        if active is not None:
+            known |= ~active
+        hidden, layers = _nan_unless(known[:, None], self._embed(tokens[:, None])), []
         # A scan over the layers would copy every cache into its stack and out of it.
         for index, (layer, window_size) in enumerate(
             zip(cache.layers, self.config.windows, strict=True)
@@ -348,7 +375,7 @@ class Model(nnx.Module):
 
         diagnose: how the slot weights are differentiated; None: no diagnostics are wanted.
         """
-        tokens = check_integers("tokens", tokens)
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
         segment_ids, positions = check_segments_and_positions(tokens.shape, segment_ids, positions)
@@ -366,11 +393,20 @@ class Model(nnx.Module):
         hidden, layers = scan_blocks(
             forward,
             self.blocks,
-            self.embed_tokens(tokens),
+            self._embed(tokens),
             self.config.window_period,
             remat=self.config.remat,
         )
-        return self.norm(hidden), layers
+        # NaN goes in after the layers: in them it would reach other segments, as 0 * NaN.
+        hidden = _nan_unless(~after_unknown(known, segment_ids), self.norm(hidden))
+        if segment_ids is not None:
+            hidden = clear_padding(segment_ids, hidden)
+        return hidden, layers
+
+
+def _nan_unless(known: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Puts NaN into hidden [B, T, hidden_size] wherever known [B, T] is False."""
+    return jnp.where(known[..., None], hidden, jnp.nan)
 
 
 def abstract_model(

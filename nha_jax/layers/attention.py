@@ -21,6 +21,7 @@ from nha_jax.ops import (
     resize_state,
 )
 from nha_jax.ops.mesh.division import shard_tokens
+from nha_jax.ops.padding import clear_padding
 
 Projections = tuple[jax.Array, jax.Array, jax.Array]
 
@@ -111,7 +112,7 @@ class NativeHybridAttention(nnx.Module):
         rope: Rope,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Runs the layer; padding (segment id 0) gives o_proj(0).
+        """Runs the layer; padding (segment id 0) gives o_proj(0), whatever it holds.
 
         Args:
             inputs: [B, T, hidden_size].
@@ -122,6 +123,8 @@ class NativeHybridAttention(nnx.Module):
         Returns:
             [B, T, hidden_size] in config.dtype.
         """
+        if segment_ids is not None:
+            inputs = clear_padding(segment_ids, inputs)
         outputs, _ = self.forward(
             inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
@@ -139,7 +142,7 @@ class NativeHybridAttention(nnx.Module):
         """Returns what a call returns, and what the layer did.
 
         Args:
-            inputs, window_size, rope, segment_ids: as for a call.
+            inputs, window_size, rope, segment_ids: as for a call; padding must be finite.
             diagnose: how the slot weight is differentiated, as `nha_attention`'s
                 slot_weight_gradient; None: no diagnostics, the second result is None.
         """

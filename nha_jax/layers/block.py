@@ -10,6 +10,7 @@ from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient
 from nha_jax.ops.mesh.division import shard_tokens
+from nha_jax.ops.padding import clear_padding
 
 
 class Block(nnx.Module):
@@ -34,7 +35,12 @@ class Block(nnx.Module):
         rope: Rope,
         segment_ids: jax.Array | None = None,
     ) -> jax.Array:
-        """Runs the block: [B, T, hidden_size] -> [B, T, hidden_size]."""
+        """Runs the block: [B, T, hidden_size] -> [B, T, hidden_size].
+
+        Padding (segment id 0) is read as zeros.
+        """
+        if segment_ids is not None:
+            hidden = clear_padding(segment_ids, hidden)
         hidden, _ = self.forward(
             hidden, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
         )
@@ -49,7 +55,10 @@ class Block(nnx.Module):
         segment_ids: jax.Array | None,
         diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
-        """Returns what a call returns, and the attention's diagnostics if asked for."""
+        """Returns what a call returns, and the attention's diagnostics if asked for.
+
+        The padding of `hidden` must be finite.
+        """
         attended, diagnostics = self.attention.forward(
             self.attention_norm(hidden),
             window_size=window_size,

@@ -6,6 +6,7 @@ from flax import nnx
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.parameters import partitioned
+from nha_jax.ops.padding import clear_padding
 
 
 class ShortConvolution(nnx.Module):
@@ -37,7 +38,8 @@ class ShortConvolution(nnx.Module):
 
         Args:
             inputs: [B, T, channels].
-            segment_ids: [B, T] integers; 0 is padding, whose output is 0. None: one segment.
+            segment_ids: [B, T] integers; 0 is padding, whose output is 0 whatever it holds. None:
+                one segment.
             state: [B, width - 1, channels], the inputs before these, as `state_after` returned
                 them; they belong to segment 1. None: there are none.
 
@@ -51,6 +53,8 @@ class ShortConvolution(nnx.Module):
             joined = jnp.concatenate([state, inputs], axis=1)
             return self(joined, segment_ids)[:, self.width - 1 :]
         kernel = self.kernel[...].astype(jnp.float32)
+        if segment_ids is not None:
+            inputs = clear_padding(segment_ids, inputs)
         total = inputs * kernel[-1]  # [B, T, channels] float32
         in_segment = None  # [B, T]: whether the tap lies in the token's own segment
         for distance in range(1, self.width):
@@ -64,7 +68,7 @@ class ShortConvolution(nnx.Module):
             total = total + tap
         outputs = jax.nn.silu(total).astype(inputs.dtype)
         if segment_ids is not None:
-            outputs = jnp.where((segment_ids != 0)[..., None], outputs, 0)
+            outputs = clear_padding(segment_ids, outputs)
         return outputs
 
     def state_after(

@@ -110,7 +110,9 @@ def nha_attention(
       rope: (cos, sin), each [T, K/2] or [B, T, K/2]; rotates the window's logits only.
       scale: of all logits; K ** -0.5 by default.
       segment_ids: [B, T] integers. A segment is a maximal run of equal ids; tokens see, and slots
-        hold, their own segment only. 0 is padding: it gives 0 and writes nothing.
+        hold, their own segment only. 0 is padding: whatever it holds, NaN too, it gives 0, writes
+        nothing, and has gradients of 0. What is real must be finite: NaN in one segment may reach
+        the others of its row.
       slot_feature_map: "identity", "silu" or "relu", of queries and keys in the slot branch.
       empty_slots: before the first token entered the slots, "attend" reads them as zeros (as
         published), "mask" leaves them out of the softmax.
@@ -238,7 +240,7 @@ def decode_step(
         `nha_attention`, with T = 1.
       state: of the tokens before. With window_size=None a row's `length` must be below the state's
         capacity (make room with `resize_state`); at capacity the oldest token is overwritten.
-      active: [B] bool; a row that is False gives 0 and keeps its state.
+      active: [B] bool; a row that is False gives 0 and keeps its state, whatever it holds.
       implementation: as for `nha_attention`. None takes one kernel on TPUs, for the shapes that it
         serves, and "xla" elsewhere; "pallas_gpu" is one kernel for Hopper, which nobody has
         measured.

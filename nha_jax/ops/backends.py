@@ -52,7 +52,10 @@ class Backend:
         past: Past | None,
         options: Options,
     ) -> NHAOutput:
-        """Computes `nha_attention`, of validated arguments, going on from `past`."""
+        """Computes `nha_attention`, of validated arguments, going on from `past`.
+
+        Padding comes as zeros, and what stands there in the output and slot weight is not read.
+        """
         raise NotImplementedError
 
     def decode(

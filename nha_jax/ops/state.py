@@ -56,11 +56,24 @@ class NHAState(NamedTuple):
 
     @property
     def past(self) -> "Past":
-        """The same with the ring unrolled, oldest token first."""
+        """The same with the ring unrolled, oldest token first.
+
+        What no token has written yet, slots and ring entries, is 0 there, whatever it holds.
+        """
+        real = jnp.arange(self.capacity) >= self.capacity - self.length[:, None]
+        entered = (self.length > self.capacity)[:, None, None, None]
+
+        def unroll(ring: jax.Array) -> jax.Array:
+            rows = rotate_rows(ring, -self.length)
+            return jnp.where(real[:, : rows.shape[1], None, None], rows, 0)
+
         return Past(
-            slots=(self.slot_key, self.slot_value),
-            tokens=self.tokens.map(lambda x: rotate_rows(x, -self.length)),
-            real=jnp.arange(self.capacity) >= self.capacity - self.length[:, None],
+            slots=(
+                jnp.where(entered, self.slot_key, 0),
+                jnp.where(entered, self.slot_value, 0),
+            ),
+            tokens=self.tokens.map(unroll),
+            real=real,
             length=self.length,
             segment_id=self.segment_id,
         )

@@ -207,7 +207,12 @@ def _kernel(
         softmax.start(_mask_heads(logits, lambda column: column, Hkv), token.value[0])
         entry_in_block = lax.rem(entry, entries)
         if state.slots is not None:
-            row = _BatchRow(entry, active, active & (length >= ring_entries))
+            row = _BatchRow(
+                entry,
+                active,
+                enters=active & (length >= ring_entries),
+                unused=active & (length <= ring_entries),
+            )
             _update_slots(token, state, after, row, state.value[0, entry_in_block], feature_map)
             logits, values = _read_slots(token, after, scale)
             if mask_empty:
@@ -228,7 +233,7 @@ def _kernel(
     column = lax.broadcasted_iota(jnp.int32, logits.shape, 1)
     position = block * entries + lax.div(column, Hkv)
     logits = jnp.where((position < length) & (position != entry), logits, MASKED_LOGIT)
-    softmax.add(logits, state.value[0].reshape(entries * Hkv, -1))
+    softmax.add(logits, _written_values(state.value[0], block * entries, length))
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _():
@@ -242,6 +247,18 @@ class _BatchRow(NamedTuple):
     entry: jax.Array
     active: jax.Array
     enters: jax.Array  # whether the token in the entry enters the slots
+    unused: jax.Array  # whether no token has entered them before: they are zeros
+
+
+def _written_values(values: jax.Array, first: jax.Array, length: jax.Array) -> jax.Array:
+    """Values [entries, Hkv, V] of the ring from entry `first` on as [entries * Hkv, V].
+
+    Entries that no token has written are zeros: they may hold NaN, and a weight of 0 keeps that.
+    """
+    entries, Hkv, V = values.shape
+    x = values.reshape(entries * Hkv, V)
+    entry = first + lax.div(lax.broadcasted_iota(jnp.int32, x.shape, 0), Hkv)
+    return jnp.where(entry < length, x.astype(jnp.float32), 0.0).astype(x.dtype)
 
 
 def _update_slots(
@@ -256,11 +273,11 @@ def _update_slots(
     for h in range(old_key.shape[0]):
         new = token.slots.log_decay[0, h : h + 1]
         old = _swap_decay(before.log_decay, result.log_decay, h, new, row)
-        log_decay = jnp.where(row.enters, old, 0)
-        result.slot_key[0, h] = _enter(before.slot_key[0, h], log_decay, entering_key[h : h + 1])
-        result.slot_value[0, h] = _enter(
-            before.slot_value[0, h], log_decay, entering_value[h : h + 1]
-        )
+        for target, slots, entering in (
+            (result.slot_key, before.slot_key, entering_key),
+            (result.slot_value, before.slot_value, entering_value),
+        ):
+            target[0, h] = _enter(slots[0, h], old, entering[h : h + 1], row)
 
 
 def _swap_decay(before, after, h: int, new: jax.Array, row: _BatchRow) -> jax.Array:
@@ -278,11 +295,12 @@ def _swap_decay(before, after, h: int, new: jax.Array, row: _BatchRow) -> jax.Ar
     return jnp.sum(jnp.where(here, lanes, 0.0), axis=1, keepdims=True)
 
 
-def _enter(slots: jax.Array, log_decay: jax.Array, token: jax.Array) -> jax.Array:
-    """The slots [M, .] of a head after a token [1, .] entered; log_decay [M, 1]."""
+def _enter(slots: jax.Array, log_decay: jax.Array, token: jax.Array, row: _BatchRow) -> jax.Array:
+    """The slots [M, .] of a head after a token [1, .] entered, if it does; log_decay [M, 1]."""
     decay = jnp.exp(log_decay)
     write = -jnp.tanh(log_decay / 2) * (decay + 1)  # 1 - decay, exact for a small log decay
-    return decay * slots + write * token
+    before = jnp.where(row.unused, 0.0, slots)
+    return jnp.where(row.enters, decay * before + write * token, before)
 
 
 def _read_slots(token, after, scale: float) -> tuple[jax.Array, jax.Array]:

@@ -176,6 +176,33 @@ def test_packed_documents_equal_documents_alone(num_layers, window_size, impleme
         assert np.linalg.norm(other - one) <= 1e-5 * np.linalg.norm(one)
 
 
+UNKNOWN = {
+    "below": -1,
+    "beyond": 40,
+    "far-below": np.int32(-(2**31)),
+    "of-64-bits": np.int64(2**32 + 5),  # in 32 bits it would be 5
+}
+
+
+@pytest.mark.parametrize("conv_width", [0, pytest.param(4, marks=pytest.mark.slow)])
+def test_unknown_tokens_harm_their_own_document_only(conv_width):
+    model = tiny_model(
+        num_layers=2, window_size=(4, None), conv_width=conv_width, implementation="reference"
+    )
+    tokens, ids = np.asarray(random_tokens(1, 28), np.int64), np.asarray(SEGMENT_IDS)
+    wanted = np.asarray(model(tokens, SEGMENT_IDS))
+    harmed = (np.arange(28) >= 4) & (np.arange(28) < DOCUMENTS[0])
+    for unknown in UNKNOWN.values():
+        with_unknown = np.where(ids == 0, unknown, tokens)
+        with_unknown[0, 4] = unknown
+        found = np.asarray(model(with_unknown, SEGMENT_IDS))
+        assert np.isnan(found[0, harmed]).all()
+        unharmed = (ids[0] != 0) & ~harmed
+        np.testing.assert_array_equal(found[0, unharmed], wanted[0, unharmed])
+    embedded = np.isnan(model.embed_tokens(np.array([[3, *UNKNOWN.values(), 39]]))).all(-1)
+    assert embedded.tolist() == [[False, *[True] * len(UNKNOWN), False]]
+
+
 def test_positions_only_matter_through_their_differences():
     model = tiny_model(num_layers=1)
     tokens = random_tokens(2, 12)
@@ -377,11 +404,35 @@ def test_layers_one_by_one_make_up_the_model():
     def one_by_one(model, tokens):
         hidden = model.embed_tokens(tokens)
         for index, window_size in enumerate(model.config.windows):
+            hidden = jnp.where((SEGMENT_IDS != 0)[..., None], hidden, jnp.nan)  # nobody reads it
             hidden = model.apply_layer(index, hidden, window_size, segment_ids=SEGMENT_IDS)
         return model.logits(model.norm(hidden))
 
-    found = one_by_one(model, tokens)
-    chex.assert_trees_all_close(found, forward(model, tokens, SEGMENT_IDS), rtol=1e-5, atol=1e-5)
+    real = np.asarray(SEGMENT_IDS != 0)
+    found = np.asarray(one_by_one(model, tokens))[real]
+    wanted = np.asarray(forward(model, tokens, SEGMENT_IDS))[real]
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "unknown", [UNKNOWN["below"], pytest.param(UNKNOWN["of-64-bits"], marks=pytest.mark.slow)]
+)
+def test_unknown_tokens_harm_their_own_row_of_the_cache_only(unknown):
+    model = tiny_model(num_layers=1, window_size=4, implementation="reference")
+    tokens, lengths = np.asarray(random_tokens(3, 5), np.int64), [5, 3, 5]
+    harmed = tokens.copy()
+    harmed[1, 3:] = unknown  # not read
+    harmed[2, 1] = unknown
+    (wanted, _), (logits, cache) = (model.prefill(x, lengths=lengths) for x in (tokens, harmed))
+    assert np.isnan(logits).all(-1).tolist() == [False, False, True]
+    np.testing.assert_array_equal(logits[:2], wanted[:2])
+    active = jnp.array([True, False, True])
+    logits, after = model.decode_step(np.array([3, unknown, 3]), cache, active=active)
+    assert np.isnan(logits).all(-1)[[0, 2]].tolist() == [False, True]
+    for x, before in zip(*map(jax.tree.leaves, (after, cache)), strict=True):
+        np.testing.assert_array_equal(x[1], before[1])
+    logits, _ = model.decode_step(np.array([unknown, 3, 3]), cache)
+    assert np.isnan(logits).all(-1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ import numpy as np
 import optax
 
 import nha_jax
-from nha_jax.argument_checks import default_positions
+from nha_jax.argument_checks import check_tokens, default_positions
 from nha_jax.ops.mesh.division import shard_tokens
+from nha_jax.ops.padding import zero_unless
 from train.config import LossConfig
 
 LEAST_WEIGHT = 1e-30
@@ -67,13 +68,19 @@ def loss_sum(model: Callable[..., jax.Array], batch: Mapping[str, jax.Array]) ->
 
 
 def cross_entropy(logits: jax.Array, batch: Mapping[str, jax.Array]) -> LossSum:
-    """Does what `loss_sum` does, from logits [B, T, vocabulary]."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(
-        logits.astype(jnp.float32), batch["targets"]
-    )
+    """Does what `loss_sum` does, from logits [B, T, vocabulary].
+
+    What the mask does not admit may hold anything, and has gradients of 0. An admitted target
+    outside [0, vocabulary) gives NaN.
+    """
     mask = batch["loss_mask"]
-    # where, not a product: a padding row may hold anything, and 0 * inf is not 0.
-    return LossSum(jnp.where(mask, nats, 0.0).sum(), mask.sum(dtype=jnp.int32))
+    # Before the logarithm as well as after it: the gradient of a weight of 0 would be 0 * NaN.
+    targets, known = check_tokens("targets", batch["targets"], logits.shape[-1])
+    nats = optax.softmax_cross_entropy_with_integer_labels(
+        zero_unless(mask, logits).astype(jnp.float32), targets
+    )
+    nats = jnp.where(known, nats, jnp.nan)
+    return LossSum(zero_unless(mask, nats).sum(), mask.sum(dtype=jnp.int32))
 
 
 def counts(model: nha_jax.ModelConfig, batch: Mapping[str, jax.Array]) -> Counts:
@@ -150,17 +157,19 @@ def _target_sums(
 ) -> dict[str, jax.Array]:
     """Adds up the terms that are means over targets, from arrays `per_token` of [B, T, ...]."""
     vocabulary = model.config.vocab_size
-    logits = shard_tokens(model.logits(shard_tokens(per_token["hidden"])), heads=vocabulary)
+    mask = per_token["loss_mask"]
+    hidden = zero_unless(mask, shard_tokens(per_token["hidden"]))
+    logits = shard_tokens(model.logits(hidden), heads=vocabulary)
     sums = {"loss": cross_entropy(logits, per_token).nats}
     if config.z_loss:
         squares = jax.nn.logsumexp(logits, axis=-1) ** 2
-        sums["z_loss"] = jnp.where(per_token["loss_mask"], squares, 0.0).sum()
+        sums["z_loss"] = zero_unless(mask, squares).sum()
     if config.distillation:
         assert teacher is not None
-        hidden = shard_tokens(per_token["teacher_hidden"])
-        teacher_logits = shard_tokens(teacher.logits(hidden), heads=vocabulary)
+        teacher_hidden = zero_unless(mask, shard_tokens(per_token["teacher_hidden"]))
+        teacher_logits = shard_tokens(teacher.logits(teacher_hidden), heads=vocabulary)
         divergence = kl_divergence(teacher_logits, logits, config.temperature)
-        sums["distillation"] = jnp.where(per_token["loss_mask"], divergence, 0.0).sum()
+        sums["distillation"] = zero_unless(mask, divergence).sum()
     return sums
 
 

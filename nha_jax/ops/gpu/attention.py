@@ -60,9 +60,9 @@ def gpu_attention(
         block_sizes=options.implementation_options or default_sizes(tokens, spec.slots),
         interpret=plgpu.InterpretGPUParams() if interpret else False,
     )
-    T, real = query.shape[1], timeline.query_real[..., None]
-    out = jnp.where(real[..., None], fused.out[:, :T, :, : value.shape[3]], 0)
-    weight = jnp.where(real, fused.slot_weight.swapaxes(1, 2)[:, :T], 0)
+    T = query.shape[1]
+    out = fused.out[:, :T, :, : value.shape[3]]
+    weight = fused.slot_weight.swapaxes(1, 2)[:, :T]
     state = None
     if options.return_state:
         state = next_state(timeline, _slots_at_end(fused, timeline), segment_ids, past)

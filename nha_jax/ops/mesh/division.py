@@ -8,6 +8,7 @@ the parts of a sequence do: see `nha_jax.ops.mesh.sequence`.
 import contextlib
 import contextvars
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from nha_jax.ops.mesh.sequence import Devices, attend_in_context
+from nha_jax.ops.padding import without_padding
 from nha_jax.ops.rope import Rope
 from nha_jax.ops.state import NHAState
 from nha_jax.ops.types import NHAOutput, Options
@@ -184,6 +186,8 @@ def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
 def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
     """Runs `attend`, an implementation of the operator, on each device's rows, heads and tokens.
 
+    Of padding it gets zeros, and what it makes of them is cleared again: see `without_padding`.
+
     `attend` takes what came before as `past`, the result as `initial_state`. With a state, given or
     asked for, sequences stay whole.
     """
@@ -206,10 +210,15 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
         def local(arrays, rope, segment_ids, initial_state):
             rest = {"rope": rope, "segment_ids": segment_ids, "options": options}
             devices = division.devices_of_sequence
+            here: Callable[..., NHAOutput]
             if devices.count > 1:
-                return attend_in_context(attend, devices, *arrays, **rest)
-            past = None if initial_state is None else initial_state.past
-            return attend(*arrays, **rest, past=past)
+                here = functools.partial(attend_in_context, attend, devices)
+            else:
+                past = None if initial_state is None else initial_state.past
+                here = functools.partial(attend, past=past)
+            if segment_ids is not None:
+                here = without_padding(here)
+            return here(*arrays, **rest)
 
         rope = None if rope is None else (rope[0], rope[1])  # a list is welcome too
         of_every_row = P(division.sequence)

@@ -110,10 +110,8 @@ def chunked_attention(
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
         out = out.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, -1, Hq, value.shape[3])[:, :T]
         weight = weight.transpose(1, 0, 3, 5, 2, 4).reshape(B, -1, Hq)[:, :T]
-    real = timeline.query_real[..., None]
-    out = jnp.where(real[..., None], out, 0).astype(query.dtype)
     state = next_state(timeline, slots, segment_ids, past) if options.return_state else None
-    return NHAOutput(out, state, jnp.where(real, weight, 0) if options.return_slot_weight else None)
+    return NHAOutput(out.astype(query.dtype), state, weight if options.return_slot_weight else None)
 
 
 def _plan(T: int, W: int) -> ChunkPlan:

@@ -31,8 +31,7 @@ def decode_xla(
     slot_key, slot_value = state.slot_key, state.slot_value
     if W is not None:
         # The token W back enters the slots: the ring entry that the new token replaces.
-        leaves = active & (state.length >= W)
-        slot_key, slot_value = _write_slots(state, replaced if W else now, leaves, options)
+        slot_key, slot_value = _write_slots(state, replaced if W else now, active, options)
 
     def write(ring, x, old):
         if old is None:
@@ -55,7 +54,8 @@ def decode_xla(
     seen = jnp.arange(R) < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
-    out = _window_sum(p[..., M:], ring.value, dtype)
+    # An entry that no token has written may hold NaN, of which a weight of 0 would make NaN.
+    out = _window_sum(p[..., M:], jnp.where(seen[..., None, None], ring.value, 0), dtype)
     if W is not None:
         out += jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
     out = jnp.where(active[:, None, None, None], out, 0.0).astype(query.dtype)
@@ -89,16 +89,23 @@ def _window_sum(weights: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.
 
 
 def _write_slots(
-    state: NHAState, token: Tokens, writes: jax.Array, options: Options
+    state: NHAState, token: Tokens, active: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the slots [B, Hkv, M, .] after the token [B, Hkv, .] entered, where `writes` says."""
+    """Returns the slots [B, Hkv, M, .] after the token [B, Hkv, .] entered, if there was one.
+
+    Slots that no token has entered before are zeros, whatever they hold.
+    """
     decay = jnp.exp(token.log_decay)[..., None]
     write = -jnp.expm1(token.log_decay)[..., None]
     feature = options.feature_map(token.key.astype(decay.dtype))[:, :, None]
-    writes = writes[:, None, None, None]
-    return (
-        jnp.where(writes, decay * state.slot_key + write * feature, state.slot_key),
-        jnp.where(
-            writes, decay * state.slot_value + write * token.value[:, :, None], state.slot_value
-        ),
+    active, filled, enters = (
+        x[:, None, None, None]
+        for x in (active, state.length > state.capacity, state.length >= state.capacity)
     )
+
+    def update(slots: jax.Array, entering: jax.Array) -> jax.Array:
+        before = jnp.where(filled, slots, 0)
+        after = jnp.where(enters, decay * before + write * entering, before)
+        return jnp.where(active, after, slots)
+
+    return update(state.slot_key, feature), update(state.slot_value, token.value[:, :, None])

@@ -256,6 +256,17 @@ def test_the_models_later_changes_do_not_count():
             "options must be SamplingOptions or None, got {'top_k': 3}",
         ),
         (lambda engine: engine.submit([3, 24]), ValueError, r"within \[0, 24\), got 3 to 24"),
+        (lambda engine: engine.submit([3, -1, 99]), ValueError, "got -1 to 99"),
+        (
+            lambda engine: engine.submit(np.array([2**32 + 3])),
+            ValueError,
+            r"within \[0, 24\), got 4294967299 to 4294967299",
+        ),
+        (
+            lambda engine: engine.submit(np.array([2**64 - 1], np.uint64)),
+            ValueError,
+            "got 18446744073709551615 to",
+        ),
         (
             lambda engine: engine.submit([1] * 60, SamplingOptions(max_new_tokens=5)),
             ValueError,

@@ -70,6 +70,26 @@ def test_convolution_equals_its_definition(width, segment_ids):
         np.testing.assert_array_equal(apply(layer, inputs), outputs)
 
 
+def test_convolution_reads_nothing_of_padding():
+    layer = convolution(3, channels=2)
+    ids = jnp.array([[0, 1, 1, 0, 0, 2, 2, 2]])
+    x = jax.random.normal(jax.random.key(0), (1, 8, 2))
+
+    @jax.jit
+    def results(layer, x, cotangent):
+        out, pullback = jax.vjp(lambda layer, x: layer(x, ids), layer, x)
+        return out, pullback(cotangent)
+
+    def with_holes(x, holes):
+        return jnp.where((ids != 0)[..., None], x, holes)
+
+    expected = results(layer, with_holes(x, 0), with_holes(x + 1, 0))
+    assert jax.tree.all(jax.tree.map(lambda x: bool(jnp.isfinite(x).all()), expected))
+    for holes in (jnp.nan, jnp.inf, -jnp.inf):
+        found = results(layer, with_holes(x, holes), with_holes(x + 1, holes))
+        chex.assert_trees_all_equal(found, expected)
+
+
 @pytest.mark.parametrize("lengths", [(1, 2), (3, 9), (4, 5)], ids=str)
 def test_convolution_continues_from_its_state(lengths):
     layer = convolution(4, channels=3)
@@ -209,13 +229,19 @@ def test_without_a_window_a_converted_layer_is_softmax_attention(implementation)
 def test_what_a_biased_layer_makes_of_padding_reaches_no_token(window_size):
     layer = converted_layer()
     x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))
-    other = jnp.where((PACKED != 0)[..., None], x, 1e3)
     rope = rope_tables(jnp.arange(11), CONFIG.key_dim)
-    apply = jax.jit(
-        lambda x: layer(x, window_size=window_size, rope=rope, segment_ids=jnp.asarray(PACKED))
-    )
-    found, expected = apply(other), apply(x)
-    np.testing.assert_array_equal(found[PACKED != 0], expected[PACKED != 0])
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
+    def run(layer, x):
+        out = layer(x, window_size=window_size, rope=rope, segment_ids=jnp.asarray(PACKED))
+        return jnp.sum(jnp.where((PACKED != 0)[..., None], out, 0) ** 2), out
+
+    (_, expected), wanted = run(layer, x)
+    for holes in (1e3, jnp.nan, jnp.inf):
+        (_, found), pulled = run(layer, jnp.where((PACKED != 0)[..., None], x, holes))
+        np.testing.assert_array_equal(found[PACKED != 0], expected[PACKED != 0])
+        chex.assert_trees_all_equal(pulled, wanted)
 
 
 def test_decay_and_norm_are_float32_in_bfloat16_compute():

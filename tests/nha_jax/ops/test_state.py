@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from nha_jax import ops
 from nha_jax.ops import init_state, resize_state
 from tests.support.ops.cases import Case, make_inputs
+from tests.support.ops.decode_cases import make_state
 from tests.support.pairs import every_pair
 
 STATIC = ("window_size", "empty_slots", "return_state", "implementation")
@@ -155,12 +156,50 @@ def test_inactive_rows_keep_their_state():
     arrays, keywords = tokens_of(Case(T=T, window="16"))
     state = nha_attention(*arrays(0, 20), **keywords(0, 20), return_state=True).state
     active = jnp.array([True, False])
-    out, after = decode_step(*arrays(20, 21), state, **keywords(20, 21), active=active)
+    token = [jnp.where(active[:, None, None, None], x, jnp.nan) for x in arrays(20, 21)]
+    out, after = decode_step(*token, state, **keywords(20, 21), active=active)
+    assert np.all(np.isfinite(out[0]))
     assert np.any(out[0])
     assert not np.any(out[1])
     for before, now in zip(state, after, strict=True):
         np.testing.assert_array_equal(now[1], before[1])
     assert after.length.tolist() == [21, 20]
+
+
+@pytest.mark.parametrize(
+    ("window", "implementation"),
+    [
+        (4, "reference"),
+        (4, "xla"),
+        (None, "xla"),
+        (0, "xla"),
+        *(pytest.param(x, "reference", marks=pytest.mark.slow) for x in (None, 0)),
+    ],
+)
+def test_what_no_token_has_written_may_hold_anything(window, implementation):
+    lengths = [0, 3, 4, 9 if window is not None else 5]
+    sizes = {"num_slots": 3, "key_dim": 4, "value_dim": 4, "max_length": 8}
+    holes = make_state(window, jnp.float32, lengths, heads=1, **sizes)
+    zeros = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), holes)
+    tokens = make_inputs(Case(B=4, T=3, window="4", H=1, K=4, V=4, M=3, rope=None))["arrays"]
+    arrays = [tokens[name] for name in ("query", "key", "value", "log_decay")]
+
+    @jax.jit
+    def results(state):
+        options = {"window_size": window, "implementation": implementation}
+
+        def attend(state):
+            call = ops.nha_attention(*arrays, initial_state=state, return_state=True, **options)
+            return jnp.sum(call.out**2), call
+
+        pull, call = jax.grad(attend, has_aux=True, allow_int=True)(state)
+        step, after = ops.decode_step(*(jnp.asarray(x[:, :1]) for x in arrays), state, **options)
+        read = (pull.slot_key, pull.slot_value, pull.window_rotated_key, pull.window_value)
+        return call, step, read, None if window is None else (after.slot_key, after.slot_value)
+
+    for found, wanted in zip(*map(jax.tree.leaves, map(results, (holes, zeros))), strict=True):
+        assert np.all(np.isfinite(wanted))
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_a_segment_goes_on_only_under_its_own_id():

@@ -49,7 +49,7 @@ def make_token(
 def make_state(
     window_size: int | None, dtype, lengths: list[int], heads: int = 8, **sizes: int
 ) -> NHAState:
-    """A state full of numbers, also where the rows' lengths say that there is no token.
+    """A state full of numbers, and of NaN where the rows' lengths say that there is no token.
 
     sizes: num_slots, key_dim, value_dim and max_length, of `init_state`.
     """
@@ -60,7 +60,12 @@ def make_state(
     random = np.random.default_rng(0)
     fill = lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype)  # noqa: E731
     state = NHAState(*map(fill, state[:5]), -jnp.abs(fill(state[5])), *state[6:])
-    return state._replace(length=jnp.array(lengths, jnp.int32))
+    length = jnp.array(lengths, jnp.int32)
+    written = jnp.arange(state.capacity) < length[:, None]
+    filled = (length > state.capacity)[:, None, None, None]
+    slots = (jnp.where(filled, x, jnp.nan) for x in state[:2])
+    rings = (jnp.where(written[:, : x.shape[1], None, None], x, jnp.nan) for x in state[2:6])
+    return NHAState(*slots, *rings, length=length, segment_id=state.segment_id)
 
 
 def check_decode_step(

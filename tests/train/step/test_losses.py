@@ -4,6 +4,7 @@ import dataclasses
 import json
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,7 +18,14 @@ from tests.support.ops.cases import relative_error
 from tests.support.train.gradients_on_meshes import make_batch, make_config
 from train.config import LossConfig, OptimizerConfig, TrainConfig
 from train.devices.mesh import make_mesh
-from train.step.losses import Counts, counts, losses, slot_weight_cross_entropy
+from train.step.losses import (
+    Counts,
+    Teacher,
+    counts,
+    cross_entropy,
+    losses,
+    slot_weight_cross_entropy,
+)
 from train.step.update import TrainingFunctions
 
 WEIGHTS = LossConfig(z_loss=0.01, slot_loss=0.1, slot_target=0.3)
@@ -139,6 +147,49 @@ def test_terms_are_those_of_their_definitions() -> None:
     np.testing.assert_allclose(terms["slot_loss"], np.mean(entropies), rtol=1e-5)
     wanted = terms["loss"] + 0.01 * terms["z_loss"] + 0.1 * terms["slot_loss"]
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+
+
+def test_what_the_mask_does_not_admit_changes_no_loss_and_no_gradient() -> None:
+    model, batch = model_and_batch()
+    padding = batch["segment_ids"] == 0
+    assert padding.any()
+    total = counts(model.config, batch)
+    config = dataclasses.replace(WEIGHTS, distillation=0.2)
+
+    @jax.jit
+    @jax.value_and_grad
+    def run(model: nha_jax.Model, batch: dict, hole: jax.Array) -> jax.Array:
+        hidden = jax.lax.stop_gradient(model.hidden_states(batch["tokens"], batch["segment_ids"]))
+        hidden = jnp.where(padding[..., None], hole, hidden)
+        return losses(model, batch, config, total, Teacher(model, hidden))[0]
+
+    expected = run(model, batch, jnp.float32(0))
+    for token, target in ((-1, -100), (10**9, 264)):
+        holes = {"tokens": token, "targets": target}
+        filled = batch | {n: jnp.where(padding, hole, batch[n]) for n, hole in holes.items()}
+        chex.assert_trees_all_equal(run(model, filled, jnp.float32(jnp.nan)), expected)
+
+
+@pytest.mark.parametrize("hole", [np.nan, np.inf, -np.inf])
+def test_logits_that_the_mask_does_not_admit_may_hold_anything(hole: float) -> None:
+    logits = np.random.default_rng(0).standard_normal((1, 4, 5)).astype(np.float32)
+    mask = np.array([[True, False, True, False]])
+    targets = np.array([[4, -1, 0, 2**40]])
+    pulled = jax.value_and_grad(lambda x, targets: cross_entropy(x, _batch(targets, mask)).nats)
+    expected = pulled(logits, np.where(mask, targets, 0))
+    found = pulled(np.where(mask[..., None], logits, hole).astype(np.float32), targets)
+    chex.assert_trees_all_equal(found, expected)
+    assert not np.any(found[1][~mask])
+
+
+@pytest.mark.parametrize("target", [-1, -5, 5, 2**32 + 1])
+def test_a_target_that_is_not_in_the_vocabulary_gives_nan(target: int) -> None:
+    batch = _batch(np.array([[0, target]]), np.ones((1, 2), bool))
+    assert np.isnan(cross_entropy(np.zeros((1, 2, 5), np.float32), batch).nats)
+
+
+def _batch(targets: np.ndarray, mask: np.ndarray) -> dict[str, Any]:
+    return {"targets": targets, "loss_mask": mask}
 
 
 def test_slot_loss_pulls_the_slots_logits_only() -> None:
