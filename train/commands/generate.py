@@ -190,7 +190,7 @@ def _read_prompt(
             return np.array([int(token) for token in value.split()], np.int64)
         except ValueError:
             raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
-    text = read_text(value, option) if option == "--prompt-file" else value
+    text = read_text(value) if option == "--prompt-file" else value
     if not text:
         raise ConfigError("--prompt: the text is empty")
     if template is None:

@@ -1,11 +1,12 @@
 """`nha inspect`: what a model's slots do on a text."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from train.errors import ConfigError, do_without
-from train.paths import user_path
+from train.paths import MAX_NAME_BYTES, user_path
 
 _DESCRIPTION = """\
 Reads a text and shows the slot weight omega, which is the softmax's mass on the slots, by layer,
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.text.user_texts import read_tokens
     from train.windows import read_windows
 
-    tokens = read_tokens(options.text, "--text", load_tokenizer_of(named), options.max_tokens)
+    tokens = read_tokens(options.text, load_tokenizer_of(named), options.max_tokens)
     model = load_model(named).with_implementation(None)  # the fastest that serves
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
@@ -108,7 +109,8 @@ def _output_path(options: argparse.Namespace, run: Path, text: Path) -> Path:
         ConfigError: its name does not end in .png, or its folder does not exist.
     """
     if options.output is None:
-        return run / f"inspect-{text.stem}.png"
+        name = os.fsencode(f"inspect-{text.stem}")[: MAX_NAME_BYTES - len(".json")]
+        return run / (os.fsdecode(name) + ".png")
     path = user_path(options.output, "--output")
     if path.suffix != ".png":
         raise ConfigError(f"--output = {options.output!r}: must end in .png")

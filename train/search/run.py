@@ -66,12 +66,13 @@ def run_search(options: SearchOptions) -> int:
     space = _space(options, model.config, data.sequence_length)
     corpus = load_corpus(data)
     corpus.check_vocabulary(model.config.vocab_size)
-    sequences = Sequences(corpus.held_out, data.sequence_length)
+    # A sequence longer than the text would be padding.
+    length = min(data.sequence_length, max(map(len, corpus.held_out.sources)) - 1)
+    sequences = Sequences(corpus.held_out, length)
     count = min(count, len(sequences))
     measured_on = _measured_on(model, corpus, data, count)
     print(f"base      {format_windows(space.base)}")
     print(f"budget    {space.budget.limit:g} {space.budget.unit}")
-    length = data.sequence_length
     print(f"held out  {count} sequences of {length} tokens of {data.corpus}\n", flush=True)
     batch_size = min(count, max(1, _TOKENS_PER_BATCH // length))
     batches = evaluation_batches(sequences, batch_size, count)
@@ -137,6 +138,7 @@ def _output(options: SearchOptions) -> Path:
         raise ConfigError(f"--output = {options.output!r}: expected a name that ends in .json")
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no such folder")
+    user_path(str(path.with_suffix(".jsonl")), "--output")  # the longest name beside it
     emptied = path.is_file() and not path.read_bytes().strip(b"\0")  # by a crash
     if path.exists() and not emptied:
         read_windows(str(path), "--output")  # nothing but a search's result is overwritten

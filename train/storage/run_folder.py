@@ -82,6 +82,13 @@ class RunFolder:
             fingerprint: the fingerprint of the present corpus.
         """
         name = f"run = {config.run!r}"
+        try:
+            str(self.path).encode()
+        except UnicodeEncodeError:
+            raise ConfigError(
+                f"{name}: checkpoints cannot be saved below a name that is not UTF-8 "
+                f"({str(self.path)!r}); choose another folder"
+            ) from None
         if not self.path.exists():
             return
         if not self.path.is_dir():

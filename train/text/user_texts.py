@@ -16,14 +16,16 @@ _MOST_BYTES_PER_TOKEN = 16
 _PIECE_BYTES = 1 << 20
 
 
-def read_tokens(path: str, name: str, tokenizer: Tokenizer, limit: int | None = None) -> np.ndarray:
+def read_tokens(
+    path: str, tokenizer: Tokenizer, limit: int | None = None, name: str = "--text"
+) -> np.ndarray:
     """Reads a file's text as tokens; it begins as `Tokenizer.encode_prompt` says.
 
     Args:
         path: the file, unpacked if its name ends in .gz or .zst; "-" for standard input.
-        name: the option that it was given for.
         tokenizer: what turns the text into tokens.
         limit: how many tokens to give at most; None: all.
+        name: the option that it was given for.
 
     Returns:
         [at most limit] int32.
@@ -31,20 +33,20 @@ def read_tokens(path: str, name: str, tokenizer: Tokenizer, limit: int | None = 
     Raises:
         ConfigError: the file cannot be read or is damaged, or its text has no token.
     """
-    text = read_text(path, name, None if limit is None else limit * _MOST_BYTES_PER_TOKEN)
+    text = read_text(path, None if limit is None else limit * _MOST_BYTES_PER_TOKEN, name)
     tokens = tokenizer.encode_prompt(text)[:limit]
     if not len(tokens):
         raise ConfigError(f"{path}: the model's tokenizer makes no token of this text")
     return tokens
 
 
-def read_text(path: str, name: str, limit: int | None = None) -> str:
+def read_text(path: str, limit: int | None = None, name: str = "--prompt-file") -> str:
     """Reads a file's text; bytes that are not UTF-8 become lone surrogates.
 
     Args:
         path: the file, unpacked if its name ends in .gz or .zst; "-" for standard input.
-        name: the option that it was given for.
         limit: how many bytes to read at most; None: all.
+        name: the option that it was given for.
 
     Raises:
         ConfigError: the file cannot be read, is damaged, or is empty.

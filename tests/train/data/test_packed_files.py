@@ -156,13 +156,13 @@ def test_training_and_texts_read_packed_files_and_refuse_cut_ones(
     assert corpus.training.num_documents + corpus.held_out.num_documents == len(TEXTS)
     assert b"document 1 of words" in corpus.training.text(10**6) + corpus.held_out.text(10**6)
     path = tmp_path / f"07.txt{name}"
-    assert read_text(str(path), "--text") == TEXTS[7]
+    assert read_text(str(path)) == TEXTS[7]
     path.write_bytes(path.read_bytes()[:-1])
     message = f"{path}.*: it ends too early"
     with pytest.raises(ConfigError, match=message):
         load_corpus(config)
     with pytest.raises(ConfigError, match=message):
-        read_text(str(path), "--text")
+        read_text(str(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.tar.gz", "a.txt.xz", "a.ZIP"])

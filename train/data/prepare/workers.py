@@ -26,7 +26,7 @@ from train.errors import DataError
 # this; the parent of a worker does.
 _MOST_BYTES_HERE = 8 << 20
 
-_SECONDS_TO_STOP = 0.5
+_SECONDS_TO_STOP = 0.3
 
 
 def run_jobs(
@@ -100,7 +100,13 @@ def _in_parallel(
         ) from None
     finally:
         parent_end.close()
-        executor.shutdown(cancel_futures=True)
+        executor.shutdown(wait=False, cancel_futures=True)
+        # A job stops between two batches, and leaves no files then; but one batch may take long.
+        deadline = time.monotonic() + _SECONDS_TO_STOP
+        for worker in multiprocessing.active_children():
+            worker.join(max(deadline - time.monotonic(), 0))
+            worker.kill()
+        executor.shutdown()
 
 
 class _StoppedError(Exception):
@@ -122,7 +128,7 @@ def _start_worker(folder: Path, rules: ShardRules, counters: Any, stop: Any) -> 
         time.sleep(_SECONDS_TO_STOP)
         os._exit(1)
 
-    # `progress` stops a job between two batches, and leaves no files; but one may take long.
+    # A parent that is killed with -9 cannot stop its workers: they would wait for work for ever.
     threading.Thread(target=follow_parent, daemon=True).start()
 
     def progress(size: int, tokens: int) -> None:
