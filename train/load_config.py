@@ -22,7 +22,7 @@ import pydantic
 from nha_jax import ModelConfig
 from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
 from train.errors import ConfigError, cut
-from train.paths import user_path
+from train.paths import hide_bytes, show_bytes, user_path
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
 from train.windows import WINDOWS_KEY, read_windows
@@ -83,7 +83,8 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
         new = _rename_option(name)
         key = next((key for key in keys() if key.name == new), None)
         annotation = key.annotation if key else Any
-        _override(values, new, read_yaml(text, cut(f"--{name}={text}"), annotation, new))
+        value = read_yaml(hide_bytes(text), cut(f"--{name}={text}"), annotation, new)
+        _override(values, new, show_bytes(value))
     values = _rename(values)  # an override may have given a whole section
     _check_names(values, TrainConfig, "")
     _check_integers(values, "")
@@ -344,7 +345,8 @@ def _initial_config(name: str, run: Any) -> tuple[dict[str, Any], _Dtypes]:
 def _validate(values: dict[str, Any]) -> TrainConfig:
     # Through JSON, since pydantic's strict mode takes lists for tuples only from there.
     try:
-        return _adapter().validate_json(json.dumps(values), strict=True)
+        text = json.dumps(hide_bytes(values))
+        return show_bytes(_adapter().validate_json(text, strict=True))
     except pydantic.ValidationError as error:
         raise _explain(error.errors()[0], values) from None
 

@@ -1,12 +1,18 @@
 """Paths as users write them, in options of commands and in keys of the configuration."""
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from train.errors import ConfigError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 """What file systems and Linux take at most for one name, and for a whole path."""
+
+_HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(128, 256)}
+_SHOWN = {hidden: shown for shown, hidden in _HIDDEN.items()}
 
 
 def user_path(text: str | Path, name: str) -> Path:
@@ -49,3 +55,36 @@ def user_path(text: str | Path, name: str) -> Path:
 def shorten(text: str) -> str:
     """Quotes a text in one line, leaving out the middle of a long one."""
     return repr(text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}")
+
+
+def hide_bytes[T](value: T) -> T:
+    """Puts private characters for the bytes of names that are not UTF-8.
+
+    Python has lone surrogates for them, which neither YAML nor JSON takes.
+
+    Args:
+        value: text, or a mapping, list, tuple or dataclass that has texts in it at any depth.
+
+    Returns:
+        The like with other texts; the value itself if there are no such bytes.
+    """
+    return _translate(value, _HIDDEN)
+
+
+def show_bytes[T](value: T) -> T:
+    """Puts the bytes back that `hide_bytes` has hidden."""
+    return _translate(value, _SHOWN)
+
+
+def _translate(value: Any, table: Mapping[int, int]) -> Any:
+    if isinstance(value, str):
+        return value.translate(table)
+    if isinstance(value, dict):
+        return {_translate(key, table): _translate(x, table) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_translate(x, table) for x in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        old = {x.name: getattr(value, x.name) for x in dataclasses.fields(value) if x.init}
+        new = {name: _translate(x, table) for name, x in old.items()}
+        return value if new == old else dataclasses.replace(value, **new)
+    return value

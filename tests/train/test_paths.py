@@ -9,9 +9,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.errors import ConfigError
-from train.paths import user_path
+from train.load_config import load_config
+from train.paths import hide_bytes, show_bytes, user_path
+from train.storage.atomic import remove_unfinished, write_atomically
+from train.storage.run_folder import RunFolder
+from train.text.user_texts import read_text
 
 # Any byte but those of "/" and NUL; as Python shows those that are not UTF-8.
 NAMES = (
@@ -108,6 +113,35 @@ def test_what_is_no_path_is_one_line_in_every_command(
     assert not list(tmp_path.iterdir())
 
 
+BYTES = os.fsdecode(b"caf\xe9 \xff")
+
+
+@pytest.mark.parametrize(
+    "value", [f"{BYTES}/*.txt", f"'{BYTES}'", f"{{'{BYTES}': 0.5, b: 0.5}}", f'"{BYTES}"']
+)
+def test_a_name_that_is_not_utf8_is_configured_and_comes_back_from_the_runs_file(
+    nha: Nha, value: str
+) -> None:
+    config = load_config(str(nha.config_file), [("data.corpus", value)])
+    corpus = config.data.corpus
+    assert any(name.startswith(BYTES) for name in ([corpus] if isinstance(corpus, str) else corpus))
+    with RunFolder(str(nha.run)).open(config, "corpus"):
+        pass
+    stored = RunFolder(str(nha.run)).config()
+    assert stored is not None
+    assert stored["data"]["corpus"] == corpus
+    RunFolder(str(nha.run)).check(config, "corpus")
+
+
+def test_what_checkpoints_cannot_be_saved_below_is_one_line(
+    nha: Nha, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", str(nha.config_file), f"--run={tmp_path / BYTES}"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "checkpoints cannot be saved below a name that is not UTF-8" in line
+    assert not (tmp_path / BYTES).exists()
+
+
 @pytest.mark.parametrize(
     ("key", "change"),
     [
@@ -138,3 +172,27 @@ def test_what_is_no_path_is_one_line_for_every_key(
     *_, line = capsys.readouterr().err.splitlines()
     assert line.startswith(f"nha: {key} = ")
     assert list(tmp_path.iterdir()) == [file]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(name=NAMES)
+def test_hidden_bytes_come_back(name: str) -> None:
+    value = {name: [name, (name, 3)], "b": None}
+    hide_bytes(name).encode()
+    assert show_bytes(hide_bytes(value)) == value
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, os.fsdecode(b"\xff" * 255), "[a] $x^$"])
+def test_a_name_as_long_as_may_be_is_written(tmp_path: Path, name: str) -> None:
+    write_atomically(tmp_path / name, "x")
+    write_atomically(tmp_path / name, "y")
+    remove_unfinished(tmp_path)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "y")]
+
+
+@pytest.mark.parametrize("limit", [5, 2**31, 10**14, 2**63, 10**30])
+def test_reading_takes_memory_for_what_is_there_not_for_what_is_asked_for(
+    tmp_path: Path, limit: int
+) -> None:
+    (tmp_path / "a.txt").write_text("some text")
+    assert read_text(str(tmp_path / "a.txt"), limit) == "some text"[:limit]

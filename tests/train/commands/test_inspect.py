@@ -1,6 +1,8 @@
 """`nha inspect`: its numbers against a direct computation, its files, and what it refuses."""
 
+import argparse
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -10,10 +12,12 @@ from flax import nnx
 
 import nha_jax
 from train.cli import main
+from train.commands.inspect import _output_path
 from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.errors import ConfigError
 from train.inspect.figure import draw
 from train.inspect.measure import Inspection, format_table, half_life, inspect
+from train.storage.atomic import write_atomically
 from train.text.user_texts import read_tokens
 
 WINDOWS = (4, 0, None)
@@ -228,3 +232,22 @@ def test_broken_parameters_are_refused(model: nha_jax.Model) -> None:
     broken.embed.embedding[...] = np.nan
     with pytest.raises(ConfigError, match="no number"):
         inspect(broken, [1, 2], CONTEXT)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["a$x^$b.txt", "日本語 $\\frac.txt", os.fsdecode(b"caf\xe9\n\t$ _{.txt"), "%s {} ^^.txt"],
+)
+def test_a_title_is_the_name_as_it_is(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    picture = draw(constant_inspection([1.0], (None,)), f"model reading {name}, 20 tokens")
+    assert picture.startswith(b"\x89PNG")
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)]
+
+
+@pytest.mark.parametrize("stem", ["a" * 251, os.fsdecode(b"\xff" * 240), "[a]$"])
+def test_the_picture_of_any_text_has_a_name(tmp_path: Path, stem: str) -> None:
+    options = argparse.Namespace(output=None)
+    path = _output_path(options, tmp_path, Path(f"{stem}.txt"))
+    for written in (path, path.with_suffix(".json")):
+        write_atomically(written, "x")
+        assert written.name.startswith(f"inspect-{stem}"[:200])

@@ -1,6 +1,7 @@
 """Corpora, sequences and batches."""
 
 import itertools
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,28 @@ def test_evaluation_of_a_mixture_takes_each_by_its_weight(mixed: Sequences) -> N
     tokens = np.concatenate([batch["tokens"][:, 0] for batch in batches])
     assert np.bincount(tokens // 1000).tolist() == [10, 6, 4]
     assert len(np.unique(tokens)) == 20
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(weights=st.lists(st.floats(0.001, 1), min_size=1, max_size=6), count=st.integers(0, 300))
+def test_counts_of_a_mixture_are_those_of_its_draws(weights: list[float], count: int) -> None:
+    mixture = Mixture(weights)
+    drawn = np.bincount([mixture[n][0] for n in range(count)], minlength=len(weights))
+    assert mixture.counts(count) == drawn.tolist()
+
+
+@pytest.mark.parametrize("count", [10**6, 10**12, 2**63, 10**30])
+def test_an_evaluation_costs_what_there_is_not_what_is_asked_for(
+    mixed: Sequences, count: int
+) -> None:
+    tracemalloc.start()
+    batches = list(evaluation_batches(mixed, batch_size=8, count=count))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert len(batches) == len(mixed) / 8
+    starts = np.concatenate([batch["tokens"][:, 0] for batch in batches])
+    assert len(np.unique(starts)) == len(mixed)
 
 
 def test_bytes_per_target_of_bytes_is_one() -> None:

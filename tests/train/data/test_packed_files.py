@@ -221,6 +221,13 @@ def test_good_lines_that_json_alone_would_not_take(tmp_path: Path, kind: str) ->
     assert len(found) == 2 * len(TEXTS) + (kind == "a huge integer")
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert documents(tmp_path / "a.txt") == ["text"]
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf")
+    assert documents(tmp_path / "a.txt") == []
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 @pytest.mark.parametrize("before", [b"", LINES])
 def test_an_array_of_documents_is_refused_not_left_out(

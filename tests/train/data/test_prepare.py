@@ -174,6 +174,38 @@ def test_a_killed_worker_is_said_and_the_rest_is_kept(
     assert contents(out) == whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_ctrl_c_is_heard_in_the_middle_of_a_long_document(
+    tokenizer_file: Path, tmp_path: Path, workers: int
+) -> None:
+    """The tokenizer is in one call for all of the document, which takes it a minute."""
+    (tmp_path / "long.txt").write_text("some words of a very long document\n" * 1_500_000)
+    out = tmp_path / "out"
+    arguments = ["data", "prepare", str(out), str(tmp_path / "long.txt"), f"--workers={workers}"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *arguments, f"--tokenizer={tokenizer_file}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob(".*.tokens.*.tmp")):  # the worker has begun
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(3)
+    start = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - start < 3  # a second, where nothing else is running
+    assert process.returncode == 130
+    assert errors.splitlines()[-1].startswith("nha: interrupted")
+    assert "Traceback" not in errors
+    assert not processes_of_session(process.pid)
+
+
 def test_a_full_disk_is_one_line_and_the_rest_is_kept(
     big: Path, whole: dict[str, bytes], tokenizer_file: Path, tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """`nha data prepare`: what is bad, damaged, wrong or missing is one line that names it."""
 
 import gzip
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from tests.support.train.raw_files import (
     json_lines,
     prepare,
 )
+from train.data.prepare import folder
+from train.data.prepare.workers import run_jobs
 from train.data.prepared_folder import PreparedFolder
 
 BAD_INPUTS = {
@@ -89,6 +92,52 @@ def test_a_wrong_option_is_one_line(
     (error,) = capsys.readouterr().err.splitlines()
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_more_shards_than_a_folder_may_have_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    with path.open("wb") as file:
+        file.truncate(10**13)  # a hole, which takes no disk
+    assert prepare(tmp_path / "out", path, "--shard-bytes=1") == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "--shard-bytes = 1: expected at least 100000000, as the inputs have" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_more_workers_than_jobs_or_cores_have_use_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+
+    def run_here(jobs, folder, tokenizer, rules, workers, progress):
+        counts.append(workers)
+        return run_jobs(jobs, folder, tokenizer, rules, 1, progress)
+
+    monkeypatch.setattr(folder, "run_jobs", run_here)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
+    for shard_bytes in (10**6, 500):
+        arguments = [tmp_path / "a.jsonl", "--workers=1000000", f"--shard-bytes={shard_bytes}"]
+        assert prepare(tmp_path / f"out{shard_bytes}", *arguments) == 0
+    assert counts == [1, 8]
+
+
+def test_an_input_that_changes_while_it_is_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(json_lines(TEXTS))
+
+    def cut_and_run(*arguments):
+        os.truncate(path, 500)
+        return run_jobs(*arguments)
+
+    monkeypatch.setattr(folder, "run_jobs", cut_and_run)
+    assert prepare(tmp_path / "out", path, "--workers=1", "--skip-bad") == 1
+    assert "an input changed while it was read" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
 
 
 @pytest.mark.parametrize(
