@@ -17,6 +17,7 @@ from train.devices.mesh import make_mesh
 from train.errors import ConfigError, explain_refusal
 from train.loop.extra_files import check_tokenizer, write_extra_files
 from train.loop.interruption import Interruption
+from train.loop.memory import explain_memory
 from train.loop.profiling import check_profile
 from train.loop.trainer import Trainer
 from train.report.wandb_reporter import check_wandb
@@ -40,7 +41,7 @@ def train(config: TrainConfig) -> int:
         ConfigError: the corpus, the devices, the run folder, the initial model, the implementation,
             the sample's prompt, the profile or wandb do not fit the configuration; nothing was
             written.
-        TrainingError: the loss stays non-finite, or a file cannot be written.
+        TrainingError: the loss stays non-finite, memory runs out, or a file cannot be written.
         CheckpointError: all checkpoints are damaged, or none can be saved.
     """
     check_wandb(config.logging.wandb)
@@ -80,16 +81,18 @@ def _train(config: TrainConfig) -> int:
         done = checkpoints.latest_step or 0
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
-            trainer = Trainer(config, corpus, mesh, folder, checkpoints, initial)
-            with Interruption() as interruption:
-                number = trainer.run(interruption)
+            with explain_memory(config, mesh):
+                trainer = Trainer(config, corpus, mesh, folder, checkpoints, initial)
+                with Interruption() as interruption:
+                    number = trainer.run(interruption)
             if number is not None:
                 if processes.is_first():
                     name = signal.Signals(number).name
                     print(f"Stopped by {name} at step {trainer.progress.step}.")
                     print("Everything is saved; the same command resumes.")
                 return 128 + number
-            result = trainer.finish()
+            with explain_memory(config, mesh):
+                result = trainer.finish()
         elif processes.is_first():
             print(_finished(done, config.steps))
     if processes.is_first():

@@ -19,7 +19,8 @@ from train.devices.mesh import rows_of_process, single_device_mesh
 from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
-from train.report.reporting import Reporting, fetch, plot_run
+from train.report.metrics import Row
+from train.report.reporting import Reporting, fetch, plot_run, row_without_evaluation
 from train.step.evaluation import HeldOut, gzip_references, measure_held_out
 from train.step.update import TrainingFunctions, TrainState
 from train.storage.initial_model import InitialModel, teacher_config
@@ -91,14 +92,20 @@ class Trainer:
             The signal that stopped this process or another of the run; None at the last step.
         """
         config, first = self._config, self.progress.step
+        missing, caught_up = self._catch_up(interruption)
+        if missing is not None and caught_up is None:
+            return self._vote.last(interruption.signal)
+        after = first if missing is None else first - 1
         per_target = self._training.bytes_per_target
         batches = training_batches(
             self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
         with (
-            Reporting(config, self._folder, self._mesh, first, per_target) as reporting,
+            Reporting(config, self._folder, self._mesh, after, per_target) as reporting,
             Profiler(config.logging.profile, self._folder.profile) as profiler,
         ):
+            if missing is not None and caught_up is not None:
+                reporting.complete(missing, caught_up)
             unreported: dict[int, Metrics] = {}
             for step in range(first + 1, config.steps + 1):
                 profiler.before(step)
@@ -110,15 +117,17 @@ class Trainer:
                 self._report_steps(unreported, reporting)
                 unreported = {step: metrics}
                 stop = self._vote.cast(interruption.signal) is not None or step == config.steps
-                evaluate = step % config.evaluation.every == 0 or step == config.steps
+                evaluate = self._has_evaluation(step)
                 save = self._checkpoints.is_due(step) or stop
                 held_out = None
                 if evaluate or save:
                     jax.block_until_ready(metrics)
                     with reporting.clock.paused():
                         if evaluate:
-                            held_out = self._evaluate(config.evaluation.sequences)
-                    self._report_steps(unreported, reporting, held_out)
+                            held_out = self._evaluate(config.evaluation.sequences, interruption)
+                    given_up = evaluate and held_out is None
+                    stop, save = stop or given_up, save or given_up
+                    self._report_steps(unreported, reporting, held_out, given_up)
                     unreported = {}
                 if save:
                     with reporting.clock.paused():
@@ -140,11 +149,10 @@ class Trainer:
             The result, in the first process; if there are others, they only help to measure, and
             have None.
         """
-        count = self._config.evaluation.final_sequences
         if jax.process_count() == 1:
             model = self._save_model(self.state.model)
-            return self._write_result(self._evaluate(count), model)
-        held_out = self._evaluate(count)
+            return self._write_result(self._final_evaluation(), model)
+        held_out = self._final_evaluation()
         everywhere = processes.replicate(self.state.model, self._mesh)
         if not processes.is_first():
             return None
@@ -152,6 +160,11 @@ class Trainer:
         with jax.set_mesh(single_device_mesh(jax.local_devices()[0])):
             local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
             return self._write_result(held_out, self._save_model(local))
+
+    def _final_evaluation(self) -> HeldOut:
+        held_out = self._evaluate(self._config.evaluation.final_sequences)
+        assert held_out is not None  # no signal is listened to that would stop it
+        return held_out
 
     def _save_model(self, model_state: Any) -> nha_jax.Model:
         model = self._functions.model(model_state)
@@ -188,8 +201,30 @@ class Trainer:
             ),
         )
 
+    def _has_evaluation(self, step: int) -> bool:
+        return step % self._config.evaluation.every == 0 or step == self._config.steps
+
+    def _catch_up(self, interruption: Interruption) -> tuple[Row | None, HeldOut | None]:
+        """Makes the evaluation of the last step, if a signal kept the run from it.
+
+        Returns:
+            The step's row in the metrics and the evaluation, or None for the first if it is not
+            missing, and for the second if a signal has come again.
+        """
+        first = self.progress.step
+        if not first or not self._has_evaluation(first):
+            return None, None
+        row = processes.on_first(lambda: row_without_evaluation(self._folder, first))
+        if row is None:
+            return None, None
+        return row, self._evaluate(self._config.evaluation.sequences, interruption)
+
     def _report_steps(
-        self, steps: dict[int, Metrics], reporting: Reporting, held_out: HeldOut | None = None
+        self,
+        steps: dict[int, Metrics],
+        reporting: Reporting,
+        held_out: HeldOut | None = None,
+        always: bool = False,
     ) -> None:
         """Waits for the metrics of steps (at most one), counts them and reports them.
 
@@ -201,7 +236,7 @@ class Trainer:
             skipped = metrics["skipped"] > 0
             self.progress = Progress(step, step, self.progress.skipped + skipped)
             self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
-            reporting.step(step, metrics, self.progress.skipped, held_out)
+            reporting.step(step, metrics, self.progress.skipped, held_out, always)
             self._stop_if_lost(metrics)
 
     def _stop_if_lost(self, metrics: Mapping[str, float]) -> None:
@@ -214,7 +249,12 @@ class Trainer:
             "optimizer.warmup_steps or model.dtype=float32 in another run folder"
         )
 
-    def _evaluate(self, count: int) -> HeldOut:
+    def _evaluate(self, count: int, interruption: Interruption | None = None) -> HeldOut | None:
+        """Measures `count` held-out sequences; None if `interruption` noted a signal meanwhile."""
+
+        def stopped() -> bool:
+            return interruption is not None and self._vote.cast(interruption.signal) is not None
+
         return measure_held_out(
             self._functions,
             self.state.model,
@@ -222,6 +262,7 @@ class Trainer:
             self._config.batch_size,
             count,
             self._rows,
+            stopped,
         )
 
     @functools.cached_property

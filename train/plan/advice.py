@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from train.config import TrainConfig
 from train.errors import ConfigError
 from train.plan.compiling import CompiledStep
 
@@ -46,6 +47,26 @@ def find_advice(
         if attempt.fits:
             return overrides, attempt
     return None
+
+
+def untried_advice(config: TrainConfig, mesh: Mapping[str, int]) -> list[Overrides]:
+    """Lists changes that each need less memory, without trying whether that is enough.
+
+    Args:
+        config: what does not fit.
+        mesh: number of devices along each axis.
+    """
+    changes: list[Overrides] = []
+    rows = config.batch_size // (mesh["data"] * mesh["fsdp"])
+    parts = [n for n in _doublings(config.micro_batches, rows) if rows % n == 0]
+    changes += [{"micro_batches": parts[0]}] if parts else []
+    more_remat = REMAT[REMAT.index(config.model.remat) + 1 :]
+    changes += [{"model.remat": more_remat[-1]}] if more_remat else []
+    if config.data.sequence_length % (2 * config.head_parts) == 0:
+        changes.append({"head_parts": 2 * config.head_parts})
+    if mesh["data"] > 1:
+        changes.append({"mesh.data": 1, "mesh.fsdp": mesh["data"] * mesh["fsdp"]})
+    return changes
 
 
 def as_arguments(overrides: Overrides) -> str:

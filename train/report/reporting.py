@@ -77,6 +77,7 @@ class Reporting:
         metrics: Mapping[str, float],
         skipped_updates: int,
         held_out: HeldOut | None,
+        always: bool = False,
     ) -> None:
         """Shows a step, and logs it if it is due or has an evaluation.
 
@@ -85,12 +86,13 @@ class Reporting:
             metrics: what `train.step.update.TrainingFunctions.update` returned, fetched.
             skipped_updates: how many updates were skipped so far.
             held_out: the evaluation after the step, if there was one.
+            always: whether to log it in any case.
         """
         shown = {"loss": f"{metrics['loss']:.3f}"}
         if held_out is not None:
             shown["held-out bits/byte"] = f"{held_out.bits_per_byte:.3f}"
             shown["perplexity"] = f"{held_out.perplexity:.4g}"
-        if step % self._config.logging.every == 0 or held_out is not None:
+        if step % self._config.logging.every == 0 or held_out is not None or always:
             speed = self._speed(step)
             if speed:
                 shown["tokens/s"] = f"{speed['tokens_per_second']:.0f}"
@@ -101,6 +103,11 @@ class Reporting:
                 self._log.write({**row, "skipped_updates": skipped_updates, **speed})
         self.clock.start_once(step)
         self._bar.advance(**shown)
+
+    def complete(self, row: Row, held_out: HeldOut) -> None:
+        """Logs a step again, with the evaluation that was missing."""
+        if self._log is not None:
+            self._log.write({**row, **_held_out_values(held_out)})
 
     def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
         names = ("z_loss", "slot_loss", "distillation")
@@ -114,9 +121,7 @@ class Reporting:
             "learning_rate": metrics["learning_rate"],
         }
         if held_out is not None:
-            row["held_out_bits_per_byte"] = held_out.bits_per_byte
-            row["held_out_perplexity"] = held_out.perplexity
-            row["slot_weight"] = list(held_out.slot_weight)
+            row |= _held_out_values(held_out)
         return row
 
     def _speed(self, step: int) -> dict[str, float]:
@@ -128,6 +133,21 @@ class Reporting:
         if self._chip is not None:
             speed["mfu"] = rate * self._flops / (self._devices * self._chip.flops)
         return speed
+
+
+def _held_out_values(held_out: HeldOut) -> Row:
+    return {
+        "held_out_bits_per_byte": held_out.bits_per_byte,
+        "held_out_perplexity": held_out.perplexity,
+        "slot_weight": list(held_out.slot_weight),
+    }
+
+
+def row_without_evaluation(folder: RunFolder, step: int) -> Row | None:
+    """Finds the row of a run's last step, if that is `step` and has no evaluation."""
+    rows = read_rows(folder.metrics)
+    found = bool(rows) and rows[-1]["step"] == step and "slot_weight" not in rows[-1]
+    return rows[-1] if found else None
 
 
 def plot_run(folder: RunFolder, references: Mapping[str, float]) -> None:

@@ -2,7 +2,7 @@
 
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from train.data.batches import Sequences, evaluation_batches
 from train.data.token_source import Split
 from train.step.losses import LossSum
-from train.step.update import TrainingFunctions
+from train.step.update import EvaluationSums, TrainingFunctions
 
 REFERENCE_TOKENS = 4_000_000
 """How many tokens' text gzip compresses: it takes seconds, and gzip looks back 32 KiB only."""
@@ -50,7 +50,8 @@ def measure_held_out(
     batch_size: int,
     count: int,
     rows: np.ndarray | None = None,
-) -> HeldOut:
+    stopped: Callable[[], bool] = lambda: False,
+) -> HeldOut | None:
     """Measures `count` sequences spread over the held-out text.
 
     Each sequence is read on its own, from an empty state; a document's first token is given, and
@@ -63,13 +64,21 @@ def measure_held_out(
         batch_size: sequences per batch.
         count: how many sequences to measure.
         rows: the rows of a batch that this process holds; None: all.
+        stopped: asked before every batch whether to give up; the same in all processes.
+
+    Returns:
+        What was measured; None if it was given up.
     """
-    batches = jax.device_get(
-        [
-            functions.evaluate(model_state, batch)
-            for batch in evaluation_batches(sequences, batch_size, count, rows)
-        ]
-    )
+    batches: list[EvaluationSums] = []
+    queued: EvaluationSums | None = None
+    for batch in evaluation_batches(sequences, batch_size, count, rows):
+        if stopped():
+            return None
+        # The sums of the batch before are fetched while the devices work on this one.
+        before, queued = queued, functions.evaluate(model_state, batch)
+        if before is not None:
+            batches.append(jax.device_get(before))
+    batches.append(jax.device_get(queued))
     number = sum(int(batch.slot_weights) for batch in batches)
     slot_weight = np.sum([batch.slot_weight for batch in batches], axis=0, dtype=np.float64)
     return HeldOut(
