@@ -65,7 +65,8 @@ def do_without(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = cut(one_line(first), 200)
         print(f"nha: {what}: {reason}; going on without it", file=sys.stderr)
 
 

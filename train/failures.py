@@ -46,7 +46,7 @@ def _describe(error: BaseException, command: str | None) -> tuple[str, int]:
         return "", READER_GONE
     if isinstance(error, OSError):
         return _describe_os_error(error), FAILED
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         hint = LESS_MEMORY.get(command or "")
         amount = re.search(r"allocat\w+ (?:of )?([\d.]+ ?[KMGT]?i?B|\d+ bytes)", str(error))
         wanted = f" ({amount[1]} more were asked for)" if amount else ""
@@ -84,7 +84,8 @@ def _is_ours(module: str) -> bool:
     return module.split(".")[0] in ("train", "nha_jax", "pallas")
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, a device's or the host's."""
     words = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

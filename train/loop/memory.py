@@ -9,11 +9,10 @@ from jax.sharding import Mesh
 
 from train.config import TrainConfig
 from train.devices.chips import GIB
-from train.errors import TrainingError
+from train.errors import TrainingError, cut, one_line
+from train.failures import is_out_of_memory
 from train.plan.advice import as_arguments, untried_advice
 from train.step.update import TrainingFunctions
-
-_WORDS = ("RESOURCE_EXHAUSTED", "out of memory")
 
 
 @contextlib.contextmanager
@@ -26,15 +25,14 @@ def explain_memory(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
     """
     try:
         yield
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if isinstance(error, MemoryError) or any(word.lower() in text for word in _WORDS):
-            raise TrainingError(_describe(error, config, mesh)) from None
-        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise TrainingError(_describe(error, config, mesh)) from None
 
 
 def _describe(error: Exception, config: TrainConfig, mesh: Mesh) -> str:
-    reason = (str(error).strip() or "of the host").splitlines()[0][:200].rstrip(". ")
+    reason = cut(one_line(str(error)) or "of the host", 200).rstrip(". ")
     state = _state_bytes(TrainingFunctions(config, mesh)) / GIB
     tries = ", ".join(map(as_arguments, untried_advice(config, mesh.shape)))
     less = (
