@@ -1,11 +1,16 @@
 """The decode step in plain XLA: constant time and memory for a finite window."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.types import Options
+
+BLOCK = 256  # ring entries that a CPU multiplies at once
 
 
 def decode_xla(
@@ -54,8 +59,7 @@ def decode_xla(
     seen = jnp.arange(R) < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
-    # An entry that no token has written may hold NaN, of which a weight of 0 would make NaN.
-    out = _window_sum(p[..., M:], jnp.where(seen[..., None, None], ring.value, 0), dtype)
+    out = _window_sum(p[..., M:], ring.value, seen, dtype)
     if W is not None:
         out += jnp.einsum("bhgm,bhmv->bhgv", p[..., :M], slot_value)
     out = jnp.where(active[:, None, None, None], out, 0.0).astype(query.dtype)
@@ -77,15 +81,54 @@ def _window_logits(query: jax.Array, keys: jax.Array, dtype: jnp.dtype) -> jax.A
     return logits.reshape(B, H, G, keys.shape[1])
 
 
-def _window_sum(weights: jax.Array, values: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """[B, H, G, V], of weights [B, H, G, R] and a ring [B, R, H, V]; as in `_window_logits`."""
+def _window_sum(
+    weights: jax.Array, values: jax.Array, seen: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """[B, H, G, V], of weights [B, H, G, R] and a ring [B, R, H, V]; as in `_window_logits`.
+
+    Entries that are not `seen` [B, R] are zeros: they may hold NaN, and a weight of 0 keeps that.
+    TPUs and GPUs can put the zeros in as they multiply. A CPU would copy the ring for it, and does
+    it block by block.
+    """
     B, H, G, R = weights.shape
     V = values.shape[3]
     weights = weights.reshape(B, H * G, R).astype(values.dtype)
-    values = values.reshape(B, R, H * V)
-    sums = jnp.einsum("bqr,brv->bqv", weights, values, preferred_element_type=dtype)
+    multiply = functools.partial(_sum_of_seen, dtype=dtype)
+    sums = lax.platform_dependent(
+        weights,
+        values.reshape(B, R, H * V),
+        seen,
+        cpu=functools.partial(_by_blocks, multiply),
+        default=multiply,
+    )
     own = jnp.eye(H, dtype=bool)[:, None, :, None]
     return jnp.sum(jnp.where(own, sums.reshape(B, H, G, H, V), 0), axis=3)
+
+
+def _sum_of_seen(
+    weights: jax.Array, values: jax.Array, seen: jax.Array, *, dtype: jnp.dtype
+) -> jax.Array:
+    """[B, q, v], of weights [B, q, R], values [B, R, v] and which of them count, [B, R]."""
+    values = jnp.where(seen[..., None], values, 0)
+    return jnp.einsum("bqr,brv->bqv", weights, values, preferred_element_type=dtype)
+
+
+def _by_blocks(
+    multiply: Callable[..., jax.Array], weights: jax.Array, values: jax.Array, seen: jax.Array
+) -> jax.Array:
+    """Adds up `_sum_of_seen` over blocks of BLOCK entries; the last ones overlap."""
+    R = values.shape[1]
+    size = min(R, BLOCK)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * size, R - size)
+        cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+        new = start + jnp.arange(size) >= i * size  # the block before had the others
+        part = multiply(cut(weights, axis=2), cut(values, axis=1), cut(seen, axis=1) & new)
+        return total + part
+
+    nothing = jax.eval_shape(multiply, weights, values, seen)
+    return lax.fori_loop(0, -(-R // max(size, 1)), add, jnp.zeros(nothing.shape, nothing.dtype))
 
 
 def _write_slots(
