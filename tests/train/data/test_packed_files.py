@@ -129,6 +129,27 @@ def test_the_command_writes_nothing_as_finished(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(size=st.integers(1, len(LINES)))
+def test_lines_that_are_cut_are_whole_but_for_the_last_which_is_named(
+    tmp_path_factory: pytest.TempPathFactory, size: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    path.write_bytes(LINES[:size])
+    bad: list[str] = []
+    found = [
+        text
+        for part in divide_file(path, 1000)
+        for text in read_documents(part, "text", lambda x: bad.append(str(x)), lambda _: None)
+    ]
+    assert found == TEXTS[: len(found)]
+    line = LINES[:size].count(b"\n") + 1
+    assert all(x.startswith(f"{path}, line {line}: not JSON") for x in bad)
+    assert all(x.endswith("(the file ends in this line)") for x in bad)
+    # Each document is followed by an empty line.
+    assert len(found) + len(bad) == -(-line // 2) - (LINES[:size].endswith(b"\n\n"))
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(share=st.floats(0, 1, exclude_max=True), behind=st.binary(min_size=8, max_size=16))
 def test_a_cut_table_is_said(

@@ -30,6 +30,7 @@ from train.cli import main
 from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.data.held_out import is_document_held_out
+from train.data.prepare import folder as prepare_folder
 from train.data.prepared_folder import Manifest, PreparedFolder
 from train.data.token_source import TokenSource
 from train.errors import DataError
@@ -203,7 +204,10 @@ def test_ctrl_c_is_heard_in_the_middle_of_a_long_document(
     assert process.returncode == 130
     assert errors.splitlines()[-1].startswith("nha: interrupted")
     assert "Traceback" not in errors
-    assert not processes_of_session(process.pid)
+    deadline = time.monotonic() + 5
+    while processes_of_session(process.pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_a_full_disk_is_one_line_and_the_rest_is_kept(
@@ -264,6 +268,23 @@ def test_a_finished_folder_is_left_as_it_is(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
     assert prepare(tmp_path / "out", tmp_path / "*.md") == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_folder_in_its_own_input_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "raw").mkdir()
+    write_text(tmp_path / "raw")
+    assert prepare(tmp_path / "whole", tmp_path / "raw", "--workers=1") == 0
+
+    def stop(*arguments: object) -> None:
+        raise DataError("stopped")
+
+    out = tmp_path / "raw" / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare_folder, "_manifest", stop)
+        assert prepare(out, tmp_path / "raw", "--workers=1") == 1
+    for _ in range(2):
+        assert prepare(out, tmp_path / "raw", "--workers=1") == 0
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_another_configuration_is_refused_by_name(

@@ -3,7 +3,7 @@
 import itertools
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from train.cli import main
 from train.data.batches import Batch
 from train.errors import ConfigError
 from train.load_config import load_config
+from train.search import run
 from train.search.budgets import CacheBytes, FullLayers
 from train.search.layerwise import LayerwiseLoss
 from train.search.strategies import SearchSpace, best, search
@@ -408,3 +409,20 @@ def test_the_old_name_of_sequences_still_works_and_warns(
     with pytest.raises(SystemExit):
         main(["search", "--help"])
     assert "--windows-count" not in capsys.readouterr().out
+
+
+def test_a_sequence_is_no_longer_than_the_text(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = []
+
+    def stop(model: nha_jax.Model, batches: Iterable[Batch], bytes_per_target: float) -> None:
+        shapes.extend(batch["tokens"].shape for batch in batches)
+        raise ValueError("enough seen")
+
+    monkeypatch.setattr(run, "LayerwiseLoss", stop)
+    longer = [x.replace("=24", "=1000000000").replace("=4", "=1000000000") for x in arguments]
+    assert main([*longer, "--full-layers=1"]) == 2
+    ((sequences, length),) = shapes
+    assert sequences == 1
+    assert 24 < length < 10_000  # of forty files of a few hundred bytes

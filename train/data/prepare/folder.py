@@ -21,7 +21,14 @@ from train.data.packed_files import naming
 from train.data.prepare.raw_files import divide_file, may_be_empty
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
 from train.data.prepare.workers import run_jobs
-from train.data.prepared_folder import MANIFEST_FILE, SPLITS, WORK_FOLDER, Manifest
+from train.data.prepared_folder import (
+    MANIFEST_FILE,
+    SPLITS,
+    WORK_FOLDER,
+    Manifest,
+    is_prepared,
+    is_unfinished,
+)
 from train.data.token_shards import ShardRecord
 from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.data.tokenizer.files import TOKENIZER_FILE
@@ -74,7 +81,7 @@ def prepare(options: PrepareOptions) -> Manifest:
     """
     out = user_path(options.out, "OUT").absolute()
     tokenizer = _tokenizer(options)
-    files = _files(options.inputs)
+    files = _files(options.inputs, out)
     _check_sizes(files, options.shard_bytes)
     parts = [part for path in files for part in divide_file(path, options.shard_bytes)]
     jobs = divide_into_jobs(parts, options.shard_bytes)
@@ -126,8 +133,8 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
     return FileTokenizer({TOKENIZER_FILE: content}, options.end_token, str(path))
 
 
-def _files(inputs: Sequence[str]) -> list[Path]:
-    """Finds the files of all inputs; lists each once, in order."""
+def _files(inputs: Sequence[str], out: Path) -> list[Path]:
+    """Finds the files of all inputs; lists each once, in order, but none that was prepared."""
     files: dict[Path, None] = {}
     for pattern in inputs:
         found = find_files(pattern, "INPUT")
@@ -136,7 +143,8 @@ def _files(inputs: Sequence[str]) -> list[Path]:
         if not found:
             raise ConfigError(f"{pattern}: no such file or folder, and nothing matches it")
         files |= dict.fromkeys(path.absolute() for _, path in found)
-    return list(files)
+    begun = is_prepared(out) or is_unfinished(out)  # maybe in a folder that is an input
+    return [path for path in files if not (begun and path.is_relative_to(out))]
 
 
 def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:

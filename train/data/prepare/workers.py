@@ -24,7 +24,7 @@ from train.errors import DataError
 
 # A process does not hear Ctrl-C while the tokenizer has a document, which may be a file as large as
 # this; the parent of a worker does.
-_MOST_BYTES_HERE = 8 << 20
+_MOST_BYTES_HERE = 2 << 20
 
 _SECONDS_TO_STOP = 0.3
 
