@@ -14,7 +14,7 @@ from train.paths import user_path
 if TYPE_CHECKING:
     import numpy as np
 
-    from nha_jax import Engine, SamplingOptions
+    from nha_jax import Engine, Model, SamplingOptions
     from train.data.tokenizer.interface import Tokenizer
     from train.text.chat_template import ChatTemplate
     from train.text.continuation import WrittenToken
@@ -118,10 +118,13 @@ class _Prompt(argparse.Action):
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    if "" in options.stop:
+        raise ConfigError("--stop='': expected at least one character")
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
     from nha_jax import Engine
-    from nha_jax.generation.engine import chunk_for
+    from nha_jax.argument_checks import check_prompt
+    from nha_jax.generation.engine import SHORTEST_CHUNK, chunk_for
     from train.text.chat_template import ChatTemplate
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
@@ -129,14 +132,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     options.folder = user_path(options.folder, "RUN")
     tokenizer = load_tokenizer_of(options.folder)
     template = ChatTemplate.of(options.folder) if options.chat else None
-    prompts = [
-        _Prompted(
-            option,
-            value,
-            _read_prompt(option, value, tokenizer, template),
-            repeated=option == "--prompt" and not options.chat,
-        )
-        for option, value in given
+    read = [
+        (option, value, _read_prompt(option, value, tokenizer, template)) for option, value in given
     ]
     given_windows = getattr(options, "windows", None)
     windows = None if given_windows is None else read_windows(given_windows, "--windows")
@@ -145,13 +142,23 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         model = model.with_implementation(getattr(options, "implementation", None))
         if given_windows is not None:
             model = model.with_windows(windows)
-        chosen = _choose_sampling(options, tokenizer)
+        prompts = [
+            _Prompted(
+                option,
+                value,
+                check_prompt(tokens, model.config.vocab_size, option),
+                repeated=option == "--prompt" and not options.chat,
+            )
+            for option, value, tokens in read
+        ]
+        chosen = _choose_sampling(options, tokenizer, model.config.vocab_size)
         longest = max(len(prompt.tokens) for prompt in prompts)
+        most = max(SHORTEST_CHUNK, 1 << (longest - 1).bit_length())  # a chunk for all of a prompt
         engine = Engine(
             model,
             batch_size=min(options.batch_size, len(prompts)),
-            max_length=getattr(options, "max_length", max(longest + chosen.max_new_tokens, 3)),
-            prefill_chunk=getattr(options, "prefill_chunk", chunk_for(longest)),
+            max_length=_max_length(options, model, longest, chosen.max_new_tokens),
+            prefill_chunk=min(getattr(options, "prefill_chunk", chunk_for(longest)), most),
         )
         _write(engine, tokenizer, prompts, chosen, options)
     except (NotImplementedError, ValueError) as error:
@@ -159,43 +166,67 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _choose_sampling(options: argparse.Namespace, tokenizer: "Tokenizer") -> "SamplingOptions":
+def _max_length(
+    options: argparse.Namespace, model: "Model", longest: int, max_new_tokens: int
+) -> int:
+    """Returns --max-length, or what the longest prompt and its text need."""
+    needed = longest + max_new_tokens
+    given = getattr(options, "max_length", needed)
+    if given < needed and None in model.config.windows:
+        raise ConfigError(
+            f"--max-length={given}: a prompt of {longest} tokens and "
+            f"--max-new-tokens={max_new_tokens} need {needed}"
+        )
+    return given
+
+
+def _choose_sampling(
+    options: argparse.Namespace, tokenizer: "Tokenizer", vocab_size: int
+) -> "SamplingOptions":
     """Takes what the options say, or else the model's authors, and prints what is theirs."""
     from nha_jax import SamplingOptions
     from train.text.generation_defaults import GenerationDefaults
 
-    defaults = GenerationDefaults.of(options.folder)
+    for token in options.stop_token:
+        if not 0 <= token < vocab_size:
+            raise ConfigError(f"--stop-token={token}: expected a token within [0, {vocab_size})")
+    defaults = GenerationDefaults.of(options.folder, vocab_size)
     given = {name: vars(options)[name] for name in SAMPLING if name in vars(options)}
     shown = [f"{name}={x}" for name, x in defaults.sampling.items() if name not in given]
     if defaults.stop_tokens:
         shown.append(f"stop tokens {', '.join(map(str, defaults.stop_tokens))}")
     if shown:
         print(f"from generation_config.json: {', '.join(shown)}", file=sys.stderr)
-    stop = (tokenizer.end_token, *defaults.stop_tokens, *options.stop_token)
+    stop = [*defaults.stop_tokens, *options.stop_token]
+    if tokenizer.end_token < vocab_size:  # else the model cannot write it
+        stop = [tokenizer.end_token, *stop]
     sampling: dict[str, Any] = {**DEFAULTS, **defaults.sampling, **given}
-    return SamplingOptions(**sampling, stop_tokens=tuple(dict.fromkeys(stop)))
+    return SamplingOptions(**sampling, stop_tokens=stop)
 
 
 def _read_prompt(
     option: str, value: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
-) -> "np.ndarray":
-    import numpy as np
-
+) -> "np.ndarray | list[int]":
     from train.text.user_texts import read_text
 
     if option == "--prompt-tokens":
         if template:
             raise ConfigError("--prompt-tokens: expected text with --chat; give a --prompt")
         try:
-            return np.array([int(token) for token in value.split()], np.int64)
+            tokens = [int(token) for token in value.split()]
         except ValueError:
-            raise ConfigError(f"--prompt-tokens={value!r}: expected integers") from None
+            tokens = []
+        if not tokens:
+            raise ConfigError(f"--prompt-tokens={value!r}: expected integers")
+        return tokens
     text = read_text(value) if option == "--prompt-file" else value
     if not text:
         raise ConfigError("--prompt: the text is empty")
-    if template is None:
-        return tokenizer.encode_prompt(text)
-    return tokenizer.encode_prompt(template.render(text), chat=True)
+    chat = template is not None
+    encoded = tokenizer.encode_prompt(template.render(text) if template else text, chat=chat)
+    if not len(encoded):
+        raise ConfigError(f"{option}={value!r}: the model's tokenizer makes no token of this text")
+    return encoded
 
 
 def _write(
@@ -231,9 +262,10 @@ def _write(
 
 
 def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
-    """Compiles all that the texts need, by writing two tokens; returns the seconds it took."""
+    """Compiles all that the texts need, by writing two tokens or one; returns the seconds."""
     start = time.perf_counter()
-    engine.submit([0], dataclasses.replace(sampling, max_new_tokens=2, stop_tokens=()))
+    count = min(2, sampling.max_new_tokens)  # no longer than the shortest of the texts
+    engine.submit([0], dataclasses.replace(sampling, max_new_tokens=count, stop_tokens=()))
     for _ in engine.run():
         pass
     return time.perf_counter() - start
@@ -265,6 +297,7 @@ class _Prompted:
                 "log_probabilities": self.log_probabilities,
                 "finished": self.finished,
             }
-            return json.dumps(record, ensure_ascii=False)
+            readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+            return json.dumps(record, ensure_ascii=not readable)
         name = "" if self.shown else f": {self.value}"
         return f"{'\n' * (index > 0)}=== prompt {index + 1}{name} ===\n{self.shown}{self.text}"

@@ -5,6 +5,7 @@ import datetime
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any, NoReturn, Self
 
 from nha_jax.storage.saved_model import extra_files_of
@@ -52,8 +53,13 @@ class ChatTemplate:
         """
         files = extra_files_of(folder)
         settings = read_objects(files, folder)
-        where, source = folder / TEMPLATE_FILE, files.get(TEMPLATE_FILE, b"").decode()
-        if TEMPLATE_FILE not in files:
+        where, source = folder / TEMPLATE_FILE, ""
+        if TEMPLATE_FILE in files:
+            try:
+                source = files[TEMPLATE_FILE].decode()
+            except UnicodeDecodeError:
+                raise ConfigError(f"{where}: cannot use the chat template: no UTF-8") from None
+        else:
             where = folder / TOKENIZER_CONFIG_FILE
             source = _named_template(settings.get(TOKENIZER_CONFIG_FILE, {}), where)
         names = ("bos_token", "eos_token")
@@ -84,14 +90,21 @@ class ChatTemplate:
 
 
 def _named_template(settings: Mapping[str, Any], where: Path) -> str:
-    """Finds the template in tokenizer_config.json: a text, or of a list the one named "default"."""
+    """Finds the template in tokenizer_config.json: a text, or of several that named "default"."""
     template = settings.get("chat_template")
-    if isinstance(template, list):
-        try:
-            template = {each["name"]: each["template"] for each in template}.get("default")
-        except (KeyError, TypeError):
-            raise DataError(f"{where}: damaged: chat_template is no list of templates") from None
-    if not isinstance(template, str):
+    try:
+        if isinstance(template, list):
+            template = {each["name"]: each["template"] for each in template}
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not isinstance(template, str | None):
+            raise TypeError
+    except (KeyError, TypeError):
+        raise DataError(
+            f"{where}: damaged: chat_template = {shown(settings['chat_template'])}: expected a "
+            "text, or a list of templates"
+        ) from None
+    if template is None:
         raise ConfigError(
             f"{where.parent}: no chat template; expected {TEMPLATE_FILE}, or chat_template in "
             f"{TOKENIZER_CONFIG_FILE}. Leave --chat out for a model that was not trained to chat"

@@ -49,11 +49,14 @@ def continue_texts(
         tokenizer: what turns tokens into text.
         prompts: tokens [T] of each prompt.
         options: how tokens are drawn. Each prompt gets a seed of its own from `options.seed`.
-        stop_strings: texts that end a text.
+        stop_strings: texts that end a text; none is empty.
 
     Raises:
-        ValueError: a prompt does not fit the engine; see `nha_jax.Engine.submit`.
+        ValueError: a stop string is empty, or a prompt does not fit the engine; see
+            `nha_jax.Engine.submit`.
     """
+    if not all(stop_strings):
+        raise ValueError("stop_strings: expected at least one character in each, got ''")
     texts = {
         engine.submit(prompt, options.for_row(i)): _GrowingText(i, tokenizer, prompt, stop_strings)
         for i, prompt in enumerate(prompts)

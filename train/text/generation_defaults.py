@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from train.data.tokenizer.files import GENERATION_CONFIG_FILE, end_tokens, read_object
+from nha_jax.hf.fields import FLAG, INDEX_OR_NULL, POSITIVE_OR_NULL, Required, refused
+from nha_jax.scalars import is_number
+from train.data.tokenizer.files import (
+    GENERATION_CONFIG_FILE,
+    end_tokens,
+    read_object,
+    wrong_end_tokens,
+)
 from train.errors import DataError
 
 
@@ -22,30 +29,60 @@ class GenerationDefaults:
     stop_tokens: tuple[int, ...]
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
+    def of(cls, folder: Path, vocab_size: int) -> Self:
         """Reads a folder's defaults; they are empty if it has no such file or the file sets none.
 
+        What transformers ignores is ignored: limits that exclude no token, and end tokens that the
+        model cannot write.
+
+        Args:
+            folder: of a run or a saved model.
+            vocab_size: the model's.
+
         Raises:
-            DataError: the file is damaged or cannot be read.
+            DataError: the file is damaged or cannot be read; one line names every wrong field.
         """
         path = folder / GENERATION_CONFIG_FILE
         if not path.is_file():
             return cls({}, ())
         try:
             values = read_object(path.read_bytes(), path)
-            return cls(_sampling(values, path), end_tokens(folder))
         except OSError as error:
             raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+        greedy = values.get("do_sample") is False
+        kinds = {name: kind for name, kind in _KINDS.items() if not greedy or name in _GREEDY}
+        if problems := refused(values, kinds) + wrong_end_tokens(values):
+            raise DataError(f"{path}: {'; '.join(problems)}")
+        stop = tuple(token for token in end_tokens(folder) if token < vocab_size)
+        return cls(_sampling(values, vocab_size, greedy=greedy), stop)
 
 
-def _sampling(values: Mapping[str, Any], path: Path) -> dict[str, float]:
+_KINDS: Required = {
+    "do_sample": FLAG,
+    "temperature": (lambda x: x is None or (is_number(x) and x >= 0), "a number of at least 0"),
+    "top_k": INDEX_OR_NULL,
+    "top_p": (lambda x: x is None or (is_number(x) and x >= 0), "a number from 0 to 1"),
+    "min_p": (lambda x: x is None or (is_number(x) and 0 <= x <= 1), "a number from 0 to 1"),
+    "repetition_penalty": POSITIVE_OR_NULL,
+}
+
+_GREEDY = ("do_sample", "repetition_penalty")
+"""The keys that are read if do_sample is false."""
+
+
+def _sampling(values: Mapping[str, Any], vocab_size: int, *, greedy: bool) -> dict[str, float]:
     """Selects the options that have an effect: files also list options at their neutral values."""
-    neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "repetition_penalty": 1}
-    given = {name: values.get(name) for name in ("temperature", *neutral)}
-    if values.get("do_sample") is False:
-        penalty = given["repetition_penalty"]
-        given = {"temperature": 0, "repetition_penalty": penalty}
-    for name, x in given.items():
-        if x is not None and (not isinstance(x, int | float) or isinstance(x, bool)):
-            raise DataError(f"{path}: {name} = {x!r}: expected a number")
-    return {name: x for name, x in given.items() if x is not None and x != neutral.get(name)}
+    given = {name: values.get(name) for name in _KINDS if name not in _GREEDY}
+    given["repetition_penalty"] = values.get("repetition_penalty")
+    if greedy:
+        given = {"temperature": 0, "repetition_penalty": given["repetition_penalty"]}
+    neutral = {"top_k": 0, "min_p": 0, "repetition_penalty": 1}
+    found = {name: x for name, x in given.items() if x is not None and x != neutral.get(name)}
+    if found.get("top_k", 0) >= vocab_size:
+        del found["top_k"]
+    top_p = found.pop("top_p", 1)
+    if top_p == 0:  # the likeliest token alone
+        found["top_k"] = 1
+    elif top_p < 1:
+        found["top_p"] = top_p
+    return found

@@ -12,7 +12,7 @@ import nha_jax
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.data.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
-from train.text.continuation import _GrowingText
+from train.text.continuation import _GrowingText, continue_texts
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]
 
@@ -90,13 +90,33 @@ def test_other_windows(generate) -> None:
         (["--prompt", "x", "--top-p", "7"], "top_p=7"),
         (["--prompt", ""], "the text is empty"),
         (["--prompt-file", "nowhere.txt"], "nowhere.txt: cannot read"),
-        (["--prompt-tokens", "1 900"], "tokens within [0, 257), got 1 to 900"),
+        (
+            ["--prompt-tokens", "1 900"],
+            "--prompt-tokens must have tokens within [0, 257), got 1 to",
+        ),
         (["--prompt-tokens", "one"], "--prompt-tokens='one': expected integers"),
+        (["--prompt-tokens", ""], "--prompt-tokens='': expected integers"),
+        (["--prompt-tokens", "1.5"], "--prompt-tokens='1.5': expected integers"),
+        (["--prompt-tokens", "9" * 30], "--prompt-tokens must have tokens of a vocabulary, got"),
+        (["--prompt", "x", "--stop", ""], "--stop='': expected at least one character"),
+        (["--prompt", "x", "--stop", "a", "--stop", ""], "--stop='': expected at least one"),
+        (["--prompt", "x", "--stop-token", "257"], "--stop-token=257: expected a token within"),
+        (["--prompt", "x", "--stop-token", "9" * 30], "expected a token within [0, 257)"),
+        (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens=0 must be an integer"),
+        (["--prompt", "x", "--temperature", "nan"], "temperature=nan must be finite"),
+        (["--prompt", "x", "--top-p", "nan"], "top_p=nan must be within"),
+        (["--prompt", "x", "--max-length", "0"], "max_length=0 must be an integer of at least 1"),
+        (["--prompt", "x", "--prefill-chunk", "0"], "prefill_chunk=0 must be an integer"),
+        (["--prompt", "x", "--batch-size", "-1"], "batch_size=-1 must be an integer"),
         (["--prompt", "x", "--windows", "wide"], "--windows = 'wide'"),
-        (["--prompt", "x", "--batch-size", "0"], "batch_size=0 must be at least 1"),
+        (["--prompt", "x", "--batch-size", "0"], "batch_size=0 must be an integer of at least 1"),
         (
             ["--prompt", "long", "--windows", "none", "--max-length", "5"],
-            "max_length=5",
+            "--max-length=5: a prompt of 4 tokens and --max-new-tokens=256 need 260",
+        ),
+        (
+            ["--prompt", "x", "--windows", "none", "--max-length", "1", "--max-new-tokens", "1"],
+            "--max-length=1: a prompt of 1 tokens and --max-new-tokens=1 need 2",
         ),
     ],
 )
@@ -105,6 +125,33 @@ def test_what_is_wrong_is_said_in_one_line(generate, arguments: list[str], messa
     assert (code, output) == (2, "")
     assert message in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_the_smallest_and_largest_options_that_are_right(generate) -> None:
+    exact = ["--windows", "none", "--max-length", "2", "--max-new-tokens", "1"]
+    seed = ["--seed", str(-(2**70)), "--prefill-chunk", str(10**9), "--batch-size", str(10**9)]
+    stops = [part for token in range(100) for part in ("--stop-token", str(token))]
+    code, output, errors = generate("--prompt", "x", "--json", *exact, *seed, *stops)
+    assert code == 0, errors
+    assert len(json.loads(output)["tokens"]) == 1
+
+
+def test_json_is_json_where_the_terminal_knows_few_characters(
+    generate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = io.BytesIO()
+    stdout = io.TextIOWrapper(content, "ascii", errors="backslashreplace")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        code, *_ = generate("--prompt", "é€😀", "--json", *GREEDY)
+    stdout.flush()
+    assert code == 0
+    assert json.loads(content.getvalue())["prompt"] == "é€😀"
+
+
+def test_no_stop_string_is_empty() -> None:
+    with pytest.raises(ValueError, match="stop_strings: expected at least one character"):
+        next(continue_texts(None, ByteTokenizer(), [], None, ["a", ""]))
 
 
 def written(tokens: list[int], *stop_strings: str) -> tuple[list[str], str | None]:

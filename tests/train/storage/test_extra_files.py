@@ -186,12 +186,30 @@ def test_generation_defaults_count_where_no_option_does(generate) -> None:
 
 @pytest.mark.parametrize(
     ("defaults", "message"),
-    [({"top_p": 7}, "top_p=7"), ({"temperature": "hot"}, "temperature = 'hot'")],
+    [
+        ({"top_p": -1}, "generation_config.json: top_p = -1: expected"),
+        ({"temperature": "hot"}, "temperature = 'hot': expected"),
+        (
+            {"temperature": [], "top_k": 2.5, "min_p": 7, "eos_token_id": "x", "do_sample": 1},
+            "do_sample = 1: expected true or false; temperature = []: expected a number of at "
+            "least 0; top_k = 2.5: expected a whole number of at least 0, or null; min_p = 7: "
+            "expected a number from 0 to 1; eos_token_id = 'x': expected a token's number",
+        ),
+        ({"do_sample": False, "repetition_penalty": {}}, "repetition_penalty = {}: expected"),
+        ({"eos_token_id": [True]}, "eos_token_id = [True]: expected a token's number"),
+    ],
 )
 def test_defaults_that_cannot_be_are_named(generate, defaults: object, message: str) -> None:
     code, _, errors = generate(defaults, "--prompt=a")
     assert code > 0
     assert message in errors
+
+
+def test_end_tokens_that_the_model_has_not_do_not_stop_it(generate) -> None:
+    ids = [-1, 10**6, 2**40, *range(100, 112)]
+    code, output, errors = generate({"eos_token_id": ids, "top_k": 10**6}, "--prompt=a", "--json")
+    assert code == 0, errors
+    assert json.loads(output)["tokens"]
 
 
 def test_chat_takes_no_tokens(generate) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from reprlib import repr as shown
 from typing import Any
 
 from train.errors import DataError
@@ -39,10 +40,31 @@ def read_objects(files: Mapping[str, bytes], folder: Path) -> dict[str, dict[str
         The parsed objects by file name.
 
     Raises:
-        DataError: one of the two is no JSON object.
+        DataError: one of the two is no JSON object, or a field that is read has a wrong type; one
+            line names every such field.
     """
     names = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
-    return {name: read_object(files[name], folder / name) for name in names if name in files}
+    found = {name: read_object(files[name], folder / name) for name in names if name in files}
+    problems = [
+        f"{folder / name}: {problem}" for name in found for problem in _wrong_fields(found[name])
+    ]
+    if problems:
+        raise DataError("; ".join(problems))
+    return found
+
+
+def _wrong_fields(values: Mapping[str, Any]) -> list[str]:
+    """Describes the fields about special tokens that hold something else than transformers has."""
+    problems = []
+    for kind in ("bos_token", "eos_token"):
+        value = values.get(kind)
+        name = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(name, str):
+            problems.append(f"{kind} = {shown(value)}: expected the token's text")
+    asked = values.get("add_bos_token")
+    if not isinstance(asked, bool | None):
+        problems.append(f"add_bos_token = {shown(asked)}: expected true or false")
+    return problems
 
 
 def special_token(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str | None:
@@ -60,15 +82,15 @@ def special_token(settings: Mapping[str, Mapping[str, Any]], kind: str) -> str |
     """
     for name in (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE):
         value = settings.get(name, {}).get(kind)
-        if isinstance(value, dict):
-            value = value.get("content")
-        if isinstance(value, str):
-            return value
+        if value is not None:
+            return value["content"] if isinstance(value, dict) else value
     return None
 
 
 def end_tokens(folder: Path) -> tuple[int, ...]:
     """Finds the tokens that end a text: eos_token_id of generation_config.json or config.json.
+
+    Numbers that no token has, such as -1, are left out.
 
     Raises:
         DataError: one of the two files is damaged.
@@ -76,9 +98,25 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     """
     for path in (folder / GENERATION_CONFIG_FILE, folder / "config.json"):
         if path.is_file():
-            value = read_object(path.read_bytes(), path).get("eos_token_id")
-            values = value if isinstance(value, list) else [value]
-            numbers = tuple(x for x in values if isinstance(x, int) and not isinstance(x, bool))
+            values = read_object(path.read_bytes(), path)
+            if problems := wrong_end_tokens(values):
+                raise DataError(f"{path}: {problems[0]}")
+            numbers = tuple(x for x in _end_token_ids(values) if 0 <= x < 2**31)
             if numbers:
                 return numbers
     return ()
+
+
+def wrong_end_tokens(values: Mapping[str, Any]) -> list[str]:
+    """Describes the problem of eos_token_id, if it holds no numbers."""
+    if all(isinstance(x, int) and not isinstance(x, bool) for x in _end_token_ids(values)):
+        return []
+    given = shown(values["eos_token_id"])
+    return [f"eos_token_id = {given}: expected a token's number, a list of them, or null"]
+
+
+def _end_token_ids(values: Mapping[str, Any]) -> list[Any]:
+    value = values.get("eos_token_id")
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]

@@ -60,7 +60,10 @@ class FileTokenizer:
         settings = read_objects(files, Path(where).parent)
         stated = special_token(settings, "eos_token")
         name, self.end_token = self._find_end_token(end_token, stated, where)
-        self.begin_tokens = self._find_begin_tokens(settings)
+        try:
+            self.begin_tokens = self._find_begin_tokens(settings)
+        except Exception as error:  # e.g. without a token for what is unknown
+            raise ConfigError(f"{where}: it encodes no text: {_one_line(error)}") from None
         # Ids may have gaps, so the largest id counts and not the number of ids.
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self.name = hashlib.sha256(content).hexdigest()
