@@ -1,7 +1,6 @@
 """Continuous batching: requests come and go while one batch of a fixed size is continued."""
 
 import collections
-import dataclasses
 import functools
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
@@ -13,6 +12,7 @@ from flax import nnx
 
 from nha_jax.argument_checks import check_count, check_prompt
 from nha_jax.cache import ModelCache
+from nha_jax.generation.prompts import PromptBatch, Request
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model
 from nha_jax.scalars import shown
@@ -95,9 +95,9 @@ class Engine:
         self._prefill_rows = min(check_count("prefill_rows", prefill_rows), batch_size)
         self._prefill_chunk = check_count("prefill_chunk", prefill_chunk)
         self._steps_per_call = check_count("steps_per_call", steps_per_call)
-        self._waiting: collections.deque[_Request] = collections.deque()
-        self._running: list[_Request | None] = [None] * batch_size
-        self._reading: _PromptBatch | None = None
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._running: list[Request | None] = [None] * batch_size
+        self._reading: PromptBatch | None = None
         self._unseen: collections.deque[Event] = collections.deque()  # drawn, not handed out yet
         self._next_id = 0
         self._state = _BatchState(
@@ -135,7 +135,7 @@ class Engine:
                 f"need {longest} entries in the caches of the full-attention layers, which have "
                 f"max_length={self._max_length}"
             )
-        request = _Request(self._next_id, tokens, options)
+        request = Request(self._next_id, tokens, options)
         self._next_id += 1
         self._waiting.append(request)
         return request.number
@@ -210,14 +210,14 @@ class Engine:
         self._reading = None
         return self._start(reading)
 
-    def _begin_reading(self) -> "_PromptBatch | None":
+    def _begin_reading(self) -> PromptBatch | None:
         free = [row for row, request in enumerate(self._running) if request is None]
         count = min(len(free), len(self._waiting), self._prefill_rows)
         if not count:
             return None
         requests = [self._waiting.popleft() for _ in range(count)]
         size = self._prefill_rows
-        return _PromptBatch(
+        return PromptBatch(
             prompts=[r.prompt for r in requests] + [np.zeros(0, np.int32)] * (size - count),
             requests=dict(enumerate(requests)),
             rows=free[:count],
@@ -225,7 +225,7 @@ class Engine:
             logits=jnp.zeros((size, self._config.vocab_size), jnp.float32),
         )
 
-    def _start(self, reading: "_PromptBatch") -> list[Event]:
+    def _start(self, reading: PromptBatch) -> list[Event]:
         """Moves prompts that were read into the batch, and draws a first token for each."""
         size, batch_size = self._prefill_rows, len(self._running)
         options = [
@@ -277,53 +277,6 @@ class Engine:
         if finished:
             self._running[row] = None
         return Event(request.number, int(token), float(log_probability), finished)
-
-
-@dataclasses.dataclass
-class _Request:
-    """A prompt to be continued, and how many tokens it got so far."""
-
-    number: int
-    prompt: np.ndarray  # [T] int32
-    options: SamplingOptions
-    num_drawn: int = 0
-
-
-@dataclasses.dataclass
-class _PromptBatch:
-    """The prompts that are being read, one in each of prefill_rows rows.
-
-    Rows without a prompt, or whose request was cancelled, have no entry in `requests`.
-
-    Fields:
-      prompts: tokens of each row; empty if it has none.
-      requests: the requests, by row of this batch.
-      rows: the rows of the engine's batch that the prompts will move to.
-      cache: of what was read so far.
-      logits: [prefill_rows, vocab_size], after the last token of each row so far.
-      position: how many tokens of each prompt have been read.
-    """
-
-    prompts: list[np.ndarray]
-    requests: dict[int, _Request]
-    rows: list[int]
-    cache: ModelCache
-    logits: jax.Array
-    position: int = 0
-
-    @property
-    def done(self) -> bool:
-        return self.position >= max(map(len, self.prompts))
-
-    def next_chunk(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next tokens, [prefill_rows, size], and how many of them each row has."""
-        tokens = np.zeros((len(self.prompts), size), np.int32)
-        lengths = np.zeros(len(self.prompts), np.int32)
-        for row, prompt in enumerate(self.prompts):
-            part = prompt[self.position : self.position + size]
-            tokens[row, : len(part)], lengths[row] = part, len(part)
-        self.position += size
-        return tokens, lengths
 
 
 class _BatchState(NamedTuple):
