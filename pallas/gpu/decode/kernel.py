@@ -173,12 +173,10 @@ class _ThreadBlock:
             key, value = refs["new_key"].at[b, h], refs["new_value"].at[b, h]
             log_decay = refs["new_log_decay"].at[b, h, some]
         log_decay = _load(log_decay, self.keys.rows)
-        leaves = self.length >= spec.entries
         decay = jnp.exp(log_decay)
         write = -jnp.tanh(log_decay / 2) * (decay + 1)  # 1 - decay, exact also near 0
-        if spec.entries:  # while nothing leaves, the slots stay as they are: no row is below 0
-            left = self._row_numbers(tiles) < jnp.where(leaves, spec.slots, 0)
-            decay, write = jnp.where(left, decay, 1.0), jnp.where(left, write, 0.0)
+        filled = self._all_slots_if(self.length > spec.entries, tiles)
+        leaves = self._all_slots_if(self.length >= spec.entries, tiles)
         key = _load(key, self.keys.features).astype(jnp.float32)
         value = _load(value, self.values.features).astype(jnp.float32)
         entering = {
@@ -187,14 +185,20 @@ class _ThreadBlock:
         }
         for name, old in slots.items():
             row = lax.broadcast_in_dim(entering[name], old.shape, [2])
+            # What no token has written may hold NaN, and 0 * NaN is NaN.
+            old = _where_rows(filled, old, jnp.zeros_like(old))
             new = _over_features(decay, old) * old + _over_features(write, old) * row
+            new = _where_rows(leaves, new, old)
             refs[name].at[b, h, some][...] = new
             slots[name] = new
         visible = None
         if spec.mask_empty:
-            filled = self.length + 1 > spec.entries
-            visible = self._row_numbers(tiles) < jnp.where(filled, spec.slots, 0)
+            visible = self._all_slots_if(self.length + 1 > spec.entries, tiles)
         return KeysValues(slots["slot_key"], slots["slot_value"], visible)
+
+    def _all_slots_if(self, condition: jax.Array, tiles: int) -> jax.Array:
+        """[tiles, 4] bool: all slots, or none of them."""
+        return self._row_numbers(tiles) < jnp.where(condition, self.spec.slots, 0)
 
     # The ring
 
@@ -360,6 +364,7 @@ def _add_rows(
     p = jnp.exp2(logits - lax.broadcast_in_dim(top, logits.shape, [1]))
     if visible is not None:
         p = jnp.where(visible, p, 0.0)
+        value = _where_rows(visible, value, jnp.zeros_like(value))
     shrink = jnp.exp2(softmax.top - top)
     mass = softmax.mass * shrink + p.sum(axis=0)
     total = (_over_features(p, value) * value).sum(axis=0)
@@ -373,6 +378,15 @@ def _load(ref: Any, layout: Any) -> jax.Array:
 def _over_features(x: jax.Array, like: jax.Array) -> jax.Array:
     """Repeats x over features: [n, 4] -> [n, 4, features], or [4] -> [4, features]."""
     return lax.broadcast_in_dim(x, like.shape, list(range(x.ndim)))
+
+
+def _where_rows(rows: jax.Array, x: jax.Array, other: jax.Array) -> jax.Array:
+    """Chooses x [n, 4, features] in the rows [n, 4] bool, and `other` elsewhere.
+
+    By numbers: Mosaic repeats no bool over features.
+    """
+    chosen = _over_features(jnp.where(rows, 1.0, 0.0), x)
+    return jnp.where(chosen > 0.5, x, other)
 
 
 def _apply_feature_map(x: jax.Array, name: str) -> jax.Array:

@@ -135,6 +135,51 @@ def test_what_a_registered_backend_cannot_serve_is_an_error_that_says_why(toy):
         decode_step(one, one, one, -one, state, window_size=2, implementation="numpy")
 
 
+class CarelessBackend(Backend):
+    """Adds up all tokens, padding too, and gives NaN at padding: nobody may see any of it."""
+
+    name = "careless"
+
+    def attend(self, query, key, value, log_decay, *, rope, segment_ids, past, options):
+        everything = (key + value).sum((1, 2), keepdims=True) + log_decay.sum() + rope[0].sum()
+        holes = jnp.where(segment_ids == 0, jnp.nan, 0.0)[..., None]
+        out = query * everything + holes[..., None]
+        return NHAOutput(out, None, out.sum(-1))
+
+
+@pytest.mark.parametrize("window_size", [2, None])
+def test_what_stands_in_padding_reaches_no_backend_and_nothing_comes_out_of_it(window_size):
+    backends.register(CarelessBackend())
+    try:
+        ids = jnp.array([[0, 1, 1, 0, 2, 2]])
+        real = np.asarray(ids != 0)[..., None, None]
+        shape = (1, 6, 1, 4)
+
+        def results(hole):
+            arrays = [jnp.where(real, -jnp.full(shape, x), hole) for x in (1.0, 2.0, 3.0, 4.0)]
+            rope = tuple(jnp.where(real[..., 0], jnp.ones((1, 6, 2)), hole) for _ in range(2))
+
+            def attend(*arrays):
+                return nha_attention(
+                    *arrays, rope=rope, window_size=window_size, segment_ids=ids,
+                    return_slot_weight=True, implementation="careless",
+                )  # fmt: skip
+
+            result, pullback = jax.vjp(attend, *arrays)
+            pull = jnp.where(real, jnp.ones(shape), hole)
+            return result, pullback(result._replace(out=pull, slot_weight=pull[..., 0]))
+
+        expected = results(0.0)
+        for hole in (jnp.nan, jnp.inf, -jnp.inf):
+            for x, wanted in zip(*map(jax.tree.leaves, (results(hole), expected)), strict=True):
+                np.testing.assert_array_equal(x, wanted)
+                assert np.all(np.isfinite(x))
+                assert not np.any(np.asarray(x)[~real[..., 0, 0]])
+                assert np.all(np.asarray(x)[real[..., 0, 0]])
+    finally:
+        backends.unregister("careless")
+
+
 def test_a_backends_own_options_reach_it(toy):
     x = jnp.ones((1, 4, 1, 2))
     for dtype in ("float32", "float64"):
