@@ -15,9 +15,9 @@ HALF_LIVES = (1.5, 3.0, 6.0, 12.0, 40.0)  # of the M slots, in tokens
 SLOT_LOGITS = (0.2, 1.3, 0.5, 1.7, 0.9)
 WINDOW_LOGITS = (-0.6, 0.5, -0.2, 1.1, -0.9, 0.7, 1.5, 2.1)
 
-WIDTH, HEIGHT = 940, 412
+WIDTH, HEIGHT = 954, 412
 CELL, PITCH = 22, 26  # side of a token, and the distance from one to the next
-LEFT = 108
+LEFT = 122
 LABEL_X = LEFT - 24  # right edge of the rows' labels
 SOFTMAX_TOP, SOFTMAX_FOOT = 48, 146  # of the bars' frame, and of the bars
 SLOTS_TOP, SLOTS_HEIGHT = 204, 66
