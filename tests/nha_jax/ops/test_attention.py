@@ -99,13 +99,15 @@ def kernel_cases() -> list[Case]:
     """One of each kind that the kernels treat in their own way, for every run of the tests."""
     return [
         Case(T=65, window="0", G=2, M=20, K=60, V=40, state=True, gate="-inf"),
-        Case(T=130, window="1", M=48, slot_feature_map="relu", rope="rows", empty_slots="mask"),
         Case(
             T=200, window="64", G=4, K=128, V=128, H=2, B=1, M=64, rope="yarn", small_blocks=False
         ),
-        Case(T=200, window="100", segments=True, gate="mixed", empty_slots="mask"),
         Case(
-            T=140, window="16", segments=True, state=True, gate="-1000", rope=None,
+            T=200, window="100", segments=True, gate="mixed", empty_slots="mask", rope="rows",
+            slot_feature_map="relu",
+        ),
+        Case(
+            T=140, window="1", segments=True, state=True, gate="-1000", rope=None, M=48,
             slot_weight_gradient="slots",
         ),
         Case(T=300, window="150", segments=True, G=2, slot_feature_map="silu", rope="yarn"),

@@ -79,6 +79,7 @@ def test_parts_of_a_batch_and_of_its_tokens_make_the_same_update(parts: dict[str
     assert max(jax.tree.leaves(errors)) < 1e-6
 
 
+@pytest.mark.slow
 def test_parts_at_the_head_need_less_memory() -> None:
     """Seven eighths of the logits at least, which are the widest thing there is here."""
     config = train_config()
