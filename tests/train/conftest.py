@@ -44,7 +44,7 @@ def tiny_values(corpus: Path) -> dict[str, Any]:
         "data": {"corpus": str(corpus), "sequence_length": 32, "held_out_fraction": 0.2},
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5},
         "evaluation": {"every": 20, "sequences": 16, "final_sequences": 32},
-        "checkpoint": {"every": 5},
+        "checkpoint": {"every": 15},
         "logging": {"every": 1},
         "sample": {"max_new_tokens": 4},
         "compilation_cache": None,

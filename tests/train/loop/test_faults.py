@@ -35,7 +35,7 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(nha: Nha, undist
     reports = [line for line in output.splitlines() if line.startswith("nha: ")]
     assert len(reports) == 1
     assert array.name in reports[0]
-    assert "resuming after step 115 of 120" in output
+    assert "resuming after step 105 of 120" in output
     assert nha.losses() == undisturbed.losses()
     assert nha.model_bytes() == undisturbed.model_bytes()
     assert (nha.run / "checkpoints" / "damaged-120").is_dir()

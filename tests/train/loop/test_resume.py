@@ -18,7 +18,7 @@ def unfinished(checkpoints: Path) -> bool:
 def test_losses_after_kill_are_those_of_an_undisturbed_run(nha: Nha, undisturbed: Nha) -> None:
     metrics, checkpoints = nha.run / "metrics.jsonl", nha.run / "checkpoints"
     process = nha.start()
-    wait_for(lambda: (checkpoints / "10").exists() and unfinished(checkpoints), process)
+    wait_for(lambda: (checkpoints / "15").exists() and unfinished(checkpoints), process)
     process.kill()
     process.communicate()
     assert unfinished(checkpoints)
@@ -91,4 +91,4 @@ def test_run_leaves_all_it_promises(undisturbed: Nha) -> None:
     }
     assert (undisturbed.run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert any((undisturbed.run / "tensorboard").iterdir())
-    assert {path.name for path in (undisturbed.run / "checkpoints").iterdir()} == {"115", "120"}
+    assert {path.name for path in (undisturbed.run / "checkpoints").iterdir()} == {"105", "120"}
