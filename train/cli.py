@@ -73,7 +73,7 @@ def _run(arguments: list[str]) -> int:
         command.add_parser(commands)
     options, rest = parser.parse_known_args(arguments)
     if rest and options.command not in ("train", "plan"):
-        parser.error(f"{' '.join(rest)}: more than `nha {options.command}` takes")
+        commands.choices[options.command].error(f"{' '.join(rest)}: more than it takes")
     return COMMANDS[options.command].run(options, rest)
 
 

@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-_MACHINE = {
+MACHINE_ERRORS = {
     errno.ENOSPC, errno.EDQUOT, errno.EPIPE, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ENOMEM
 }  # fmt: skip
+"""Reasons of an OSError that lie in the machine, and not in what the user wrote."""
 
 
 class UserError(Exception):
@@ -92,7 +93,7 @@ def refusals_are_config_errors() -> Iterator[None]:
     except ValueError as error:
         raise ConfigError(" ".join(str(error).split())) from None
     except OSError as error:
-        if error.errno in _MACHINE:
+        if error.errno in MACHINE_ERRORS:
             raise
         raise ConfigError(describe_os_error(error)) from None
 

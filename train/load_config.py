@@ -170,7 +170,8 @@ def _read(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: the configuration is not UTF-8 text") from None
     values = read_yaml(text, path, TrainConfig)
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {values!r:.60}")
+        found = "none" if values is None else _show(values)
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
     return values
 
 

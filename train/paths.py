@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
 
 _HIDDEN = {0xDC00 + byte: 0x10FF00 + byte for byte in range(128, 256)}
 _SHOWN = {hidden: shown for shown, hidden in _HIDDEN.items()}
+
+_MEMORY_DEVICES = 1  # Linux's number of /dev/null, zero, full, random and their like
 
 
 def user_path(text: str | Path, name: str) -> Path:
@@ -50,6 +53,19 @@ def user_path(text: str | Path, name: str) -> Path:
     if text.startswith("~") and expanded == text and not os.path.lexists(user):
         raise ConfigError(f"{shown}: {user} is no user's home; ./{user} is a file of that name")
     return Path(expanded)
+
+
+def check_ends(path: Path, name: str) -> None:
+    """Raises ConfigError, which begins with `name`, for a device that has no end: /dev/zero.
+
+    Standard input and terminals, which are devices too, end when their writer says so.
+    """
+    try:
+        status = path.stat()
+    except OSError:  # whoever opens it says so
+        return
+    if stat.S_ISCHR(status.st_mode) and os.major(status.st_rdev) == _MEMORY_DEVICES:
+        raise ConfigError(f"{name} = {shorten(str(path))}: a device; expected a file")
 
 
 def shorten(text: str) -> str:

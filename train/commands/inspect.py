@@ -4,8 +4,9 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from train.errors import ConfigError, do_without
+from train.errors import MACHINE_ERRORS, ConfigError, do_without
 from train.paths import MAX_NAME_BYTES, user_path
 
 _DESCRIPTION = """\
@@ -92,6 +93,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     try:
         write_atomically(numbers, inspection.to_json(run=options.run, text=options.text))
     except OSError as error:
+        if error.errno in MACHINE_ERRORS:
+            raise
         raise ConfigError(
             f"{picture.parent}: cannot write there: {error.strerror}; give --output"
         ) from None
@@ -116,4 +119,18 @@ def _output_path(options: argparse.Namespace, run: Path, text: Path) -> Path:
         raise ConfigError(f"--output = {options.output!r}: must end in .png")
     if not path.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no folder {path.parent}")
+    numbers = path.with_suffix(".json")
+    for file in (path, numbers):
+        if file.exists() and not _is_ours(numbers):
+            raise ConfigError(f"--output = {options.output!r}: {file} exists, and is no inspection")
     return path
+
+
+def _is_ours(numbers: Path) -> bool:
+    """Whether a file holds the numbers of an inspection, which the next one may replace."""
+    from train.storage.small_json import parse
+
+    try:
+        return "layers" in parse(numbers.read_bytes(), dict[str, Any])
+    except (OSError, ValueError):
+        return False

@@ -117,4 +117,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         with explain_refusal():
             return run_search(SearchOptions(**{name: getattr(options, name) for name in fields}))
     except ValueError as error:
-        raise ConfigError(" ".join(str(error).split())) from None
+        line = " ".join(str(error).split())
+        named = next((name for name in fields if line.startswith(f"{name} = ")), "")
+        option = f"--{named.replace('_', '-')}" if named else ""
+        raise ConfigError(option + line.removeprefix(named)) from None

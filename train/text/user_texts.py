@@ -8,7 +8,7 @@ import numpy as np
 from train.data.packed_files import naming, open_unpacked
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
-from train.paths import user_path
+from train.paths import check_ends, user_path
 
 # No token stands for more bytes than this on average, so the rest of a long file is not read.
 _MOST_BYTES_PER_TOKEN = 16
@@ -52,6 +52,7 @@ def read_text(path: str, limit: int | None = None, name: str = "--prompt-file") 
         ConfigError: the file cannot be read, is damaged, or is empty.
     """
     file = user_path(path, name)
+    check_ends(file, name)
     with (
         naming(file, ConfigError, "cannot read the text"),
         sys.stdin.buffer if path == "-" else open_unpacked(file) as opened,

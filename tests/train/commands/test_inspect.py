@@ -216,6 +216,28 @@ def test_a_wrong_argument_is_one_line(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("name", ["config.json", "mine.png"])
+def test_what_is_no_inspection_is_not_overwritten(
+    run: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """The numbers go beside the picture: config.json beside config.png."""
+    (tmp_path / name).write_text('{"mine": 1}')
+    picture = (tmp_path / name).with_suffix(".png")
+    assert main(["inspect", str(run), "--text", str(text), "--output", str(picture)]) == 2
+    assert f"{tmp_path / name} exists, and is no inspection" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == '{"mine": 1}'
+
+
+def test_a_device_without_an_end_is_not_read(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for device in ("/dev/zero", "/dev/full", "/dev/urandom"):
+        assert main(["inspect", str(run), "--text", device]) == 2
+        assert main(["generate", str(run), "--prompt-file", device]) == 2
+        assert main(["data", "prepare", "unused", str(run), "--tokenizer", device]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        for option, line in zip(("--text", "--prompt-file", "--tokenizer"), lines, strict=True):
+            assert line.startswith(f"nha: {option} = '{device}': a device")
+
+
 def test_a_model_that_reads_no_bytes_is_refused(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -35,7 +35,7 @@ from train.data.tokenizer.files import TOKENIZER_FILE
 from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
 from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError, DataError, describe_differences
-from train.paths import user_path
+from train.paths import check_ends, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
 
@@ -124,6 +124,7 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
         if not tokenizer.files:
             raise ConfigError(f"--tokenizer = {str(path)!r}: holds no {TOKENIZER_FILE}")
         return tokenizer
+    check_ends(path, "--tokenizer")
     try:
         content = path.read_bytes()
     except OSError as error:
