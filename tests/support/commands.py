@@ -123,6 +123,7 @@ NOT_RUN = {
         "pip install -q uv && uv run pytest -n 2",
         "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
         "uv run pytest -m slow tests/train",
+        "uv run pytest -m slow tests/train/commands/test_fuzz.py",
         "uv run pytest -n 2 -m slow",
         "uv run pytest -n 2 -m full tests/nha_jax/ops tests/pallas/gpu "
         "tests/pallas/tpu/test_decode.py",

@@ -75,6 +75,11 @@ class Parser(argparse.ArgumentParser):
             (overrides if action is None else options).append(f"{name}={value}")
         return options, others, overrides
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        if action.option_strings and arg_strings == ["--"]:  # argparse would drop it: --stop=--
+            return self._get_value(action, "--")
+        return super()._get_values(action, arg_strings)
+
     def _is_option(self, argument: str) -> bool:
         return argument.startswith("--") or argument in self._option_string_actions
 

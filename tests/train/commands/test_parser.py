@@ -88,6 +88,15 @@ def test_two_dashes_end_the_options() -> None:
     assert not found.skip_bad
 
 
+def test_two_dashes_may_be_a_value(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("generate", "r", "--stop=--", "--prompt=--")[0].stop == ["--"]
+    assert parse("search", "r", "--full-layers=1", "--base=--")[0].base == "--"
+    assert parse_overrides(parse("train", "c", "--run=--")[1]) == [("run", "--")]
+    assert "--beam: expected an integer, got '--'" in refused(
+        capsys, "search", "r", "--full-layers=1", "--beam=--"
+    )
+
+
 def test_of_an_option_that_is_repeated_the_last_counts() -> None:
     assert parse("search", "r", "--full-layers", "1", "--beam", "2", "--beam=3")[0].beam == 3
     _, rest = parse("train", "--steps", "1", "c", "--steps=2")
