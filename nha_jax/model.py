@@ -30,6 +30,7 @@ from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
 from nha_jax.ops.padding import clear_padding
+from nha_jax.summary import summary
 
 
 class Model(nnx.Module):
@@ -47,6 +48,21 @@ class Model(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes a model with random parameters, in config.param_dtype, on the default device.
+
+        The embedding and the projections are normal with the standard deviation
+        config.initializer_range, norms are 1, biases 0, and the taps of the convolutions uniform
+        within +-1/sqrt(conv_width).
+
+        Args:
+            config: sizes, windows and dtypes; it has checked them itself.
+            rngs: the random numbers, of which the stream "params" is taken, or the default one:
+                `nnx.Rngs(0)`. Equal seeds give equal parameters. Nothing else is random, so that
+                no call of the model needs any.
+
+        Raises:
+            AttributeError: rngs has neither of the two streams.
+        """
         self.config = config
         self.embed = nnx.Embed(
             config.vocab_size,
@@ -68,6 +84,13 @@ class Model(nnx.Module):
                 rngs=rngs,
                 preferred_element_type=jnp.float32,
             )
+
+    def __repr__(self) -> str:
+        """Describes the model in a few lines; `print(model.blocks)` shows the modules in it."""
+        parameters = jax.tree.leaves(nnx.state(self, nnx.Param))
+        return summary(type(self).__name__, self.config, parameters)
+
+    __str__ = __repr__  # nnx has one of its own
 
     def __call__(
         self,
