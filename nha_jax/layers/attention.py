@@ -63,6 +63,15 @@ class NativeHybridAttention(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes one layer with random parameters, in config.param_dtype.
+
+        Args:
+            config: of the model; its window_size and num_layers are not used.
+            rngs: the random numbers, as for `nha_jax.Model`.
+
+        Raises:
+            AttributeError: rngs has neither a stream "params" nor a default one.
+        """
         self.config = config
         hidden = config.hidden_size
         query_size = config.num_query_heads * config.key_dim
@@ -115,13 +124,17 @@ class NativeHybridAttention(nnx.Module):
         """Runs the layer; padding (segment id 0) gives o_proj(0), whatever it holds.
 
         Args:
-            inputs: [B, T, hidden_size].
+            inputs: [B, T, hidden_size], of any floating dtype; it is computed in config.dtype.
             window_size: how many of the last tokens are kept exactly (W); None for full attention.
-            rope: the tables of the rotary embedding at the tokens' positions.
-            segment_ids: [B, T] integers, as for `nha_jax.nha_attention`.
+            rope: the tables of the rotary embedding at the tokens' positions, as
+                `nha_jax.ops.rope_tables` makes them.
+            segment_ids: [B, T] integers, as for `nha_jax.nha_attention`. None: one segment.
 
         Returns:
             [B, T, hidden_size] in config.dtype.
+
+        Raises:
+            ValueError, TypeError, NotImplementedError: as `nha_jax.nha_attention`.
         """
         if segment_ids is not None:
             inputs = clear_padding(segment_ids, inputs)
