@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nha_jax.hf.pretrained import from_pretrained
     from nha_jax.layers.diagnostics import Diagnostics
     from nha_jax.model import Model
+    from nha_jax.muon import muon_dimension_numbers
     from nha_jax.ops.api import nha_attention
     from nha_jax.ops.state import NHAState
     from nha_jax.ops.types import NHAOutput
@@ -44,6 +45,7 @@ else:
             "from_pretrained": "nha_jax.hf.pretrained",
             "generate": "nha_jax.generation.generate",
             "load": "nha_jax.storage.saved_model",
+            "muon_dimension_numbers": "nha_jax.muon",
             "nha_attention": "nha_jax.ops.api",
             "num_parameters": "nha_jax.sizes",
             "save": "nha_jax.storage.saved_model",
@@ -67,6 +69,7 @@ __all__ = [
     "from_pretrained",
     "generate",
     "load",
+    "muon_dimension_numbers",
     "nha_attention",
     "num_parameters",
     "save",

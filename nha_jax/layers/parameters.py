@@ -36,6 +36,11 @@ def partitioned(initializer: jax.nn.initializers.Initializer, *names: str):
     return nnx.with_partitioning(initializer, names, eager_sharding=False)
 
 
+def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
+    """The logical names of a variable's axes, e.g. ("layers", "embed", "mlp"); () without any."""
+    return tuple(variable.get_metadata().get("out_sharding") or ())
+
+
 def linear(
     config: ModelConfig,
     in_features: int,

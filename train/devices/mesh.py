@@ -11,6 +11,7 @@ from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from nha_jax.layers.parameters import logical_axes
 from train.config import TrainConfig
 from train.errors import ConfigError
 
@@ -133,11 +134,6 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         return NamedSharding(mesh, PartitionSpec(*parts))
 
     return jax.tree.map(sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-
-
-def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
-    """The logical names of a variable's axes, e.g. ("layers", "embed", "mlp"); () without any."""
-    return tuple(variable.get_metadata().get("out_sharding") or ())
 
 
 def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:

@@ -6,8 +6,8 @@ import jax
 import optax
 from flax import nnx
 
+from nha_jax.layers.parameters import logical_axes
 from train.config import OptimizerConfig
-from train.devices.mesh import logical_axes
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
