@@ -1,5 +1,7 @@
 """Which parameters of a model are matrices to Muon, and along which axes."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers
@@ -8,7 +10,7 @@ from nha_jax.layers.parameters import logical_axes
 from nha_jax.model import Model
 
 
-def muon_dimension_numbers(model: Model) -> nnx.State:
+def muon_dimension_numbers(model: Model) -> nnx.State[Any, Any]:
     """Says which parameters `optax.contrib.muon` shall orthogonalize, each layer by itself.
 
     Without it optax takes every array of two axes for a matrix and no other. Those are the

@@ -25,7 +25,7 @@ from nha_jax.sizes import Shapes, by_name
 Index = tuple[slice, ...]
 """A slice for every axis of an array."""
 
-Shardings = Callable[[nnx.State], Any]
+Shardings = Callable[[nnx.State[Any, Any]], Any]
 """Takes a model's abstract state; returns it with a `jax.sharding.Sharding` for each variable."""
 
 _PIECE_BYTES = 2**26

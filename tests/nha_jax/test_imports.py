@@ -72,6 +72,13 @@ def test_every_public_name_is_there_for_people_and_type_checkers(package):
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
+    (loaded,) = (
+        ast.literal_eval(node)
+        for statement in block.orelse
+        for node in ast.walk(statement)
+        if isinstance(node, ast.Dict)
+    )
+    assert declared == loaded
     assert set(declared) == set(package.__all__)
     for name, module in declared.items():
         assert getattr(package, name) is getattr(importlib.import_module(module), name)
