@@ -47,6 +47,7 @@ def default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Arr
     index = jnp.arange(num_tokens)
     if segment_ids is None:
         return index
+    index = index[None]
     first = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
     return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
@@ -103,10 +104,11 @@ def after_unknown(known: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         [B, T] bool.
     """
     num_tokens = known.shape[1]
-    index = jnp.arange(num_tokens)
+    index = jnp.arange(num_tokens)[None]
     unknown = ~known if segment_ids is None else ~known & (segment_ids != 0)
     last_unknown = jax.lax.cummax(jnp.where(unknown, index, -1), axis=1)
-    return last_unknown >= index - default_positions(num_tokens, segment_ids)
+    first = index - jnp.atleast_2d(default_positions(num_tokens, segment_ids))
+    return last_unknown >= first  # the first token of each one's segment
 
 
 def check_prompt(

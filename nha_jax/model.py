@@ -306,13 +306,13 @@ class Model(nnx.Module):
         if lengths is not None:
             least = 1 if cache is None else 0
             row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
-            known |= jnp.arange(num_tokens) >= row_lengths[:, None]  # or not read
+            known |= jnp.arange(num_tokens)[None] >= row_lengths[:, None]  # or not read
         if cache is None:
             check_room(self.config.windows, max_length, num_tokens)
             rope = self._rope(jnp.arange(num_tokens))
         else:
             check_cache(cache, max_length, batch_size)
-            rope = self._rope(cache.length[:, None] + jnp.arange(num_tokens))
+            rope = self._rope(cache.length[:, None] + jnp.arange(num_tokens)[None])
 
         def prefill(
             block: Block, hidden: jax.Array, cache: LayerCache | None, window_size: int | None

@@ -38,6 +38,9 @@ def share_what_is_compiled() -> None:
 
 share_what_is_compiled()
 
+# Arrays of different ranks do not meet unless the code says how, in the processes of tests too.
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+
 import jax  # noqa: E402
 
 # The tests compile hundreds of small programs and run each once: less optimised code is soonest

@@ -220,7 +220,7 @@ def _penalised(logits: jax.Array, rows: RowSampling) -> jax.Array:
 def _ranked(logits: jax.Array, scores: jax.Array, rows: RowSampling) -> jax.Array:
     """Keeps the scores [B, vocab_size] of tokens within top_k and top_p; others get -inf."""
     ranked, candidates = jax.lax.top_k(logits, logits.shape[-1])
-    rank = jnp.arange(logits.shape[-1])
+    rank = jnp.arange(logits.shape[-1])[None]
     ranked = jnp.where(rank < rows.top_k[:, None], ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     likelier = probability.cumsum(axis=-1) - probability  # the mass of more likely tokens

@@ -197,7 +197,7 @@ class NativeHybridAttention(nnx.Module):
         if lengths is None:
             lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         else:
-            segment_ids = (jnp.arange(num_tokens) < lengths[:, None]).astype(jnp.int32)
+            segment_ids = (jnp.arange(num_tokens)[None] < lengths[:, None]).astype(jnp.int32)
         projections = self._projections(inputs)
         convolution = None
         taps: tuple[jax.Array | None, ...] = (None,) * 3

@@ -52,7 +52,7 @@ class ShortConvolution(nnx.Module):
                 segment_ids = jnp.concatenate([before, segment_ids], axis=1)
             joined = jnp.concatenate([state, inputs], axis=1)
             return self(joined, segment_ids)[:, self.width - 1 :]
-        kernel = self.kernel[...].astype(jnp.float32)
+        kernel = self.kernel[...].astype(jnp.float32)[:, None, None]  # [width, 1, 1, channels]
         if segment_ids is not None:
             inputs = clear_padding(segment_ids, inputs)
         total = inputs * kernel[-1]  # [B, T, channels] float32
@@ -87,7 +87,7 @@ class ShortConvolution(nnx.Module):
         if state is not None:
             inputs = jnp.concatenate([state, inputs], axis=1)
             lengths = lengths + self.width - 1
-        index = lengths[:, None] + jnp.arange(1 - self.width, 0)  # [B, width - 1]
+        index = lengths[:, None] + jnp.arange(1 - self.width, 0)[None]  # [B, width - 1]
         taps = jnp.take_along_axis(inputs, jnp.maximum(index, 0)[..., None], axis=1)
         return jnp.where((index >= 0)[..., None], taps, 0)
 
@@ -102,7 +102,8 @@ class ShortConvolution(nnx.Module):
             [B, 1, channels] in the inputs' dtype, and the state after the token.
         """
         taps = jnp.concatenate([state, inputs], axis=1)  # [B, width, channels]
-        total = (taps * self.kernel[...].astype(jnp.float32)).sum(axis=1, keepdims=True)
+        kernel = self.kernel[...].astype(jnp.float32)[None]  # [1, width, channels]
+        total = (taps * kernel).sum(axis=1, keepdims=True)
         return jax.nn.silu(total).astype(inputs.dtype), taps[:, 1:]
 
 

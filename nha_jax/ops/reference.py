@@ -122,12 +122,13 @@ def _step(values: jax.Array, options: Options) -> Callable[..., Any]:
 
 def _in_window(timeline: Timeline) -> jax.Array:
     """[T, B, R + T] bool: the rows of its segment in each query's window."""
-    row, now = jnp.arange(timeline.num_rows), jnp.arange(timeline.num_rows)[:, None]
+    index = jnp.arange(timeline.num_rows)
+    row, now = index[None], index[:, None]
     inside = row <= now
     if timeline.window_size is not None:
         inside &= row > now - timeline.window_size
     own = timeline.token_segment[:, None, :] == timeline.segment[:, :, None]
-    return (inside & own)[:, -timeline.num_tokens :].swapaxes(0, 1)
+    return (inside[None] & own)[:, -timeline.num_tokens :].swapaxes(0, 1)
 
 
 def _softmax(logits: jax.Array, padding: jax.Array) -> jax.Array:

@@ -25,6 +25,8 @@ def rope_tables(
     Raises ValueError if `head_dim` is odd.
     """
     frequency = rope_frequencies(head_dim, theta, scaling)
+    # [T, 1] or [B, T, 1], and [1, K/2] or [1, 1, K/2]
+    frequency = np.expand_dims(frequency, tuple(range(positions.ndim)))
     angle = positions[..., None].astype(jnp.float32) * frequency
     size = 1.0 if scaling is None else _attention_factor(scaling)
     return size * jnp.cos(angle), size * jnp.sin(angle)

@@ -60,7 +60,7 @@ class NHAState(NamedTuple):
 
         What no token has written yet, slots and ring entries, is 0 there, whatever it holds.
         """
-        real = jnp.arange(self.capacity) >= self.capacity - self.length[:, None]
+        real = jnp.arange(self.capacity)[None] >= self.capacity - self.length[:, None]
         entered = (self.length > self.capacity)[:, None, None, None]
 
         def unroll(ring: jax.Array) -> jax.Array:
@@ -179,5 +179,5 @@ def rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
     R = x.shape[1]
     if R == 0:
         return x
-    source = (jnp.arange(R) - shift[:, None]) % R  # [B, R]
+    source = (jnp.arange(R)[None] - shift[:, None]) % R  # [B, R]
     return jnp.take_along_axis(x, source.reshape(*source.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -88,7 +88,7 @@ class Timeline:
     @property
     def enters(self) -> jax.Array:
         """[B, R + T] bool, whether a row's token enters the slots during the call."""
-        return self.real & (jnp.arange(self.num_rows) <= self.last_to_enter[:, None])
+        return self.real & (jnp.arange(self.num_rows)[None] <= self.last_to_enter[:, None])
 
     @property
     def reads_own_slots(self) -> jax.Array:
@@ -105,7 +105,7 @@ class Timeline:
         stay that token's.
         """
         last = self.last_to_enter[:, None]
-        turn = first + jnp.arange(count)
+        turn = first + jnp.arange(count)[None]
         now = at_offset(self.segment, first, count, outside=0)
         return jnp.where(turn > last, self._segment_at(last), now)
 
@@ -199,7 +199,7 @@ def next_state(
 
     def ring(x):  # the capacity rows that end with the last real token, at their ring entries
         padded = jnp.pad(x, ((0, 0), (capacity - R, 0), (0, 0), (0, 0)))
-        rows = last[:, None] + 1 + jnp.arange(capacity)
+        rows = last[:, None] + 1 + jnp.arange(capacity)[None]
         return rotate_rows(jnp.take_along_axis(padded, rows[:, :, None, None], 1), length)
 
     tokens = timeline.tokens

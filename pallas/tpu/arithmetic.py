@@ -112,15 +112,21 @@ def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     """Rotates x [..., rows, K] by halves (as Llama does) with a table [rows, 2 K]; float32."""
-    cos, sin = jnp.split(table, 2, axis=1)
+    cos, sin = _of_rank(x.ndim, table)
     swapped = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
     return x.astype(jnp.float32) * cos + swapped * sin
 
 
 def rotate_back(x: jax.Array, table: jax.Array) -> jax.Array:
     """Transposes `rotate`: takes the gradient of the rotated x, float32, back to x."""
-    cos, sin = jnp.split(table, 2, axis=1)
+    cos, sin = _of_rank(x.ndim, table)
     return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
+
+
+def _of_rank(rank: int, table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cuts the table [rows, 2 K] in two halves [..., rows, K] of this many axes."""
+    cos, sin = (jnp.expand_dims(x, tuple(range(rank - 2))) for x in jnp.split(table, 2, axis=1))
+    return cos, sin
 
 
 def cumulative_sum(x: jax.Array) -> jax.Array:

@@ -187,9 +187,9 @@ def _slot_logits(n: int, step: GridStep, reads: _Reads, states: ChunkStates) -> 
         window_product = split_group(matmul_nt(reads.window_query, reads.window_key), G)
     half = G * decays.gate_blocks[0].stop
     a, da = (
-        start_product * from_start
+        start_product * from_start[None]
         + join([
-            split_group(sums[part], G) * row_decay
+            split_group(sums[part], G) * row_decay[None]
             for sums, row_decay in zip(block_sums, row_decays, strict=True)
         ], 1)
         for start_product, part in ((start_a, slice(0, half)), (start_da, slice(half, None)))
@@ -232,11 +232,13 @@ def _softmax(
     if window_p is not None:
         d_logits = window_p * ((d_out_value - delta) * spec.window_slope)
         db = merge_group(d_logits).astype(dtype)
-    start_ds, start_p = (merge_group(x * logits.from_start).astype(dtype) for x in (ds, slot_p))
+    start_ds, start_p = (
+        merge_group(x * logits.from_start[None]).astype(dtype) for x in (ds, slot_p)
+    )
     block_ds_p = [
-        jnp.concatenate([merge_group(x[:, block] * row_decay) for x in (ds, slot_p)], 0).astype(
-            dtype
-        )
+        jnp.concatenate(
+            [merge_group(x[:, block] * row_decay[None]) for x in (ds, slot_p)], 0
+        ).astype(dtype)
         for block, row_decay in zip(states.decays.gate_blocks, logits.row_decays, strict=True)
     ]
     return _Softmax(window_p, db, start_ds, start_p, block_ds_p)
@@ -315,7 +317,7 @@ def _gradients(
     d_end_key, d_end_value = (x.astype(dtype) for x in (d_end[:, :K], d_end[:, K:]))
     d_end_operand = jnp.concatenate([d_end_key, d_end_value], 1)
     d_at_end = jnp.sum(d_end_operand.astype(jnp.float32) * states.end, -1, keepdims=True)
-    d_at_end = to_row(d_at_end)
+    d_at_end = to_row(d_at_end)[None]  # [1, M]
     later["d_slots"] = states.total * d_end + products.d_start
 
     d_query = matmul(softmax.start_ds, states.start_key)

@@ -254,10 +254,10 @@ def _slot_logits(spec: CallSpec, reads: _Reads, slots: _Slots) -> _Logits:
     blocks = range(len(decays.gate_blocks))
     token_decays = [decays.token_decay(i) for i in blocks]
     row_decays = [decays.row_decay(i) for i in blocks]
-    a = split_group(matmul_nt(reads.slot_query, slots.start_key), G) * slots.from_start
+    a = split_group(matmul_nt(reads.slot_query, slots.start_key), G) * slots.from_start[None]
     a += join([
         split_group(matmul(merge_group(query_key[:, rows, seen]).astype(dtype), token_decay), G)
-        * row_decay
+        * row_decay[None]
         for rows, seen, token_decay, row_decay in zip(
             decays.gate_blocks, decays.block_tokens, token_decays, row_decays, strict=True
         )
@@ -303,9 +303,11 @@ def _sum_values(
     spec: CallSpec, reads: _Reads, slots: _Slots, logits: _Logits, softmax: _Softmax
 ) -> _Sums:
     G, dtype, slot_p = spec.group, reads.value.dtype, softmax.slot_p
-    start_out = matmul(merge_group(slot_p * slots.from_start).astype(dtype), slots.start_value)
+    start_out = matmul(
+        merge_group(slot_p * slots.from_start[None]).astype(dtype), slots.start_value
+    )
     to_tokens = [
-        matmul_nt(merge_group(slot_p[:, rows] * row_decay).astype(dtype), token_decay)
+        matmul_nt(merge_group(slot_p[:, rows] * row_decay[None]).astype(dtype), token_decay)
         for rows, token_decay, row_decay in zip(
             reads.decays.gate_blocks, logits.token_decays, logits.row_decays, strict=True
         )

@@ -232,4 +232,4 @@ def _reads_both(model: nha_jax.ModelConfig, segment_ids: jax.Array) -> jax.Array
     """[mixed layers, B, T] bool: real tokens whose window a token of their segment has left."""
     windows = np.array([model.windows[layer] for layer in _mixed_layers(model)], np.int32)
     positions = default_positions(segment_ids.shape[1], segment_ids)
-    return (positions >= windows[:, None, None]) & (segment_ids > 0)
+    return (positions[None] >= windows[:, None, None]) & (segment_ids > 0)[None]

@@ -354,7 +354,7 @@ def _cut_read(x: jax.Array, plan: ChunkPlan) -> jax.Array:
 def _window_mask(segments: Segments, token_segment: jax.Array, plan: ChunkPlan) -> jax.Array:
     """[B, N, C, W + C]: the W rows up to its own that are of the query's segment."""
     W, C = plan.window, plan.chunk
-    row, column = np.arange(C)[:, None], np.arange(W + C)
+    row, column = np.arange(C)[:, None], np.arange(W + C)[None]
     inside = jnp.asarray((column > row) & (column <= row + W))
     token_segment = _cut_read(token_segment, plan)[:, 0]  # [B, N, W + C]
-    return inside & (token_segment[:, :, None] == segments.query[..., None])
+    return inside[None, None] & (token_segment[:, :, None] == segments.query[..., None])

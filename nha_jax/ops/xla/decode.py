@@ -56,7 +56,7 @@ def decode_xla(
     if options.empty_slots == "mask":
         filled = (length > R) & (W is not None)
         a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
-    seen = jnp.arange(R) < length[:, None]
+    seen = jnp.arange(R)[None] < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
     out = _window_sum(p[..., M:], ring.value, seen, dtype)
@@ -124,7 +124,7 @@ def _by_blocks(
         start = jnp.minimum(i * size, R - size)
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
         new = start + jnp.arange(size) >= i * size  # the block before had the others
-        part = multiply(cut(weights, axis=2), cut(values, axis=1), cut(seen, axis=1) & new)
+        part = multiply(cut(weights, axis=2), cut(values, axis=1), cut(seen, axis=1) & new[None])
         return total + part
 
     nothing = jax.eval_shape(multiply, weights, values, seen)

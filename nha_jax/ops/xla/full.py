@@ -44,7 +44,8 @@ def full_attention(
     def attend(x):
         index, query, segment = x
         now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
-        mask = (jnp.arange(num_rows) <= now) & (token_segment == segment[..., None])
+        inside = jnp.arange(num_rows)[None] <= now  # [rows, R + T]
+        mask = inside[None] & (token_segment == segment[..., None])
         logits = options.scale * jnp.einsum("bthgk,bnhk->bhgtn", query.astype(wide), rotated_key)
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
         top = lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
