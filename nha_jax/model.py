@@ -1,6 +1,7 @@
 """The decoder-only language model: `Model`, with its forward pass, prefill and decode step."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Self, cast
 
@@ -15,6 +16,7 @@ from nha_jax.argument_checks import (
     check_tokens,
 )
 from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
+from nha_jax.compiled import compiled
 from nha_jax.config import ModelConfig
 from nha_jax.layers import Block, LayerCache, LayerDiagnostics
 from nha_jax.layers.diagnostics import Diagnostics
@@ -30,6 +32,7 @@ from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
 from nha_jax.ops.padding import clear_padding
+from nha_jax.ops.types import check_choices, check_window_size
 from nha_jax.summary import summary
 
 
@@ -115,8 +118,11 @@ class Model(nnx.Module):
         Raises:
             ValueError, TypeError: an argument has a wrong shape or dtype; the message names it.
         """
-        logits = self.logits(self.hidden_states(tokens, segment_ids, positions))
-        return shard_tokens(logits, heads=self.config.vocab_size)
+        return self._sharded_logits(self.hidden_states(tokens, segment_ids, positions))
+
+    @compiled()
+    def _sharded_logits(self, hidden: jax.Array) -> jax.Array:
+        return shard_tokens(self.logits(hidden), heads=self.config.vocab_size)
 
     def hidden_states(
         self,
@@ -152,11 +158,11 @@ class Model(nnx.Module):
 
         Arguments and errors as for a call; slot_weight_gradient as for `nha_jax.nha_attention`.
         """
+        check_choices(slot_weight_gradient=slot_weight_gradient)
         hidden, layers = self._forward(
             tokens, segment_ids, positions, diagnose=slot_weight_gradient
         )
-        stacked = in_layer_order(layers)
-        return Diagnostics(hidden, stacked.slot_weight, stacked.log_decay)
+        return Diagnostics(hidden, layers.slot_weight, layers.log_decay)
 
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype.
@@ -212,11 +218,22 @@ class Model(nnx.Module):
         segment_ids, positions = check_segments_and_positions(
             hidden.shape[:2], segment_ids, positions
         )
+        check_window_size(window_size)
+        return self._apply_layer(index, hidden, segment_ids, positions, window_size=window_size)
+
+    @compiled("window_size")
+    def _apply_layer(
+        self,
+        index: int | jax.Array,
+        hidden: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array,
+        *,
+        window_size: int | None,
+    ) -> jax.Array:
+        """Does what `apply_layer` does, of checked arguments."""
         return block_of_layer(self.blocks, index)(
-            hidden,
-            window_size=window_size,
-            rope=self._rope(positions),
-            segment_ids=segment_ids,
+            hidden, window_size=window_size, rope=self._rope(positions), segment_ids=segment_ids
         )
 
     def with_windows(self, window_size: int | Sequence[int | None] | None) -> Self:
@@ -245,8 +262,7 @@ class Model(nnx.Module):
     def _with_config(self, **changes: Any) -> Self:
         """Returns a model of a changed config, under which it has the same parameters: these."""
         config = dataclasses.replace(self.config, **changes)
-        graph, _ = abstract_model(config, type(self))
-        return cast(Self, nnx.merge(graph, nnx.state(self)))
+        return cast(Self, nnx.merge(_graph(config, type(self)), nnx.state(self)))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
@@ -309,10 +325,26 @@ class Model(nnx.Module):
             known |= jnp.arange(num_tokens)[None] >= row_lengths[:, None]  # or not read
         if cache is None:
             check_room(self.config.windows, max_length, num_tokens)
-            rope = self._rope(jnp.arange(num_tokens))
         else:
             check_cache(cache, max_length, batch_size)
-            rope = self._rope(cache.length[:, None] + jnp.arange(num_tokens)[None])
+        # Where no layer needs it, one program serves all.
+        max_length = max_length if None in self.config.windows else None
+        return self._prefill(tokens, known, row_lengths, cache, max_length=max_length)
+
+    @compiled("max_length")
+    def _prefill(
+        self,
+        tokens: jax.Array,
+        known: jax.Array,
+        row_lengths: jax.Array | None,
+        cache: ModelCache | None,
+        *,
+        max_length: int | None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Does what `prefill` does, of checked arguments."""
+        batch_size, num_tokens = tokens.shape
+        positions = jnp.arange(num_tokens)
+        rope = self._rope(positions if cache is None else cache.length[:, None] + positions[None])
 
         def prefill(
             block: Block, hidden: jax.Array, cache: LayerCache | None, window_size: int | None
@@ -366,6 +398,13 @@ class Model(nnx.Module):
                 f"tokens must be [batch] as in the cache, {cache.length.shape}; "
                 f"got shape {tokens.shape}"
             )
+        return self._decode_step(tokens, known, cache, active)
+
+    @compiled()
+    def _decode_step(
+        self, tokens: jax.Array, known: jax.Array, cache: ModelCache, active: jax.Array | None
+    ) -> tuple[jax.Array, ModelCache]:
+        """Does what `decode_step` does, of checked arguments."""
         rope = self._rope(cache.length[:, None])
         if active is not None:
             known |= ~active
@@ -393,8 +432,8 @@ class Model(nnx.Module):
         positions: jax.Array | None,
         *,
         diagnose: SlotWeightGradient | None,
-    ) -> tuple[jax.Array, tuple[LayerDiagnostics | None, ...]]:
-        """Computes the head's input, and each layer's diagnostics as `scan_blocks` returns them.
+    ) -> tuple[jax.Array, Any]:
+        """Computes the head's input, and all layers' diagnostics in one tree.
 
         diagnose: how the slot weights are differentiated; None: no diagnostics are wanted.
         """
@@ -402,6 +441,19 @@ class Model(nnx.Module):
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
         segment_ids, positions = check_segments_and_positions(tokens.shape, segment_ids, positions)
+        return self._run_layers(tokens, known, segment_ids, positions, diagnose=diagnose)
+
+    @compiled("diagnose")
+    def _run_layers(
+        self,
+        tokens: jax.Array,
+        known: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array,
+        *,
+        diagnose: SlotWeightGradient | None,
+    ) -> tuple[jax.Array, LayerDiagnostics | None]:
+        """Does what `_forward` does, of checked arguments."""
         rope = self._rope(positions)
 
         def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
@@ -424,7 +476,14 @@ class Model(nnx.Module):
         hidden = _nan_unless(~after_unknown(known, segment_ids), self.norm(hidden))
         if segment_ids is not None:
             hidden = clear_padding(segment_ids, hidden)
-        return hidden, layers
+        return hidden, None if diagnose is None else in_layer_order(layers)
+
+
+@functools.lru_cache
+def _graph(config: ModelConfig, kind: type[Model]) -> nnx.GraphDef[Model]:
+    """Describes the structure of a model of a config: to build one by tracing takes a second."""
+    graph, _ = abstract_model(config, kind)
+    return graph
 
 
 def _nan_unless(known: jax.Array, hidden: jax.Array) -> jax.Array:

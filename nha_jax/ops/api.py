@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import numbers
 from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -153,16 +153,20 @@ def nha_attention(
         return_slot_weight=return_slot_weight,
         slot_weight_gradient=slot_weight_gradient,
     )
-    rest = {
-        "rope": rope,
-        "segment_ids": segment_ids,
-        "initial_state": initial_state,
-        "options": options,
-    }
-    validate_rest(query, key, value, log_decay, **rest)
     arrays = (query, key, value, log_decay)
-    attend = _attend(implementation, kernel_options, arrays, rest)
-    result = attend(arrays, {name: x for name, x in rest.items() if name != "options"})
+    rest = {"rope": rope, "segment_ids": segment_ids, "initial_state": initial_state}
+    validate_rest(*arrays, **rest, options=options)
+
+    def unsupported(backend: backends.Backend) -> str | None:
+        return backend.attend_unsupported(
+            arrays,
+            has_segments=segment_ids is not None,
+            has_past=initial_state is not None,
+            options=options,
+        )
+
+    chosen = _choose(implementation, unsupported, options, kernel_options)
+    result = _attend(arrays, rest, chosen)
     return result if return_state or return_slot_weight else result.out
 
 
@@ -170,52 +174,86 @@ def _is_integer(x) -> bool:
     return isinstance(x, numbers.Integral) and not isinstance(x, bool)
 
 
-def _attend(
-    name: str | None,
-    kernel_options: KernelOptions | None,
-    arrays: backends.Arrays,
-    rest: dict[str, Any],
-) -> Callable[..., NHAOutput]:
-    """Chooses what computes `nha_attention`, of arrays and what goes with them; raises as it."""
-    options = rest["options"]
+class _Chosen(NamedTuple):
+    """What computes a call, and its options: with the arrays' shapes, all that the program is of.
 
-    def unsupported(backend: backends.Backend) -> str | None:
-        return backend.attend_unsupported(
-            arrays,
-            has_segments=rest["segment_ids"] is not None,
-            has_past=rest["initial_state"] is not None,
-            options=options,
-        )
+    It is hashable, and a backend equals itself alone, so `jax.jit` finds the program of an earlier
+    call, and never that of another backend that had the name before.
+    """
 
-    def divided(backend: backends.Backend, **how: Any) -> Callable[..., NHAOutput]:
-        own = dataclasses.replace(
-            options, implementation_options=backends.options_for(backend, kernel_options)
-        )
-        attend = over_mesh(functools.partial(backend.attend, **how))
-        return lambda arrays, rest: attend(*arrays, **rest, options=own)
+    backend: backends.Backend
+    options: Options
+    on_platform: backends.Backend | None  # what the automatic choice takes on its platform
+    options_on_platform: Options | None
 
-    return _choose(name, unsupported, divided)
+    def run(self, compute: Callable[..., Any], *arguments: Any) -> Any:
+        """Runs what `compute(backend, options)` makes of the one chosen.
+
+        For a backend that is made for a platform, `compute` takes `interpret` too.
+        """
+        if self.on_platform is not None:
+            there = compute(self.on_platform, self.options_on_platform, interpret=False)
+            elsewhere = compute(self.backend, self.options)
+            chosen = backends.by_platform(self.on_platform.platform, there, elsewhere)
+        elif self.backend.platform is None:
+            chosen = compute(self.backend, self.options)
+        else:
+            chosen = self.backend.compiled_or_interpreted(
+                compute(self.backend, self.options, interpret=False),
+                compute(self.backend, self.options, interpret=True),
+            )
+        return chosen(*arguments)
 
 
 def _choose(
     name: str | None,
     unsupported: Callable[[backends.Backend], str | None],
-    divided: Callable[..., Callable[..., Any]],
-) -> Callable[..., Any]:
-    """Chooses by name, or for the platform that the program is made for.
+    options: Options,
+    kernel_options: KernelOptions | None = None,
+) -> _Chosen:
+    """Chooses by name, or for the platform that the program is made for; raises as the doors do."""
 
-    `divided(backend)` is what a backend computes, over the mesh; one that is made for a platform
-    takes interpret=True or False too.
-    """
-    backend, on_platform = backends.choose(name, unsupported)
-    if on_platform is not None:
-        there = divided(on_platform, interpret=False)
-        return backends.by_platform(on_platform.platform, there, divided(backend))
-    if backend.platform is None:
-        return divided(backend)
-    return backend.compiled_or_interpreted(
-        divided(backend, interpret=False), divided(backend, interpret=True)
-    )
+    def own(backend: backends.Backend) -> Options:
+        given = backends.options_for(backend, kernel_options)
+        return dataclasses.replace(options, implementation_options=given)
+
+    backend, there = backends.choose(name, unsupported)
+    return _Chosen(backend, own(backend), there, None if there is None else own(there))
+
+
+# Inlined into the caller's program, if there is one, these leave no trace in it.
+@functools.partial(jax.jit, static_argnames="chosen", inline=True)
+def _attend(arrays: backends.Arrays, rest: dict[str, Any], chosen: _Chosen) -> NHAOutput:
+    """Computes `nha_attention`, of checked arguments."""
+
+    def over_devices(backend: backends.Backend, options: Options, **how: Any):
+        attend = over_mesh(functools.partial(backend.attend, **how))
+        return lambda arrays, rest: attend(*arrays, **rest, options=options)
+
+    return chosen.run(over_devices, arrays, rest)
+
+
+@functools.partial(jax.jit, static_argnames="chosen", inline=True)
+def _decode(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    log_decay: jax.Array,
+    state: NHAState,
+    rope: Rope | None,
+    active: jax.Array | None,
+    chosen: _Chosen,
+) -> tuple[jax.Array, NHAState]:
+    """Computes `decode_step`, of checked arguments."""
+    active = jnp.ones(query.shape[0], bool) if active is None else active
+    token = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
+
+    def over_devices(backend: backends.Backend, options: Options, **how: Any):
+        decode = functools.partial(backend.decode, options=options, **how)
+        # Plain XLA is divided by the compiler; a kernel's call has to be divided.
+        return decode if backend.platform is None else decode_over_mesh(decode)
+
+    return chosen.run(over_devices, query, apply_rope(query, rope), token, state, active)
 
 
 def decode_step(
@@ -275,18 +313,11 @@ def decode_step(
         rope=rope, segment_ids=None, initial_state=None, options=options,
     )  # fmt: skip
     check_state("state", state, key, value, log_decay, window_size)
-    active = jnp.ones(B, bool) if active is None else active
-    token = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     division = divide_over_mesh(B, key.shape[2])
     local_state = division.local_shapes(state, division.state)
 
     def unsupported(backend: backends.Backend) -> str | None:
         return backend.decode_unsupported(query, local_state, options)
 
-    def divided(backend: backends.Backend, **how: Any) -> Callable[..., Any]:
-        decode = functools.partial(backend.decode, options=options, **how)
-        # Plain XLA is divided by the compiler; a kernel's call has to be divided.
-        return decode if backend.platform is None else decode_over_mesh(decode)
-
-    decode = _choose(implementation, unsupported, divided)
-    return decode(query, apply_rope(query, rope), token, state, active)
+    chosen = _choose(implementation, unsupported, options)
+    return _decode(query, key, value, log_decay, state, rope, active, chosen)

@@ -28,12 +28,14 @@ class Backend:
     A subclass gives `name` and `attend`, and overrides what else differs. Its methods see a
     device's own rows and heads: the division over a mesh is done around them. A backend for one
     kind of chip sets `platform`; its `attend` and `decode` then take `interpret` too, and are
-    called with True in programs for other platforms.
+    called with True in programs for other platforms. Its methods are traced once for all calls that
+    are alike: rules of a `jax.custom_vjp` take arrays as arguments, and close over none.
 
     Attributes:
       name: what `implementation=` calls it.
       platform: "tpu" or "gpu", if its kernels are made for that alone.
-      options_type: a frozen dataclass of options of its own, made of `kernel_options[name]`.
+      options_type: a frozen dataclass of hashable options of its own, made of
+        `kernel_options[name]`.
     """
 
     name: str

@@ -19,6 +19,11 @@ from nha_jax.scalars import LARGEST_INT32, shown
 SlotFeatureMap = Literal["identity", "silu", "relu"]
 EmptySlots = Literal["attend", "mask"]
 SlotWeightGradient = Literal["all", "slots"]
+_CHOICES = {
+    "slot_feature_map": get_args(SlotFeatureMap),
+    "empty_slots": get_args(EmptySlots),
+    "slot_weight_gradient": get_args(SlotWeightGradient),
+}
 KernelOptions = Mapping[str, Mapping[str, Any]]
 """Options of implementations' own, by the implementation's name: {"pallas_tpu": {"chunk": 128}}."""
 
@@ -57,20 +62,16 @@ class Options:
     read_slots: bool = True
 
     def __post_init__(self) -> None:
-        W = self.window_size
-        if W is not None and (isinstance(W, bool) or not isinstance(W, numbers.Integral)):
-            raise TypeError(f"window_size must be an int or None (full attention), got {W!r}")
-        if W is not None and not 0 <= W <= LARGEST_INT32:
-            raise ValueError(f"window_size must be at least 0 and below 2**31, got {shown(W)}")
+        check_window_size(self.window_size)
         if not isinstance(self.scale, numbers.Real) or not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
-        for name, choices in (
-            ("slot_feature_map", SlotFeatureMap),
-            ("empty_slots", EmptySlots),
-            ("slot_weight_gradient", SlotWeightGradient),
-        ):
-            if (chosen := getattr(self, name)) not in get_args(choices):
-                raise ValueError(f"{name} must be one of {get_args(choices)}, got {chosen!r}")
+        # Equal options make one program: numpy's scalars equal floats, but do not compute as they.
+        object.__setattr__(self, "scale", float(self.scale))
+        check_choices(
+            slot_feature_map=self.slot_feature_map,
+            empty_slots=self.empty_slots,
+            slot_weight_gradient=self.slot_weight_gradient,
+        )
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """Maps the slot branch's queries or keys, element by element."""
@@ -81,6 +82,22 @@ class Options:
                 return jax.nn.silu(x)
             case "relu":
                 return jax.nn.relu(x)
+
+
+def check_window_size(window_size: int | None) -> None:
+    """Raises TypeError or ValueError unless it is None or an integer in [0, 2**31)."""
+    W = window_size
+    if W is not None and (isinstance(W, bool) or not isinstance(W, numbers.Integral)):
+        raise TypeError(f"window_size must be an int or None (full attention), got {W!r}")
+    if W is not None and not 0 <= W <= LARGEST_INT32:
+        raise ValueError(f"window_size must be at least 0 and below 2**31, got {shown(W)}")
+
+
+def check_choices(**chosen: str) -> None:
+    """Raises ValueError for the first argument, given by its name, that is none of its choices."""
+    for name, choice in chosen.items():
+        if choice not in (choices := _CHOICES[name]):
+            raise ValueError(f"{name} must be one of {choices}, got {choice!r}")
 
 
 def validate_rest(

@@ -6,7 +6,6 @@ the parts of a sequence do: see `nha_jax.ops.mesh.sequence`.
 """
 
 import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
@@ -39,8 +38,8 @@ class MeshAxes:
     sequence: tuple[str, ...] = ("context",)
 
 
-_DEFAULT = MeshAxes()
-_mesh_axes = contextvars.ContextVar("mesh_axes", default=_DEFAULT)
+# A part of what `jax.jit` finds a program by.
+_mesh_axes = jax.make_user_context(MeshAxes())
 
 
 @contextlib.contextmanager
@@ -50,18 +49,15 @@ def use_mesh_axes(
     heads: Sequence[str] = MeshAxes.heads,
     sequence: Sequence[str] = MeshAxes.sequence,
 ) -> Iterator[None]:
-    """Sets the axes of the mesh over which the calls traced within divide their arrays.
+    """Sets the axes of the mesh over which the calls within divide their arrays.
 
-    The axes are read when a function is traced: what `jax.jit` has compiled before stays as it is.
+    What `jax.jit` has compiled for other axes, it compiles anew.
 
         with jax.set_mesh(mesh), use_mesh_axes(batch=["replica"], heads=["heads"]):
             train_step(...)
     """
-    token = _mesh_axes.set(MeshAxes(tuple(batch), tuple(heads), tuple(sequence)))
-    try:
+    with _mesh_axes(MeshAxes(tuple(batch), tuple(heads), tuple(sequence))):
         yield
-    finally:
-        _mesh_axes.reset(token)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +147,7 @@ def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = N
     Args:
       num_tokens: None: a sequence is not divided.
     """
-    sizes, axes = _auto_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.get()
+    sizes, axes = _auto_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.value
     return Division(
         sizes,
         _dividing(axes.batch, sizes, batch_size),

@@ -299,12 +299,14 @@ def _step(
     a += from_start * start_scores
     if options.empty_slots == "mask":
         a = jnp.where(segments.reads_own_slots[:, None, :, None, :, None], a, -jnp.inf)
-    b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
-    b = jnp.where(_window_mask(segments, token_segment, plan)[:, None, :, None], b, -jnp.inf)
+    if W:
+        b = options.scale * jnp.einsum("bhngtk,bhnik->bhngti", rows.rotated_query, rotated_key)
+        b = jnp.where(_window_mask(segments, token_segment, plan)[:, None, :, None], b, -jnp.inf)
+    else:  # not a mask of nothing, which XLA would compute as it compiles, for seconds
+        b = jnp.zeros((*a.shape[:-1], 0), wide)
 
-    top = lax.stop_gradient(jnp.maximum(jnp.max(a, -1, initial=-jnp.inf), jnp.max(b, -1)))[
-        ..., None
-    ]
+    tops = (jnp.max(x, -1, initial=-jnp.inf) for x in (a, b))
+    top = lax.stop_gradient(jnp.maximum(*tops))[..., None]
     top = jnp.where(jnp.isfinite(top), top, 0)  # rows of padding see nothing
     pa, pb = jnp.exp(a - top), jnp.exp(b - top)
     slot_mass = jnp.sum(pa, axis=-1)
@@ -314,7 +316,7 @@ def _step(
     if options.slot_weight_gradient == "slots":
         weight_mass = _above_zero(slot_mass + lax.stop_gradient(window_mass))
     slot_p = jnp.where(together, gates.gather(pa), 0)
-    p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)])
+    p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)]) if W else slot_p
     out = jnp.einsum("bhngti,bhniv->bhngtv", p, value)
     out += jnp.einsum("bhngtm,bhnmv->bhngtv", pa * from_start, starts[1])
     return (out / mass[..., None]).astype(narrow), slot_mass / weight_mass, slots

@@ -66,24 +66,27 @@ class NumpyBackend(Backend):
             on_the_host, scale=options.scale, window=options.window_size, dtype=own.dtype
         )
         reference = functools.partial(
-            backends.get("reference").attend, rope=rope, segment_ids=None, past=None,
+            backends.get("reference").attend, segment_ids=None, past=None,
             options=dataclasses.replace(options, implementation_options=None),
         )  # fmt: skip
 
         @jax.custom_vjp
-        def run(query, key, value, log_decay):
+        def run(arrays, rope):
+            query, key, value, log_decay = arrays
             tokens = Tokens(key, apply_rope(key, rope), value, log_decay)
             return jax.pure_callback(host, shapes, query, apply_rope(query, rope), tokens)
 
-        def backward(arrays, gradients):
+        def backward(saved, gradients):
+            arrays, rope = saved
+
             def plain(*arrays):
-                result = reference(*arrays)
+                result = reference(*arrays, rope=rope)
                 return result.out, result.slot_weight
 
-            return jax.vjp(plain, *arrays)[1](gradients)
+            return jax.vjp(plain, *arrays)[1](gradients), None
 
-        run.defvjp(lambda *arrays: (run(*arrays), arrays), backward)
-        out, weight = run(query, key, value, log_decay)
+        run.defvjp(lambda *saved: (run(*saved), saved), backward)
+        out, weight = run((query, key, value, log_decay), rope)
         return NHAOutput(out, None, weight)
 
     def attend_unsupported(self, arrays, *, has_segments, has_past, options: Options):

@@ -50,6 +50,19 @@ def test_full_attention_stores_no_square():
     assert temporary_bytes(T, None)[0] < HEADS * T * T  # a quarter of one float32 copy
 
 
+def test_without_a_window_nothing_masks_one():
+    """XLA computes a mask of nothing, and all that follows from it, while it compiles."""
+    shape = jax.ShapeDtypeStruct((1, 64, 2, 4), jnp.float32)
+
+    def products(window_size: int) -> int:
+        def attend(*arrays):
+            return nha_attention(*arrays, window_size=window_size, implementation="xla")
+
+        return str(jax.make_jaxpr(attend)(*[shape] * 4)).count("dot_general")
+
+    assert products(0) == products(1) - 1  # the window's logits
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("window_size", [4096, None], ids="W{}".format)
 def test_decode_copies_no_ring(window_size, dtype):

@@ -267,6 +267,7 @@ def test_parameters_and_moments_are_float32_and_activations_bfloat16() -> None:
         hidden = built.embed_tokens(tokens)
         assert hidden.dtype == jnp.bfloat16
         assert built.apply_layer(0, hidden, 6).dtype == jnp.bfloat16
-        program = jax.make_jaxpr(built.__call__)(tokens)
-        layers = [each for each in program.eqns if each.primitive.name == "scan"]
+        parts = jax.make_jaxpr(built.__call__)(tokens).eqns  # the layers, and the head
+        inside = [x for part in parts if "jaxpr" in part.params for x in part.params["jaxpr"].eqns]
+        layers = [each for each in inside if each.primitive.name == "scan"]
         assert [each.outvars[0].aval.dtype for each in layers] == [jnp.bfloat16]
