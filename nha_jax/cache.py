@@ -35,14 +35,23 @@ def empty_cache(
         batch_size: number of rows (B).
         max_length: entries of the caches of layers with full attention.
     """
+    layers = tuple(
+        attention.init_cache(batch_size, window_size=window_size, max_length=max_length)
+        for window_size in windows
+    )
+    cache = ModelCache(layers, jnp.zeros(batch_size, jnp.int32))
     division = divide_over_mesh(batch_size, attention.config.num_kv_heads)
+    return division.place(cache, cache_specs(cache, attention.config.num_kv_heads))
 
-    def layer(window_size: int | None) -> LayerCache:
-        cache = attention.init_cache(batch_size, window_size=window_size, max_length=max_length)
-        taps = jax.tree.map(lambda _: division.tokens, cache.convolution)
-        return division.place(cache, LayerCache(division.state, taps))
 
-    return ModelCache(tuple(map(layer, windows)), jnp.zeros(batch_size, jnp.int32))
+def cache_specs(cache: ModelCache, num_kv_heads: int) -> ModelCache:
+    """Says how the cache is divided over the mesh in force: a cache of `PartitionSpec`."""
+    division = divide_over_mesh(cache.length.shape[0], num_kv_heads)
+
+    def layer(of: LayerCache) -> LayerCache:
+        return LayerCache(division.state, jax.tree.map(lambda _: division.tokens, of.convolution))
+
+    return ModelCache(tuple(map(layer, cache.layers)), division.rows)
 
 
 def check_room(windows: Sequence[int | None], max_length: int | None, num_tokens: int) -> None:

@@ -31,8 +31,16 @@ from nha_jax.layers.layer_stack import (
 from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import Rope, SlotWeightGradient, rope_tables
 from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
+from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.ops.padding import clear_padding
 from nha_jax.ops.types import check_choices, check_window_size
+from nha_jax.sharding import (
+    diagnostics_specs,
+    hidden_specs,
+    logits_specs,
+    model_cache_specs,
+    step_specs,
+)
 from nha_jax.summary import summary
 
 
@@ -95,6 +103,7 @@ class Model(nnx.Module):
 
     __str__ = __repr__  # nnx has one of its own
 
+    @with_auto_axes(logits_specs)
     def __call__(
         self,
         tokens: jax.Array,
@@ -124,6 +133,7 @@ class Model(nnx.Module):
     def _sharded_logits(self, hidden: jax.Array) -> jax.Array:
         return shard_tokens(self.logits(hidden), heads=self.config.vocab_size)
 
+    @with_auto_axes(hidden_specs)
     def hidden_states(
         self,
         tokens: jax.Array,
@@ -137,6 +147,7 @@ class Model(nnx.Module):
         hidden, _ = self._forward(tokens, segment_ids, positions, diagnose=None)
         return hidden
 
+    @with_auto_axes(diagnostics_specs)
     def diagnose(
         self,
         tokens: jax.Array,
@@ -164,6 +175,7 @@ class Model(nnx.Module):
         )
         return Diagnostics(hidden, layers.slot_weight, layers.log_decay)
 
+    @with_auto_axes(hidden_specs)
     def embed_tokens(self, tokens: jax.Array) -> jax.Array:
         """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype.
 
@@ -180,6 +192,7 @@ class Model(nnx.Module):
         )  # cast afterwards, so that the gradient is summed in the table's dtype
         return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
 
+    @with_auto_axes(hidden_specs)
     def apply_layer(
         self,
         index: int | jax.Array,
@@ -264,6 +277,7 @@ class Model(nnx.Module):
         config = dataclasses.replace(self.config, **changes)
         return cast(Self, nnx.merge(_graph(config, type(self)), nnx.state(self)))
 
+    @with_auto_axes(logits_specs)
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
         if not self.config.tie_embeddings:
@@ -276,6 +290,7 @@ class Model(nnx.Module):
             preferred_element_type=jnp.float32,
         )
 
+    @with_auto_axes(model_cache_specs)
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
         """Makes the cache of rows without a token; max_length as for `prefill`.
 
@@ -287,6 +302,7 @@ class Model(nnx.Module):
         check_room(self.config.windows, max_length, 0)
         return empty_cache(self.blocks.attention, self.config.windows, batch_size, max_length)
 
+    @with_auto_axes(step_specs)
     def prefill(
         self,
         tokens: jax.Array,
@@ -372,6 +388,7 @@ class Model(nnx.Module):
         layers = unstack_layers(caches, self.config.num_layers // period)
         return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
 
+    @with_auto_axes(step_specs)
     def decode_step(
         self, tokens: jax.Array, cache: ModelCache, *, active: jax.Array | None = None
     ) -> tuple[jax.Array, ModelCache]:

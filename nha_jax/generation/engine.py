@@ -15,6 +15,7 @@ from nha_jax.cache import ModelCache
 from nha_jax.generation.prompts import PromptBatch, Request
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model
+from nha_jax.ops.mesh.explicit import auto_axes
 from nha_jax.scalars import shown
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
@@ -90,7 +91,7 @@ class Engine:
         self._config = model.config
         self._graph, parameters = nnx.split(model)
         # New variables with the same arrays: the model's may get other arrays later.
-        self._parameters = jax.tree.map(lambda array: array, parameters)
+        parameters = jax.tree.map(lambda array: array, parameters)
         self._max_length = max_length if None in model.config.windows else None
         self._prefill_rows = min(check_count("prefill_rows", prefill_rows), batch_size)
         self._prefill_chunk = check_count("prefill_chunk", prefill_chunk)
@@ -100,12 +101,13 @@ class Engine:
         self._reading: PromptBatch | None = None
         self._unseen: collections.deque[Event] = collections.deque()  # drawn, not handed out yet
         self._next_id = 0
-        self._state = _BatchState(
-            cache=self._init_cache(batch_size),
-            last=jnp.zeros(batch_size, jnp.int32),
-            remaining=jnp.zeros(batch_size, jnp.int32),
-            sampling=RowSampling.idle(batch_size, model.config.vocab_size),
-        )
+        with auto_axes(parameters) as self._parameters:
+            self._state = _BatchState(
+                cache=self._init_cache(batch_size),
+                last=jnp.zeros(batch_size, jnp.int32),
+                remaining=jnp.zeros(batch_size, jnp.int32),
+                sampling=RowSampling.idle(batch_size, model.config.vocab_size),
+            )
 
     def submit(
         self, prompt: jax.typing.ArrayLike | Sequence[int], options: SamplingOptions | None = None
@@ -156,7 +158,9 @@ class Engine:
         for row, running in enumerate(self._running):
             if running is not None and running.number == request:
                 self._running[row] = None
-                self._state = self._state._replace(remaining=self._state.remaining.at[row].set(0))
+                with auto_axes(()):
+                    remaining = self._state.remaining.at[row].set(0)
+                self._state = self._state._replace(remaining=remaining)
 
     @property
     def busy(self) -> bool:
@@ -188,9 +192,10 @@ class Engine:
 
     def _advance(self) -> list[Event]:
         """Reads a chunk, or draws tokens, as `step` says."""
-        if first_tokens := self._read():
-            return first_tokens
-        return self._draw() if any(self._running) else []
+        with auto_axes(()):  # as the parameters have them
+            if first_tokens := self._read():
+                return first_tokens
+            return self._draw() if any(self._running) else []
 
     def _init_cache(self, rows: int) -> ModelCache:
         return _init_cache(self._graph, self._parameters, rows, self._max_length)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from nha_jax.ops import backends
 from nha_jax.ops.mesh.division import decode_over_mesh, divide_over_mesh, over_mesh
+from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import NHAState, Tokens, compute_dtype
 from nha_jax.ops.types import (
@@ -24,6 +25,25 @@ from nha_jax.ops.types import (
     validate_arrays,
     validate_rest,
 )
+
+
+def _result_specs(
+    result: Any,
+    query: jax.Array,
+    key: jax.Array,
+    *_: Any,
+    initial_state: NHAState | None = None,
+    return_state: bool = False,
+    **__: Any,
+) -> Any:
+    """Says how the result of `nha_attention`, called with these arguments, is divided."""
+    whole = return_state or initial_state is not None
+    division = divide_over_mesh(query.shape[0], key.shape[2], None if whole else query.shape[1])
+    if not isinstance(result, NHAOutput):
+        return division.tokens
+    state = None if result.state is None else division.state
+    slot_weight = None if result.slot_weight is None else division.tokens
+    return NHAOutput(division.tokens, state, slot_weight)
 
 
 @overload
@@ -70,6 +90,7 @@ def nha_attention(
 ) -> jax.Array | NHAOutput: ...
 
 
+@with_auto_axes(_result_specs)
 def nha_attention(
     query,
     key,
@@ -256,6 +277,13 @@ def _decode(
     return chosen.run(over_devices, query, apply_rope(query, rope), token, state, active)
 
 
+def _decoded_specs(result: Any, query: jax.Array, key: jax.Array, *_: Any, **__: Any) -> Any:
+    """Says how the results of `decode_step` are divided: its out, and its state."""
+    division = divide_over_mesh(query.shape[0], key.shape[2])
+    return division.tokens, division.state
+
+
+@with_auto_axes(_decoded_specs)
 def decode_step(
     query: jax.Array,
     key: jax.Array,

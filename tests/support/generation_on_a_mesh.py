@@ -21,3 +21,6 @@ def main() -> None:
             assert ring == PartitionSpec("data", None, "tensor"), ring
         found = generate(model, prompt, max_new_tokens=20, seed=1)
     np.testing.assert_array_equal(found, wanted)
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"))):  # of explicit axes
+        found = generate(model, prompt, max_new_tokens=20, seed=1)
+    np.testing.assert_array_equal(found, wanted)

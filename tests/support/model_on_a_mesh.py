@@ -6,9 +6,10 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from nha_jax import Model
+from nha_jax.sharding import named_shardings
 from tests.nha_jax.test_model import random_tokens, tiny_config
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": "data"}
+RULES = dict.fromkeys(("heads", "kv_heads", "mlp", "vocab"), ("model",)) | {"embed": ("data",)}
 
 
 def main() -> None:
@@ -18,17 +19,12 @@ def main() -> None:
     forward = jax.jit(Model.__call__)
     wanted = jax.device_get(forward(Model(config, rngs=nnx.Rngs(0)), tokens))
 
-    def place(parameter: nnx.Variable) -> nnx.Variable:
-        names = parameter.get_metadata()["out_sharding"]
-        sharding = NamedSharding(mesh, PartitionSpec(*map(RULES.get, names)))
-        return parameter.replace(jax.device_put(parameter[...], sharding))
-
     with jax.set_mesh(mesh):
         model = Model(config, rngs=nnx.Rngs(0))
-        state = jax.tree.map(place, nnx.state(model), is_leaf=lambda x: isinstance(x, nnx.Variable))
-        nnx.update(model, state)
+        shardings = named_shardings(model, mesh, RULES)
+        nnx.update(model, jax.device_put(nnx.state(model), shardings))
         kernel = model.blocks.attention.q_proj.kernel[...]
-        assert kernel.sharding.spec == PartitionSpec(None, "data", "model"), kernel.sharding
+        assert kernel.sharding.spec == PartitionSpec(None, ("data",), ("model",)), kernel.sharding
         tokens = jax.device_put(tokens, NamedSharding(mesh, PartitionSpec("data")))
         found = jax.device_get(forward(model, tokens))
     np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=1e-4)

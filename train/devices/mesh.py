@@ -1,4 +1,4 @@
-"""The device mesh, and the mesh axes that divide each named axis of a parameter."""
+"""The device mesh of a run, and how batches are divided over it."""
 
 import dataclasses
 import math
@@ -7,31 +7,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nha_jax.layers.parameters import logical_axes
+from nha_jax.sharding import RULES
 from train.config import TrainConfig
 from train.errors import ConfigError
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 _AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
-
-# Every matrix of the model has one "embed" axis, so dividing that one divides them all. Devices
-# that share a sequence need the parameters no more than those that share a batch do.
-RULES: dict[str, tuple[str, ...]] = {
-    "layers": (),
-    "vocab": ("tensor",),
-    "embed": ("fsdp", "context"),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "experts": (),
-    "conv": (),
-    "norm": (),
-}
-"""Logical axis of a parameter (`nha_jax.layers.LOGICAL_AXES`) -> the mesh axes that divide it."""
 
 BATCH_AXES = ("data", "fsdp")
 """The mesh axes that divide the rows of a batch."""
@@ -115,25 +99,6 @@ def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
         return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), sharding)
 
     return jax.tree.map(cut, batch)
-
-
-def state_shardings(mesh: Mesh, state: Any) -> Any:
-    """Gives each nnx variable of `state` a sharding, by its logical axis names and RULES.
-
-    Variables without names (counters, say) are whole on every device, and so is an axis that the
-    devices of its rule do not divide evenly (a vocabulary of 257).
-    """
-
-    def axis(name: str | None, length: int) -> tuple[str, ...] | None:
-        rule = RULES[name] if name else ()
-        return None if length % math.prod(mesh.shape[x] for x in rule) else rule or None
-
-    def sharding(variable: nnx.Variable) -> NamedSharding:
-        names = logical_axes(variable)
-        parts = map(axis, names, variable.shape[: len(names)])
-        return NamedSharding(mesh, PartitionSpec(*parts))
-
-    return jax.tree.map(sharding, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
 def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:

@@ -11,10 +11,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nha_jax
 from nha_jax.model import abstract_model
+from nha_jax.sharding import named_shardings
 from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.devices.mesh import batch_sharding, cut_rows, state_shardings, to_devices
+from train.devices.mesh import batch_sharding, cut_rows, to_devices
 from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
 from train.step.optimizer import learning_rate_schedule, make_optimizer
 from train.step.trainable import Trainable
@@ -84,7 +85,7 @@ class TrainingFunctions:
         (self._model_graph, model_state), (self._optimizer_graph, optimizer_state) = abstract
         self.abstract_state = TrainState(model_state, optimizer_state)
         self.shardings = TrainState(
-            state_shardings(mesh, model_state), state_shardings(mesh, optimizer_state)
+            named_shardings(model_state, mesh), named_shardings(optimizer_state, mesh)
         )
         self.trained_shardings, _ = self._split(self.shardings.model)
         self.abstract_teacher = None

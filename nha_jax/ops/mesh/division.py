@@ -141,8 +141,8 @@ def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = N
     """Finds the division of a call of B rows, Hkv heads and T tokens over the mesh in force.
 
     Only axes of `AxisType.Auto` count: manual ones (inside a `jax.shard_map`) have been divided
-    over already, explicit ones are the caller's. Along an axis whose size divides none of the
-    three, all devices do the same work.
+    over already, explicit ones are made automatic before (`nha_jax.ops.mesh.explicit`). Along an
+    axis whose size divides none of the three, all devices do the same work.
 
     Args:
       num_tokens: None: a sequence is not divided.
@@ -164,6 +164,18 @@ def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
     """
     division = divide_over_mesh(x.shape[0], heads, x.shape[1])
     return division.place(x, division.tokens if x.ndim == 3 else division.positions)
+
+
+def tokens_spec(x: jax.Array, *, heads: int = 1) -> Any:
+    """Says how [B, features] or [B, T, features, ...] is divided over the mesh.
+
+    Args:
+      heads: as for `shard_tokens`.
+    """
+    if x.ndim < 2:
+        return P()
+    division = divide_over_mesh(x.shape[0], heads, x.shape[1] if x.ndim > 2 else None)
+    return division.tokens if x.ndim > 2 else P(division.batch, division.heads)
 
 
 def shard_vocabulary(table: jax.Array, tokens: jax.Array) -> jax.Array:
