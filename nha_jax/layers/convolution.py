@@ -55,10 +55,10 @@ class ShortConvolution(nnx.Module):
         kernel = self.kernel[...].astype(jnp.float32)[:, None, None]  # [width, 1, 1, channels]
         if segment_ids is not None:
             inputs = clear_padding(segment_ids, inputs)
-        total = inputs * kernel[-1]  # [B, T, channels] float32
+        total = inputs.astype(jnp.float32) * kernel[-1]  # [B, T, channels]
         in_segment = None  # [B, T]: whether the tap lies in the token's own segment
         for distance in range(1, self.width):
-            tap = _shift(inputs, distance) * kernel[-1 - distance]
+            tap = _shift(inputs, distance).astype(jnp.float32) * kernel[-1 - distance]
             if segment_ids is not None:
                 # Each id between tap and token must equal the one before it: equal ids that are not
                 # adjacent make two segments.
@@ -103,7 +103,7 @@ class ShortConvolution(nnx.Module):
         """
         taps = jnp.concatenate([state, inputs], axis=1)  # [B, width, channels]
         kernel = self.kernel[...].astype(jnp.float32)[None]  # [1, width, channels]
-        total = (taps * kernel).sum(axis=1, keepdims=True)
+        total = (taps.astype(jnp.float32) * kernel).sum(axis=1, keepdims=True)
         return jax.nn.silu(total).astype(inputs.dtype), taps[:, 1:]
 
 

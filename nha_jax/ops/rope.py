@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nha_jax.config_parts import RopeScaling
+from nha_jax.ops.state import compute_dtype
 
 Rope = tuple[jax.Array, jax.Array]
 """(cos, sin), each [T, K/2] or [B, T, K/2], float32."""
@@ -61,7 +62,7 @@ def apply_rope(x: jax.Array, rope: Rope | None) -> jax.Array:
     """Rotates x [B, T, H, K] by the tables, in at least float32; None leaves it as it is."""
     if rope is None:
         return x
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = compute_dtype(x)
     # [T, K/2] or [B, T, K/2] -> [1 or B, T, 1, K/2]
     cos, sin = (jnp.expand_dims(t, (0, 2) if t.ndim == 2 else 2).astype(dtype) for t in rope)
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)

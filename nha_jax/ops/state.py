@@ -4,6 +4,7 @@ from typing import NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Slots = tuple[jax.Array, jax.Array]
 """Slot keys [B, Hkv, M, K] and slot values [B, Hkv, M, V], in the compute dtype."""
@@ -11,7 +12,12 @@ Slots = tuple[jax.Array, jax.Array]
 
 def compute_dtype(x: jax.Array) -> jnp.dtype:
     """The dtype of states, softmax and sums: float32, or float64 for float64 inputs."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return at_least_float32(x.dtype)
+
+
+def at_least_float32(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """Promotes a floating dtype, whatever jax_numpy_dtype_promotion says of arrays."""
+    return np.promote_types(jnp.dtype(dtype), np.float32)
 
 
 def empty_slots(key: jax.Array, value: jax.Array, num_slots: int) -> Slots:
@@ -135,7 +141,7 @@ def init_state(
     ring = (batch_size, capacity, num_kv_heads)
     entering = (batch_size, 0 if window_size is None else capacity, num_kv_heads)
     slots = (batch_size, num_kv_heads, num_slots)
-    accumulator = jnp.promote_types(dtype, jnp.float32)
+    accumulator = at_least_float32(dtype)
     return NHAState(
         slot_key=jnp.zeros((*slots, key_dim), accumulator),
         slot_value=jnp.zeros((*slots, value_dim), accumulator),

@@ -226,12 +226,14 @@ def _scan_bwd(plan, options, saved, cotangents):
             start,
         )
         d_read, d_rows, d_slots = pullback((d_out, d_weight, d_slots))
+        d_read = jax.tree.map(lambda d, shared: d.astype(shared.dtype), d_read, d_shared)
         d_read = jax.tree.map(
-            lambda d, shared: jnp.concatenate([
-                d[:, :, : plan.rows].astype(shared.dtype), d[:, :, plan.rows :] + shared
-            ], axis=2),
-            d_read, d_shared,
-        )  # fmt: skip
+            lambda d, shared: jnp.concatenate(
+                [d[:, :, : plan.rows], d[:, :, plan.rows :] + shared], axis=2
+            ),
+            d_read,
+            d_shared,
+        )
         d_done = jax.tree.map(lambda d, x: d[:, :, W:].astype(x.dtype), d_read, read)
         return (d_slots, jax.tree.map(lambda d: d[:, :, :W], d_read)), (d_done, d_rows)
 

@@ -151,4 +151,5 @@ def _write_slots(
         after = jnp.where(enters, decay * before + write * entering, before)
         return jnp.where(active, after, slots)
 
-    return update(state.slot_key, feature), update(state.slot_value, token.value[:, :, None])
+    value = token.value.astype(decay.dtype)[:, :, None]
+    return update(state.slot_key, feature), update(state.slot_value, value)
