@@ -84,3 +84,13 @@ def test_drawing_tokens() -> None:
     rows = RowSampling.of([options], [np.array([1, 2])], 40)
     found = jax.eval_shape(lambda x: draw(x, rows, Stages(True, True)), jnp.zeros((1, 40)))
     assert found[0].dtype == "int32"
+
+
+def test_no_tracer_leaks() -> None:
+    """Without rematerialisation: `jax.checkpoint` itself keeps what its function closes over."""
+    config = tiny_config(num_layers=1, window_size=4, remat="none", implementation="reference")
+    graph, state = abstract_model(config)
+    tokens = jnp.ones((2, 4), jnp.int32)
+    with jax.checking_leaks():
+        jax.eval_shape(lambda state: nnx.merge(graph, state)(tokens), state)
+        jax.eval_shape(jax.grad(lambda state: nnx.merge(graph, state)(tokens).sum()), state)
