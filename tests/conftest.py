@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -40,6 +41,8 @@ share_what_is_compiled()
 
 # Arrays of different ranks do not meet unless the code says how, in the processes of tests too.
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax  # noqa: E402
 
