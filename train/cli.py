@@ -37,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = arguments[0] if arguments else None
     try:
         _prepare_streams()
+        if argv is None:  # the process is ours
+            from train.failures import word_background_errors
+
+            word_background_errors()
         code = _run(arguments)
         sys.stdout.flush()
         return code

@@ -1,9 +1,11 @@
 """What went wrong, as one line and an exit code, whatever was raised."""
 
 import errno
+import os
 import re
 import select
 import sys
+import threading
 import traceback
 from typing import IO
 
@@ -37,6 +39,24 @@ def describe_failure(error: BaseException, command: str | None = None) -> tuple[
     """
     line, code = _describe(error, command)
     return one_line(line), code
+
+
+def word_background_errors() -> None:
+    """Lets what threads raise, which nobody can catch, be one line each until the process ends.
+
+    Left out are the answers that TensorStore has for an event loop which is closed by then, because
+    another write of the same checkpoint failed: the failure is reported by itself.
+    """
+
+    def show(raised: "threading.ExceptHookArgs | sys.UnraisableHookArgs") -> None:
+        kind, error = raised.exc_type, raised.exc_value
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(kind, error, raised.exc_traceback)
+        elif not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            what = _first_words(str(error))
+            print(f"nha: in the background: {kind.__name__}: {what}{_where()}", file=sys.stderr)
+
+    threading.excepthook = sys.unraisablehook = show
 
 
 def _describe(error: BaseException, command: str | None) -> tuple[str, int]:

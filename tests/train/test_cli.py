@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,24 @@ def test_a_traceback_is_for_who_asks(
     assert "Traceback" in output
     assert "in fail" in output
     assert output.splitlines()[-1].startswith("nha: unexpected ZeroDivisionError: x")
+
+
+def test_what_a_thread_raises_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> None:
+        raise error
+
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    failures.word_background_errors()
+    for error in (ZeroDivisionError("by\nzero"), RuntimeError("Event loop is closed")):
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+    assert capsys.readouterr().err == (
+        "nha: in the background: ZeroDivisionError: by zero; NHA_TRACEBACK=1 shows where\n"
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import functools
 import itertools
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -324,8 +325,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     message = str(error).strip() or type(error).__name__
-    found = re.search(r"([^:]+?) *\[os_error_code", message)  # as TensorStore writes it
-    return found[1].strip() if found else message.splitlines()[0][:300]
+    code = re.search(r"\[os_error_code='?(\d+)", message)  # as TensorStore writes it
+    return os.strerror(int(code[1])) if code else message.splitlines()[0][:300]
 
 
 def _abstract_arrays(abstract: Any, shardings: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from train.checkpoint.checkpoints import Checkpoints, Progress, load_model_state
+from train.checkpoint.checkpoints import Checkpoints, Progress, _reason, load_model_state
 from train.checkpoint.checksums import CHECKSUMS_FILE
 from train.config import CheckpointConfig
 from train.errors import CheckpointError
@@ -199,3 +199,17 @@ def test_a_failed_save_comes_out_at_the_next_step(small_disk: Path) -> None:
         checkpoints.save(make_state(1, NOISE), Progress(1, 1, 0))
         with pytest.raises(CheckpointError, match="No space left on device"):
             step_until_raised(checkpoints)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ValueError("writing a: No space [os_error_code='28'] [spec='{a: {}}']"), "No space left"),
+        (ValueError("writing a: No space [spec='{a: {}}'] [os_error_code='28']"), "No space left"),
+        (OSError(13, "Permission denied", "a"), "a: Permission denied"),
+        (ValueError("a\nb"), "a"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_the_reason_is_the_operating_systems(error: Exception, reason: str) -> None:
+    assert _reason(error).removesuffix(" on device") == reason
