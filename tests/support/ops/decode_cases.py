@@ -61,7 +61,7 @@ def make_state(
     fill = lambda x: jnp.asarray(random.standard_normal(x.shape), x.dtype)  # noqa: E731
     state = NHAState(*map(fill, state[:5]), -jnp.abs(fill(state[5])), *state[6:])
     length = jnp.array(lengths, jnp.int32)
-    written = jnp.arange(state.capacity) < length[:, None]
+    written = jnp.arange(state.capacity)[None] < length[:, None]
     filled = (length > state.capacity)[:, None, None, None]
     slots = (jnp.where(filled, x, jnp.nan) for x in state[:2])
     rings = (jnp.where(written[:, : x.shape[1], None, None], x, jnp.nan) for x in state[2:6])
