@@ -306,6 +306,7 @@ def test_bfloat16_compute_stays_near_float32():
     assert 1e-5 < error < 3e-2
 
 
+@pytest.mark.slow
 def test_loss_falls_when_the_model_is_fitted():
     model = tiny_model(num_layers=2, window_size=(4, None), implementation="reference")
     tokens = random_tokens(2, 16)

@@ -86,6 +86,7 @@ def test_drawing_tokens() -> None:
     assert found[0].dtype == "int32"
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks() -> None:
     """Without rematerialisation: `jax.checkpoint` itself keeps what its function closes over."""
     config = tiny_config(num_layers=1, window_size=4, remat="none", implementation="reference")

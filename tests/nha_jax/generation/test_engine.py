@@ -47,7 +47,7 @@ def texts(engine: Engine, requests: list[int]) -> dict[int, list[int]]:
     "window_size",
     [
         pytest.param(4, id="window", marks=pytest.mark.slow),
-        pytest.param(0, id="slots"),
+        pytest.param(0, id="slots", marks=pytest.mark.slow),
         pytest.param(None, id="full", marks=pytest.mark.slow),
         pytest.param((4, None), id="mixed"),
     ],

@@ -250,7 +250,13 @@ def test_tpu_kernels_match_float64_reference(case, dtype):
     check(case, "pallas_tpu", dtype, make_inputs(case))
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.full), "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        pytest.param("float32", marks=pytest.mark.full),
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_tpu_kernels_gate_gradient_at_strong_decay(dtype):
     """Its true value is nearly 0, the difference of sums that are not."""
     case = Case(T=256, window="64", B=1, M=64, K=128, V=128)

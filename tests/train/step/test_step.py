@@ -84,6 +84,7 @@ def test_an_update_that_is_not_finite_is_skipped(
     jax.tree.map(np.testing.assert_array_equal, state, expected)
 
 
+@pytest.mark.slow
 def test_too_many_skipped_updates_stop_the_run(
     nha: Nha, capsys: pytest.CaptureFixture[str]
 ) -> None:
