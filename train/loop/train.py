@@ -105,8 +105,8 @@ def _train(config: TrainConfig) -> int:
 def _warn_of_lost_updates(model: ModelConfig) -> None:
     if model.param_dtype != "float32":
         print(
-            f"nha: model.param_dtype = {model.param_dtype}: parameters and moments of 8 bits lose "
-            "small updates, the norms' all of them; float32 loses none",
+            f"nha: model.param_dtype = {model.param_dtype}: parameters and moments of so few "
+            "bits lose small updates, the norms' nearly all of them; float32 keeps them",
             file=sys.stderr,
         )
 
