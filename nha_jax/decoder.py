@@ -1,0 +1,216 @@
+"""The model as it reads token by token: prompts into a cache, then one token after the other."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nha_jax.argument_checks import check_lengths, check_tokens
+from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
+from nha_jax.compiled import compiled
+from nha_jax.config import ModelConfig
+from nha_jax.layers import Block, LayerCache
+from nha_jax.layers.layer_stack import block_of_layer, scan_blocks, stack_layers, unstack_layers
+from nha_jax.ops import Rope, rope_tables
+from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
+from nha_jax.ops.mesh.explicit import with_auto_axes
+from nha_jax.sharding import hidden_specs, logits_specs, model_cache_specs, step_specs
+
+
+class Decoder(nnx.Module):
+    """What `nha_jax.Model` computes with a cache, and the embedding and head that it needs for it.
+
+    The parameters are made by `Model`.
+    """
+
+    config: ModelConfig
+    embed: nnx.Embed
+    blocks: Block
+    norm: nnx.RMSNorm
+    head: nnx.Linear
+
+    @with_auto_axes(hidden_specs)
+    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
+        """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype.
+
+        Tokens outside [0, vocab_size) give NaN.
+        """
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
+        return nan_unless(known, self._embed(tokens))
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        """Does what `embed_tokens` does, of tokens that are all known."""
+        table = shard_vocabulary(self.embed.embedding[...], tokens)
+        hidden = jnp.take(
+            table, tokens, axis=0
+        )  # cast afterwards, so that the gradient is summed in the table's dtype
+        return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
+
+    @with_auto_axes(logits_specs)
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
+        if not self.config.tie_embeddings:
+            return self.head(hidden)
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(dtype),
+            self.embed.embedding[...].astype(dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    @with_auto_axes(model_cache_specs)
+    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
+        """Makes the cache of rows without a token; max_length as for `prefill`.
+
+        On a mesh (`jax.set_mesh`), rows and heads are divided as `nha_jax.ops.use_mesh_axes` says.
+
+        Raises:
+            ValueError: max_length is missing though a layer has full attention.
+        """
+        check_room(self.config.windows, max_length, 0)
+        return empty_cache(self.blocks.attention, self.config.windows, batch_size, max_length)
+
+    @with_auto_axes(step_specs)
+    def prefill(
+        self,
+        tokens: jax.Array,
+        *,
+        lengths: jax.typing.ArrayLike | None = None,
+        max_length: int | None = None,
+        cache: ModelCache | None = None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Reads prompts, or a chunk of each, for `decode_step` to continue.
+
+        Args:
+            tokens: [B, T] integers; the first lengths[b] of row b are read. One of those that is
+                outside [0, vocab_size) makes its row NaN, here and in the cache; the rest may be
+                any integers.
+            lengths: [B] integers in [1, T]; with a cache in [0, T]: a row without tokens keeps its
+                cache, and its logits have no meaning. None: all rows have T tokens.
+            max_length: the most tokens that a row will have, prompt included. Only layers with full
+                attention need and use it: their caches have this many entries.
+            cache: of the tokens before, as `init_cache`, this method or `decode_step` returned it;
+                it has its own max_length. None: there are none.
+
+        Returns:
+            The logits of the token after each row's last, [B, vocab_size] float32, and the cache.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+        """
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
+        if tokens.ndim != 2 or not tokens.shape[1]:
+            raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {tokens.shape}")
+        batch_size, num_tokens = tokens.shape
+        row_lengths = None
+        if lengths is not None:
+            least = 1 if cache is None else 0
+            row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
+            known |= jnp.arange(num_tokens)[None] >= row_lengths[:, None]  # or not read
+        if cache is None:
+            check_room(self.config.windows, max_length, num_tokens)
+        else:
+            check_cache(cache, max_length, batch_size)
+        # Where no layer needs it, one program serves all.
+        max_length = max_length if None in self.config.windows else None
+        return self._prefill(tokens, known, row_lengths, cache, max_length=max_length)
+
+    @compiled("max_length")
+    def _prefill(
+        self,
+        tokens: jax.Array,
+        known: jax.Array,
+        row_lengths: jax.Array | None,
+        cache: ModelCache | None,
+        *,
+        max_length: int | None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Does what `prefill` does, of checked arguments."""
+        batch_size, num_tokens = tokens.shape
+        positions = jnp.arange(num_tokens)
+        rope = self._rope(positions if cache is None else cache.length[:, None] + positions[None])
+
+        def prefill(
+            block: Block, hidden: jax.Array, cache: LayerCache | None, window_size: int | None
+        ):
+            return block.prefill(
+                hidden,
+                window_size=window_size,
+                rope=rope,
+                lengths=row_lengths,
+                max_length=max_length,
+                cache=cache,
+            )
+
+        period = len(self.config.window_period)
+        caches = None if cache is None else stack_layers(cache.layers, period)
+        hidden = nan_unless(known, self._embed(tokens))
+        hidden, caches = scan_blocks(
+            prefill, self.blocks, hidden, self.config.window_period, caches
+        )
+        if row_lengths is None:
+            row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
+        last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
+        length = row_lengths if cache is None else cache.length + row_lengths
+        layers = unstack_layers(caches, self.config.num_layers // period)
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
+
+    @with_auto_axes(step_specs)
+    def decode_step(
+        self, tokens: jax.Array, cache: ModelCache, *, active: jax.Array | None = None
+    ) -> tuple[jax.Array, ModelCache]:
+        """Reads one more token of each row.
+
+        Args:
+            tokens: [B] integers, the next token of each row. One outside [0, vocab_size) makes its
+                row NaN, here and in the cache, unless the row is not active.
+            cache: as `prefill`, `init_cache` or this method returned it. With full attention in a
+                layer, no row may get longer than the max_length of its cache: the oldest tokens
+                would be overwritten.
+            active: [B] bool; rows where it is False keep their cache, and their logits have no
+                meaning. None: all are active.
+
+        Returns:
+            The logits of the token after these, [B, vocab_size] float32, and the cache.
+
+        Raises:
+            ValueError, TypeError: tokens have a wrong shape or dtype.
+        """
+        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
+        if tokens.shape != cache.length.shape:
+            raise ValueError(
+                f"tokens must be [batch] as in the cache, {cache.length.shape}; "
+                f"got shape {tokens.shape}"
+            )
+        return self._decode_step(tokens, known, cache, active)
+
+    @compiled()
+    def _decode_step(
+        self, tokens: jax.Array, known: jax.Array, cache: ModelCache, active: jax.Array | None
+    ) -> tuple[jax.Array, ModelCache]:
+        """Does what `decode_step` does, of checked arguments."""
+        rope = self._rope(cache.length[:, None])
+        if active is not None:
+            known |= ~active
+        hidden, layers = nan_unless(known[:, None], self._embed(tokens[:, None])), []
+        # A scan over the layers would copy every cache into its stack and out of it.
+        for index, (layer, window_size) in enumerate(
+            zip(cache.layers, self.config.windows, strict=True)
+        ):
+            hidden, layer = block_of_layer(self.blocks, index).decode_step(
+                hidden, layer, window_size=window_size, rope=rope, active=active
+            )
+            layers.append(layer)
+        length = cache.length + (1 if active is None else active.astype(jnp.int32))
+        return self.logits(self.norm(hidden))[:, 0], ModelCache(tuple(layers), length)
+
+    def _rope(self, positions: jax.Array) -> Rope:
+        """Makes the tables of the rotary embedding, the same for all layers."""
+        config = self.config
+        return rope_tables(positions, config.key_dim, config.rope_theta, config.rope_scaling)
+
+
+def nan_unless(known: jax.Array, hidden: jax.Array) -> jax.Array:
+    """Puts NaN into hidden [B, T, hidden_size] wherever known [B, T] is False."""
+    return jnp.where(known[..., None], hidden, jnp.nan)
