@@ -83,6 +83,14 @@ def check_tokens(
     Raises:
         ValueError, TypeError: the tokens are no integers, or lists of several lengths.
     """
+    tokens, known = known_tokens(name, tokens, vocab_size)
+    return jnp.asarray(tokens), jnp.asarray(known)
+
+
+def known_tokens(
+    name: str, tokens: jax.typing.ArrayLike, vocab_size: int
+) -> tuple[np.ndarray | jax.Array, np.ndarray | jax.Array]:
+    """Does what `check_tokens` does; what is no array of JAX stays on the host, in NumPy."""
     if not isinstance(tokens, jax.Array):
         tokens = token_array(tokens, name)  # in jnp, a token of 64 bits would lose the upper 32
     _require_integers(name, tokens.dtype)
@@ -90,7 +98,7 @@ def check_tokens(
         tokens = tokens.astype(np.int32)  # vocab_size may be more than the dtype holds
     known = (tokens >= 0) & (tokens < vocab_size)
     numpy = jnp if isinstance(tokens, jax.Array) else np
-    return jnp.asarray(numpy.where(known, tokens, 0).astype(np.int32)), jnp.asarray(known)
+    return numpy.where(known, tokens, 0).astype(np.int32), known
 
 
 def after_unknown(known: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

@@ -1,10 +1,13 @@
 """The model as it reads token by token: prompts into a cache, then one token after the other."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from nha_jax.argument_checks import check_lengths, check_tokens
+from nha_jax.argument_checks import check_lengths, check_tokens, known_tokens
 from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
 from nha_jax.compiled import compiled
 from nha_jax.config import ModelConfig
@@ -13,6 +16,7 @@ from nha_jax.layers.layer_stack import block_of_layer, scan_blocks, stack_layers
 from nha_jax.ops import Rope, rope_tables
 from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
 from nha_jax.ops.mesh.explicit import with_auto_axes
+from nha_jax.prompt_lengths import pad_rows, rounded_length, to_host
 from nha_jax.sharding import hidden_specs, logits_specs, model_cache_specs, step_specs
 
 
@@ -81,6 +85,9 @@ class Decoder(nnx.Module):
     ) -> tuple[jax.Array, ModelCache]:
         """Reads prompts, or a chunk of each, for `decode_step` to continue.
 
+        Outside of `jax.jit` the rows are padded to one of a few lengths, by a quarter at most or to
+        a multiple of 16, so that prompts of N lengths compile O(log N) programs.
+
         Args:
             tokens: [B, T] integers; the first lengths[b] of row b are read. One of those that is
                 outside [0, vocab_size) makes its row NaN, here and in the cache; the rest may be
@@ -98,22 +105,41 @@ class Decoder(nnx.Module):
         Raises:
             ValueError, TypeError: an argument has a wrong shape, dtype or value.
         """
-        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
-        if tokens.ndim != 2 or not tokens.shape[1]:
-            raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {tokens.shape}")
-        batch_size, num_tokens = tokens.shape
+        parts = (tokens, lengths, cache, self.embed.embedding[...])
+        traced = any(isinstance(part, jax.core.Tracer) for part in jax.tree.leaves(parts))
+        given, place = (tokens, None) if traced else to_host(tokens)
+        ids, known = known_tokens("tokens", given, self.config.vocab_size)
+        if ids.ndim != 2 or not ids.shape[1]:
+            raise ValueError(f"tokens must be [batch, time], time >= 1; got shape {ids.shape}")
+        batch_size, num_tokens = ids.shape
         row_lengths = None
         if lengths is not None:
             least = 1 if cache is None else 0
             row_lengths = check_lengths(lengths, batch_size, num_tokens, least)
-            known |= jnp.arange(num_tokens)[None] >= row_lengths[:, None]  # or not read
         if cache is None:
             check_room(self.config.windows, max_length, num_tokens)
         else:
             check_cache(cache, max_length, batch_size)
         # Where no layer needs it, one program serves all.
         max_length = max_length if None in self.config.windows else None
-        return self._prefill(tokens, known, row_lengths, cache, max_length=max_length)
+        if traced or isinstance(ids, jax.Array):
+            ids, known = jnp.asarray(ids), jnp.asarray(known)
+            return self._prefill(ids, known, row_lengths, cache, max_length=max_length)
+
+        def padded(rows: np.ndarray | jax.Array, length: int) -> jax.Array:
+            return jax.device_put(pad_rows(rows, length), place)
+
+        size = rounded_length(num_tokens, multiple=16)
+        if size > num_tokens:
+            read = np.full(batch_size, num_tokens, np.int32) if row_lengths is None else row_lengths
+            # Of an implementation that has no padding, each length is a program.
+            with contextlib.suppress(NotImplementedError):
+                return self._prefill(
+                    padded(ids, size), padded(known, size), jax.device_put(read), cache,
+                    max_length=max_length,
+                )  # fmt: skip
+        ids, known = padded(ids, num_tokens), padded(known, num_tokens)
+        return self._prefill(ids, known, row_lengths, cache, max_length=max_length)
 
     @compiled("max_length")
     def _prefill(
@@ -128,6 +154,8 @@ class Decoder(nnx.Module):
         """Does what `prefill` does, of checked arguments."""
         batch_size, num_tokens = tokens.shape
         positions = jnp.arange(num_tokens)
+        if row_lengths is not None:
+            known |= positions[None] >= row_lengths[:, None]  # or not read
         rope = self._rope(positions if cache is None else cache.length[:, None] + positions[None])
 
         def prefill(

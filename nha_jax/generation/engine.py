@@ -16,7 +16,8 @@ from nha_jax.generation.prompts import PromptBatch, Request
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model
 from nha_jax.ops.mesh.explicit import auto_axes
-from nha_jax.scalars import shown
+from nha_jax.prompt_lengths import rounded_length
+from nha_jax.scalars import LARGEST_INT32, shown
 
 SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
 
@@ -24,6 +25,11 @@ SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
 def chunk_for(num_tokens: int) -> int:
     """Chooses prefill_chunk for prompts of this length, among few sizes: each is compiled."""
     return min(max(1 << (num_tokens - 1).bit_length(), SHORTEST_CHUNK), LONGEST_CHUNK)
+
+
+def room_for(num_tokens: int) -> int:
+    """Chooses max_length for texts of this length, among few sizes: each is compiled."""
+    return max(num_tokens, min(rounded_length(num_tokens, multiple=64), LARGEST_INT32))
 
 
 class Event(NamedTuple):

@@ -7,12 +7,11 @@ import jax
 import numpy as np
 
 from nha_jax.argument_checks import check_lengths, check_prompt, token_array
-from nha_jax.generation.engine import Engine, chunk_for
+from nha_jax.generation.engine import Engine, chunk_for, room_for
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model
 from nha_jax.scalars import shown
 
-_LENGTH_MULTIPLE = 64  # cache lengths are rounded up to it, so that few of them are compiled
 _STEPS_PER_CALL = 16
 
 
@@ -67,8 +66,8 @@ def generate(
 
     The tokens of row b depend on the seed, on b and on its own prompt, not on the other rows.
     Compiled functions are kept for calls with the same model config and batch size and with
-    prompts of about the same length. For prompts that come and go, or to see tokens as they are
-    drawn, use `Engine`.
+    prompts of about the same length: N lengths compile O(log N) of them. For prompts that come and
+    go, or to see tokens as they are drawn, use `Engine`.
 
     Args:
         model: the model.
@@ -95,7 +94,7 @@ def generate(
     engine = Engine(
         model,
         batch_size=len(prompts),
-        max_length=-(-(longest + common.max_new_tokens) // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE,
+        max_length=room_for(longest + common.max_new_tokens),
         prefill_rows=len(prompts),
         prefill_chunk=chunk_for(longest),
         steps_per_call=_STEPS_PER_CALL,

@@ -125,6 +125,17 @@ def test_the_gradient_by_xla_compiles_once():
     assert not seen
 
 
+def test_prompts_of_many_lengths_run_one_program(model):
+    prompts = [np.ones((2, length), np.int32) for length in (3, 15, 1, 7)]
+    arrays = [jnp.asarray(prompt) for prompt in prompts]
+    lengths = [jnp.asarray([prompt.shape[1], 1]) for prompt in prompts]
+    with count() as seen:
+        for prompt, rows in zip([*prompts, *arrays], 2 * lengths, strict=True):  # read as 16
+            model.prefill(prompt)
+            model.prefill(prompt, lengths=rows)
+    assert [event.endswith("/backend_compile_duration") for event in seen].count(True) == 1
+
+
 def test_other_shapes_are_counted():
     with count() as seen:
         attend(np.ones((B, T, 3 * H, K), np.float32))

@@ -82,6 +82,44 @@ def test_prompts_read_in_chunks_equal_prompts_read_at_once(conv_width):
     chex.assert_trees_all_equal(waiting(after), waiting(cache))
 
 
+SMALL = {"num_layers": 1, "window_size": 4, "implementation": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "lengths"),
+    [
+        pytest.param(SMALL, (11, 3, 1), id="small-ragged"),
+        pytest.param(SMALL, None, id="small-even", marks=pytest.mark.slow),
+        *(
+            pytest.param(x, (11, 3, 1), id=f"{name}-ragged", marks=pytest.mark.slow)
+            for name, x in MODELS.items()
+        ),
+    ],
+)
+def test_padded_prompts_equal_prompts_as_they_are(overrides, lengths):
+    """Outside of `jax.jit` 11 tokens become 16; inside nothing changes their number."""
+    model, tokens = tiny_model(**overrides), np.asarray(random_tokens(3, 22))
+    lengths = None if lengths is None else np.array(lengths)
+
+    def read(prefill):
+        _, cache = prefill(model, tokens[:, :11], lengths=lengths, max_length=24)
+        return prefill(model, tokens[:, 11:], cache=cache)
+
+    expected = read(jax.jit(Model.prefill, static_argnames="max_length"))
+    chex.assert_trees_all_close(read(Model.prefill), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_are_not_padded_inside_of_jit():
+    model = tiny_model(num_layers=1, window_size=4, implementation="reference")
+    tokens = np.zeros((1, 11), np.int32)
+    for program in (
+        jax.make_jaxpr(lambda model: model.prefill(tokens))(model),
+        jax.make_jaxpr(lambda tokens: model.prefill(tokens))(tokens),
+    ):
+        assert "i32[1,11]" in str(program)
+        assert "i32[1,16]" not in str(program)
+
+
 def test_the_cache_of_finite_windows_does_not_grow():
     model = tiny_model(window_size=(8, 0, 4))
     shapes = [

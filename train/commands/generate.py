@@ -105,7 +105,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add(
         "--max-length", type=int, metavar="N",
         help="how many tokens of prompt and text layers with full attention have room for "
-        "(default: as many as needed)",
+        "(default: as many as needed, rounded up)",
     )  # fmt: skip
 
 
@@ -169,9 +169,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _max_length(
     options: argparse.Namespace, model: "Model", longest: int, max_new_tokens: int
 ) -> int:
-    """Returns --max-length, or what the longest prompt and its text need."""
+    """Returns --max-length, or room for what the longest prompt and its text need."""
+    from nha_jax.generation.engine import room_for
+
     needed = longest + max_new_tokens
-    given = getattr(options, "max_length", needed)
+    given = getattr(options, "max_length", room_for(needed))
     if given < needed and None in model.config.windows:
         raise ConfigError(
             f"--max-length={given}: a prompt of {longest} tokens and "

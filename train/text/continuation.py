@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import nha_jax
-from nha_jax.generation.engine import chunk_for
+from nha_jax.generation.engine import chunk_for, room_for
 from train.data.tokenizer.interface import Tokenizer
 
 Finish = Literal["stop", "length"]
@@ -77,7 +77,7 @@ def complete(
     engine = nha_jax.Engine(
         model,
         batch_size=1,
-        max_length=len(tokens) + options.max_new_tokens,
+        max_length=room_for(len(tokens) + options.max_new_tokens),
         prefill_chunk=chunk_for(len(tokens)),
     )
     written = continue_texts(engine, tokenizer, [tokens], options)

@@ -122,6 +122,9 @@ def test_compiled_functions_are_kept(model, monkeypatch):
     traces.clear()
     options = {"seed": 9, "temperature": 0.7, "top_p": 0.5, "stop_tokens": [2, 3], "min_p": 0.1}
     generate(model, PROMPT[:, :4], max_new_tokens=5, top_k=2, **options)
+    for lengths in ([60, 1, 33], [8, 5, 5]):  # ragged ones too
+        rows = [[1] * length for length in lengths]
+        generate(model, rows, max_new_tokens=3, top_k=5, **options)
     same_config = Model(model.config, rngs=nnx.Rngs(1))
     generate(same_config, PROMPT, max_new_tokens=3, top_k=5, **options)
     assert traces == []

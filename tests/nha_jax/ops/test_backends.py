@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nha_jax import ModelConfig
+from nha_jax import Model, ModelConfig
 from nha_jax.ops import backends, decode_step, init_state, nha_attention
 from nha_jax.ops.backends import Backend
 from nha_jax.ops.rope import apply_rope
@@ -136,6 +136,32 @@ def test_what_a_registered_backend_cannot_serve_is_an_error_that_says_why(toy):
     one = x[:, :1]
     with pytest.raises(NotImplementedError, match="'numpy': numpy has no decode step"):
         decode_step(one, one, one, -one, state, window_size=2, implementation="numpy")
+
+
+class UnpackedBackend(Backend):
+    """The reference, without packed documents."""
+
+    name = "unpacked"
+
+    def attend(self, query, key, value, log_decay, **rest):
+        return backends.get("reference").attend(query, key, value, log_decay, **rest)
+
+    def attend_unsupported(self, arrays, *, has_segments, has_past, options):
+        return "it has no packed documents" if has_segments else None
+
+
+def test_a_backend_without_padding_reads_prompts_of_any_length():
+    backends.register(UnpackedBackend())
+    try:
+        model = tiny_model(num_layers=1, window_size=4, conv_width=0, implementation="unpacked")
+        tokens = np.asarray(random_tokens(1, 5))
+        found, _ = model.prefill(tokens)
+        with pytest.raises(NotImplementedError, match="no packed documents"):
+            model.prefill(tokens, lengths=[3])
+    finally:
+        backends.unregister("unpacked")
+    expected = jax.jit(Model.prefill)(model.with_implementation("reference"), tokens)[0]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 class CarelessBackend(Backend):
