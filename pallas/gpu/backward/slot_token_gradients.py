@@ -132,6 +132,7 @@ def slot_token_gradients(
         grid={"chunk": Tq // CHUNK, "panel": Hkv * panels, "batch": B},
         warpgroups=2,
         name="nha_slot_tokens",
+        one_warpgroup_reduces=True,
         interpret=interpret,
         updated=updated,
     )

@@ -61,6 +61,11 @@ class RegisterLayouts:
         self.rows = tiles.reduce(2)  # [n, 4]
         self.row = self.tile.reduce(1)  # [4]
         self.features = self.tile.reduce(0)  # [features]
+        # All of it in every warp, so that sums over rows stay within a thread.
+        tiling = plgpu.Tiling(((4, 1, TILE, width), (width // LANES,)))
+        copies: Any = plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-2,), vector_dim=-1)
+        self.whole = copies.reduce(0)  # [n, 4, features]
+        self.whole_rows = self.whole.reduce(2)  # [n, 4]
 
 
 class WarpSoftmax(NamedTuple):
@@ -319,15 +324,13 @@ class _ThreadBlock:
     def _store_out(self, g: jax.Array) -> None:
         """Joins the [warpgroups, 4] warps' softmaxes of a query head, and writes its output.
 
-        Known defect on hardware with G of 2 or more, which the interpreter does not show: the
-        maxima and sums over axis 0 below cross warps, for which Mosaic has one scratch in shared
-        memory, the same for all warpgroups of a block, and nothing keeps two warpgroups that work
-        on different heads from using it at the same time. Their sums can mix.
+        Every warp reads all of them: a sum that crosses warps would pass through scratch memory
+        that Mosaic shares between the warpgroups of a block, which join different heads at once.
         """
-        total = _load(self.shared["total"].at[g], self.values.tiles)
-        top = _load(self.shared["top"].at[g], self.values.rows)
-        top = plgpu.layout_cast(_over_features(top, total), self.values.tiles)
-        mass = _load(self.shared["mass"].at[g], self.values.rows)
+        total = _load(self.shared["total"].at[g], self.values.whole)
+        top = _load(self.shared["top"].at[g], self.values.whole_rows)
+        top = plgpu.layout_cast(_over_features(top, total), self.values.whole)
+        mass = _load(self.shared["mass"].at[g], self.values.whole_rows)
         highest = top.max(axis=0).max(axis=0)
         weight = jnp.exp2(top - lax.broadcast_in_dim(highest, top.shape, [2]))
         mass = (weight * _over_features(mass, total)).sum(axis=0).sum(axis=0)

@@ -131,6 +131,7 @@ def chunk_outputs(
         grid={"chunk": Tq // CHUNK, "heads": heads // warpgroups, "batch": B},
         warpgroups=warpgroups + 1,
         name="nha_output",
+        one_warpgroup_reduces=True,
         interpret=interpret,
     )
     return Outputs(*result)

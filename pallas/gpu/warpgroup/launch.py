@@ -45,6 +45,7 @@ def launch(
     interpret: Any,
     updated: dict[str, jax.Array] | None = None,
     approx_math: bool = True,
+    one_warpgroup_reduces: bool = False,
 ) -> list[jax.Array]:
     """Runs kernel(refs, shared) for every thread block of the grid, in each of its warpgroups.
 
@@ -54,8 +55,8 @@ def launch(
     axis that the layout divides among warps, such as the rows of [C, n] in LOGITS, passes through
     one scratch area that the compiler gives a block, and is synchronised within a warpgroup only:
     two at once read each other's numbers. The interpreter has no such area and shows nothing. So
-    one warpgroup reduces across warps in each kernel, or a barrier stands between them. Sums along
-    a row, which a warp holds whole, are free of this.
+    a kernel of several warpgroups has no such area, and the compiler refuses it if it needs one,
+    unless it says `one_warpgroup_reduces`. Sums along a row, which a warp holds whole, are free.
 
     Args:
       kernel: takes refs, the inputs, updated arrays and outputs by name, in the device's memory,
@@ -70,6 +71,8 @@ def launch(
         as they were.
       approx_math: whether exponentials, divisions and the like may be the hardware's approximate
         ones.
+      one_warpgroup_reduces: whether one of several warpgroups, always the same, reduces across
+        warps.
 
     Returns:
       The outputs, then the updated arrays.
@@ -87,7 +90,10 @@ def launch(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=approx_math,
+            reduction_scratch_bytes=REDUCTION if warpgroups == 1 or one_warpgroup_reduces else 0,
+        ),
         kernel_name=name,
         interpret=interpret,
     )
