@@ -26,6 +26,7 @@ of all heads in one product, and the logits of other heads are masked. Matrix un
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,16 +39,19 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.constants import MASKED_LOGIT
 from pallas.decode_types import DecodeState, DecodeToken
 from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
+from pallas.tpu.launch import VMEM_BYTES, in_place_semantics
 from pallas.tpu.spec import LANES
 
 BLOCK_BYTES = 2**20  # at most, of a block of a ring
+BUFFER_BYTES = VMEM_BYTES * 3 // 4  # at most, of all blocks twice; the rest is for values between
 
 
 def decode_unsupported(state: DecodeState) -> str | None:
     """Says in a line why the kernel cannot serve this state; None if it can.
 
     It takes K and V in multiples of 128; 2, 4 or a multiple of 8 key/value heads; slots in
-    multiples of 8; and a ring that is cut evenly into blocks of no more than `BLOCK_BYTES`.
+    multiples of 8; a ring that is cut evenly into blocks of no more than `BLOCK_BYTES`; and blocks
+    that take no more than `BUFFER_BYTES` together.
     """
     (R, Hkv, K), V = state.rotated_key.shape[1:], state.value.shape[3]
     if K % LANES or V % LANES:
@@ -58,6 +62,12 @@ def decode_unsupported(state: DecodeState) -> str | None:
         return f"its kernel takes slots in multiples of 8, got {state.slots.slot_key.shape[2]}"
     if R == 0 or _block_entries(state) == 0:
         return f"its kernel cannot cut a ring of {R} entries into blocks"
+    if (needed := _buffer_bytes(state)) > BUFFER_BYTES:
+        M = 0 if state.slots is None else state.slots.slot_key.shape[2]
+        return (
+            f"its kernel would need {needed >> 20} MiB of VMEM, over {BUFFER_BYTES >> 20}, for a"
+            f" batch row of {Hkv} heads of {K} and {V} with {M} slots"
+        )
     return None
 
 
@@ -121,7 +131,9 @@ def decode_attention(
             jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state),
         ],
         input_output_aliases={first + i: 1 + i for i in range(len(jax.tree.leaves(state)))},
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=in_place_semantics(B), vmem_limit_bytes=VMEM_BYTES
+        ),
         interpret=interpret,
         name="nha_decode",
     )(entry, length, active, token, state)
@@ -140,6 +152,22 @@ def _state_specs(state: DecodeState, entries: int, innermost: bool) -> tuple[Any
         written = written._replace(slots=slots)
     rings = {name: _ring(getattr(state, name), entries) for name in ("rotated_key", "value")}
     return written._replace(**rings), written
+
+
+def _buffer_bytes(state: DecodeState) -> int:
+    """The bytes of VMEM of the state's blocks, each twice: one is copied as the other is used."""
+    innermost = state.slots is not None and _entries_innermost(state.slots.log_decay)
+    if innermost:
+        state = jax.eval_shape(lambda x: _transpose_decay(x, (0, 2, 3, 1)), state)
+    total = 0
+    for specs in _state_specs(state, _block_entries(state), innermost):
+        is_block = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
+        blocks = jax.tree.leaves(specs, is_leaf=is_block)
+        for block, array in zip(blocks, jax.tree.leaves(state), strict=True):
+            *outer, rows, lanes = block.block_shape
+            rows, lanes = -(-rows // 8) * 8, -(-lanes // LANES) * LANES
+            total += 2 * math.prod((*outer, rows, lanes)) * array.dtype.itemsize
+    return total
 
 
 def _block_entries(state: DecodeState) -> int:

@@ -87,6 +87,16 @@ def launch(
     return dict(zip(out_names, call(*(x for x, _ in operands)), strict=True))
 
 
+def in_place_semantics(rows: int) -> tuple[Literal["parallel", "arbitrary"], ...]:
+    """Says how a grid (rows, steps) runs whose kernel changes arrays where they lie.
+
+    Chips of two cores cut a parallel axis in halves. Where it is odd, the second core's last row is
+    one that there is not, and it gets another row's blocks: what is changed in place would be
+    changed twice.
+    """
+    return "parallel" if rows % 2 == 0 else "arbitrary", "arbitrary"
+
+
 def _in_order(arrays: Iterable[str]) -> list[str]:
     """The arrays' names in `ARGUMENT_ORDER`."""
 

@@ -17,8 +17,10 @@ from jax.sharding import NamedSharding
 
 from nha_jax import ModelConfig
 from nha_jax.ops import NHAState, decode_step, init_state, nha_attention, rope_tables
+from nha_jax.ops.kernels import kernel_state
 from nha_jax.ops.mesh.division import divide_over_mesh
 from pallas.constants import RESIDUAL_NAMES
+from pallas.tpu.decode import decode_unsupported
 from tests.support.tpu_topology import CHIPS, compile_for, devices, make_mesh, relayouts
 from train.config import DataConfig, MeshConfig, TrainConfig
 from train.devices.mesh import make_mesh as make_training_mesh
@@ -156,12 +158,13 @@ def test_saved_names_spare_a_rematerialised_layer_the_forward(saved, forwards) -
     assert sorted(calls) == ["backward"] + ["forward"] * forwards
 
 
-def decode_program(B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16):
+def decode_program(
+    B: int, H: int, window_size: int | None, K: int = 128, dtype=jnp.bfloat16, M: int = 64
+):
     """A decode step and its abstract arguments, the state the last one.
 
     window_size None: full attention, with room for 1024 tokens.
     """
-    M = 64
 
     def decode(query, key, value, log_decay, state: NHAState):
         rope = rope_tables(state.length[:, None], K)
@@ -206,6 +209,29 @@ def test_decode_with_few_heads(chip: str, dtype, heads: int, window_size: int | 
     decode, arguments = decode_program(64, heads, window_size, K=256, dtype=dtype)
     compiled = compile_for(chip, decode, *arguments, donate=(4,))
     check_decode(compiled, arguments[-1], devices=1)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.parametrize(
+    ("chip", "K", "M", "W", "dtype"),
+    [
+        ("v5e", 128, 64, 1024, jnp.bfloat16),
+        ("v5p", 256, 128, 64, jnp.float32),
+        ("tpu7x", 128, 128, 1024, jnp.float32),
+    ],
+)
+def test_decode_of_the_largest_state_that_is_served(chip, K, M, W, dtype) -> None:
+    """More than the compiler's own limit of VMEM, and as much as the check lets pass."""
+
+    def served(H: int) -> bool:
+        state = decode_program(2, H, W, K, dtype, M)[1][-1]
+        return decode_unsupported(kernel_state(state)) is None
+
+    H = next(H for H in range(256, 0, -8) if served(H))
+    assert H > 8
+    decode, arguments = decode_program(2, H, W, K, dtype, M)
+    compiled = compile_for(chip, decode, *arguments, donate=(4,))
+    assert "nha_decode" in compiled.as_text()
 
 
 @pytest.mark.tpu_aot

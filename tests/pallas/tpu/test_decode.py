@@ -2,12 +2,15 @@
 
 import dataclasses
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from nha_jax.ops.kernels import kernel_state
 from nha_jax.ops.tpu import decode_tpu
+from pallas.tpu.decode import decode_unsupported
 from tests.support.ops.decode_cases import (
     check_decode_step,
     decode_options,
@@ -92,3 +95,19 @@ def test_ring_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
         static_argnames=("options", "interpret"),
     )
     check_decode_step(arguments, options, 2e-6, kernel)
+
+
+@pytest.mark.parametrize(("rows", "order"), [(4, "parallel"), (3, "arbitrary")], ids=str)
+def test_two_cores_never_update_a_row_twice(rows: int, order: str) -> None:
+    state = make_state(64, jnp.float32, [0] * rows, heads=2)
+    arguments = (*make_token(0, 1, jnp.float32, state), state, jnp.ones(rows, bool))
+    options = decode_options(64, "attend", "identity")
+    program = str(jax.make_jaxpr(lambda *x: decode_tpu(*x, options=options))(*arguments))
+    assert f"dimension_semantics=('{order}', 'arbitrary')" in program
+
+
+def test_a_state_too_large_for_vmem_is_refused() -> None:
+    state = jax.eval_shape(lambda: make_state(64, jnp.bfloat16, [0], heads=1024))
+    reason = decode_unsupported(kernel_state(state))
+    assert reason is not None
+    assert re.search(r"would need \d+ MiB of VMEM, over 48, .* 1024 heads of 128 and 128", reason)
