@@ -9,8 +9,8 @@ import threading
 import traceback
 from typing import IO
 
+from nha_jax.extras import describe_missing
 from train.errors import UserError, cut, describe_os_error, one_line
-from train.extras import describe_missing
 
 FAILED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
 """Exit codes: something failed; wrong input; Ctrl-C; nobody reads what is printed (SIGPIPE's)."""

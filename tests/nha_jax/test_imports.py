@@ -25,10 +25,13 @@ print("Model", *sorted(sys.modules))
 for name in nha_jax.__all__:
     getattr(nha_jax, name)
 print("everything", *sorted(sys.modules))
+import nha_jax.testing
+print("testing", *sorted(sys.modules))
 """
 
 TRAINING = ("train", "grain", "orbax", "pydantic", "tensorboardX", "matplotlib")
 KERNELS = ("pallas.tpu", "pallas.gpu", "jax.experimental.pallas")
+TESTING = ("nha_jax.testing", "chex", "pytest", "hypothesis")
 JOBS = ("nha_jax.hf", "nha_jax.generation", "nha_jax.storage", "safetensors")
 MODEL = ("nha_jax.model", "nha_jax.layers")
 
@@ -49,7 +52,8 @@ def loaded() -> dict[str, list[str]]:
         ("nha_jax.config", (*TRAINING, *KERNELS, *JOBS, *MODEL)),
         ("ModelConfig", (*TRAINING, *KERNELS, *JOBS, *MODEL)),
         ("Model", (*TRAINING, *KERNELS, *JOBS)),
-        ("everything", (*TRAINING, *KERNELS)),
+        ("everything", (*TRAINING, *KERNELS, *TESTING)),
+        ("testing", (*TRAINING, *KERNELS, *TESTING[1:])),
     ],
 )
 def test_nothing_is_loaded_before_it_is_used(loaded, step, absent):

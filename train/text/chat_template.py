@@ -30,7 +30,7 @@ class ChatTemplate:
         Raises:
             ConfigError: the text is no template, or the package jinja2 is not installed.
         """
-        sandbox = import_extra("jinja2.sandbox", extra="chat")
+        sandbox = import_extra("jinja2.sandbox")
         self._where = where
         # Templates are written for these settings: a line that only holds a statement leaves no
         # empty line behind.

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from nha_jax import Model, ModelConfig
-from tests.support.ops.cases import relative_error
+from nha_jax.testing import relative_error
 
 POLICIES = ("none", "full", "operator", "dots")
 

@@ -9,22 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.ops.cases import (
-    GATES,
-    WINDOWS,
-    Case,
-    Tolerance,
-    assert_close,
-    gates,
-    make_inputs,
-    relative_error,
-    rounded,
-    run,
-)
+from nha_jax import testing
+from nha_jax.testing import CASES, GATES, OPTIONS, Case, Inputs, Tolerance, make_inputs
+from tests.support.ops.interpreters import interpreter
 from tests.support.pairs import missing_pairs
 
+WINDOWS = ("0", "1", "16", "64", "100", "T", "T+5", "None")
+
 # An implementation that says nothing else is held to what plain XLA is held to.
-PLAIN_TOLERANCE = {"float32": Tolerance(5e-6, 5e-6), "bfloat16": Tolerance(1e-2, 1e-2)}
 TOLERANCE = {
     ("pallas_tpu", "float32"): Tolerance(1e-4, 5e-4),
     ("pallas_tpu", "bfloat16"): Tolerance(5e-3, 2e-2),
@@ -59,27 +51,13 @@ def gate_cases() -> list[Case]:
     ]
 
 
-def check(case: Case, implementation: str, dtype: str, inputs: dict) -> None:
+def check(case: Case, implementation: str, dtype: str, inputs: Inputs) -> None:
     """Holds an implementation against the float64 reference on the same, rounded, inputs."""
-    tolerance = TOLERANCE.get((implementation, dtype)) or PLAIN_TOLERANCE[dtype]
-    inputs = rounded(inputs, dtype)
-    expected = run(case, "reference", "float64", inputs)
-    exceptions = {}
-    if dtype == "float32" and nearly_equal_slots(case):
-        plain = run(case, "reference", "float32", inputs)["gradient/query"]
-        error = relative_error(plain, expected["gradient/query"])
-        exceptions["gradient/query"] = max(tolerance.gradients, 4 * error)
-    result = run(case, implementation, dtype, inputs)
-    assert_close(result, expected, tolerance, exceptions)
-
-
-def nearly_equal_slots(case: Case) -> bool:
-    """Slots only, and gates so strong that all of them hold nearly the last token.
-
-    The query's gradient is then a small difference of large, nearly equal terms: the definition
-    itself, in float32, is 5e-6 to 6e-5 off, and no implementation can be held to less.
-    """
-    return case.window == "0" and case.gate == "normaliser-0.1"
+    tolerance = TOLERANCE.get((implementation, dtype))
+    with interpreter(case, implementation):
+        testing.assert_matches_reference(
+            case, implementation, dtype, inputs=inputs, tolerance=tolerance
+        )
 
 
 def wide_cases() -> list[Case]:
@@ -115,42 +93,6 @@ def kernel_cases() -> list[Case]:
     ]  # fmt: skip
 
 
-# For every run: any two kinds of the options below meet, and each window, gate and length occurs.
-CHOSEN = [
-    Case(T=1, window="0", K=64, V=128, rope="rows", state=True, slot_feature_map="silu"),
-    Case(
-        T=200, window="0", M=48, H=2, gate="normaliser-0.1", segments=True, empty_slots="mask",
-        slot_weight_gradient="slots",
-    ),
-    Case(T=65, window="0", G=8, gate="holes", rope=None, state=True, empty_slots="mask"),
-    Case(
-        T=63, window="1", K=60, V=64, gate="-inf", rope="rows", state=True, empty_slots="mask",
-        slot_feature_map="relu",
-    ),
-    Case(
-        T=200, window="16", G=4, M=64, K=64, V=60, H=2, gate="normaliser-1", rope=None,
-        slot_weight_gradient="slots",
-    ),
-    Case(T=200, window="16", G=4, M=80, gate="mixed", segments=True, slot_feature_map="silu"),
-    Case(
-        T=2, window="64", gate="holes", rope="rows", segments=True, state=True,
-        slot_weight_gradient="slots",
-    ),
-    Case(T=200, window="64", G=8, H=2, gate="0", slot_feature_map="relu"),
-    Case(
-        T=65, window="100", M=48, K=60, V=64, gate="-1000", rope=None, segments=True, state=True,
-        empty_slots="mask", slot_feature_map="silu",
-    ),
-    Case(T=65, window="T+5", G=4, K=128, V=64, gate="-1000", rope="rows", slot_feature_map="silu"),
-    Case(
-        T=64, window="None", rope=None, segments=True, empty_slots="mask", slot_feature_map="relu",
-        slot_weight_gradient="slots",
-    ),
-    Case(
-        T=65, window="T", G=4, K=64, V=60, gate="mixed", segments=True, state=True,
-        empty_slots="mask",
-    ),
-]  # fmt: skip
 WINDOW_KINDS = {
     "0": "slots only", "1": "short", "16": "short", "64": "long", "100": "long", "T": "whole past",
     "T+5": "whole past", "None": "whole past",
@@ -172,11 +114,11 @@ def kinds(case: Case) -> dict[str, Hashable]:
     } | {name: getattr(case, name) for name in ("rope", "segments", "state", "empty_slots")}
 
 
-def test_the_chosen_cases_hold_every_value_and_every_pair_of_kinds():
-    rows = [kinds(case) for case in CHOSEN]
+def test_the_public_cases_hold_every_value_and_every_pair_of_kinds():
+    rows = [kinds(case) for case in CASES]
     assert missing_pairs(rows, {name: {row[name] for row in rows} for name in rows[0]}) == []
     for name in ("window", "gate", "T"):
-        assert {getattr(case, name) for case in CHOSEN} == {getattr(x, name) for x in grid()}
+        assert {getattr(case, name) for case in CASES} == {getattr(x, name) for x in grid()}
 
 
 def parameters() -> list:
@@ -186,7 +128,7 @@ def parameters() -> list:
     the compiled definition.
     """
     values = []
-    for i, case in enumerate(CHOSEN):
+    for i, case in enumerate(CASES):
         values.append((case, "xla", "float32", ()))
         if i % 3 == 0:
             values.append((case, "xla", "bfloat16", ()))
@@ -261,33 +203,15 @@ def test_tpu_kernels_gate_gradient_at_strong_decay(dtype):
     """Its true value is nearly 0, the difference of sums that are not."""
     case = Case(T=256, window="64", B=1, M=64, K=128, V=128)
     inputs = make_inputs(case)
-    pre = np.random.default_rng(0).normal(-20, 20, inputs["arrays"]["log_decay"].shape)
-    inputs["arrays"]["log_decay"] = gates("normaliser-8", pre, None).astype(np.float32)
+    pre = np.random.default_rng(0).normal(-20, 20, inputs.arrays["log_decay"].shape)
+    inputs.arrays["log_decay"] = testing.log_decays("normaliser-8", pre, None).astype(np.float32)
     check(case, "pallas_tpu", dtype, inputs)
 
 
-@st.composite
-def any_case(draw) -> Case:
-    pick = lambda *options: draw(st.sampled_from(options))  # noqa: E731
-    return Case(
-        T=draw(st.integers(1, 40)),
-        window=pick("0", "1", "3", "7", "16", "T", "T+5", "None"),
-        B=pick(1, 2),
-        H=pick(1, 2),
-        G=pick(1, 2, 3),
-        M=draw(st.integers(1, 9)),
-        K=2 * draw(st.integers(1, 5)),
-        V=draw(st.integers(1, 9)),
-        gate=pick(*GATES),
-        rope=pick(None, "tokens", "rows", "yarn"),
-        segments=pick(False, True),
-        state=pick(False, True),
-        empty_slots=pick("attend", "mask"),
-        slot_feature_map=pick("identity", "silu", "relu"),
-    )
+any_case = st.builds(Case, **{name: st.sampled_from(values) for name, values in OPTIONS.items()})
 
 
-@given(case=any_case(), seed=st.integers(0, 99))
+@given(case=any_case, seed=st.integers(0, 99))
 @settings(max_examples=3, deadline=None, derandomize=True)
 def test_any_shape_and_option(case, seed):
     check(case, "xla", "float32", make_inputs(case, seed))
@@ -300,7 +224,7 @@ def test_any_shape_and_option(case, seed):
         pytest.param("pallas_tpu", marks=pytest.mark.full),
     ],
 )
-@given(case=any_case(), seed=st.integers(0, 99))
+@given(case=any_case, seed=st.integers(0, 99))
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_option_more(implementation, case, seed):
     check(case, implementation, "float32", make_inputs(case, seed))

@@ -14,9 +14,9 @@ from nha_jax.ops.backends import Backend
 from nha_jax.ops.rope import apply_rope
 from nha_jax.ops.state import Tokens
 from nha_jax.ops.types import NHAOutput, Options
+from nha_jax.testing import Case, make_inputs
 from tests.nha_jax.ops import test_attention
 from tests.nha_jax.test_model import random_tokens, tiny_model
-from tests.support.ops.cases import Case, make_inputs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ from nha_jax.layers.remat import remat_policy
 from nha_jax.ops import nha_attention
 from nha_jax.ops.gpu import cudnn
 from nha_jax.ops.rope import rope_tables
+from nha_jax.testing import relative_error
 from tests.support.gpu.process import HOPPER
-from tests.support.ops.cases import relative_error
 
 B, T, SLOTS = 2, 72, 5
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nha_jax.ops import nha_attention
-from tests.support.ops.cases import SMALL_BLOCKS, Case, make_inputs, relative_error
+from nha_jax.testing import SMALL_BLOCKS, Case, make_inputs, relative_error
 from tests.support.pairs import every_pair
 
 
@@ -81,8 +81,8 @@ def test_reference_is_the_formula(options):
         T=23, G=2, M=5, K=6, V=4, gate="mixed", rope=rope, slot_feature_map=feature_map, **options
     )
     inputs = make_inputs(case)
-    arrays = {name: x.astype(np.float64) for name, x in inputs["arrays"].items()}
-    rest = inputs["rest"]
+    arrays = {name: x.astype(np.float64) for name, x in inputs.arrays.items()}
+    rest = inputs.rest
     out, weight = written_out(**arrays, case=case, rope=rest["rope"], ids=rest["segment_ids"])
     with jax.enable_x64():
         result = reference(
@@ -95,7 +95,7 @@ def test_reference_is_the_formula(options):
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_whole_past_with_masked_slots_is_softmax_attention(implementation):
-    inputs = make_inputs(Case(T=70, window="None", G=2, H=2, K=16, V=16, rope=None))["arrays"]
+    inputs = make_inputs(Case(T=70, window="None", G=2, H=2, K=16, V=16, rope=None)).arrays
     arrays = {name: jnp.asarray(x) for name, x in inputs.items()}
 
     def loss(attention):
@@ -125,7 +125,7 @@ def test_whole_past_with_masked_slots_is_softmax_attention(implementation):
 def test_no_window_is_gated_slot_attention(implementation):
     """arXiv 2409.07146: two gated recurrences joined by a softmax over the slots."""
     case = Case(T=70, window="0", K=16, V=12, M=10, B=1, rope=None)
-    arrays = make_inputs(case)["arrays"]
+    arrays = make_inputs(case).arrays
     query, key, value, gate = (
         arrays[name][0, :, 0].astype(np.float64) for name in ("query", "key", "value", "log_decay")
     )
@@ -150,15 +150,15 @@ def test_slot_weight_of_the_slots_only_leaves_the_window_alone():
 
     def gradients(kind):
         def loss(log_decay, rope):
-            arrays = inputs["arrays"] | {"log_decay": log_decay}
+            arrays = inputs.arrays | {"log_decay": log_decay}
             result = nha_attention(
                 **arrays, window_size=4, rope=rope, return_slot_weight=True,
                 slot_weight_gradient=kind, implementation="reference",
             )  # fmt: skip
-            return jnp.vdot(result.slot_weight, inputs["cotangents"]["slot_weight"])
+            return jnp.vdot(result.slot_weight, inputs.cotangents["slot_weight"])
 
         gradient = jax.jit(jax.grad(loss, (0, 1)))
-        return gradient(inputs["arrays"]["log_decay"], inputs["rest"]["rope"])
+        return gradient(inputs.arrays["log_decay"], inputs.rest["rope"])
 
     with jax.enable_x64():
         (every_decay, every_rope), (decay, rope) = gradients("all"), gradients("slots")

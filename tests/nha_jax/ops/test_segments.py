@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nha_jax.ops import nha_attention
-from tests.support.ops.cases import Case, make_inputs, relative_error
+from nha_jax.testing import Case, make_inputs, relative_error
 
 LENGTHS = (37, 1, 70, 12)  # of the documents of one row; the chunk is 64
 NAMES = ("query", "key", "value", "log_decay")
@@ -40,8 +40,8 @@ def outputs_and_gradients(arrays, cotangent, rope, segment_ids, **options):
 def test_packed_equals_alone(window, empty_slots):
     case = Case(T=sum(LENGTHS), window=window, G=2, K=16, V=8, B=1, gate="mixed")
     inputs = make_inputs(case)
-    arrays = [jnp.asarray(inputs["arrays"][name]) for name in NAMES]
-    cotangent, rope = jnp.asarray(inputs["cotangents"]["out"]), inputs["rest"]["rope"]
+    arrays = [jnp.asarray(inputs.arrays[name]) for name in NAMES]
+    cotangent, rope = jnp.asarray(inputs.cotangents["out"]), inputs.rest["rope"]
     ids = jnp.repeat(jnp.array([1, 2, 1, 3]), jnp.array(LENGTHS), total_repeat_length=case.T)[None]
     options = {"window_size": case.window_size, "empty_slots": empty_slots}
     packed = outputs_and_gradients(arrays, cotangent, rope, ids, **options)
@@ -101,9 +101,9 @@ def test_padding_is_zero_and_changes_nothing_whatever_it_holds(window, implement
         return result, pullback(result._replace(state=state, **cotangents))
 
     given = (
-        [inputs["arrays"][name] for name in NAMES],
-        inputs["rest"]["rope"],
-        {name: inputs["cotangents"][name] for name in ("out", "slot_weight")},
+        [inputs.arrays[name] for name in NAMES],
+        inputs.rest["rope"],
+        {name: inputs.cotangents[name] for name in ("out", "slot_weight")},
     )
     finite, nan = (
         jax.tree.map(lambda x: fill_padding(np.asarray(x), holes), given)  # noqa: B023

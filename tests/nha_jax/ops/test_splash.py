@@ -12,7 +12,7 @@ from nha_jax.ops.timeline import Timeline
 from nha_jax.ops.tpu.splash import splash_full_attention
 from nha_jax.ops.types import EmptySlots, Options
 from nha_jax.ops.xla.full import full_attention
-from tests.support.ops.cases import relative_error
+from nha_jax.testing import relative_error
 from tests.support.tpu_topology import compile_for
 
 TOLERANCE = {"float32": (1e-4, 5e-4), "bfloat16": (5e-3, 2e-2)}  # of values and of gradients

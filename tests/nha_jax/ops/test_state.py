@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nha_jax import ops
 from nha_jax.ops import init_state, resize_state
-from tests.support.ops.cases import Case, make_inputs
+from nha_jax.testing import Case, make_inputs
 from tests.support.ops.decode_cases import make_state
 from tests.support.pairs import every_pair
 
@@ -29,12 +29,12 @@ def tokens_of(case: Case):
     inputs = make_inputs(case)
 
     def arrays(start, stop):
-        return [jnp.asarray(inputs["arrays"][name][:, start:stop]) for name in NAMES]
+        return [jnp.asarray(inputs.arrays[name][:, start:stop]) for name in NAMES]
 
     def keywords(start, stop):
         return {
             "window_size": case.window_size,
-            "rope": tuple(jnp.asarray(table[start:stop]) for table in inputs["rest"]["rope"]),
+            "rope": tuple(jnp.asarray(table[start:stop]) for table in inputs.rest["rope"]),
             "empty_slots": case.empty_slots,
         }
 
@@ -128,10 +128,10 @@ def test_rows_of_different_lengths(options):
             result[row, place(row)] = x[row, :length]
         return result
 
-    rope = inputs["rest"]["rope"]
+    rope = inputs.rest["rope"]
     keywords = {"window_size": case.window_size, "empty_slots": empty_slots}
     batch = nha_attention(
-        *(padded(inputs["arrays"][name]) for name in NAMES), **keywords,
+        *(padded(inputs.arrays[name]) for name in NAMES), **keywords,
         rope=tuple(map(padded, rope)), segment_ids=ids.astype(np.int32), return_state=True,
     )  # fmt: skip
     state = resize_state(batch.state, T) if window == "None" else batch.state
@@ -139,13 +139,13 @@ def test_rows_of_different_lengths(options):
     for step in range(more):
         index = np.array(lengths)[:, None] + step
         now = [np.take_along_axis(x, index.reshape(3, 1, *(1,) * (x.ndim - 2)), 1)
-               for x in (*(inputs["arrays"][name] for name in NAMES), *rope)]  # fmt: skip
+               for x in (*(inputs.arrays[name] for name in NAMES), *rope)]  # fmt: skip
         out, state = decode_step(*now[:4], state, rope=tuple(now[4:]), **keywords)
         after.append(out)
     after, before = np.concatenate(after, axis=1), np.asarray(batch.out)
     # What follows a row's last token there, none of its tokens sees.
     alone = np.asarray(
-        nha_attention(*(inputs["arrays"][name] for name in NAMES), **keywords, rope=rope)
+        nha_attention(*(inputs.arrays[name] for name in NAMES), **keywords, rope=rope)
     )
     for row, length in enumerate(lengths):
         assert_same(before[row, place(row)], alone[row, :length])
@@ -181,7 +181,7 @@ def test_what_no_token_has_written_may_hold_anything(window, implementation):
     sizes = {"num_slots": 3, "key_dim": 4, "value_dim": 4, "max_length": 8}
     holes = make_state(window, jnp.float32, lengths, heads=1, **sizes)
     zeros = jax.tree.map(lambda x: jnp.where(jnp.isnan(x), 0, x), holes)
-    tokens = make_inputs(Case(B=4, T=3, window="4", H=1, K=4, V=4, M=3, rope=None))["arrays"]
+    tokens = make_inputs(Case(B=4, T=3, window="4", H=1, K=4, V=4, M=3, rope=None)).arrays
     arrays = [tokens[name] for name in ("query", "key", "value", "log_decay")]
 
     @jax.jit

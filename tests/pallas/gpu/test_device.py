@@ -13,9 +13,9 @@ import pytest
 
 from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.xla.decode import decode_xla
+from nha_jax.testing import Case, make_inputs
 from tests.nha_jax.ops import test_attention
 from tests.support.gpu.interpreted import CASES
-from tests.support.ops.cases import Case, make_inputs
 from tests.support.ops.decode_cases import decode_options, make_state, make_token
 
 # Cases that the interpreter is too slow for, and, of window None, cuDNN's on a GPU.

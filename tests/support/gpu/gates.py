@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nha_jax.testing import log_decays
 from pallas.gpu.forward.gates import Gates, chunk_gates, end_gates
 from pallas.gpu.spec import CHUNK, LOG2E
 from pallas.gpu.warpgroup.decays import FLOOR, LEAST_WRITE
 from tests.support.gpu.process import HOPPER, report
-from tests.support.ops.cases import GPU_INTERPRETER
-from tests.support.ops.cases import gates as log_decays
+from tests.support.ops.interpreters import GPU_INTERPRETER
 
 # Relative errors: of a sum of C float32 numbers, and of an exponential.
 TOLERANCES = {"cumulative": CHUNK * 2.0**-24, "total": 2e-5}

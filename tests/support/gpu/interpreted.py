@@ -3,13 +3,14 @@
 NPROC=16 JAX_PLATFORMS=cpu python -m tests.support.gpu.interpreted INDEX...    # see process.py
 """
 
-import jax
-import jax.numpy as jnp
+import functools
 
+import jax
+
+from nha_jax import testing
+from nha_jax.testing import Case
 from tests.nha_jax.ops import test_attention
 from tests.support.gpu.process import HOPPER, report
-from tests.support.ops import cases
-from tests.support.ops.cases import Case
 
 # One of each kind that the kernels treat in their own way; index 0 is the documents' example.
 KINDS = [
@@ -62,17 +63,11 @@ ROTATED = [
 CASES = KINDS + ROTATED + test_attention.SUITE
 
 
-def lower_for_cuda(case: Case, inputs: dict) -> None:
+def lower_for_cuda(case: Case, inputs: testing.Inputs) -> None:
     """Raises what Mosaic does: the interpreter knows no layouts, and runs what Mosaic refuses."""
-    is_wide = {"log_decay", "window_log_decay", "slot_key", "slot_value"}
-    arrays = {
-        name: jnp.asarray(x, jnp.float32 if name in is_wide else jnp.bfloat16)
-        for name, x in inputs["arrays"].items()
-    }
-    rest = jax.tree.map(jnp.asarray, inputs["rest"])
-    cotangents = jax.tree.map(jnp.asarray, inputs["cotangents"])
+    call = functools.partial(testing.attend_with_gradients, case, implementation="pallas_gpu")
     with jax.sharding.use_abstract_mesh(HOPPER):
-        traced = cases._run.trace(arrays, rest, cotangents, case=case, implementation="pallas_gpu")
+        traced = jax.jit(call).trace(inputs.on_device("bfloat16"))
         program = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" in program or "__cudnn$fmha" in program
     jax.clear_caches()
@@ -80,13 +75,13 @@ def lower_for_cuda(case: Case, inputs: dict) -> None:
 
 def check(case: Case) -> None:
     """Lowers the kernels for CUDA, and interprets them."""
-    lower_for_cuda(case, cases.make_inputs(case))
+    lower_for_cuda(case, testing.make_inputs(case))
     interpret(case)
 
 
 def interpret(case: Case) -> None:
     """Raises AssertionError if a value or a gradient is too far from the definition's."""
-    test_attention.check(case, "pallas_gpu", "bfloat16", cases.make_inputs(case))
+    test_attention.check(case, "pallas_gpu", "bfloat16", testing.make_inputs(case))
 
 
 if __name__ == "__main__":

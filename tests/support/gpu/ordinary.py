@@ -9,9 +9,9 @@ two of them, which have every kernel between them, are lowered for CUDA.
 from collections.abc import Callable
 from typing import Any
 
+from nha_jax.testing import Case
 from tests.support.gpu import decode_steps, interpreted
 from tests.support.gpu.process import report
-from tests.support.ops.cases import Case
 
 Check = tuple[Callable[[Any], None], Any]
 

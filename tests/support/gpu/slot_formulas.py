@@ -32,10 +32,10 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from nha_jax.testing import log_decays
 from pallas.gpu.forward.gates import Gates
 from pallas.gpu.spec import CHUNK, GATE_BLOCKS, GATE_ROWS, CallSpec, Segments
 from tests.support.gpu.gates import gates_of, rounded
-from tests.support.ops.cases import gates as log_decays
 
 Arrays = dict[str, np.ndarray]
 Side = tuple[np.ndarray, np.ndarray]  # of keys, of values

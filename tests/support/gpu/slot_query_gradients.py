@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 
+from nha_jax.testing import relative_error
 from pallas.gpu.backward.slot_query_gradients import SlotQueryGradients, slot_query_gradients
 from tests.support.gpu.process import HOPPER, report
 from tests.support.gpu.slot_formulas import Case, Chunks, Inputs, make_inputs
-from tests.support.ops.cases import GPU_INTERPRETER, relative_error
+from tests.support.ops.interpreters import GPU_INTERPRETER
 
 TOLERANCE = 1e-2  # relative Frobenius; the operands are rounded to 2^-9
 

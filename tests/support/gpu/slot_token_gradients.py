@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nha_jax.testing import relative_error
 from pallas.gpu import default_block_sizes
 from pallas.gpu.backward.slot_token_gradients import SlotTokenGradients, slot_token_gradients
 from pallas.gpu.backward.state_gradients import state_gradients
@@ -19,7 +20,7 @@ from pallas.gpu.warpgroup.decays import FLOOR
 from pallas.gpu.warpgroup.state_walk import States
 from tests.support.gpu.process import report
 from tests.support.gpu.slot_formulas import Case, Chunks, Inputs, Queries, Side, make_inputs
-from tests.support.ops.cases import GPU_INTERPRETER, relative_error
+from tests.support.ops.interpreters import GPU_INTERPRETER
 
 TOLERANCE = 5e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
 

@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from nha_jax.testing import relative_error
 from pallas.gpu import CHUNK, BlockSizes, CallSpec
 from pallas.gpu.backward.window_query_gradients import window_query_gradients
 from pallas.gpu.backward.window_token_gradients import window_token_gradients
 from pallas.gpu.spec import Segments
 from pallas.gpu.warpgroup.rotation import Rotation
 from tests.support.gpu.process import HOPPER, report
-from tests.support.ops.cases import GPU_INTERPRETER, relative_error
+from tests.support.ops.interpreters import GPU_INTERPRETER
 
 TOLERANCE = 4e-3  # of relative Frobenius errors; the operands are rounded to 2^-9
 WIDE_TOLERANCE = 1e-5  # of what is never rounded to bfloat16

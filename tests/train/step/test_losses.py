@@ -13,8 +13,8 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.argument_checks import default_positions
+from nha_jax.testing import relative_error
 from tests.support.eight_devices import run_on_eight_devices
-from tests.support.ops.cases import relative_error
 from tests.support.train.gradients_on_meshes import make_batch, make_config
 from train.config import LossConfig, OptimizerConfig, TrainConfig
 from train.devices.mesh import make_mesh
