@@ -23,11 +23,11 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
+from nha_jax.tokenizer.files import TOKENIZER_FILE
+from nha_jax.tokenizer.from_file import FileTokenizer
+from nha_jax.tokenizer.interface import Tokenizer
 from train.data.prepare.folder import PrepareOptions, prepare
-from train.data.tokenizer.as_bytes import ByteTokenizer
-from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.from_file import FileTokenizer
-from train.data.tokenizer.interface import Tokenizer
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048

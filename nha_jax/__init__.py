@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from nha_jax.ops.types import NHAOutput
     from nha_jax.sizes import flops_per_token, num_parameters, training_flops_per_token
     from nha_jax.storage.saved_model import load, save
+    from nha_jax.tokenizer.from_file import load_tokenizer
+    from nha_jax.tokenizer.interface import Tokenizer
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -41,10 +43,12 @@ else:
             "NHAOutput": "nha_jax.ops.types",
             "NHAState": "nha_jax.ops.state",
             "SamplingOptions": "nha_jax.generation.sampling",
+            "Tokenizer": "nha_jax.tokenizer.interface",
             "flops_per_token": "nha_jax.sizes",
             "from_pretrained": "nha_jax.hf.pretrained",
             "generate": "nha_jax.generation.generate",
             "load": "nha_jax.storage.saved_model",
+            "load_tokenizer": "nha_jax.tokenizer.from_file",
             "muon_dimension_numbers": "nha_jax.muon",
             "nha_attention": "nha_jax.ops.api",
             "num_parameters": "nha_jax.sizes",
@@ -65,10 +69,12 @@ __all__ = [
     "NHAOutput",
     "NHAState",
     "SamplingOptions",
+    "Tokenizer",
     "flops_per_token",
     "from_pretrained",
     "generate",
     "load",
+    "load_tokenizer",
     "muon_dimension_numbers",
     "nha_attention",
     "num_parameters",

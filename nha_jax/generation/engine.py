@@ -2,7 +2,7 @@
 
 import collections
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nha_jax.argument_checks import check_count, check_prompt
+from nha_jax.argument_checks import check_count
 from nha_jax.cache import ModelCache
-from nha_jax.generation.prompts import PromptBatch, Request
+from nha_jax.generation.prompts import Prompt, PromptBatch, Request, read_prompt
 from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
 from nha_jax.model import Model
 from nha_jax.ops.mesh.explicit import auto_axes
@@ -115,13 +115,11 @@ class Engine:
                 sampling=RowSampling.idle(batch_size, model.config.vocab_size),
             )
 
-    def submit(
-        self, prompt: jax.typing.ArrayLike | Sequence[int], options: SamplingOptions | None = None
-    ) -> int:
+    def submit(self, prompt: Prompt, options: SamplingOptions | None = None) -> int:
         """Queues a request.
 
         Args:
-          prompt: [T] integers in [0, vocab_size).
+          prompt: [T] integers in [0, vocab_size), or a text for a model of bytes.
           options: how it is continued; None: `SamplingOptions()`.
 
         Returns:
@@ -135,7 +133,7 @@ class Engine:
         if not isinstance(options, SamplingOptions):
             raise TypeError(f"options must be SamplingOptions or None, got {shown(options)}")
         options.check_vocabulary(self._config.vocab_size)
-        tokens = check_prompt(prompt, self._config.vocab_size)
+        tokens = read_prompt(prompt, self._config.vocab_size)
         longest = len(tokens) + options.max_new_tokens
         if self._max_length is not None and longest > self._max_length:
             raise ValueError(

@@ -6,8 +6,9 @@ from typing import Any, Literal, NamedTuple, TypeGuard, overload
 import jax
 import numpy as np
 
-from nha_jax.argument_checks import check_lengths, check_prompt, token_array
+from nha_jax.argument_checks import check_lengths, token_array
 from nha_jax.generation.engine import Engine, chunk_for, room_for
+from nha_jax.generation.prompts import Prompt, encode_text, read_prompt
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model
 from nha_jax.scalars import shown
@@ -31,7 +32,7 @@ class Generated(NamedTuple):
 @overload
 def generate(
     model: Model,
-    prompt: jax.typing.ArrayLike | Sequence[Any],
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     lengths: jax.typing.ArrayLike | None = None,
@@ -43,7 +44,7 @@ def generate(
 @overload
 def generate(
     model: Model,
-    prompt: jax.typing.ArrayLike | Sequence[Any],
+    prompt: Prompt,
     *,
     max_new_tokens: int,
     lengths: jax.typing.ArrayLike | None = None,
@@ -72,7 +73,8 @@ def generate(
     Args:
         model: the model.
         prompt: [T] or [B, T] integers in [0, vocab_size), read in chunks of at most 512 tokens; or
-            a list of B rows of different lengths.
+            a list of B rows of different lengths. For a model of bytes, whose vocab_size is 257 or
+            256, a row may be a str, of which it gets the UTF-8, or bytes.
         max_new_tokens: how many tokens each row gets.
         lengths: [B] integers in [1, T], for prompts of different lengths in one array: row b
             is prompt[b, :lengths[b]], and what follows is not read.
@@ -83,7 +85,7 @@ def generate(
 
     Returns:
         The new tokens, without the prompt: [B, max_new_tokens] int32, or [max_new_tokens] for a
-        prompt [T]; or `Generated`.
+        prompt [T] or a text; or `Generated`. `load_tokenizer` gives what makes text of them.
 
     Raises:
         ValueError, TypeError: an argument has a wrong value, shape or dtype; the message names it.
@@ -115,15 +117,15 @@ def generate(
 
 
 def _split(
-    prompt: jax.typing.ArrayLike | Sequence[Any],
+    prompt: Prompt,
     lengths: jax.typing.ArrayLike | None,
     vocab_size: int,
 ) -> tuple[Sequence[np.ndarray], bool]:
     """Cuts the prompt into its rows, each of its own length; says whether it is only one, [T]."""
-    if lengths is None and _is_ragged(prompt):
-        rows = [check_prompt(row, vocab_size, f"prompt[{i}]") for i, row in enumerate(prompt)]
+    if lengths is None and _is_list_of_rows(prompt):
+        rows = [read_prompt(row, vocab_size, f"prompt[{i}]") for i, row in enumerate(prompt)]
         return rows, False
-    tokens = token_array(prompt)
+    tokens = token_array(encode_text(prompt, vocab_size))
     if tokens.ndim not in (1, 2) or not tokens.size:
         got = shown(prompt) if tokens.ndim == 0 else f"shape {tokens.shape}"
         raise ValueError(f"prompt must be [time] or [batch, time] and not empty, got {got}")
@@ -136,10 +138,12 @@ def _split(
     return [row[:length] for row, length in zip(tokens, checked, strict=True)], False
 
 
-def _is_ragged(prompt: object) -> TypeGuard[Sequence[Any]]:
-    """Whether it is a list of rows that have different lengths."""
+def _is_list_of_rows(prompt: object) -> TypeGuard[Sequence[Any]]:
+    """Whether it is a list of texts, or of rows that have different lengths."""
     if not isinstance(prompt, list | tuple):
         return False
+    if any(isinstance(row, str | bytes) for row in prompt):
+        return True
     try:
         return len({len(row) for row in prompt}) > 1
     except TypeError:  # numbers

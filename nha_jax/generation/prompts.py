@@ -1,12 +1,52 @@
 """What an engine keeps of its requests: their prompts, and how far they have been read."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from nha_jax.argument_checks import check_prompt
 from nha_jax.cache import ModelCache
 from nha_jax.generation.sampling import SamplingOptions
+from nha_jax.scalars import shown
+from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
+
+Prompt = jax.typing.ArrayLike | Sequence[Any] | str | bytes
+"""Tokens, or a text for a model of bytes."""
+
+
+def read_prompt(prompt: Prompt, vocab_size: int, name: str = "prompt") -> np.ndarray:
+    """Returns a prompt as [T] int32; errors call it by `name`.
+
+    Raises:
+        ValueError, TypeError: it is empty, neither a text nor [T] integers, or has tokens outside
+            [0, vocab_size); or it is a text, and the model's tokens are no bytes.
+    """
+    return check_prompt(encode_text(prompt, vocab_size, name), vocab_size, name)
+
+
+def encode_text(prompt: object, vocab_size: int, name: str = "prompt") -> Any:
+    """Encodes a text, and returns anything else as it is.
+
+    Raises:
+        ValueError: the text is empty.
+        TypeError: the model's tokens are no bytes.
+    """
+    if not isinstance(prompt, str | bytes):
+        return prompt
+    # 256: a model of someone's own, whose documents have no end.
+    if vocab_size not in (BYTE_VOCABULARY, BYTE_VOCABULARY - 1):
+        raise TypeError(
+            f"{name} is the text {shown(prompt)}, and the model's {vocab_size} tokens are no "
+            "bytes: encode it by the model's own tokenizer, "
+            "nha_jax.load_tokenizer(FOLDER).encode_prompt(text)"
+        )
+    if not prompt:
+        raise ValueError(f"{name} must have at least one token, got {shown(prompt)}")
+    text = prompt.decode(errors="surrogateescape") if isinstance(prompt, bytes) else prompt
+    return ByteTokenizer().encode_prompt(text)
 
 
 @dataclasses.dataclass

@@ -4,11 +4,15 @@ import json
 from typing import Any
 
 
+class DamagedFileError(ValueError):
+    """A file is empty, cut, or says what no such file says; one line names it."""
+
+
 def parse_object(content: bytes, where: object) -> dict[str, Any]:
     """Parses a file's content as a JSON object.
 
     Raises:
-        ValueError: it is none; one line begins with `where` and says what to do.
+        DamagedFileError: it is none; one line begins with `where` and says what to do.
     """
     try:
         values = json.loads(content)
@@ -16,5 +20,7 @@ def parse_object(content: bytes, where: object) -> dict[str, Any]:
         values = None
     if not isinstance(values, dict):
         state = "damaged" if content.strip(b" \t\r\n\0") else "empty"
-        raise ValueError(f"{where}: {state}: expected a JSON object; copy or download it again")
+        raise DamagedFileError(
+            f"{where}: {state}: expected a JSON object; copy or download it again"
+        )
     return values

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nha_jax import Engine, Model, SamplingOptions
-    from train.data.tokenizer.interface import Tokenizer
+    from nha_jax.tokenizer.interface import Tokenizer
     from train.text.chat_template import ChatTemplate
     from train.text.continuation import WrittenToken
 

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nha_jax.tokenizer.as_bytes import ByteTokenizer, join_documents
+from nha_jax.tokenizer.interface import Tokenizer
 from train.config import DataConfig
 from train.data.held_out import is_file_held_out
 from train.data.input_files import find_files, walk
 from train.data.packed_files import OTHER_PACKINGS, kind_of, naming, open_unpacked
 from train.data.prepared_folder import PreparedFolder, is_prepared, is_unfinished
 from train.data.token_source import Split, TokensInMemory
-from train.data.tokenizer.as_bytes import ByteTokenizer, join_documents
-from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
 from train.paths import user_path
 

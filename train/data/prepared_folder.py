@@ -11,10 +11,10 @@ from typing import Any, Self
 
 import numpy as np
 
+from nha_jax.tokenizer.files import TOKENIZER_FILE
+from nha_jax.tokenizer.interface import Tokenizer
 from train.data.token_shards import TOKENS_SUFFIX, OpenFile, ShardReader, ShardRecord
-from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.from_file import load_tokenizer
-from train.data.tokenizer.interface import Tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 from train.storage.small_json import parse

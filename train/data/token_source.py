@@ -5,7 +5,7 @@ from typing import Protocol
 
 import numpy as np
 
-from train.data.tokenizer.as_bytes import END_OF_DOCUMENT
+from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 
 
 class TokenSource(Protocol):

@@ -4,11 +4,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.saved_model import extra_files_of
+from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from nha_jax.tokenizer.interface import Tokenizer
 from train.config import TrainConfig
 from train.data.corpus import Corpus
-from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, read_object
-from train.data.tokenizer.interface import Tokenizer
+from train.data.tokenizers import tokenizer_errors
 from train.errors import ConfigError
 from train.storage.atomic import write_if_changed
 from train.storage.initial_model import InitialModel
@@ -58,6 +60,7 @@ def merge_extra_files(initial: InitialModel, tokenizer: Tokenizer) -> dict[str, 
     both = [x[name] for x in (files, tokenizer.files) if name in x]
     files |= tokenizer.files
     if len(both) == 2:
-        old, new = (read_object(content, initial.folder / name) for content in both)
+        with tokenizer_errors():
+            old, new = (parse_object(content, initial.folder / name) for content in both)
         files[name] = (json.dumps(old | new, indent=2, ensure_ascii=False) + "\n").encode()
     return files

@@ -7,10 +7,10 @@ import jax
 from jax.sharding import Mesh
 
 from nha_jax import ModelConfig
+from nha_jax.tokenizer.interface import Tokenizer
 from train.checkpoint.checkpoints import Checkpoints
 from train.config import TrainConfig
 from train.data.corpus import Corpus, load_corpus
-from train.data.tokenizer.interface import Tokenizer
 from train.devices import processes
 from train.devices.compilation_cache import use_compilation_cache
 from train.devices.mesh import make_mesh

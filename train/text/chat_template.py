@@ -9,7 +9,8 @@ from reprlib import repr as shown
 from typing import Any, NoReturn, Self
 
 from nha_jax.storage.saved_model import extra_files_of
-from train.data.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
+from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
+from train.data.tokenizers import tokenizer_errors
 from train.errors import ConfigError, DataError
 from train.extras import import_extra
 
@@ -52,7 +53,8 @@ class ChatTemplate:
             DataError: a file of the tokenizer is damaged.
         """
         files = extra_files_of(folder)
-        settings = read_objects(files, folder)
+        with tokenizer_errors():
+            settings = read_objects(files, folder)
         where, source = folder / TEMPLATE_FILE, ""
         if TEMPLATE_FILE in files:
             try:

@@ -7,7 +7,7 @@ import numpy as np
 
 import nha_jax
 from nha_jax.generation.engine import chunk_for, room_for
-from train.data.tokenizer.interface import Tokenizer
+from nha_jax.tokenizer.interface import Tokenizer
 
 Finish = Literal["stop", "length"]
 

@@ -7,12 +7,13 @@ from typing import Any, Self
 
 from nha_jax.hf.fields import FLAG, INDEX_OR_NULL, POSITIVE_OR_NULL, Required, refused
 from nha_jax.scalars import is_number
-from train.data.tokenizer.files import (
+from nha_jax.storage.json_objects import parse_object
+from nha_jax.tokenizer.files import (
     GENERATION_CONFIG_FILE,
     end_tokens,
-    read_object,
     wrong_end_tokens,
 )
+from train.data.tokenizers import tokenizer_errors
 from train.errors import DataError
 
 
@@ -45,15 +46,14 @@ class GenerationDefaults:
         path = folder / GENERATION_CONFIG_FILE
         if not path.is_file():
             return cls({}, ())
-        try:
-            values = read_object(path.read_bytes(), path)
-        except OSError as error:
-            raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+        with tokenizer_errors():
+            values = parse_object(path.read_bytes(), path)
         greedy = values.get("do_sample") is False
         kinds = {name: kind for name, kind in _KINDS.items() if not greedy or name in _GREEDY}
         if problems := refused(values, kinds) + wrong_end_tokens(values):
             raise DataError(f"{path}: {'; '.join(problems)}")
-        stop = tuple(token for token in end_tokens(folder) if token < vocab_size)
+        with tokenizer_errors():
+            stop = tuple(token for token in end_tokens(folder) if token < vocab_size)
         return cls(_sampling(values, vocab_size, greedy=greedy), stop)
 
 

@@ -6,12 +6,10 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.model import abstract_model
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
+from nha_jax.storage.saved_model import WEIGHTS_FILE
+from nha_jax.tokenizer.interface import Tokenizer
 from train.checkpoint.checkpoints import load_model_state
-from train.data.tokenizer.as_bytes import BYTE_VOCABULARY
-from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.from_file import load_tokenizer
-from train.data.tokenizer.interface import Tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.errors import ConfigError, refusals_are_config_errors
 from train.paths import user_path
 from train.storage.run_folder import RunFolder
@@ -42,18 +40,7 @@ def load_tokenizer_of(path: str | Path) -> Tokenizer:
             was imported without its tokenizer.
         DataError: the tokenizer's files are damaged.
     """
-    folder = _folder(path)
-    tokenizer = load_tokenizer(folder)
-    imported = (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists()
-    if tokenizer.name == "bytes" and imported:
-        with refusals_are_config_errors():
-            size = open_saved(folder)[0].vocab_size
-        if size != BYTE_VOCABULARY:
-            raise ConfigError(
-                f"{path}: it was imported without its tokenizer, and its {size} tokens are no "
-                f"bytes; put the original's {TOKENIZER_FILE} into this folder"
-            )
-    return tokenizer
+    return load_tokenizer(_folder(path))
 
 
 def _folder(path: str | Path) -> Path:

@@ -5,8 +5,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nha_jax.tokenizer.interface import Tokenizer
 from train.data.packed_files import naming, open_unpacked
-from train.data.tokenizer.interface import Tokenizer
 from train.errors import ConfigError
 from train.paths import check_ends, user_path
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.train.pretrained_tokenizer import CONFIG, END, TEMPLATE, tokenizer_json
-from train.data.tokenizer.from_file import load_tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.text.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.hf

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import nha_jax
+from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
 from tests.support.train.tiny_run import Nha
 from train.cli import main
-from train.data.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
 from train.text.continuation import _GrowingText, continue_texts
 
 GREEDY = ["--max-new-tokens", "8", "--temperature", "0"]

@@ -11,9 +11,9 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from train.cli import main
 from train.commands.inspect import _output_path
-from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.errors import ConfigError
 from train.inspect.figure import draw
 from train.inspect.measure import Inspection, format_table, half_life, inspect

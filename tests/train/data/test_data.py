@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 from train.config import DataConfig
 from train.data.batches import Batch, Mixture, Sequences, evaluation_batches, training_batches
 from train.data.corpus import load_corpus
 from train.data.held_out import is_file_held_out
 from train.data.token_source import Split, TokensInMemory
-from train.data.tokenizer.as_bytes import END_OF_DOCUMENT
 
 
 def stream(lengths: list[int], first: int = 0) -> TokensInMemory:

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from train.cli import main
 from train.config import DataConfig
 from train.data.batches import Sequences, training_batches
@@ -18,7 +19,6 @@ from train.data.corpus import load_corpus
 from train.data.prepare.folder import PrepareOptions, prepare
 from train.data.prepared_folder import MANIFEST_FILE, Manifest, PreparedFolder, ShardedTokens
 from train.data.token_shards import BLOCK_BYTES, ShardWriter
-from train.data.tokenizer.as_bytes import ByteTokenizer
 from train.errors import ConfigError, DataError
 
 TEXTS = [f"document {n}: " + "word " * (n * 37 % 800) for n in range(300)]

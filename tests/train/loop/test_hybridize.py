@@ -18,13 +18,13 @@ from flax import nnx
 import nha_jax
 from nha_jax.sizes import abstract_parameters
 from nha_jax.storage.weights import Index, SafetensorsSource
+from nha_jax.tokenizer.from_file import FileTokenizer
 from tests.support.eight_devices import run_on_eight_devices
 from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.config import TrainConfig
 from train.data.batches import Batch
-from train.data.tokenizer.from_file import FileTokenizer
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.load_config import load_config

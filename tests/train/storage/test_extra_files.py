@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from nha_jax.tokenizer.from_file import FileTokenizer
 from tests.support.train.pretrained_tokenizer import (
     BEGIN,
     CONFIG,
@@ -22,7 +23,7 @@ from tests.support.train.pretrained_tokenizer import (
 from tests.support.train.raw_files import json_lines, prepare
 from train.cli import main
 from train.data.prepared_folder import PreparedFolder
-from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.errors import ConfigError, DataError
 from train.text.chat_template import ChatTemplate
 

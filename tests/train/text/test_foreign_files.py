@@ -10,7 +10,7 @@ import pytest
 from nha_jax import SamplingOptions
 from tests.support.train.pretrained_tokenizer import tokenizer_json
 from tests.train.storage.test_extra_files import write
-from train.data.tokenizer.from_file import load_tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.errors import ConfigError, DataError, UserError
 from train.text.chat_template import ChatTemplate
 from train.text.generation_defaults import GenerationDefaults

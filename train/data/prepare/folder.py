@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
+from nha_jax.tokenizer.files import TOKENIZER_FILE
+from nha_jax.tokenizer.interface import Tokenizer
 from train.config import require
 from train.data.input_files import find_files
 from train.data.packed_files import naming
@@ -30,10 +33,7 @@ from train.data.prepared_folder import (
     is_unfinished,
 )
 from train.data.token_shards import ShardRecord
-from train.data.tokenizer.as_bytes import ByteTokenizer
-from train.data.tokenizer.files import TOKENIZER_FILE
-from train.data.tokenizer.from_file import FileTokenizer, load_tokenizer
-from train.data.tokenizer.interface import Tokenizer
+from train.data.tokenizers import load_tokenizer, tokenizer_of_file
 from train.errors import ConfigError, DataError, describe_differences
 from train.paths import check_ends, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
@@ -125,13 +125,7 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
             raise ConfigError(f"--tokenizer = {str(path)!r}: holds no {TOKENIZER_FILE}")
         return tokenizer
     check_ends(path, "--tokenizer")
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"--tokenizer = {str(path)!r}: cannot read it: {error.strerror}"
-        ) from None
-    return FileTokenizer({TOKENIZER_FILE: content}, options.end_token, str(path))
+    return tokenizer_of_file(path, options.end_token)
 
 
 def _files(inputs: Sequence[str], out: Path) -> list[Path]:

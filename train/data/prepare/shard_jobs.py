@@ -9,11 +9,11 @@ from typing import Self
 
 import numpy as np
 
+from nha_jax.tokenizer.interface import Tokenizer
 from train.data.held_out import is_document_held_out
 from train.data.prepare.raw_files import BadDocumentError, FilePart, read_documents
 from train.data.prepared_folder import SPLITS
 from train.data.token_shards import ShardRecord, ShardWriter
-from train.data.tokenizer.interface import Tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 from train.storage.small_json import read_whole

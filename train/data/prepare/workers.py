@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from nha_jax.tokenizer.interface import Tokenizer
 from train.data.prepare.shard_jobs import (
     Progress,
     ShardJob,
@@ -18,8 +19,7 @@ from train.data.prepare.shard_jobs import (
     WrittenShards,
     write_shards,
 )
-from train.data.tokenizer.from_file import load_tokenizer
-from train.data.tokenizer.interface import Tokenizer
+from train.data.tokenizers import load_tokenizer
 from train.errors import DataError
 
 # A process does not hear Ctrl-C while the tokenizer has a document, which may be a file as large as

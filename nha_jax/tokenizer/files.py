@@ -5,8 +5,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any
 
-from train.errors import DataError
-from train.storage.small_json import parse
+from nha_jax.storage.json_objects import DamagedFileError, parse_object
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -15,18 +14,6 @@ GENERATION_CONFIG_FILE = "generation_config.json"
 
 TOKENIZER_FILES = (TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
 """The files that a tokenizer may have; the first of them it must have."""
-
-
-def read_object(content: bytes, where: object) -> dict[str, Any]:
-    """Parses a file's content as a JSON object.
-
-    Raises:
-        DataError: the content is no JSON object; the message begins with `where`.
-    """
-    try:
-        return parse(content, dict[str, Any])
-    except ValueError as error:
-        raise DataError(f"{where}: damaged: {error}; expected a JSON object") from None
 
 
 def read_objects(files: Mapping[str, bytes], folder: Path) -> dict[str, dict[str, Any]]:
@@ -40,16 +27,16 @@ def read_objects(files: Mapping[str, bytes], folder: Path) -> dict[str, dict[str
         The parsed objects by file name.
 
     Raises:
-        DataError: one of the two is no JSON object, or a field that is read has a wrong type; one
-            line names every such field.
+        DamagedFileError: one of the two is no JSON object, or a field that is read has a wrong
+            type; one line names every such field.
     """
     names = (TOKENIZER_CONFIG_FILE, SPECIAL_TOKENS_FILE)
-    found = {name: read_object(files[name], folder / name) for name in names if name in files}
+    found = {name: parse_object(files[name], folder / name) for name in names if name in files}
     problems = [
         f"{folder / name}: {problem}" for name in found for problem in _wrong_fields(found[name])
     ]
     if problems:
-        raise DataError("; ".join(problems))
+        raise DamagedFileError("; ".join(problems))
     return found
 
 
@@ -93,14 +80,14 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     Numbers that no token has, such as -1, are left out.
 
     Raises:
-        DataError: one of the two files is damaged.
+        DamagedFileError: one of the two files is damaged.
         OSError: one of the two cannot be read.
     """
     for path in (folder / GENERATION_CONFIG_FILE, folder / "config.json"):
         if path.is_file():
-            values = read_object(path.read_bytes(), path)
+            values = parse_object(path.read_bytes(), path)
             if problems := wrong_end_tokens(values):
-                raise DataError(f"{path}: {problems[0]}")
+                raise DamagedFileError(f"{path}: {problems[0]}")
             numbers = tuple(x for x in _end_token_ids(values) if 0 <= x < 2**31)
             if numbers:
                 return numbers

@@ -1,9 +1,10 @@
-"""What the rest of the program knows of a tokenizer."""
+"""What is known of every tokenizer."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 
 class Decoder(Protocol):
@@ -53,8 +54,8 @@ class Tokenizer(Protocol):
             The tokens [N] integers, and where each document ends, exclusive: [documents] int64.
         """
 
-    def decode(self, tokens: np.ndarray) -> str:
-        """Returns the text of tokens [N], without ends of documents and other special tokens."""
+    def decode(self, tokens: ArrayLike) -> str:
+        """Returns the text of tokens [N], without ends of documents and other special ones."""
 
-    def decoder(self, prompt: np.ndarray) -> Decoder:
+    def decoder(self, prompt: ArrayLike) -> Decoder:
         """Returns a decoder of the tokens that follow those of `prompt`, [N]."""

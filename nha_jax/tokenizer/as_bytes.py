@@ -4,8 +4,9 @@ import codecs
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from train.data.tokenizer.interface import Decoder
+from nha_jax.tokenizer.interface import Decoder
 
 END_OF_DOCUMENT = 256
 """The token after each document; tokens below it are byte values."""
@@ -32,10 +33,11 @@ class ByteTokenizer:
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return join_documents([text.encode() for text in texts])
 
-    def decode(self, tokens: np.ndarray) -> str:
+    def decode(self, tokens: ArrayLike) -> str:
+        tokens = np.asarray(tokens)
         return tokens[tokens < END_OF_DOCUMENT].astype(np.uint8).tobytes().decode(errors="replace")
 
-    def decoder(self, prompt: np.ndarray) -> Decoder:
+    def decoder(self, prompt: ArrayLike) -> Decoder:
         return _ByteDecoder()
 
 

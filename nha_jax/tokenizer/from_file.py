@@ -3,14 +3,18 @@
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from train.data.tokenizer.as_bytes import ByteTokenizer
-from train.data.tokenizer.files import (
+from nha_jax.extras import import_extra
+from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
+from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
+from nha_jax.tokenizer.files import (
     TOKENIZER_CONFIG_FILE,
     TOKENIZER_FILE,
     TOKENIZER_FILES,
@@ -18,9 +22,7 @@ from train.data.tokenizer.files import (
     read_objects,
     special_token,
 )
-from train.data.tokenizer.interface import Decoder, Tokenizer
-from train.errors import ConfigError, DataError
-from train.extras import import_extra
+from nha_jax.tokenizer.interface import Decoder, Tokenizer
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 """Names to look for, in this order, where nothing says which token ends a document."""
@@ -33,7 +35,13 @@ class FileTokenizer:
     the token that ends it.
     """
 
-    def __init__(self, files: Mapping[str, bytes], end_token: str | int | None, where: str):
+    def __init__(
+        self,
+        files: Mapping[str, bytes],
+        end_token: str | int | None,
+        where: str,
+        option: str = "end_token",
+    ):
         """Reads the tokenizer.
 
         Args:
@@ -41,29 +49,30 @@ class FileTokenizer:
             end_token: name or number of the token after each document; None: the eos_token of the
                 files, or else the first of END_TOKENS that there is.
             where: the path of tokenizer.json, for error messages.
+            option: what error messages call `end_token`.
 
         Raises:
-            ConfigError: tokenizer.json is no tokenizer or has no such token, or the package
-                tokenizers is not installed.
-            DataError: another of the files is damaged.
+            ValueError: tokenizer.json is no tokenizer or has no such token, or another of the files
+                is damaged (`DamagedFileError`).
+            ImportError: the package tokenizers is not installed.
         """
         tokenizers = import_extra("tokenizers")
         content = files[TOKENIZER_FILE]
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         except Exception as error:  # the package raises nothing more specific
-            raise ConfigError(f"{where}: not a tokenizer.json: {_one_line(error)}") from None
+            raise ValueError(f"{where}: not a tokenizer.json: {_one_line(error)}") from None
         # A file may have been saved with these switched on; truncation would cut documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         settings = read_objects(files, Path(where).parent)
         stated = special_token(settings, "eos_token")
-        name, self.end_token = self._find_end_token(end_token, stated, where)
+        name, self.end_token = self._find_end_token(end_token, stated, where, option)
         try:
             self.begin_tokens = self._find_begin_tokens(settings)
         except Exception as error:  # e.g. without a token for what is unknown
-            raise ConfigError(f"{where}: it encodes no text: {_one_line(error)}") from None
+            raise ValueError(f"{where}: it encodes no text: {_one_line(error)}") from None
         # Ids may have gaps, so the largest id counts and not the number of ids.
         self.vocabulary_size = max(self._tokenizer.get_vocab().values()) + 1
         self.name = hashlib.sha256(content).hexdigest()
@@ -74,21 +83,21 @@ class FileTokenizer:
         self.files: Mapping[str, bytes] = {name: files[name] for name in sorted(files)}
 
     def _find_end_token(
-        self, wanted: str | int | None, stated: str | None, where: str
+        self, wanted: str | int | None, stated: str | None, where: str, option: str
     ) -> tuple[str, int]:
         """Finds the name and number of the token after each document."""
-        option = "eos_token" if wanted is None else "--end-token"
+        asked = "eos_token" if wanted is None else option
         known = self._tokenizer.id_to_token(wanted) if isinstance(wanted, int) else wanted or stated
         for name in END_TOKENS if known is None else (known,):
             number = self._tokenizer.token_to_id(name)
             if number is not None:
                 return name, number
         if known is not None:
-            raise ConfigError(f"{option} = {known!r}: {where} has no such token")
+            raise ValueError(f"{asked} = {known!r}: {where} has no such token")
         special = [token.content for token in self._tokenizer.get_added_tokens_decoder().values()]
-        raise ConfigError(
+        raise ValueError(
             f"{where}: none of its tokens is called {', '.join(END_TOKENS)}; name the one that "
-            f"ends a document with --end-token (its special tokens: {', '.join(special) or 'none'})"
+            f"ends a document with {option} (its special tokens: {', '.join(special) or 'none'})"
         )
 
     def _find_begin_tokens(self, settings: Mapping[str, Mapping[str, Any]]) -> tuple[int, ...]:
@@ -124,10 +133,10 @@ class FileTokenizer:
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         return np.concatenate(parts) if parts else np.zeros(0, np.int32), ends
 
-    def decode(self, tokens: np.ndarray) -> str:
-        return self._tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
+    def decode(self, tokens: ArrayLike) -> str:
+        return self._tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
-    def decoder(self, prompt: np.ndarray) -> Decoder:
+    def decoder(self, prompt: ArrayLike) -> Decoder:
         return _FileDecoder(self, prompt)
 
 
@@ -139,9 +148,9 @@ class _FileDecoder:
 
     _CONTEXT = 8
 
-    def __init__(self, tokenizer: FileTokenizer, prompt: np.ndarray):
+    def __init__(self, tokenizer: FileTokenizer, prompt: ArrayLike):
         self._tokenizer = tokenizer
-        self._tokens = [int(token) for token in prompt[-self._CONTEXT :]]
+        self._tokens = np.asarray(prompt)[-self._CONTEXT :].tolist()
         self._shown = len(self._tokens)  # how many of _tokens are in the text already
 
     def add(self, token: int) -> str:
@@ -162,30 +171,47 @@ class _FileDecoder:
         return self._tokenizer.decode(np.array(self._tokens, np.int32))[len(before) :]
 
 
-def load_tokenizer(folder: Path, end_token: str | None = None) -> Tokenizer:
+def load_tokenizer(
+    folder: str | os.PathLike[str], *, end_token: str | None = None, option: str = "end_token"
+) -> Tokenizer:
     """Loads the tokenizer whose files lie in a folder, or that of bytes if there are none.
 
     Args:
-        folder: the folder of a run, a saved model, prepared tokens, or a model of Hugging Face.
+        folder: of a run, a saved model, prepared tokens, or a model of Hugging Face.
         end_token: name of the token after each document; None: the folder's eos_token, or else the
             first number of its eos_token_id.
+        option: what error messages call `end_token`.
 
     Raises:
-        ConfigError: see `FileTokenizer`.
-        DataError: one of the files is missing or damaged.
+        ValueError: tokenizer.json is no tokenizer or has no such token, another file is damaged
+            (`DamagedFileError`), or the model was imported without its tokenizer.
+        ImportError: the package tokenizers is not installed.
+        OSError: the folder, or tokenizer.json beside the others, is missing or cannot be read.
     """
-    try:
-        found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
-        if not found:
-            return ByteTokenizer()
-        files = {name: (folder / name).read_bytes() for name in {TOKENIZER_FILE, *found}}
-        number = None
-        if special_token(read_objects(files, folder), "eos_token") is None:
-            number = next(iter(end_tokens(folder)), None)
-    except OSError as error:
-        raise DataError(f"{error.filename}: cannot read it: {error.strerror}") from None
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; expected a run or a saved model")
+    found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if not found:
+        _check_bytes(folder)
+        return ByteTokenizer()
+    files = {name: (folder / name).read_bytes() for name in {TOKENIZER_FILE, *found}}
+    number = None
+    if special_token(read_objects(files, folder), "eos_token") is None:
+        number = next(iter(end_tokens(folder)), None)
     chosen = number if end_token is None else end_token
-    return FileTokenizer(files, chosen, str(folder / TOKENIZER_FILE))
+    return FileTokenizer(files, chosen, str(folder / TOKENIZER_FILE), option)
+
+
+def _check_bytes(folder: Path) -> None:
+    """Raises ValueError if the folder's model was imported and has another vocabulary."""
+    if (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists():
+        size = open_saved(folder)[0].vocab_size
+        if size != BYTE_VOCABULARY:
+            raise ValueError(
+                f"{folder}: it was imported without its tokenizer, and its {size} tokens are no "
+                f"bytes; put the original's {TOKENIZER_FILE} into this folder"
+            )
 
 
 def _one_line(error: Exception) -> str:
