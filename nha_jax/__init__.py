@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nha_jax.generation.sampling import SamplingOptions
     from nha_jax.hf.export import save_pretrained
     from nha_jax.hf.pretrained import from_pretrained
+    from nha_jax.layers.attention import NHAttention
     from nha_jax.layers.diagnostics import Diagnostics
     from nha_jax.model import Model
     from nha_jax.muon import muon_dimension_numbers
@@ -42,6 +43,7 @@ else:
             "ModelConfig": "nha_jax.config",
             "NHAOutput": "nha_jax.ops.types",
             "NHAState": "nha_jax.ops.state",
+            "NHAttention": "nha_jax.layers.attention",
             "SamplingOptions": "nha_jax.generation.sampling",
             "Tokenizer": "nha_jax.tokenizer.interface",
             "flops_per_token": "nha_jax.sizes",
@@ -68,6 +70,7 @@ __all__ = [
     "ModelConfig",
     "NHAOutput",
     "NHAState",
+    "NHAttention",
     "SamplingOptions",
     "Tokenizer",
     "flops_per_token",

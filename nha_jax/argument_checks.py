@@ -59,6 +59,24 @@ def check_integers(name: str, array: jax.typing.ArrayLike) -> jax.Array:
     return array
 
 
+def check_hidden(name: str, hidden: jax.typing.ArrayLike, hidden_size: int) -> jax.Array:
+    """Returns the argument of this name as an array.
+
+    Raises:
+        ValueError, TypeError: it is not [batch, time, hidden_size], of a floating dtype, or empty.
+    """
+    hidden = jnp.asarray(hidden)
+    if hidden.ndim != 3 or hidden.shape[-1] != hidden_size:
+        raise ValueError(
+            f"{name} must be [batch, time, hidden_size={hidden_size}], got shape {hidden.shape}"
+        )
+    if not hidden.size:
+        raise ValueError(f"{name} must not be empty, got shape {hidden.shape}")
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {hidden.dtype}")
+    return hidden
+
+
 def check_count(name: str, value: object) -> int:
     """Returns the argument of this name as an int; raises ValueError unless it is at least 1."""
     number = plain(value)
@@ -191,3 +209,29 @@ def check_lengths(
                 f"lengths must be within [{least}, {num_tokens}], got {values.tolist()}"
             )
     return check_integers("lengths", lengths).astype(jnp.int32)
+
+
+def check_room(windows: Sequence[int | None], max_length: int | None, num_tokens: int) -> None:
+    """Raises ValueError if a layer has full attention and max_length is missing or too small."""
+    if None in windows and (max_length is None or max_length < num_tokens):
+        raise ValueError(
+            f"max_length={max_length}: layers with full attention (window None) keep every "
+            f"token; give the longest a row will become, at least the prompt's {num_tokens}"
+        )
+
+
+def check_cache(rows: int, max_length: int | None, batch_size: int, name: str = "tokens") -> None:
+    """Raises ValueError if max_length is given beside a cache, or the cache has other rows.
+
+    Args:
+        rows: of the cache.
+        max_length: None: it was not given.
+        batch_size: rows of the argument of this name.
+        name: of that argument, for the error.
+    """
+    if max_length is not None:
+        raise ValueError(
+            f"max_length={max_length}: the cache has its own; leave it out with a cache"
+        )
+    if rows != batch_size:
+        raise ValueError(f"{name} have {batch_size} rows, but the cache {rows}")

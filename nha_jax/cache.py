@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nha_jax.layers.attention import LayerCache, NativeHybridAttention
+from nha_jax.layers.attention_core import AttentionCore, LayerCache
+from nha_jax.layers.specs import divided_cache
 from nha_jax.ops.mesh.division import divide_over_mesh
 
 
@@ -22,7 +23,7 @@ class ModelCache(NamedTuple):
 
 
 def empty_cache(
-    attention: NativeHybridAttention,
+    attention: AttentionCore,
     windows: Sequence[int | None],
     batch_size: int,
     max_length: int | None,
@@ -36,7 +37,7 @@ def empty_cache(
         max_length: entries of the caches of layers with full attention.
     """
     layers = tuple(
-        attention.init_cache(batch_size, window_size=window_size, max_length=max_length)
+        attention.new_cache(batch_size, window_size=window_size, max_length=max_length)
         for window_size in windows
     )
     cache = ModelCache(layers, jnp.zeros(batch_size, jnp.int32))
@@ -47,27 +48,5 @@ def empty_cache(
 def cache_specs(cache: ModelCache, num_kv_heads: int) -> ModelCache:
     """Says how the cache is divided over the mesh in force: a cache of `PartitionSpec`."""
     division = divide_over_mesh(cache.length.shape[0], num_kv_heads)
-
-    def layer(of: LayerCache) -> LayerCache:
-        return LayerCache(division.state, jax.tree.map(lambda _: division.tokens, of.convolution))
-
-    return ModelCache(tuple(map(layer, cache.layers)), division.rows)
-
-
-def check_room(windows: Sequence[int | None], max_length: int | None, num_tokens: int) -> None:
-    """Raises ValueError if a layer has full attention and max_length is missing or too small."""
-    if None in windows and (max_length is None or max_length < num_tokens):
-        raise ValueError(
-            f"max_length={max_length}: layers with full attention (window None) keep every "
-            f"token; give the longest a row will become, at least the prompt's {num_tokens}"
-        )
-
-
-def check_cache(cache: ModelCache, max_length: int | None, batch_size: int) -> None:
-    """Raises ValueError if max_length is given beside a cache, or the cache has other rows."""
-    if max_length is not None:
-        raise ValueError(
-            f"max_length={max_length}: the cache has its own; leave it out with a cache"
-        )
-    if cache.length.shape != (batch_size,):
-        raise ValueError(f"tokens have {batch_size} rows, but the cache {cache.length.shape[0]}")
+    layers = tuple(divided_cache(layer, division) for layer in cache.layers)
+    return ModelCache(layers, division.rows)

@@ -7,12 +7,12 @@ from typing import Any, Protocol, TypeVar
 import jax
 from flax import nnx
 
-from nha_jax.config import ModelConfig
+from nha_jax.layer_config import LayerFields
 from nha_jax.ops import backends
 
 
 class _Configured(Protocol):
-    config: ModelConfig
+    config: LayerFields
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

@@ -3,35 +3,31 @@
 import dataclasses
 import difflib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import numpy as np
-from flax.core import FrozenDict
 
 from nha_jax.config_parts import Experts, RopeScaling
-from nha_jax.ops import backends
+from nha_jax.layer_config import (
+    AttentionBias,
+    DerivedInt,
+    DType,
+    LayerConfig,
+    LayerFields,
+    ValueActivation,
+)
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from nha_jax.presets import PRESETS
-from nha_jax.scalars import LARGEST_INT32, is_count, is_positive, plain, shown
+from nha_jax.scalars import LARGEST_INT32, is_count, plain, shown
 
-if TYPE_CHECKING:
-    DerivedInt = Any
-else:
-    # None asks for the default that follows from the other fields; once a config is built the
-    # field holds an int, so type checkers need not see the None.
-    DerivedInt = int | None
-
-DType = Literal["bfloat16", "float32"]
 Remat = Literal["none", "full", "operator", "dots"]
-AttentionBias = Literal["none", "qkv", "all"]
-ValueActivation = Literal["silu", "identity"]
 
 MOST_LAYERS = 2**16
 """`ModelConfig.windows` lists every layer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(LayerFields):
     """Sizes and options of a decoder-only Native Hybrid Attention language model.
 
     Fields:
@@ -85,6 +81,9 @@ class ModelConfig:
             its value and the fix.
     """
 
+    _owner: ClassVar[str] = "ModelConfig"
+    _query_heads: ClassVar[str] = "num_query_heads"
+
     vocab_size: int
     num_layers: int
     hidden_size: int
@@ -118,53 +117,20 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
             object.__setattr__(self, each.name, plain(getattr(self, each.name)))
-        for field in ("vocab_size", "num_layers", "hidden_size", "num_query_heads"):
+        for field in ("vocab_size", "num_layers"):
             self._check_integer(field, minimum=1)
         if self.num_layers > MOST_LAYERS:
             self._reject("num_layers", f"must be at most {MOST_LAYERS}")
-        self._check_integer("num_slots", minimum=0)
-        self._derive("num_kv_heads", self.num_query_heads)
-        if self.key_dim is None and self.hidden_size % self.num_query_heads:
-            self._reject(
-                "hidden_size",
-                f"is not a multiple of num_query_heads={self.num_query_heads}; "
-                "change one of them or give key_dim",
-            )
-        self._derive("key_dim", self.hidden_size // self.num_query_heads)
-        self._derive("value_dim", self.key_dim)
+        self._check_layer()
+        if self.rope_theta is None:
+            self._check_positive("rope_theta")
         self._derive("mlp_size", 64 * -(-8 * self.hidden_size // (3 * 64)))
         if isinstance(self.window_size, list | tuple | np.ndarray):
             object.__setattr__(self, "window_size", tuple(map(plain, self.window_size)))
-        self._check_heads()
         self._check_window_size()
-        self._check_options()
-        self._freeze_kernel_options()
-        self._build("rope_scaling", RopeScaling)
+        self._check_truth("tie_embeddings")
+        self._check_choice("remat", get_args(Remat))
         self._build("experts", Experts)
-
-    def _derive(self, field: str, default: int) -> None:
-        if getattr(self, field) is None:
-            object.__setattr__(self, field, default)
-        self._check_integer(field, minimum=1)
-
-    def _reject(self, field: str, reason: str) -> NoReturn:
-        raise ValueError(f"ModelConfig: {field}={shown(getattr(self, field))} {reason}")
-
-    def _check_integer(self, field: str, *, minimum: int) -> None:
-        value = getattr(self, field)
-        if not is_count(value, minimum):
-            expected = f"must be an integer of at least {minimum}"
-            self._reject(field, f"{expected} and at most {LARGEST_INT32}")
-
-    def _check_heads(self) -> None:
-        if self.num_query_heads % self.num_kv_heads:
-            self._reject(
-                "num_kv_heads",
-                f"must divide num_query_heads={self.num_query_heads}: "
-                "every key/value head serves the same number of query heads",
-            )
-        if self.key_dim % 2:
-            self._reject("key_dim", "must be even: the rotary embedding turns pairs of entries")
 
     def _check_window_size(self) -> None:
         pattern = self._window_entries()
@@ -181,49 +147,6 @@ class ModelConfig:
                 "window_size",
                 f"is a pattern of {len(pattern)} layers, which does not divide "
                 f"num_layers={self.num_layers}; change one of them",
-            )
-
-    def _check_options(self) -> None:
-        self._check_integer("conv_width", minimum=0)
-        if self.conv_width == 1:
-            self._reject("conv_width", "has no past tap; use 0 for no convolution, or 2 and more")
-        for field in ("gate_logit_normalizer", "rope_theta", "norm_eps", "initializer_range"):
-            if not is_positive(getattr(self, field)):
-                self._reject(field, "must be a finite number above 0, in float32 too")
-        for field in ("tie_embeddings", "output_norm", "qk_norm"):
-            if not isinstance(getattr(self, field), bool):
-                self._reject(field, "must be true or false")
-        implementations = (*backends.names(), None)
-        for field, choices in (*_CHOICES.items(), ("implementation", implementations)):
-            value = getattr(self, field)
-            if not isinstance(value, str | None) or value not in choices:
-                self._reject(field, f"must be one of {', '.join(map(repr, choices))}")
-
-    def _freeze_kernel_options(self) -> None:
-        given: Any = self.kernel_options
-        if isinstance(given, Mapping):
-            given = {
-                name: {key: plain(x) for key, x in one.items()} if isinstance(one, Mapping) else one
-                for name, one in given.items()
-            }
-        try:
-            backends.check_kernel_options(given)
-        except ValueError as error:
-            raise ValueError(f"ModelConfig: {error}") from None
-        if given is not None:  # hashable, as a static argument of jax.jit must be
-            object.__setattr__(self, "kernel_options", FrozenDict(given))
-
-    def _build(self, field: str, part: type) -> None:
-        value = getattr(self, field)
-        if isinstance(value, Mapping):
-            try:
-                object.__setattr__(self, field, part(**value))
-            except (TypeError, ValueError) as error:
-                self._reject(field, f"does not fit: {error}")
-        elif not isinstance(value, part | None):
-            kind = part.__name__
-            self._reject(
-                field, f"must be {_article(kind)} {kind}, a mapping of its fields, or None"
             )
 
     def _window_entries(self) -> tuple[int | None, ...]:
@@ -244,6 +167,18 @@ class ModelConfig:
             if self.num_layers % length == 0 and pattern * (self.num_layers // length) == windows:
                 return pattern
         raise AssertionError("unreachable: the whole of `windows` is a pattern of itself")
+
+    @property
+    def layer(self) -> LayerConfig:
+        """What an attention layer of the model is made of, with the window of the first one.
+
+        The layers differ in nothing but their windows.
+        """
+        names = {field.name for field in dataclasses.fields(LayerConfig)}
+        shared = {name: value for name, value in vars(self).items() if name in names}
+        return LayerConfig(
+            **shared | {"num_heads": self.num_query_heads, "window_size": self.windows[0]}
+        )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:
@@ -310,18 +245,3 @@ def _without_old_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:
     if block_sizes is not None:
         fields.setdefault("kernel_options", {"pallas_tpu": block_sizes})
     return fields
-
-
-def _article(word: str) -> str:
-    return "an" if word[0] in "AEIOU" else "a"
-
-
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "slot_feature_map": get_args(SlotFeatureMap),
-    "empty_slots": get_args(EmptySlots),
-    "dtype": get_args(DType),
-    "param_dtype": get_args(DType),
-    "remat": get_args(Remat),
-    "attention_bias": get_args(AttentionBias),
-    "value_activation": get_args(ValueActivation),
-}

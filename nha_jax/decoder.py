@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from nha_jax.argument_checks import check_lengths, check_tokens, known_tokens
-from nha_jax.cache import ModelCache, check_cache, check_room, empty_cache
+from nha_jax.argument_checks import (
+    check_cache,
+    check_lengths,
+    check_room,
+    check_tokens,
+    known_tokens,
+)
+from nha_jax.cache import ModelCache, empty_cache
 from nha_jax.compiled import compiled
 from nha_jax.config import ModelConfig
 from nha_jax.layers import Block, LayerCache
@@ -119,7 +125,7 @@ class Decoder(nnx.Module):
         if cache is None:
             check_room(self.config.windows, max_length, num_tokens)
         else:
-            check_cache(cache, max_length, batch_size)
+            check_cache(cache.length.shape[0], max_length, batch_size)
         # Where no layer needs it, one program serves all.
         max_length = max_length if None in self.config.windows else None
         if traced or isinstance(ids, jax.Array):

@@ -11,6 +11,7 @@ from flax import nnx
 
 from nha_jax.argument_checks import (
     after_unknown,
+    check_hidden,
     check_segments_and_positions,
     check_tokens,
 )
@@ -201,11 +202,7 @@ class Model(Decoder):
         num_layers = self.config.num_layers
         if not isinstance(index, jax.core.Tracer) and not 0 <= int(index) < num_layers:
             raise ValueError(f"index={index} must be within [0, num_layers={num_layers})")
-        if hidden.ndim != 3 or hidden.shape[-1] != self.config.hidden_size:
-            raise ValueError(
-                f"hidden must be [batch, time, hidden_size={self.config.hidden_size}], "
-                f"got shape {hidden.shape}"
-            )
+        hidden = check_hidden("hidden", hidden, self.config.hidden_size)
         segment_ids, positions = check_segments_and_positions(
             hidden.shape[:2], segment_ids, positions
         )

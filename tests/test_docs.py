@@ -26,6 +26,7 @@ from train.cli import main
 
 SLOW = {
     "docs/generation.md",
+    "docs/layer.md",
     "docs/numerics.md",
     'uv run nha generate runs/quickstart --prompt "class Parser" --top-p 0.95 --stop "class"',
     'uv run nha generate runs/quickstart --windows 16,16,none --prompt "def "',

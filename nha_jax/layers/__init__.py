@@ -1,11 +1,7 @@
 """The layers of the model as flax.nnx modules, whose parameters name their axes."""
 
-from nha_jax.layers.attention import (
-    ConvolutionState,
-    LayerCache,
-    LayerDiagnostics,
-    NativeHybridAttention,
-)
+from nha_jax.layers.attention import NHAttention
+from nha_jax.layers.attention_core import ConvolutionState, LayerCache, LayerDiagnostics
 from nha_jax.layers.block import Block
 from nha_jax.layers.convolution import ShortConvolution
 from nha_jax.layers.experts import MixtureOfExperts
@@ -19,7 +15,7 @@ __all__ = [
     "LayerCache",
     "LayerDiagnostics",
     "MixtureOfExperts",
-    "NativeHybridAttention",
+    "NHAttention",
     "ShortConvolution",
     "SwiGLU",
 ]

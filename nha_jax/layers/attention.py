@@ -1,369 +1,396 @@
-"""The Native Hybrid Attention layer: projections, gates, operator and output projection."""
+"""`NHAttention`: the attention layer of the models, and of anyone's own Transformer."""
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.config import ModelConfig
-from nha_jax.layers.convolution import ShortConvolution
-from nha_jax.layers.parameters import linear, rms_norm
-from nha_jax.ops import (
-    NHAState,
-    Rope,
-    SlotWeightGradient,
-    decode_step,
-    init_state,
-    nha_attention,
-    resize_state,
+from nha_jax.argument_checks import (
+    check_cache,
+    check_count,
+    check_hidden,
+    check_lengths,
+    check_room,
+    check_segments_and_positions,
 )
-from nha_jax.ops.mesh.division import shard_tokens
+from nha_jax.compiled import compiled
+from nha_jax.config_parts import RopeScaling
+from nha_jax.layer_config import AttentionBias, LayerConfig, ValueActivation
+from nha_jax.layers import specs
+from nha_jax.layers.attention_core import AttentionCore, LayerCache, LayerDiagnostics
+from nha_jax.ops import KernelOptions, Rope, SlotWeightGradient, rope_tables
+from nha_jax.ops.mesh.division import divide_over_mesh
+from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.ops.padding import clear_padding
-
-Projections = tuple[jax.Array, jax.Array, jax.Array]
-
-
-class ConvolutionState(NamedTuple):
-    """The last conv_width - 1 inputs of the short convolutions, oldest first, in config.dtype."""
-
-    query: jax.Array  # [B, conv_width - 1, Hq * K]
-    key: jax.Array  # [B, conv_width - 1, Hkv * K]
-    value: jax.Array  # [B, conv_width - 1, Hkv * V]
+from nha_jax.ops.types import EmptySlots, SlotFeatureMap, check_choices
 
 
-class LayerCache(NamedTuple):
-    """What one layer keeps of the tokens so far, for the next prefill or decode step."""
-
-    attention: NHAState
-    convolution: ConvolutionState | None  # None: the model has no short convolution
-
-
-class LayerDiagnostics(NamedTuple):
-    """What one layer did with its tokens, as `nha_jax.Diagnostics` holds it for all layers."""
-
-    slot_weight: jax.Array  # [B, T, Hq] float32, the softmax mass on the slots; 0 at padding
-    log_decay: jax.Array  # [B, T, Hkv, M] float32, natural log of the gate
-
-
-class NativeHybridAttention(nnx.Module):
-    """The layer of Native Hybrid Attention (Du et al., arXiv 2510.07019).
+class NHAttention(AttentionCore):
+    """The layer of Native Hybrid Attention (Du et al., arXiv 2510.07019), in a model or alone.
 
         query, key, value = conv(q_proj(x)), conv(k_proj(x)), silu(conv(v_proj(x)))
         log_decay = logsigmoid(f_proj(x)) / gate_logit_normalizer
         result = o_proj(RMSNorm(silu(nha_attention(query, key, value, log_decay))))
 
-    conv is the short convolution, or the identity if the config has none; the decays are computed
-    in float32, and the norm runs over all heads together. This is the published layer; the config's
-    `value_activation`, `output_norm`, `qk_norm` and `attention_bias` turn it into the attention of
-    a pretrained model whose weights it takes over. The window is an argument of the calls, since no
-    parameter depends on it.
+    conv is the short convolution, or the identity with conv_width=0; the decays are computed in
+    float32, and the norm runs over all heads together. This is the published layer;
+    value_activation, output_norm, qk_norm and attention_bias turn it into the attention of a
+    pretrained model whose weights it takes over.
+
+        layer = NHAttention(512, 8, window_size=64, rngs=nnx.Rngs(0))
+        outputs = layer(x)  # [B, T, 512] -> [B, T, 512]
+        outputs, cache = layer.prefill(x[:, :-1])
+        last, cache = layer.decode_step(x[:, -1:], cache)  # [B, 1, 512], as outputs[:, -1:] of x
+
+    It is causal, and adds no residual and no norm of its input. No mesh is needed; for those who
+    have one, parameters name their axes (`nha_jax.layers.LOGICAL_AXES`), which
+    `nha_jax.sharding.named_shardings` reads. `layer.config` has the arguments, all filled in.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        """Makes one layer with random parameters, in config.param_dtype.
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        num_slots: int = 64,
+        window_size: int | None = 64,
+        conv_width: int = 4,
+        gate_logit_normalizer: float = 8.0,
+        value_activation: ValueActivation = "silu",
+        output_norm: bool = True,
+        qk_norm: bool = False,
+        attention_bias: AttentionBias = "none",
+        rope_theta: float | None = 10000.0,
+        rope_scaling: RopeScaling | None = None,
+        norm_eps: float = 1e-6,
+        slot_feature_map: SlotFeatureMap = "identity",
+        empty_slots: EmptySlots = "attend",
+        initializer_range: float = 0.02,
+        dtype: jax.typing.DTypeLike = "float32",
+        param_dtype: jax.typing.DTypeLike = "float32",
+        implementation: str | None = None,
+        kernel_options: KernelOptions | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """Makes a layer with random parameters, in param_dtype, on the default device.
+
+        The projections are normal with the standard deviation initializer_range, norms are 1,
+        biases 0, and the taps of the convolutions uniform within +-1/sqrt(conv_width).
 
         Args:
-            config: of the model; its window_size and num_layers are not used.
-            rngs: the random numbers, as for `nha_jax.Model`.
+            hidden_size: width of its inputs and outputs.
+            num_heads: query heads (Hq).
+            num_kv_heads: key/value heads (Hkv), each shared by Hq / Hkv query heads; None for Hq.
+            key_dim: size of a head's query and key (K); even, unless rope_theta is None. None for
+                hidden_size / num_heads.
+            value_dim: size of a head's value (V); None for key_dim.
+            num_slots: slots per key/value head (M); with 0 the window alone is read.
+            window_size: how many of the last tokens are kept exactly (W): 0 for slots alone, None
+                for full attention. No parameter depends on it: see `with_window`.
+            conv_width: taps of the short convolution on query, key and value; 0 for no convolution.
+            gate_logit_normalizer: divides the logarithm of the gate.
+            value_activation: "silu" or "identity", applied to the value before it is attended to or
+                enters the slots.
+            output_norm: whether the layer gives o_proj(RMSNorm(silu(o))) rather than o_proj(o).
+            qk_norm: whether each head's query and key first go through an RMSNorm of their own.
+            attention_bias: which projections have a bias: "none"; "qkv", those of query, key and
+                value; "all", that of the output too. The gate's never has one.
+            rope_theta: base of the rotary embedding of the window's queries and keys; None: the
+                layer rotates nothing by itself.
+            rope_scaling: how its frequencies were changed for a longer context, as
+                `nha_jax.config_parts.RopeScaling` or a mapping of its fields.
+            norm_eps: added to the mean square in every RMSNorm.
+            slot_feature_map, empty_slots, implementation, kernel_options: as for
+                `nha_jax.nha_attention`; decode steps take the implementation too.
+            initializer_range: standard deviation of the projections at the start.
+            dtype: "float32" or "bfloat16", of the computation; norms, softmax and decays are
+                float32 in any case.
+            param_dtype: "float32" or "bfloat16", of the parameters.
+            rngs: the random numbers, of which the stream "params" is taken, or the default one:
+                `nnx.Rngs(0)`. Nothing else is random.
 
         Raises:
-            AttributeError: rngs has neither a stream "params" nor a default one.
+            ValueError: an argument is out of its range or does not fit another; one line names the
+                argument, its value and the fix.
+            AttributeError: rngs has neither of the two streams.
         """
-        self.config = config
-        hidden = config.hidden_size
-        query_size = config.num_query_heads * config.key_dim
-        key_size = config.num_kv_heads * config.key_dim
-        value_size = config.num_kv_heads * config.value_dim
-        slot_size = config.num_kv_heads * config.num_slots
-        output_size = config.num_query_heads * config.value_dim
-        bias = config.attention_bias != "none"
-        kv_axes = ("embed", "kv_heads")
-        self.q_proj = linear(
-            config, hidden, query_size, ("embed", "heads"), use_bias=bias, rngs=rngs
+        config = LayerConfig(
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            num_slots=num_slots,
+            window_size=window_size,
+            conv_width=conv_width,
+            gate_logit_normalizer=gate_logit_normalizer,
+            value_activation=value_activation,
+            output_norm=output_norm,
+            qk_norm=qk_norm,
+            attention_bias=attention_bias,
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            norm_eps=norm_eps,
+            slot_feature_map=slot_feature_map,
+            empty_slots=empty_slots,
+            initializer_range=initializer_range,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            implementation=implementation,
+            kernel_options=kernel_options,
         )
-        self.k_proj = linear(config, hidden, key_size, kv_axes, use_bias=bias, rngs=rngs)
-        self.v_proj = linear(config, hidden, value_size, kv_axes, use_bias=bias, rngs=rngs)
-        if config.num_slots:
-            self.f_proj = linear(
-                config,
-                hidden,
-                slot_size,
-                kv_axes,
-                rngs=rngs,
-                preferred_element_type=jnp.float32,
-            )
-        if config.conv_width:
-            self.q_conv = ShortConvolution(config, query_size, "heads", rngs=rngs)
-            self.k_conv = ShortConvolution(config, key_size, "kv_heads", rngs=rngs)
-            self.v_conv = ShortConvolution(config, value_size, "kv_heads", rngs=rngs)
-        if config.qk_norm:
-            self.q_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
-            self.k_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
-        if config.output_norm:
-            self.o_norm = rms_norm(config, output_size, "heads", rngs=rngs)
-        self.o_proj = linear(
-            config,
-            output_size,
-            hidden,
-            ("heads", "embed"),
-            use_bias=config.attention_bias == "all",
-            rngs=rngs,
-        )
+        super().__init__(config, rngs=rngs)
 
+    @with_auto_axes(specs.of_outputs)
     def __call__(
         self,
         inputs: jax.Array,
-        *,
-        window_size: int | None,
-        rope: Rope,
         segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        *,
+        rope: Rope | None = None,
     ) -> jax.Array:
-        """Runs the layer; padding (segment id 0) gives o_proj(0), whatever it holds.
+        """Runs the layer on whole sequences.
 
         Args:
-            inputs: [B, T, hidden_size], of any floating dtype; it is computed in config.dtype.
-            window_size: how many of the last tokens are kept exactly (W); None for full attention.
-            rope: the tables of the rotary embedding at the tokens' positions, as
-                `nha_jax.ops.rope_tables` makes them.
-            segment_ids: [B, T] integers, as for `nha_jax.nha_attention`. None: one segment.
+            inputs: [B, T, hidden_size], of any floating dtype. A single sequence is `x[None]`.
+            segment_ids: [B, T] integers. Adjacent tokens of equal ids make up a segment, and see
+                only their own. 0 is padding: it may hold anything, and its outputs are o_proj(0).
+                None: one segment.
+            positions: [T] or [B, T] integers for the rotary embedding; None: counted from the
+                first token of each segment.
+            rope: tables (cos, sin) of your own in place of the layer's, each [T, K/2] or
+                [B, T, K/2], as `nha_jax.ops.rope_tables` makes them.
 
         Returns:
-            [B, T, hidden_size] in config.dtype.
+            [B, T, hidden_size] in the layer's dtype.
 
         Raises:
-            ValueError, TypeError, NotImplementedError: as `nha_jax.nha_attention`.
+            ValueError, TypeError: an argument has a wrong shape or dtype; the message names it.
+            NotImplementedError: the implementation named cannot serve; the message says why.
         """
-        if segment_ids is not None:
-            inputs = clear_padding(segment_ids, inputs)
-        outputs, _ = self.forward(
-            inputs, window_size=window_size, rope=rope, segment_ids=segment_ids, diagnose=None
-        )
+        arguments = self._checked(inputs, segment_ids, positions, rope)
+        outputs, _ = self._forward(*arguments, diagnose=None)
         return outputs
 
-    def forward(
+    @with_auto_axes(specs.of_diagnosed)
+    def diagnose(
         self,
         inputs: jax.Array,
+        segment_ids: jax.Array | None = None,
+        positions: jax.Array | None = None,
         *,
-        window_size: int | None,
-        rope: Rope,
-        segment_ids: jax.Array | None,
-        diagnose: SlotWeightGradient | None,
-    ) -> tuple[jax.Array, LayerDiagnostics | None]:
-        """Returns what a call returns, and what the layer did.
+        rope: Rope | None = None,
+        slot_weight_gradient: SlotWeightGradient = "all",
+    ) -> tuple[jax.Array, LayerDiagnostics]:
+        """Returns what a call returns, and the softmax mass on the slots and the gates with it.
+
+        Arguments and errors as for a call; slot_weight_gradient as for `nha_jax.nha_attention`.
+        """
+        check_choices(slot_weight_gradient=slot_weight_gradient)
+        arguments = self._checked(inputs, segment_ids, positions, rope)
+        return self._forward(*arguments, diagnose=slot_weight_gradient)
+
+    @with_auto_axes(specs.of_cache)
+    def init_cache(self, batch_size: int, *, max_length: int | None = None) -> LayerCache:
+        """Makes the cache of rows without a token.
+
+        With a finite window its size never grows, and depends on no length.
 
         Args:
-            inputs, window_size, rope, segment_ids: as for a call; padding must be finite.
-            diagnose: how the slot weight is differentiated, as `nha_attention`'s
-                slot_weight_gradient; None: no diagnostics, the second result is None.
-        """
-        operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
-        heads = self._heads(*self._convolve(self._projections(inputs), segment_ids))
-        log_decay = self._log_decay(inputs)
-        if diagnose is None:
-            return self._output(operator(*heads, log_decay)), None
-        attended, _, slot_weight = operator(
-            *heads, log_decay, return_slot_weight=True, slot_weight_gradient=diagnose
-        )
-        return self._output(attended), LayerDiagnostics(slot_weight, log_decay)
+            batch_size: number of rows (B).
+            max_length: the most tokens that a row will have; a layer with window_size=None needs
+                it, and no other uses it.
 
+        Raises:
+            ValueError: max_length is missing though the layer needs it, or one is below 1.
+        """
+        batch_size = check_count("batch_size", batch_size)
+        window_size = self.config.window_size
+        check_room((window_size,), max_length, 0)
+        cache = self.new_cache(batch_size, window_size=window_size, max_length=max_length)
+        division = divide_over_mesh(batch_size, self.config.num_kv_heads)
+        return division.place(cache, specs.divided_cache(cache, division))
+
+    @with_auto_axes(specs.of_step)
     def prefill(
         self,
         inputs: jax.Array,
         *,
-        window_size: int | None,
-        rope: Rope,
-        lengths: jax.Array | None = None,
+        lengths: jax.typing.ArrayLike | None = None,
         max_length: int | None = None,
         cache: LayerCache | None = None,
+        positions: jax.Array | None = None,
+        rope: Rope | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """Runs the layer on prompts, and returns the cache after each row's last token too.
+        """Reads prompts, or a chunk of each, for `decode_step` to continue.
 
         Args:
-            inputs: [B, T, hidden_size], the rows padded on the right.
-            window_size, rope: as for a call.
-            lengths: [B] integers, the number of tokens in each row; None: all T.
-            max_length: how many tokens the cache of a layer with window_size=None holds; None: as
-                many as `cache` does, or T without one.
-            cache: of the tokens before these; None: there are none.
+            inputs: [B, T, hidden_size]; the first lengths[b] tokens of row b are read, and the
+                rest may be anything.
+            lengths: [B] integers in [1, T]; with a cache in [0, T]. None: all rows have T tokens.
+            max_length: the most tokens that a row will have, these included. Only a layer with
+                window_size=None needs and uses it.
+            cache: of the tokens before, as `init_cache`, this method or `decode_step` returned it;
+                it has its own max_length. None: there are none.
+            positions, rope: as for a call; left out, positions go on from the cache.
 
         Returns:
-            [B, T, hidden_size] in config.dtype, and the cache.
+            [B, T, hidden_size] in the layer's dtype, without meaning behind a row's length, and the
+            cache after each row's last token.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+            NotImplementedError: the implementation named cannot serve; the message says why.
         """
+        inputs, _, positions, rope = self._checked(inputs, None, positions, rope, cache, max_length)
         batch_size, num_tokens, _ = inputs.shape
-        segment_ids = None
-        if lengths is None:
-            lengths = jnp.full(batch_size, num_tokens, jnp.int32)
-        else:
-            segment_ids = (jnp.arange(num_tokens)[None] < lengths[:, None]).astype(jnp.int32)
-        projections = self._projections(inputs)
-        convolution = None
-        taps: tuple[jax.Array | None, ...] = (None,) * 3
-        if self.config.conv_width:
-            if cache is not None:
-                taps = cache.convolution or taps
-            convolution = ConvolutionState(
-                *(
-                    conv.state_after(projection, lengths, before)
-                    for conv, projection, before in zip(
-                        self._convolutions(), projections, taps, strict=True
-                    )
-                )
-            )
-        projections = self._convolve(projections, segment_ids, taps)
-        operator = self._operator(window_size=window_size, rope=rope, segment_ids=segment_ids)
-        attended, state, _ = operator(
-            *self._heads(*projections),
-            self._log_decay(inputs),
-            initial_state=None if cache is None else cache.attention,
-            return_state=True,
-        )
-        if window_size is None:
-            room = num_tokens if cache is None else cache.attention.capacity
-            state = resize_state(state, room if max_length is None else max_length)
-        return self._output(attended), LayerCache(state, convolution)
+        if lengths is not None:
+            lengths = check_lengths(lengths, batch_size, num_tokens, least=int(cache is None))
+        if cache is None:
+            check_room((self.config.window_size,), max_length, num_tokens)
+        if self.config.window_size is not None:
+            max_length = None  # one program serves all
+        return self._prefill(inputs, lengths, cache, positions, rope, max_length=max_length)
 
-    def init_cache(
-        self, batch_size: int, *, window_size: int | None, max_length: int | None
-    ) -> LayerCache:
-        """Makes the cache of rows without a token; window_size and max_length as for `prefill`."""
-        config = self.config
-        dtype = jnp.dtype(config.dtype)
-        state = init_state(
-            batch_size,
-            num_kv_heads=config.num_kv_heads,
-            num_slots=config.num_slots,
-            key_dim=config.key_dim,
-            value_dim=config.value_dim,
-            window_size=window_size,
-            dtype=dtype,
-            max_length=max_length,
-        )
-        if not config.conv_width:
-            return LayerCache(state, None)
-        taps = (
-            jnp.zeros((batch_size, config.conv_width - 1, conv.channels), dtype)
-            for conv in self._convolutions()
-        )
-        return LayerCache(state, ConvolutionState(*taps))
-
+    @with_auto_axes(specs.of_step)
     def decode_step(
         self,
         inputs: jax.Array,
         cache: LayerCache,
         *,
-        window_size: int | None,
-        rope: Rope,
         active: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        rope: Rope | None = None,
     ) -> tuple[jax.Array, LayerCache]:
-        """Runs the layer on one more token of each row.
+        """Reads one more token of each row.
 
         Args:
             inputs: [B, 1, hidden_size].
-            cache: as `prefill`, `init_cache` or this method returned it.
-            window_size, rope: as for a call.
-            active: [B] bool; rows where it is False keep their cache. None: all are active.
+            cache: as `prefill`, `init_cache` or this method returned it. With window_size=None no
+                row may get longer than its max_length: the oldest tokens would be overwritten.
+            active: [B] bool; rows where it is False keep their cache, and their outputs have no
+                meaning. None: all are active.
+            positions, rope: as for a call; left out, positions go on from the cache.
 
         Returns:
-            [B, 1, hidden_size] in config.dtype, and the cache.
+            [B, 1, hidden_size] in the layer's dtype, and the cache.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
+            NotImplementedError: the implementation named cannot serve; the message says why.
         """
-        projections = self._projections(inputs)
-        convolution = cache.convolution
-        if convolution is not None:
-            steps = [
-                conv.decode_step(projection, state)
-                for conv, projection, state in zip(
-                    self._convolutions(), projections, convolution, strict=True
-                )
-            ]
-            query, key, value = (output for output, _ in steps)
-            projections = query, key, value
-            convolution = ConvolutionState(*(state for _, state in steps))
-            if active is not None:
-                convolution = jax.tree.map(
-                    lambda new, old: jnp.where(active[:, None, None], new, old),
-                    convolution,
-                    cache.convolution,
-                )
-        attended, state = decode_step(
-            *self._heads(*projections),
-            self._log_decay(inputs),
-            cache.attention,
-            window_size=window_size,
-            rope=rope,
-            slot_feature_map=self.config.slot_feature_map,
-            empty_slots=self.config.empty_slots,
-            active=active,
-            implementation=self.config.implementation,
-        )
-        return self._output(attended), LayerCache(state, convolution)
+        inputs, _, positions, rope = self._checked(inputs, None, positions, rope, cache)
+        if inputs.shape[1] != 1:
+            raise ValueError(f"inputs must be one token of each row, got shape {inputs.shape}")
+        return self._decode_step(inputs, cache, active, positions, rope)
 
-    def _projections(self, inputs: jax.Array) -> Projections:
-        heads = self.config.num_kv_heads
-        query, key, value = (
-            shard_tokens(project(inputs), heads=heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return query, key, value
+    def with_window(self, window_size: int | None) -> Self:
+        """Returns the layer with another window; the parameters are shared, not copied.
 
-    def _convolutions(self) -> tuple[ShortConvolution, ShortConvolution, ShortConvolution]:
-        return self.q_conv, self.k_conv, self.v_conv
+        Raises:
+            ValueError: window_size is out of its range.
+        """
+        layer = nnx.merge(*nnx.split(self))
+        layer.config = dataclasses.replace(self.config, window_size=window_size)
+        return layer
 
-    def _convolve(
+    @compiled("diagnose")
+    def _forward(
         self,
-        projections: Projections,
+        inputs: jax.Array,
         segment_ids: jax.Array | None,
-        taps: Sequence[jax.Array | None] = (None, None, None),
-    ) -> Projections:
-        if not self.config.conv_width:
-            return projections
-        query, key, value = (
-            conv(projection, segment_ids, before)
-            for conv, projection, before in zip(
-                self._convolutions(), projections, taps, strict=True
-            )
-        )
-        return query, key, value
-
-    def _heads(self, query: jax.Array, key: jax.Array, value: jax.Array) -> Projections:
-        """Splits heads: [B, T, heads * size] -> [B, T, heads, size]; norms and activates them."""
-        config, leading = self.config, query.shape[:-1]
-        query = query.reshape(*leading, config.num_query_heads, config.key_dim)
-        key = key.reshape(*leading, config.num_kv_heads, config.key_dim)
-        value = value.reshape(*leading, config.num_kv_heads, config.value_dim)
-        if config.qk_norm:
-            query = self.q_norm(query).astype(query.dtype)
-            key = self.k_norm(key).astype(key.dtype)
-        return query, key, jax.nn.silu(value) if config.value_activation == "silu" else value
-
-    def _operator(
-        self, *, window_size: int | None, rope: Rope, segment_ids: jax.Array | None
-    ) -> Callable[..., Any]:
-        """Returns `nha_attention` with every option of this layer and call filled in."""
-        return functools.partial(
-            nha_attention,
-            window_size=window_size,
-            rope=rope,
+        positions: jax.Array | None,
+        rope: Rope | None,
+        *,
+        diagnose: SlotWeightGradient | None,
+    ) -> tuple[jax.Array, Any]:
+        """Does what `diagnose` does, of checked arguments; None: without diagnostics."""
+        if segment_ids is not None:
+            inputs = clear_padding(segment_ids, inputs)
+        return self.forward(
+            inputs,
+            window_size=self.config.window_size,
+            rope=self._tables(positions, rope),
             segment_ids=segment_ids,
-            slot_feature_map=self.config.slot_feature_map,
-            empty_slots=self.config.empty_slots,
-            implementation=self.config.implementation,
-            kernel_options=self.config.kernel_options,
+            diagnose=diagnose,
         )
 
-    def _log_decay(self, inputs: jax.Array) -> jax.Array:
-        """Computes the log decays, below 0: [B, T, hidden_size] -> [B, T, Hkv, M] float32."""
-        shape = (*inputs.shape[:-1], self.config.num_kv_heads, self.config.num_slots)
-        if not self.config.num_slots:
-            return jnp.zeros(shape, jnp.float32)
-        logits = self.f_proj(inputs).astype(jnp.float32).reshape(shape)
-        return jax.nn.log_sigmoid(logits) / self.config.gate_logit_normalizer
-
-    def _output(self, attended: jax.Array) -> jax.Array:
-        """Applies silu, norm and output projection: [B, T, Hq, V] -> [B, T, hidden_size]."""
-        outputs = attended.reshape(*attended.shape[:-2], -1)
-        return self.o_proj(
-            self.o_norm(jax.nn.silu(outputs)) if self.config.output_norm else outputs
+    @compiled("max_length")
+    def _prefill(
+        self,
+        inputs: jax.Array,
+        lengths: jax.Array | None,
+        cache: LayerCache | None,
+        positions: jax.Array | None,
+        rope: Rope | None,
+        *,
+        max_length: int | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Does what `prefill` does, of checked arguments."""
+        if lengths is not None:
+            real = jnp.arange(inputs.shape[1])[None] < lengths[:, None]
+            inputs = clear_padding(real.astype(jnp.int32), inputs)
+        return self.forward_prompt(
+            inputs,
+            window_size=self.config.window_size,
+            rope=self._tables(positions, rope),
+            lengths=lengths,
+            max_length=max_length,
+            cache=cache,
         )
+
+    @compiled()
+    def _decode_step(
+        self,
+        inputs: jax.Array,
+        cache: LayerCache,
+        active: jax.Array | None,
+        positions: jax.Array | None,
+        rope: Rope | None,
+    ) -> tuple[jax.Array, LayerCache]:
+        """Does what `decode_step` does, of checked arguments."""
+        return self.forward_token(
+            inputs,
+            cache,
+            window_size=self.config.window_size,
+            rope=self._tables(positions, rope),
+            active=active,
+        )
+
+    def _checked(
+        self,
+        inputs: jax.Array,
+        segment_ids: jax.Array | None,
+        positions: jax.Array | None,
+        rope: Rope | None,
+        cache: LayerCache | None = None,
+        max_length: int | None = None,
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Rope | None]:
+        """Checks the arguments of a call, and fills in the positions that its tables need."""
+        inputs = check_hidden("inputs", inputs, self.config.hidden_size)
+        rotates = rope is None and self.config.rope_theta is not None
+        if positions is not None and not rotates:
+            why = "rope is given" if rope is not None else "the layer has rope_theta=None"
+            raise ValueError(f"positions make the layer's rotary tables, but {why}: leave them out")
+        if cache is not None:
+            before = cache.attention.length
+            check_cache(before.shape[0], max_length, inputs.shape[0], "inputs")
+            if positions is None:
+                positions = before[:, None] + jnp.arange(inputs.shape[1])[None]
+        segment_ids, positions = check_segments_and_positions(
+            inputs.shape[:2], segment_ids, positions
+        )
+        return inputs, segment_ids, positions if rotates else None, rope
+
+    def _tables(self, positions: jax.Array | None, rope: Rope | None) -> Rope | None:
+        """Makes the rotary tables of a call, if it has none of its own."""
+        config = self.config
+        if positions is None or config.rope_theta is None:
+            return rope
+        return rope_tables(positions, config.key_dim, config.rope_theta, config.rope_scaling)

@@ -4,7 +4,8 @@ import jax
 from flax import nnx
 
 from nha_jax.config import ModelConfig
-from nha_jax.layers.attention import LayerCache, LayerDiagnostics, NativeHybridAttention
+from nha_jax.layers.attention import NHAttention
+from nha_jax.layers.attention_core import LayerCache, LayerDiagnostics
 from nha_jax.layers.experts import MixtureOfExperts
 from nha_jax.layers.mlp import SwiGLU
 from nha_jax.layers.parameters import rms_norm
@@ -17,12 +18,12 @@ class Block(nnx.Module):
     """y = x + attention(RMSNorm(x)); the block gives y + mlp(RMSNorm(y)).
 
     x and y are [B, T, hidden_size]; the mlp is a `SwiGLU`, or a `MixtureOfExperts` if the config
-    has experts. The methods take the arguments of those of `NativeHybridAttention`.
+    has experts. The methods take the arguments of those of `AttentionCore`.
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         self.attention_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
-        self.attention = NativeHybridAttention(config, rngs=rngs)
+        self.attention = NHAttention(**vars(config.layer), rngs=rngs)
         self.mlp_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
         mlp = MixtureOfExperts if config.experts else SwiGLU
         self.mlp = mlp(config, rngs=rngs)
@@ -80,7 +81,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """Runs the block on prompts [B, T, hidden_size], and returns its cache too."""
-        attended, cache = self.attention.prefill(
+        attended, cache = self.attention.forward_prompt(
             self.attention_norm(hidden),
             window_size=window_size,
             rope=rope,
@@ -101,7 +102,7 @@ class Block(nnx.Module):
         active: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache]:
         """Runs the block on one token of each row, [B, 1, hidden_size], and updates the cache."""
-        attended, cache = self.attention.decode_step(
+        attended, cache = self.attention.forward_token(
             self.attention_norm(hidden), cache, window_size=window_size, rope=rope, active=active
         )
         hidden = hidden + attended

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.config import ModelConfig
+from nha_jax.layer_config import LayerFields
 from nha_jax.layers.parameters import partitioned
 from nha_jax.ops.padding import clear_padding
 
@@ -16,7 +16,7 @@ class ShortConvolution(nnx.Module):
     first token, reads zero.
     """
 
-    def __init__(self, config: ModelConfig, channels: int, name: str, *, rngs: nnx.Rngs):
+    def __init__(self, config: LayerFields, channels: int, name: str, *, rngs: nnx.Rngs):
         self.width, self.channels = config.conv_width, channels
         # Uniform within +-1/sqrt(width), the usual start of a filter with `width` inputs.
         initializer = jax.nn.initializers.variance_scaling(

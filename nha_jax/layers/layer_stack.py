@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.config import ModelConfig, Remat
-from nha_jax.layers.attention import LayerCache
+from nha_jax.layers.attention_core import LayerCache
 from nha_jax.layers.block import Block
 from nha_jax.layers.remat import remat_policy
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from nha_jax.config import ModelConfig
+from nha_jax.layer_config import LayerFields
 
 LOGICAL_AXES = (
     "layers",  # the stacked blocks; scanned over
@@ -42,7 +42,7 @@ def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
 
 
 def linear(
-    config: ModelConfig,
+    config: LayerFields,
     in_features: int,
     out_features: int,
     names: tuple[str, str],
@@ -54,7 +54,7 @@ def linear(
     """Makes a projection: [..., in_features] -> [..., out_features], computed in config.dtype.
 
     Args:
-        config: of the model: dtypes, and the standard deviation of the kernel at the start.
+        config: dtypes, and the standard deviation of the kernel at the start.
         in_features, out_features: sizes.
         names: the logical axes of the kernel [in_features, out_features].
         rngs: random numbers for the kernel.
@@ -74,7 +74,7 @@ def linear(
     )
 
 
-def rms_norm(config: ModelConfig, features: int, name: str, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
+def rms_norm(config: LayerFields, features: int, name: str, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """Makes an RMSNorm over the last axis, [..., features], that computes and returns float32."""
     return nnx.RMSNorm(
         features,

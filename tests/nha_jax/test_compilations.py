@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nha_jax import Model
+from nha_jax import Model, NHAttention
 from nha_jax.ops import NHAState, backends, decode_step, init_state, nha_attention, use_mesh_axes
 from nha_jax.ops.backends import Backend
 from nha_jax.ops.mesh.division import divide_over_mesh
@@ -39,6 +39,13 @@ def count() -> Iterator[list[str]]:
         yield seen
     finally:
         jax.monitoring.unregister_event_duration_listener(note)
+
+
+@pytest.fixture(scope="module")
+def layer() -> NHAttention:
+    return NHAttention(
+        4, H, num_slots=2, window_size=W, implementation="reference", rngs=nnx.Rngs(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +106,16 @@ MODEL: dict[str, Callable[[Model], Any]] = {
     "value_and_grad": lambda model: nnx.value_and_grad(loss_of)(model),
 }
 
+HIDDEN = np.ones((B, T, 4), np.float32)
+LAYER: dict[str, Callable[[NHAttention], Any]] = {
+    "call": lambda layer: layer(HIDDEN, IDS),
+    "diagnose": lambda layer: layer.diagnose(HIDDEN),
+    "prefill": lambda layer: layer.prefill(HIDDEN, lengths=[T - 1], cache=layer.init_cache(B)),
+    "decode_step": lambda layer: layer.decode_step(HIDDEN[:, :1], layer.init_cache(B)),
+    "with_window": lambda layer: layer.with_window(0)(HIDDEN),
+    "grad": lambda layer: nnx.grad(lambda layer: layer(HIDDEN).sum())(layer),
+}
+
 
 @pytest.mark.parametrize("name", OPERATOR)
 def test_the_operator_compiles_once(name):
@@ -113,6 +130,16 @@ def test_a_model_compiles_once(name, model):
     MODEL[name](model)
     with count() as seen:
         MODEL[name](model)
+    assert not seen
+
+
+@pytest.mark.parametrize(
+    "name", ["call", *(pytest.param(x, marks=pytest.mark.slow) for x in LAYER if x != "call")]
+)
+def test_a_layer_compiles_once(name, layer):
+    LAYER[name](layer)
+    with count() as seen:
+        LAYER[name](layer)
     assert not seen
 
 

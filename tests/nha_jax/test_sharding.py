@@ -57,7 +57,7 @@ def test_modules_and_rules_of_ones_own_divide_too() -> None:
         ("model", "reference"),
         *(
             pytest.param(check, implementation, marks=pytest.mark.slow)
-            for check in ("operator", "gradient")
+            for check in ("operator", "gradient", "layer")
             for implementation in ("reference", "xla")
         ),
     ],

@@ -31,6 +31,10 @@ def test_every_package_says_that_its_types_are_to_be_read(package):
         ("size: int = nha_jax.num_parameters(config)", None),
         ("size: str = nha_jax.num_parameters(config)", 'expression has type "int"'),
         ("nha_jax.Model(config)", 'Missing named argument "rngs"'),
+        (
+            "size: int = nha_jax.NHAttention(257, 1, key_dim=2, rngs=nnx.Rngs(0))(logits)",
+            'expression has type "Array"',
+        ),
         ("logits.no_such_method()", '"Array" has no attribute "no_such_method"'),
         ("nha_jax.Modle", 'Module has no attribute "Modle"'),
     ],

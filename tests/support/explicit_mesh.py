@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nha_jax import Model, nha_attention
+from nha_jax import Model, NHAttention, nha_attention
 from nha_jax.ops import rope_tables
 from nha_jax.sharding import RULES, named_shardings
 from tests.nha_jax.test_model import random_tokens, tiny_config
@@ -114,11 +114,35 @@ def check_doors(implementation: str | None) -> None:
     assert state.length == ("data",)
 
 
+def check_layer(implementation: str | None) -> None:
+    """A layer by itself has results of the types that it should; traced only."""
+    layer = NHAttention(16, 2, num_slots=4, implementation=implementation, rngs=nnx.Rngs(0))
+    inputs, mesh = jnp.ones((4, 12, 16)), _mesh()
+
+    def doors(layer: NHAttention, inputs: jax.Array) -> Any:
+        return {
+            "call": layer(inputs),
+            "diagnose": layer.diagnose(inputs)[1],
+            "prefill": layer.prefill(inputs),
+            "decode": layer.decode_step(inputs[:, :1], layer.init_cache(4)),
+        }
+
+    with jax.set_mesh(mesh):
+        found = jax.eval_shape(doors, layer, inputs)
+    specs = jax.tree.map(lambda x: tuple(x.sharding.spec), found)
+    assert specs["call"] == specs["prefill"][0] == specs["decode"][0] == ("data", None, None)
+    assert specs["diagnose"].slot_weight == ("data", None, "tensor")
+    assert specs["prefill"][1] == specs["decode"][1]
+    assert specs["decode"][1].attention.slot_key == ("data", "tensor", None, None)
+    assert specs["decode"][1].convolution.key == ("data", None, "tensor")
+
+
 CHECKS = {
     "doors": check_doors,
     "operator": check_operator,
     "model": check_model,
     "gradient": check_gradient,
+    "layer": check_layer,
 }
 
 

@@ -11,8 +11,8 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nha_jax import ModelConfig, nha_attention
-from nha_jax.layers import NativeHybridAttention, ShortConvolution, SwiGLU
+from nha_jax import ModelConfig, NHAttention, nha_attention
+from nha_jax.layers import ShortConvolution, SwiGLU
 from nha_jax.layers.parameters import partitioned
 from nha_jax.ops import rope_tables
 
@@ -29,6 +29,11 @@ CONFIG = ModelConfig(
     dtype="float32",
     initializer_range=0.3,
 )
+
+
+def attention(**options) -> NHAttention:
+    """The layer of CONFIG, with other options."""
+    return NHAttention(**vars(CONFIG.layer) | options, rngs=nnx.Rngs(0))
 
 
 def convolution(width: int, channels: int) -> ShortConvolution:
@@ -114,10 +119,8 @@ def test_swiglu_equals_its_formula():
 
 @pytest.mark.parametrize("conv_width", [0, 4], ids=["no-convolution", "convolution"])
 def test_attention_layer_equals_its_formula(conv_width):
-    config = ModelConfig.from_dict(CONFIG.to_dict() | {"conv_width": conv_width})
-    layer = NativeHybridAttention(config, rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 7, config.hidden_size))
-    rope = rope_tables(jnp.arange(7), config.key_dim)
+    layer = attention(conv_width=conv_width, window_size=2)
+    x = jax.random.normal(jax.random.key(0), (2, 7, CONFIG.hidden_size))
     query, key, value = (x @ p.kernel[...] for p in (layer.q_proj, layer.k_proj, layer.v_proj))
     if conv_width:
         query, key, value = layer.q_conv(query), layer.k_conv(key), layer.v_conv(value)
@@ -127,13 +130,13 @@ def test_attention_layer_equals_its_formula(conv_width):
         jax.nn.silu(value).reshape(2, 7, 2, 5),
         jax.nn.log_sigmoid(x @ layer.f_proj.kernel[...]).reshape(2, 7, 2, 3) / 8,
         window_size=2,
-        rope=rope,
+        rope=rope_tables(jnp.arange(7), CONFIG.key_dim),
         implementation="reference",
     )
     gated = jax.nn.silu(attended).reshape(2, 7, 20)
-    normed = gated / jnp.sqrt((gated**2).mean(-1, keepdims=True) + config.norm_eps)
+    normed = gated / jnp.sqrt((gated**2).mean(-1, keepdims=True) + CONFIG.norm_eps)
     expected = normed @ layer.o_proj.kernel[...]
-    chex.assert_trees_all_close(layer(x, window_size=2, rope=rope), expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(layer(x), expected, rtol=1e-4, atol=1e-5)
 
 
 def softmax_attention(parameters, x, segment_ids, rope) -> np.ndarray:
@@ -178,11 +181,9 @@ CONVERTED = {
 }
 
 
-def converted_layer() -> NativeHybridAttention:
+def converted_layer(**options) -> NHAttention:
     """Its scales and biases drawn at random too, as training leaves them."""
-    layer = NativeHybridAttention(
-        ModelConfig.from_dict(CONFIG.to_dict() | CONVERTED), rngs=nnx.Rngs(0)
-    )
+    layer = attention(**CONVERTED, **options)
     rngs = nnx.Rngs(1)
     draw = lambda leaf: leaf + 0.3 * jax.random.normal(rngs.params(), leaf.shape)  # noqa: E731
     nnx.update(layer, jax.tree.map(draw, nnx.state(layer)))
@@ -195,17 +196,14 @@ PACKED = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8])
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_without_a_window_a_converted_layer_is_softmax_attention(implementation):
-    layer = converted_layer()
-    layer.config = ModelConfig.from_dict(
-        layer.config.to_dict() | {"implementation": implementation}
-    )
+    layer = converted_layer(window_size=None, implementation=implementation)
     x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))
     rope = rope_tables(jnp.arange(11), CONFIG.key_dim)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def loss(layer, x):
-        outputs = layer(x, window_size=None, rope=rope, segment_ids=jnp.asarray(PACKED))
+        outputs = layer(x, jnp.asarray(PACKED), rope=rope)
         return jnp.sum(jnp.sin(outputs) * (PACKED != 0)[..., None]), outputs
 
     (_, outputs), gradients = loss(layer, x)
@@ -227,14 +225,13 @@ def test_without_a_window_a_converted_layer_is_softmax_attention(implementation)
 
 @pytest.mark.parametrize("window_size", [3, 0, None], ids=["window", "slots-only", "full"])
 def test_what_a_biased_layer_makes_of_padding_reaches_no_token(window_size):
-    layer = converted_layer()
+    layer = converted_layer(window_size=window_size)
     x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))
-    rope = rope_tables(jnp.arange(11), CONFIG.key_dim)
 
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1), has_aux=True)
     def run(layer, x):
-        out = layer(x, window_size=window_size, rope=rope, segment_ids=jnp.asarray(PACKED))
+        out = layer(x, jnp.asarray(PACKED), jnp.arange(11))
         return jnp.sum(jnp.where((PACKED != 0)[..., None], out, 0) ** 2), out
 
     (_, expected), wanted = run(layer, x)
@@ -245,14 +242,11 @@ def test_what_a_biased_layer_makes_of_padding_reaches_no_token(window_size):
 
 
 def test_decay_and_norm_are_float32_in_bfloat16_compute():
-    config = ModelConfig.from_dict(CONFIG.to_dict() | {"dtype": "bfloat16"})
-    layer = NativeHybridAttention(config, rngs=nnx.Rngs(0))
-    x = jnp.ones((1, 3, config.hidden_size), jnp.bfloat16)
+    layer = attention(dtype=jnp.bfloat16, window_size=2)
+    x = jnp.ones((1, 3, CONFIG.hidden_size), jnp.bfloat16)
     wide = jnp.ones((1, 3, 20), jnp.bfloat16)
-    rope = rope_tables(jnp.arange(3), config.key_dim)
     decay, normed, outputs = jax.eval_shape(
-        lambda layer: (layer._log_decay(x), layer.o_norm(wide), layer(x, window_size=2, rope=rope)),
-        layer,
+        lambda layer: (layer._log_decay(x), layer.o_norm(wide), layer(x)), layer
     )
     assert decay.dtype == normed.dtype == jnp.float32
     assert outputs.dtype == jnp.bfloat16
