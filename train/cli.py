@@ -60,7 +60,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     import argparse
-    from importlib.metadata import version
 
     from train.commands import COMMANDS
     from train.commands.parser import Parser
@@ -71,7 +70,8 @@ def _run(arguments: list[str]) -> int:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"nha {version('nha_jax')}")
+    version = _version() if "--version" in arguments else ""  # git is not asked for nothing
+    parser.add_argument("--version", action="version", version=f"nha {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         command.add_parser(commands)
@@ -79,6 +79,23 @@ def _run(arguments: list[str]) -> int:
     if rest and options.command not in ("train", "plan"):
         commands.choices[options.command].error(f"{' '.join(rest)}: more than it takes")
     return COMMANDS[options.command].run(options, rest)
+
+
+def _version() -> str:
+    """The version, of which the last part names the commit: in a clone, the one checked out."""
+    import subprocess
+    from importlib.metadata import version
+    from pathlib import Path
+
+    installed, clone = version("nha_jax"), Path(__file__).parent.parent
+    if not (clone / ".git").exists():
+        return installed
+    command = ["git", "-C", str(clone), "rev-parse", "--short", "HEAD"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or it refuses the folder's owner
+        return installed
+    return f"{installed.partition('+')[0]}+g{commit}"
 
 
 def _prepare_streams() -> None:

@@ -22,7 +22,8 @@ import pydantic
 from nha_jax import ModelConfig
 from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
 from train.errors import ConfigError, cut
-from train.paths import hide_bytes, show_bytes, user_path
+from train.paths import hide_bytes, show_bytes
+from train.shipped_configs import find_config
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
 from train.windows import WINDOWS_KEY, read_windows
@@ -69,7 +70,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     """Reads, overrides and checks a configuration.
 
     Args:
-        path: a YAML file.
+        path: a YAML file, or the name of one that comes with nha_jax, e.g. "quickstart".
         overrides: (dotted key, YAML text) pairs, applied in order.
 
     Returns:
@@ -158,7 +159,7 @@ def _attribute_lines(docstring: str) -> dict[str, str]:
 
 def _read(path: str) -> dict[str, Any]:
     try:
-        with user_path(path, "CONFIG").open("rb") as file:
+        with find_config(path).open("rb") as file:
             content = file.read(_MOST_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None

@@ -105,6 +105,9 @@ NOT_RUN = {
         "uv run --extra cuda python benchmarks/decode.py --dtype bfloat16 "
         "--implementation pallas_gpu",
     ),
+    "it installs the package anew, which tests/test_package.py does": (
+        'pip install "path/to/nha_jax[data]" && nha train quickstart',
+    ),
     "it measures for minutes": (
         "uv run python benchmarks/operator_cpu.py --seconds 5",
         "uv run python benchmarks/decode.py --seconds 5",

@@ -26,7 +26,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         takes_overrides=True,
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, e.g. configs/nha-340m.yaml")
+    parser.add_argument(
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or the name of one that comes with it, e.g. nha-340m",
+    )
     parser.add_argument(
         "--topology", required=True, metavar="TOPOLOGY", help="the machine, e.g. v5p:4x4x4"
     )

@@ -22,7 +22,9 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         add_help=False,
     )
     parser.add_argument(
-        "config", metavar="CONFIG", help="a YAML file, e.g. configs/quickstart.yaml"
+        "config",
+        metavar="CONFIG",
+        help="a YAML file, or the name of one that comes with it, e.g. quickstart",
     )
     parser.add_argument("-h", "--help", action=_ConfigHelp, help="show this help and exit")
 
