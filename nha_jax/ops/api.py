@@ -25,6 +25,7 @@ from nha_jax.ops.types import (
     validate_arrays,
     validate_rest,
 )
+from nha_jax.ops.unbatched import with_or_without_batch
 
 
 def _result_specs(
@@ -90,6 +91,7 @@ def nha_attention(
 ) -> jax.Array | NHAOutput: ...
 
 
+@with_or_without_batch
 @with_auto_axes(_result_specs)
 def nha_attention(
     query,
@@ -120,6 +122,9 @@ def nha_attention(
         a_t = scale query_t . SK_t                        M slot logits, not rotated
         b_t = scale rot(query_t) . rot(key_i)             t - W < i <= t
         out_t = softmax([a_t ; b_t]) [SV_t ; value_i]
+
+    One sequence may do without B: query [T, Hq, K], and then all other arrays, states and results
+    have no batch axis either.
 
     Args:
       query: [B, T, Hq, K], not rotated.
@@ -283,6 +288,7 @@ def _decoded_specs(result: Any, query: jax.Array, key: jax.Array, *_: Any, **__:
     return division.tokens, division.state
 
 
+@with_or_without_batch
 @with_auto_axes(_decoded_specs)
 def decode_step(
     query: jax.Array,
@@ -300,6 +306,8 @@ def decode_step(
     implementation: str | None = None,
 ) -> tuple[jax.Array, NHAState]:
     """Reads one more token of every row's segment, which replaces one entry of the state's ring.
+
+    As with `nha_attention`, all arrays may be without the batch axis.
 
     Args:
       query, key, value, log_decay, rope, window_size, scale, slot_feature_map, empty_slots: as for

@@ -17,6 +17,7 @@ from nha_jax.layer_config import LayerConfig
 from nha_jax.model import abstract_model
 from nha_jax.ops import rope_tables
 from nha_jax.sharding import named_shardings
+from tests.nha_jax.test_compilations import count
 from tests.nha_jax.test_model import tiny_config
 
 B, T, HIDDEN = 2, 9, 8
@@ -155,6 +156,14 @@ def test_the_rotation_is_the_layers_that_of_the_call_or_none():
     bare = small(rope_theta=None, rope_scaling=None)
     close(bare(X), layer(X, rope=still))
     assert small(key_dim=3, rope_theta=None, rope_scaling=None).config.key_dim == 3
+
+
+def test_a_call_compiles_once():
+    expected = small()(X)
+    with count() as seen:
+        found = small()(X)
+    assert not seen
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_another_window_shares_the_parameters():
