@@ -134,7 +134,10 @@ def validate_arrays(
     """Raises ValueError or TypeError for the first of the four that does not fit the others."""
     for name, x in (("query", query), ("key", key), ("value", value), ("log_decay", log_decay)):
         if x.ndim != 4:
-            raise ValueError(f"{name} must be [B, T, heads, dim], got shape {x.shape}")
+            raise ValueError(
+                f"{name} must be [B, T, heads, dim], or [T, heads, dim] as all the others; "
+                f"got shape {x.shape}"
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must have a floating dtype, got {x.dtype}")
         if 0 in (x.shape[:3] if name == "log_decay" else x.shape):  # there may be no slots

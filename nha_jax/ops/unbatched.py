@@ -14,20 +14,20 @@ def with_or_without_batch[**Arguments, Result](
 ) -> Callable[Arguments, Result]:
     """Makes a door of the operator take [T, heads, dim] for [B, T, heads, dim] too.
 
-    The first four arguments say which it is; then all arrays are without the axis B, states too,
-    and so is the result. Tables of the rotary embedding need none in either case.
+    Query and key say which it is; then all arrays are without the axis B, states too, and so is
+    the result. Tables of the rotary embedding need none in either case.
     """
 
     @functools.wraps(function)
     def wrapped(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         # By name or by position, as Python's own binding has it.
         given: dict[str, Any] = dict(zip(_POSITIONAL, args, strict=False)) | kwargs
-        if jnp.ndim(given.get("query", 0)) != 3:
+        if any(jnp.ndim(given.get(name, 0)) != 3 for name in ("query", "key")):
             return function(*args, **kwargs)
         for name, axes in _AXES.items():
             if given.get(name) is not None and jnp.ndim(given[name]) != len(axes.split()):
                 raise ValueError(
-                    f"{name} must be [{axes}], as the query has no batch axis; "
+                    f"{name} must be [{axes}], as query and key have no batch axis; "
                     f"got shape {jnp.shape(given[name])}"
                 )
 
