@@ -95,11 +95,11 @@ def test_a_folder_that_hides_the_kernels_is_named_on_import(tmp_path: Path) -> N
 
 
 def test_version_names_the_commit() -> None:
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    if not commit:
+        pytest.skip("no clone of the repository, or git refuses its owner")
     finished = run_elsewhere(sys.executable, "-m", "nha_jax", "--version", folder=ROOT)
-    commit = subprocess.run(
-        ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    assert commit
     assert re.fullmatch(rf"nha \S+\+g{commit}\n", finished.stdout)
 
 
