@@ -115,10 +115,9 @@ NOT_RUN = {
         "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
     ),
     "it runs tests, or what tests run": (
-        "uv run pytest tests/nha_jax/ops/test_attention.py -k tpu",
-        "uv run pytest -m full tests/nha_jax/ops/test_attention.py -k tpu",
+        "uv run pytest -n 2 tests/pallas",
         "uv run pytest tests/pallas/tpu",
-        "uv run pytest -m full tests/pallas/tpu/test_decode.py",
+        "uv run pytest -m full tests/pallas/tpu/test_kernels.py tests/pallas/tpu/test_decode.py",
         "uv run pytest tests/pallas/gpu",
         "uv run pytest -m full tests/pallas/gpu",
         "NPROC=16 JAX_PLATFORMS=cpu uv run python -m tests.support.gpu.interpreted 0",
@@ -127,8 +126,8 @@ NOT_RUN = {
         "uv run pytest -s tests/train/commands/test_import.py -k larger_than",
         "uv run pytest -m slow tests/train",
         "uv run pytest -m slow tests/train/commands/test_fuzz.py",
-        "uv run pytest -n 2 -m slow",
-        "uv run pytest -n 2 -m full tests/nha_jax/ops tests/pallas/gpu "
+        "uv run pytest -n 2 -m slow tests",
+        "uv run pytest -n 2 -m full tests/pallas/gpu tests/pallas/tpu/test_kernels.py "
         "tests/pallas/tpu/test_decode.py",
         "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m tpu_aot tests",
         "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 -m full tests/pallas/tpu "

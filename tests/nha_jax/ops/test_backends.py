@@ -15,8 +15,8 @@ from nha_jax.ops.rope import apply_rope
 from nha_jax.ops.state import Tokens
 from nha_jax.ops.types import NHAOutput, Options
 from nha_jax.testing import Case, make_inputs
-from tests.nha_jax.ops import test_attention
 from tests.nha_jax.test_model import random_tokens, tiny_model
+from tests.support.ops.suite import check as check_case
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ TOY_CASES = [
 @pytest.mark.parametrize("case", TOY_CASES, ids=str)
 def test_the_operators_suite_runs_on_a_registered_backend(toy, case):
     """What every implementation is held to, but for the state, which this one does not return."""
-    test_attention.check(case, "numpy", "float32", make_inputs(case))
+    check_case(case, "numpy", "float32", make_inputs(case))
 
 
 def test_a_model_runs_on_a_registered_backend(toy):

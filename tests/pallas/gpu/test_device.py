@@ -14,9 +14,9 @@ import pytest
 from nha_jax.ops.gpu import decode_gpu
 from nha_jax.ops.xla.decode import decode_xla
 from nha_jax.testing import Case, make_inputs
-from tests.nha_jax.ops import test_attention
 from tests.support.gpu.interpreted import CASES
 from tests.support.ops.decode_cases import decode_options, make_state, make_token
+from tests.support.ops.suite import check as check_case
 
 # Cases that the interpreter is too slow for, and, of window None, cuDNN's on a GPU.
 LARGER = [
@@ -40,7 +40,7 @@ def gpu(optimized) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES + LARGER, ids=str)
 def test_compiled_kernels_match_float64_reference(case):
-    test_attention.check(case, "pallas_gpu", "bfloat16", make_inputs(case))
+    check_case(case, "pallas_gpu", "bfloat16", make_inputs(case))
 
 
 @pytest.mark.gpu

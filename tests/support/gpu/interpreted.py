@@ -9,8 +9,8 @@ import jax
 
 from nha_jax import testing
 from nha_jax.testing import Case
-from tests.nha_jax.ops import test_attention
 from tests.support.gpu.process import HOPPER, report
+from tests.support.ops import suite
 
 # One of each kind that the kernels treat in their own way; index 0 is the documents' example.
 KINDS = [
@@ -60,7 +60,7 @@ ROTATED = [
     Case(T=128, window="64", M=64, K=128, V=128, B=1, slot_weight_gradient="slots"),
 ]
 
-CASES = KINDS + ROTATED + test_attention.SUITE
+CASES = KINDS + ROTATED + suite.SUITE
 
 
 def lower_for_cuda(case: Case, inputs: testing.Inputs) -> None:
@@ -81,7 +81,7 @@ def check(case: Case) -> None:
 
 def interpret(case: Case) -> None:
     """Raises AssertionError if a value or a gradient is too far from the definition's."""
-    test_attention.check(case, "pallas_gpu", "bfloat16", testing.make_inputs(case))
+    suite.check(case, "pallas_gpu", "bfloat16", testing.make_inputs(case))
 
 
 if __name__ == "__main__":
