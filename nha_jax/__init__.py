@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from nha_jax.storage.saved_model import load, save
     from nha_jax.tokenizer.from_file import load_tokenizer
     from nha_jax.tokenizer.interface import Tokenizer
+    from nha_jax.unstacked import UnstackedModel, stack, unstack
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -46,6 +47,7 @@ else:
             "NHAttention": "nha_jax.layers.attention",
             "SamplingOptions": "nha_jax.generation.sampling",
             "Tokenizer": "nha_jax.tokenizer.interface",
+            "UnstackedModel": "nha_jax.unstacked",
             "flops_per_token": "nha_jax.sizes",
             "from_pretrained": "nha_jax.hf.pretrained",
             "generate": "nha_jax.generation.generate",
@@ -56,7 +58,9 @@ else:
             "num_parameters": "nha_jax.sizes",
             "save": "nha_jax.storage.saved_model",
             "save_pretrained": "nha_jax.hf.export",
+            "stack": "nha_jax.unstacked",
             "training_flops_per_token": "nha_jax.sizes",
+            "unstack": "nha_jax.unstacked",
         },
     )
 
@@ -73,6 +77,7 @@ __all__ = [
     "NHAttention",
     "SamplingOptions",
     "Tokenizer",
+    "UnstackedModel",
     "flops_per_token",
     "from_pretrained",
     "generate",
@@ -83,5 +88,7 @@ __all__ = [
     "num_parameters",
     "save",
     "save_pretrained",
+    "stack",
     "training_flops_per_token",
+    "unstack",
 ]

@@ -5,7 +5,6 @@ import contextlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from nha_jax.argument_checks import (
     check_cache,
@@ -16,57 +15,18 @@ from nha_jax.argument_checks import (
 )
 from nha_jax.cache import ModelCache, empty_cache
 from nha_jax.compiled import compiled
-from nha_jax.config import ModelConfig
+from nha_jax.ends import Ends, nan_unless
 from nha_jax.layers import Block, LayerCache
 from nha_jax.layers.layer_stack import block_of_layer, scan_blocks, stack_layers, unstack_layers
-from nha_jax.ops import Rope, rope_tables
-from nha_jax.ops.mesh.division import shard_tokens, shard_vocabulary
 from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.prompt_lengths import pad_rows, rounded_length, to_host
-from nha_jax.sharding import hidden_specs, logits_specs, model_cache_specs, step_specs
+from nha_jax.sharding import model_cache_specs, step_specs
 
 
-class Decoder(nnx.Module):
-    """What `nha_jax.Model` computes with a cache, and the embedding and head that it needs for it.
+class Decoder(Ends):
+    """What `nha_jax.Model` computes with a cache; the parameters are made by `Model`."""
 
-    The parameters are made by `Model`.
-    """
-
-    config: ModelConfig
-    embed: nnx.Embed
     blocks: Block
-    norm: nnx.RMSNorm
-    head: nnx.Linear
-
-    @with_auto_axes(hidden_specs)
-    def embed_tokens(self, tokens: jax.Array) -> jax.Array:
-        """Looks up the input of the first layer: [B, T] -> [B, T, hidden_size] in config.dtype.
-
-        Tokens outside [0, vocab_size) give NaN.
-        """
-        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
-        return nan_unless(known, self._embed(tokens))
-
-    def _embed(self, tokens: jax.Array) -> jax.Array:
-        """Does what `embed_tokens` does, of tokens that are all known."""
-        table = shard_vocabulary(self.embed.embedding[...], tokens)
-        hidden = jnp.take(
-            table, tokens, axis=0
-        )  # cast afterwards, so that the gradient is summed in the table's dtype
-        return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
-
-    @with_auto_axes(logits_specs)
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
-        if not self.config.tie_embeddings:
-            return self.head(hidden)
-        dtype = jnp.dtype(self.config.dtype)
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden.astype(dtype),
-            self.embed.embedding[...].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )
 
     @with_auto_axes(model_cache_specs)
     def init_cache(self, batch_size: int, *, max_length: int | None = None) -> ModelCache:
@@ -238,13 +198,3 @@ class Decoder(nnx.Module):
             layers.append(layer)
         length = cache.length + (1 if active is None else active.astype(jnp.int32))
         return self.logits(self.norm(hidden))[:, 0], ModelCache(tuple(layers), length)
-
-    def _rope(self, positions: jax.Array) -> Rope:
-        """Makes the tables of the rotary embedding, the same for all layers."""
-        config = self.config
-        return rope_tables(positions, config.key_dim, config.rope_theta, config.rope_scaling)
-
-
-def nan_unless(known: jax.Array, hidden: jax.Array) -> jax.Array:
-    """Puts NaN into hidden [B, T, hidden_size] wherever known [B, T] is False."""
-    return jnp.where(known[..., None], hidden, jnp.nan)

@@ -10,14 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nha_jax.argument_checks import (
-    after_unknown,
     check_hidden,
     check_segments_and_positions,
-    check_tokens,
 )
 from nha_jax.compiled import compiled
 from nha_jax.config import ModelConfig
-from nha_jax.decoder import Decoder, nan_unless
+from nha_jax.decoder import Decoder
 from nha_jax.layers import Block, LayerDiagnostics
 from nha_jax.layers.diagnostics import Diagnostics
 from nha_jax.layers.layer_stack import (
@@ -30,7 +28,6 @@ from nha_jax.layers.parameters import linear, partitioned, rms_norm
 from nha_jax.ops import SlotWeightGradient
 from nha_jax.ops.mesh.division import shard_tokens
 from nha_jax.ops.mesh.explicit import with_auto_axes
-from nha_jax.ops.padding import clear_padding
 from nha_jax.ops.types import check_choices, check_window_size
 from nha_jax.sharding import (
     diagnostics_specs,
@@ -264,11 +261,8 @@ class Model(Decoder):
 
         diagnose: how the slot weights are differentiated; None: no diagnostics are wanted.
         """
-        tokens, known = check_tokens("tokens", tokens, self.config.vocab_size)
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens must be [batch, time], got shape {tokens.shape}")
-        segment_ids, positions = check_segments_and_positions(tokens.shape, segment_ids, positions)
-        return self._run_layers(tokens, known, segment_ids, positions, diagnose=diagnose)
+        read = self._read(tokens, segment_ids, positions)
+        return self._run_layers(*read, diagnose=diagnose)
 
     @compiled("diagnose")
     def _run_layers(
@@ -299,10 +293,7 @@ class Model(Decoder):
             self.config.window_period,
             remat=self.config.remat,
         )
-        # NaN goes in after the layers: in them it would reach other segments, as 0 * NaN.
-        hidden = nan_unless(~after_unknown(known, segment_ids), self.norm(hidden))
-        if segment_ids is not None:
-            hidden = clear_padding(segment_ids, hidden)
+        hidden = self._end(hidden, known, segment_ids)
         return hidden, None if diagnose is None else in_layer_order(layers)
 
 

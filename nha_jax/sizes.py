@@ -22,7 +22,7 @@ Shapes = Mapping[str, jax.ShapeDtypeStruct]
 def by_name(state: Any) -> dict[str, Any]:
     """Lists the leaves of an nnx state, or of a tree like it, by dotted name."""
     leaves, _ = jax.tree.flatten_with_path(nnx.to_pure_dict(state))
-    return {".".join(str(entry.key) for entry in keys): leaf for keys, leaf in leaves}
+    return {jax.tree_util.keystr(keys, simple=True, separator="."): leaf for keys, leaf in leaves}
 
 
 @functools.lru_cache(maxsize=128)
