@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from nha_jax.ops import backends
+from nha_jax.ops.derivatives import reverse_mode_only, without_derivative
 from nha_jax.ops.mesh.division import decode_over_mesh, divide_over_mesh, over_mesh
 from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.ops.rope import Rope, apply_rope
@@ -166,7 +167,8 @@ def nha_attention(
 
     Raises:
       ValueError, TypeError: an argument has a wrong value, shape or dtype; the message names it.
-      NotImplementedError: the implementation named cannot serve; the message says why.
+      NotImplementedError: the implementation named cannot serve; the message says why. So do
+        forward mode and second derivatives of the kernels', which have neither.
     """
     query, key, value, log_decay = map(jnp.asarray, (query, key, value, log_decay))
     validate_arrays(query, key, value, log_decay)
@@ -254,7 +256,11 @@ def _attend(arrays: backends.Arrays, rest: dict[str, Any], chosen: _Chosen) -> N
 
     def over_devices(backend: backends.Backend, options: Options, **how: Any):
         attend = over_mesh(functools.partial(backend.attend, **how))
-        return lambda arrays, rest: attend(*arrays, **rest, options=options)
+
+        def call(arrays: backends.Arrays, rest: dict[str, Any]) -> NHAOutput:
+            return attend(*arrays, **rest, options=options)
+
+        return reverse_mode_only(backend.name, call) if backend.reverse_mode_only else call
 
     return chosen.run(over_devices, arrays, rest)
 
@@ -277,7 +283,8 @@ def _decode(
     def over_devices(backend: backends.Backend, options: Options, **how: Any):
         decode = functools.partial(backend.decode, options=options, **how)
         # Plain XLA is divided by the compiler; a kernel's call has to be divided.
-        return decode if backend.platform is None else decode_over_mesh(decode)
+        step = decode if backend.platform is None else decode_over_mesh(decode)
+        return without_derivative(backend.name, step) if backend.reverse_mode_only else step
 
     return chosen.run(over_devices, query, apply_rope(query, rope), token, state, active)
 

@@ -34,12 +34,15 @@ class Backend:
     Attributes:
       name: what `implementation=` calls it.
       platform: "tpu" or "gpu", if its kernels are made for that alone.
+      reverse_mode_only: whether `attend` has first derivatives by reverse mode only, as kernels
+        under a `jax.custom_vjp` have, and `decode` none; what it lacks is then refused in words.
       options_type: a frozen dataclass of hashable options of its own, made of
         `kernel_options[name]`.
     """
 
     name: str
     platform: str | None = None
+    reverse_mode_only: bool = False
     options_type: type | None = None
 
     def attend(

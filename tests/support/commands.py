@@ -108,6 +108,7 @@ NOT_RUN = {
     "it installs the package anew, which tests/test_package.py does": (
         'pip install "path/to/nha_jax[data]" && nha train quickstart',
     ),
+    "it compiles for minutes": ("uv run python -m tests.support.ops.transforms",),
     "it measures for minutes": (
         "uv run python benchmarks/operator_cpu.py --seconds 5",
         "uv run python benchmarks/decode.py --seconds 5",

@@ -45,6 +45,7 @@ class GPUBackend(Backend):
 
     name = "pallas_gpu"
     platform = "gpu"
+    reverse_mode_only = True
     options_type = BlockSizes
     attend = staticmethod(gpu_attention)
     decode = staticmethod(decode_gpu)

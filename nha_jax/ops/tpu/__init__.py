@@ -46,6 +46,7 @@ class TPUBackend(Backend):
 
     name = "pallas_tpu"
     platform = "tpu"
+    reverse_mode_only = True
     options_type = BlockSizes
     attend = staticmethod(tpu_attention)
     decode = staticmethod(decode_tpu)

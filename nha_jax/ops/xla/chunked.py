@@ -105,7 +105,7 @@ def chunked_attention(
         plan = _plan(T, W)
         read, token_segment, rows, segments = _cut(query, rotated_query, timeline, plan, options)
         slots = slots if past is None else past.slots
-        out, weight, slots = _scan(plan, options, read, token_segment, rows, slots, segments)
+        out, weight, slots, _ = _scan(plan, options, read, token_segment, rows, slots, segments)
         slots = keep_last_segment(slots, timeline)
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
         out = out.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, -1, Hq, value.shape[3])[:, :T]
@@ -170,7 +170,7 @@ def _cut(
     return read, pad(timeline.token_segment)[:, None], query_rows, segments
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _scan(
     plan: ChunkPlan,
     options: Options,
@@ -179,17 +179,13 @@ def _scan(
     rows: QueryRows,
     slots: Slots,
     segments: Segments,
-):
-    """All steps in turn: out [steps, B, H, N, G, C, V], slot weight (no V), and the last slots.
+) -> tuple[jax.Array, jax.Array, Slots, Slots]:
+    """All steps in turn.
 
-    The gradient is written out, step by step in reverse with each step computed again, because
-    the steps' reads overlap: left to autodiff, either every overlap is stored, W rows a step, or
-    each step adds a cotangent of the whole read.
+    Returns out [steps, B, H, N, G, C, V], the slot weight (no V), the slots after the last step,
+    and those at the start of each, [steps, B, H, M, .].
     """
-    return _forward(plan, options, read, token_segment, rows, slots, segments)[0]
 
-
-def _forward(plan, options, read, token_segment, rows, slots, segments):
     def step(slots, x):
         index, rows, segments = x
         now, seen = _at_step((read, token_segment), index, plan)
@@ -197,64 +193,63 @@ def _forward(plan, options, read, token_segment, rows, slots, segments):
         return after, (out, weight, slots)
 
     after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(plan.steps), rows, segments))
-    return (out, weight, after), starts
+    return out, weight, after, starts
 
 
-def _scan_fwd(plan, options, read, token_segment, rows, slots, segments):
-    (out, weight, after), starts = _forward(
-        plan, options, read, token_segment, rows, slots, segments
-    )
+@_scan.defjvp
+def _scan_jvp(plan, options, primals, tangents):
+    """The derivative: a second scan, of tangents alone, that computes each step again.
+
+    The steps' reads overlap: left to autodiff, either every overlap is stored for the gradient, W
+    rows a step, or each step adds a cotangent of the whole read. Here a step gets the tangents of
+    its own rows, and those of the W rows before from the step before it; so the transpose, which
+    is the gradient, hands the cotangents of the W rows on to the step that they belong to.
+    """
+    read, token_segment, rows, _, segments = primals
+    d_read, _, d_rows, d_slots, _ = tangents
+    out, weight, after, starts = _scan(plan, options, *primals)
     # What a rematerialised layer saves, by the kernels' names, to be spared this scan.
+    out = checkpoint_name(out, OUT)
     starts = jax.tree.map(lambda x: checkpoint_name(x, STARTS), starts)
-    result = checkpoint_name(out, OUT), weight, after
-    return result, (read, token_segment, rows, starts, segments)
 
+    # Nothing is stored of a step but what comes from outside: it reads inside.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangents_of_step(read, token_segment, index, rows, start, segments, tangents):
+        now, seen = _at_step((read, token_segment), index, plan)
+        now = jax.tree.map(lambda x: x.astype(compute_dtype(x)), now)
 
-def _scan_bwd(plan, options, saved, cotangents):
-    read, token_segment, rows, starts, segments = saved
-    d_out, d_weight, d_slots = cotangents
-    W = plan.window
+        def run(read, rows, slots):
+            return _step(plan, options, read, seen, rows, slots, segments)
+
+        return jax.jvp(run, (now, rows, start), tangents)[1]
 
     def step(carry, x):
-        d_slots, d_shared = carry  # d_shared: of the W rows that later steps read too
-        index, rows, start, segments, d_out, d_weight = x
-        now, seen = _at_step((read, token_segment), index, plan)
-        _, pullback = jax.vjp(
-            lambda read, rows, slots: _step(plan, options, read, seen, rows, slots, segments),
-            now,
-            rows,
-            start,
+        d_slots, d_before = carry
+        index, rows, start, segments, d_own, d_rows = x
+        d_now = jax.tree.map(
+            lambda before, own: jnp.concatenate([before, own.astype(before.dtype)], axis=2),
+            d_before,
+            d_own,
         )
-        d_read, d_rows, d_slots = pullback((d_out, d_weight, d_slots))
-        d_read = jax.tree.map(lambda d, shared: d.astype(shared.dtype), d_read, d_shared)
-        d_read = jax.tree.map(
-            lambda d, shared: jnp.concatenate(
-                [d[:, :, : plan.rows], d[:, :, plan.rows :] + shared], axis=2
-            ),
-            d_read,
-            d_shared,
+        d_out, d_weight, d_after = tangents_of_step(
+            read, token_segment, index, rows, start, segments, (d_now, d_rows, d_slots)
         )
-        d_done = jax.tree.map(lambda d, x: d[:, :, W:].astype(x.dtype), d_read, read)
-        return (d_slots, jax.tree.map(lambda d: d[:, :, :W], d_read)), (d_done, d_rows)
+        d_before = jax.tree.map(lambda d: d[:, :, plan.rows :], d_now)
+        return (d_after, d_before), (d_out, d_weight, d_slots)
 
-    d_shared = jax.tree.map(
-        lambda x: jnp.zeros((*x.shape[:2], W, x.shape[3]), compute_dtype(x)), read
-    )
-    (d_slots, d_first), (d_read, d_rows) = lax.scan(
+    def split(d):  # [B, H, W + Tp, .] -> [B, H, W, .] and [steps, B, H, rows, .]
+        before, own = d[:, :, : plan.window], d[:, :, plan.window :]
+        own = own.reshape(*d.shape[:2], plan.steps, plan.rows, d.shape[3])
+        # In the compute dtype, in which the cotangents of the rows are added up.
+        return before.astype(compute_dtype(d)), jnp.moveaxis(own, 2, 0)
+
+    d_before, d_own = (ReadTokens(*x) for x in zip(*map(split, d_read), strict=True))
+    (d_after, _), (d_out, d_weight, d_starts) = lax.scan(
         step,
-        (d_slots, d_shared),
-        (jnp.arange(plan.steps), rows, starts, segments, d_out, d_weight),
-        reverse=True,
+        (d_slots, d_before),
+        (jnp.arange(plan.steps), rows, starts, segments, d_own, d_rows),
     )
-
-    def join(first, later):  # [B, H, W, .] and [steps, B, H, rows, .] -> [B, H, W + Tp, .]
-        later = jnp.moveaxis(later, 0, 2).reshape(*first.shape[:2], -1, first.shape[3])
-        return jnp.concatenate([first.astype(later.dtype), later], axis=2)
-
-    return jax.tree.map(join, d_first, d_read), None, d_rows, d_slots, None
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    return (out, weight, after, starts), (d_out, d_weight, d_after, d_starts)
 
 
 def _at_step(tree, index: jax.Array, plan: ChunkPlan):
