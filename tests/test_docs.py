@@ -118,9 +118,16 @@ def test_the_commands_that_a_newcomer_runs_first_are_as_ci_expects() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("example", sorted(ROOT.glob("examples/*.py")), ids=lambda path: path.name)
-def test_examples_run(example: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run_and_learn(
+    example: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(example), run_name="__main__")
+    losses = [float(x) for x in re.findall(r"loss (\S+)", capsys.readouterr().out)]
+    assert losses[-1] < losses[0] / 5
 
 
 def test_the_figure_is_what_its_script_draws() -> None:
