@@ -190,7 +190,8 @@ class NHAttention(AttentionCore):
     ) -> tuple[jax.Array, LayerDiagnostics]:
         """Returns what a call returns, and the softmax mass on the slots and the gates with it.
 
-        Arguments and errors as for a call; slot_weight_gradient as for `nha_jax.nha_attention`.
+        The other arguments and errors are those of a call; slot_weight_gradient is as for
+        `nha_jax.nha_attention`.
         """
         check_choices(slot_weight_gradient=slot_weight_gradient)
         arguments = self._checked(inputs, segment_ids, positions, rope)

@@ -22,6 +22,12 @@ class Block(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes a block with random parameters, in config.param_dtype.
+
+        Args:
+            config: of the model.
+            rngs: the random numbers, as for `NHAttention`.
+        """
         self.attention_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)
         self.attention = NHAttention(**vars(config.layer), rngs=rngs)
         self.mlp_norm = rms_norm(config, config.hidden_size, "norm", rngs=rngs)

@@ -17,8 +17,16 @@ class ShortConvolution(nnx.Module):
     """
 
     def __init__(self, config: LayerFields, channels: int, name: str, *, rngs: nnx.Rngs):
+        """Makes the filters at random, uniform within +-1/sqrt(width), in config.param_dtype.
+
+        Args:
+            config: of the model or the attention layer, whose conv_width is the width.
+            channels: how many filters there are.
+            name: the logical name of the kernel's second axis.
+            rngs: the random numbers, as for `NHAttention`.
+        """
         self.width, self.channels = config.conv_width, channels
-        # Uniform within +-1/sqrt(width), the usual start of a filter with `width` inputs.
+        # The usual start of a filter with `width` inputs.
         initializer = jax.nn.initializers.variance_scaling(
             1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1
         )

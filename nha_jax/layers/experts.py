@@ -22,6 +22,12 @@ class MixtureOfExperts(nnx.Module):
     """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes router and experts at random, in config.param_dtype.
+
+        Args:
+            config: of the model; its experts are not None.
+            rngs: the random numbers, as for `NHAttention`.
+        """
         experts = config.experts
         assert experts is not None
         self.config = config

@@ -12,6 +12,12 @@ class SwiGLU(nnx.Module):
     """down_proj(silu(gate_proj(x)) * up_proj(x)) (Shazeer, arXiv 2002.05202), without biases."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        """Makes the three projections at random, in config.param_dtype.
+
+        Args:
+            config: of the model, whose hidden_size and mlp_size are the widths.
+            rngs: the random numbers, as for `NHAttention`.
+        """
         hidden, inner = config.hidden_size, config.mlp_size
         self.gate_proj = linear(config, hidden, inner, ("embed", "mlp"), rngs=rngs)
         self.up_proj = linear(config, hidden, inner, ("embed", "mlp"), rngs=rngs)

@@ -1,6 +1,8 @@
 """The layers against plain formulas."""
 
 import functools
+import inspect
+import re
 
 import chex
 import jax
@@ -11,7 +13,8 @@ from flax import nnx
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from nha_jax import ModelConfig, NHAttention, nha_attention
+import nha_jax
+from nha_jax import ModelConfig, NHAttention, layers, nha_attention
 from nha_jax.layers import ShortConvolution, SwiGLU
 from nha_jax.layers.parameters import partitioned
 from nha_jax.ops import rope_tables
@@ -251,6 +254,20 @@ def test_decay_and_norm_are_float32_in_bfloat16_compute():
     assert decay.dtype == normed.dtype == jnp.float32
     assert outputs.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer))} == {jnp.dtype("float32")}
+
+
+MODULES = [
+    kind
+    for kind in (nha_jax.Model, *(getattr(layers, name) for name in layers.__all__))
+    if isinstance(kind, type) and issubclass(kind, nnx.Module)
+]
+
+
+@pytest.mark.parametrize("kind", MODULES, ids=lambda kind: kind.__name__)
+def test_every_module_says_what_it_is_made_of(kind):
+    said = re.findall(r"^    ([\w, ]+): ", inspect.getdoc(kind.__init__), re.MULTILINE)
+    said = {name for names in said for name in names.split(", ")}
+    assert said >= set(inspect.signature(kind.__init__).parameters) - {"self"}
 
 
 def test_axis_names_are_checked():
