@@ -16,10 +16,12 @@ Turns raw files into a folder of tokens to train on, which is then data.corpus o
 
 INPUT is a file, a folder or a glob (** goes through all folders below); there may be several:
   .jsonl .json .ndjson   JSON lines, with the text under --text-key
-  .parquet               a table, with the text in the column --text-key
+  .parquet .arrow        a table, with the text in the column --text-key; also a folder that
+                         datasets.Dataset.save_to_disk wrote
+  .tar                   files of text and JSON lines
   any other              UTF-8 text, one document a file
-All but parquet may be packed as .gz or .zst. Empty documents and files are left out. A packed file
-that is cut stops the command, whatever the options.
+Text, JSON lines and archives may be packed as .gz or .zst. Empty documents and files are left out.
+A packed file, a table or an archive that is cut stops the command, whatever the options.
 
 Each document is followed by the end token, and preceded by what the tokenizer puts before a text,
 such as <|begin_of_text|>.
@@ -43,7 +45,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     prepare = actions.add_parser(
         "prepare",
-        help="turn text, JSON lines or parquet files into a folder of tokens",
+        help="turn text, JSON lines, tables or archives into a folder of tokens",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -65,7 +67,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--text-key",
         default="text",
         metavar="KEY",
-        help="key or column of the text (default: text)",
+        help="key or column of the text; a.b is b inside of a (default: text)",
     )
     add(
         "--held-out-fraction", type=float, default=0.005, metavar="SHARE",
@@ -78,7 +80,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add(
         "--shard-bytes", type=int, default=64 << 20, metavar="N",
         help="about how many bytes of text a shard holds, which is also what each worker loses at "
-        "most if stopped; a packed file is never divided (default: 64 MiB)",
+        "most if stopped; packed files, .arrow and .tar are never divided (default: 64 MiB)",
     )  # fmt: skip
     add(
         "--skip-bad", action="store_true",

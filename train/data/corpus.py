@@ -12,7 +12,8 @@ from nha_jax.tokenizer.interface import Tokenizer
 from train.config import DataConfig
 from train.data.held_out import is_file_held_out
 from train.data.input_files import find_files, walk
-from train.data.packed_files import OTHER_PACKINGS, kind_of, naming, open_unpacked
+from train.data.packed_files import naming, open_unpacked
+from train.data.prepare.raw_files import is_text
 from train.data.prepared_folder import PreparedFolder, is_prepared, is_unfinished
 from train.data.token_source import Split, TokensInMemory
 from train.errors import ConfigError
@@ -166,8 +167,11 @@ def _text_files(corpus: str) -> list[tuple[str, Path]]:
 
 def _read(path: Path) -> bytes:
     """Reads a file's text, unpacked; what is no text is for `nha data prepare`."""
-    if kind_of(path) in (".parquet", *OTHER_PACKINGS):
-        raise ConfigError(f"data.corpus: {path} is no text; `nha data prepare` reads .parquet")
+    if not is_text(path):
+        raise ConfigError(
+            f"data.corpus: {path} is no text; what is not packed otherwise than as .gz and .zst, "
+            "`nha data prepare` reads"
+        )
     with naming(path, ConfigError, "data.corpus: cannot read it"), open_unpacked(path) as file:
         return file.read()
 

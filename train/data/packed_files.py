@@ -4,7 +4,7 @@ import contextlib
 import io
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from train.extras import import_extra
@@ -12,7 +12,7 @@ from train.extras import import_extra
 PACKED_SUFFIXES = (".gz", ".zst")
 
 OTHER_PACKINGS = (
-    ".7z", ".bz2", ".gzip", ".lz4", ".lzma", ".rar", ".tar", ".tbz2", ".tgz", ".txz", ".xz", ".zip",
+    ".7z", ".bz2", ".gzip", ".lz4", ".lzma", ".rar", ".tbz2", ".tgz", ".txz", ".xz", ".zip",
     ".zstd",
 )  # fmt: skip
 """Suffixes of what is packed otherwise, or of several files in one: no text as it is."""
@@ -22,7 +22,7 @@ _READ_BYTES = 1 << 14
 _BUFFER_BYTES = 1 << 20
 
 
-def kind_of(path: Path) -> str:
+def kind_of(path: PurePath) -> str:
     """Returns a file's suffix in lower case without that of its packing: .jsonl of a.JSONL.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED_SUFFIXES:
@@ -30,19 +30,24 @@ def kind_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def is_packed(path: Path) -> bool:
+def is_packed(path: PurePath) -> bool:
     """Says whether the file is compressed as a whole, and so can only be read from its start."""
     return path.suffix.lower() in PACKED_SUFFIXES
 
 
 def open_unpacked(path: Path) -> BinaryIO:
-    """Opens a file for reading, unpacking it if its name ends in .gz or .zst.
+    """Opens a file for reading, unpacking it if its name ends in .gz or .zst; see `unpacked`."""
+    return unpacked(path.open("rb"), path)
+
+
+def unpacked(file: BinaryIO, name: PurePath) -> BinaryIO:
+    """Unpacks an open file if its name ends in .gz or .zst; closing what is returned closes it.
 
     Whoever reads it to its end has read all of it: EOFError says that a packed file is cut, OSError
     that it is damaged or has something else behind it. Several members (gzip) or frames (zstd) one
     after the other, as parallel compressors write them, are read as one.
     """
-    match path.suffix.lower():
+    match name.suffix.lower():
         case ".gz":
             new_member = lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)  # noqa: E731
             damage = zlib.error
@@ -51,8 +56,8 @@ def open_unpacked(path: Path) -> BinaryIO:
             new_member = zstandard.ZstdDecompressor().decompressobj
             damage = zstandard.ZstdError
         case _:
-            return path.open("rb")
-    reader = _Unpacked(path.open("rb"), new_member, damage)
+            return file
+    reader = _Unpacked(file, new_member, damage)
     return cast(BinaryIO, io.BufferedReader(reader, _BUFFER_BYTES))
 
 
@@ -103,7 +108,9 @@ class _Unpacked(io.RawIOBase):
 
 
 @contextlib.contextmanager
-def naming(path: Path, error_type: type[Exception], what: str = "cannot read it") -> Iterator[None]:
+def naming(
+    path: Path | str, error_type: type[Exception], what: str = "cannot read it"
+) -> Iterator[None]:
     """Turns what opening and reading a file raises into one line that names it."""
     try:
         yield

@@ -1,8 +1,11 @@
 """Raw text in every format, a tokenizer for it, and `nha data prepare` in this process."""
 
 import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -10,7 +13,10 @@ import tokenizers
 import zstandard
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from train.cli import main
+from train.data.prepare.documents import Document, Reading
+from train.data.prepare.raw_files import divide_file, read_documents
 
 TEXTS = [
     *(f"{n} lines of a document, {'and more ' * (n % 23)}" for n in range(120)),
@@ -67,7 +73,63 @@ def write_parquet(folder: Path) -> None:
     pyarrow.parquet.write_table(table, folder / "a.parquet", row_group_size=30)
 
 
-FORMATS = [write_text, write_json_lines, write_gzip, write_zstandard, write_parquet]
+def write_saved_dataset(folder: Path) -> None:
+    """What `datasets.Dataset.save_to_disk` writes, and a cache of `map` beside it."""
+    names = [f"data-{n:05}-of-00003.arrow" for n in range(3)]
+    for n, name in enumerate([*names, "cache-0.arrow"]):
+        table = pyarrow.table({"text": TEXTS[n * 50 : (n + 1) * 50] if n < 3 else ["cached"]})
+        with pyarrow.ipc.new_stream(folder / name, table.schema) as writer:
+            writer.write_table(table, max_chunksize=7)
+    state = {"_data_files": [{"filename": name} for name in names], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": {"text": {}}}))
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    """An archive of files by name, with a folder, long names and a description of pax in it."""
+    raw = io.BytesIO()
+    with tarfile.open(fileobj=raw, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        folder = tarfile.TarInfo("a folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return raw.getvalue()
+
+
+def write_tar(folder: Path) -> None:
+    files = {f"./a folder/{n:03}" + "é" * 60 + ".md": text for n, text in enumerate(TEXTS[:40])}
+    content = {name: text.encode() for name, text in files.items()}
+    content[".hidden.txt"] = b"hidden"
+    content["b.txt.gz"] = gzip.compress(TEXTS[40].encode())
+    content["c.jsonl.zst"] = zstandard.compress(json_lines(TEXTS[41:80]))
+    (folder / "a.tar").write_bytes(tar(content))
+    (folder / "b.tar.gz").write_bytes(gzip.compress(tar({"c.jsonl": json_lines(TEXTS[80:])})))
+
+
+FORMATS = [
+    write_text,
+    write_json_lines,
+    write_gzip,
+    write_zstandard,
+    write_parquet,
+    write_saved_dataset,
+    write_tar,
+]
+
+
+def read_raw(path: Path, part_bytes: int = 1000, **rules: Any) -> tuple[list[Document], list[str]]:
+    """The documents of a file and what is wrong with others, as `--skip-bad` reads them."""
+    bad: list[str] = []
+    reading = Reading(
+        **{"text_key": "text", "tokenizer": ByteTokenizer(), **rules},
+        bad=lambda error: bad.append(str(error)),
+        progress=lambda size: None,
+    )
+    parts = divide_file(path, part_bytes)
+    return [document for part in parts for document in read_documents(part, reading)], bad
 
 
 def prepare(out: Path, *arguments: object) -> int:

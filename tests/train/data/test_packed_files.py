@@ -14,11 +14,11 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.train.raw_files import json_lines, prepare
+from tests.support.train.raw_files import json_lines, prepare, read_raw
 from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.data.packed_files import open_unpacked
-from train.data.prepare.raw_files import divide_file, read_documents
+from train.data.prepare.documents import Document
 from train.errors import ConfigError, DataError
 from train.text.user_texts import read_text
 
@@ -60,14 +60,9 @@ def unpack(path: Path) -> bytes:
         return file.read()
 
 
-def documents(path: Path) -> list[str]:
+def documents(path: Path) -> list[Document]:
     """The documents as `--skip-bad` reads them."""
-    parts = divide_file(path, 1000)
-    return [
-        text
-        for part in parts
-        for text in read_documents(part, "text", lambda _: None, lambda _: None)
-    ]
+    return read_raw(path)[0]
 
 
 @pytest.mark.parametrize("name", PACKERS)
@@ -136,12 +131,7 @@ def test_lines_that_are_cut_are_whole_but_for_the_last_which_is_named(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "cut.jsonl"
     path.write_bytes(LINES[:size])
-    bad: list[str] = []
-    found = [
-        text
-        for part in divide_file(path, 1000)
-        for text in read_documents(part, "text", lambda x: bad.append(str(x)), lambda _: None)
-    ]
+    found, bad = read_raw(path)
     assert found == TEXTS[: len(found)]
     line = LINES[:size].count(b"\n") + 1
     assert all(x.startswith(f"{path}, line {line}: not JSON") for x in bad)
@@ -186,7 +176,7 @@ def test_training_and_texts_read_packed_files_and_refuse_cut_ones(
         read_text(str(path))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.tar.gz", "a.txt.xz", "a.ZIP"])
+@pytest.mark.parametrize("name", ["a.jsonl.bz2", "a.tgz.gz", "a.txt.xz", "a.ZIP"])
 def test_another_packing_is_refused_not_taken_for_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -20,8 +20,9 @@ from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.config import require
 from train.data.input_files import find_files
-from train.data.packed_files import naming
-from train.data.prepare.raw_files import divide_file, may_be_empty
+from train.data.packed_files import is_packed, naming
+from train.data.prepare.file_groups import gather
+from train.data.prepare.raw_files import divide_file, is_text
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
 from train.data.prepare.workers import run_jobs
 from train.data.prepared_folder import (
@@ -96,7 +97,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         "tokenizer": tokenizer.name,
         **({"begin_tokens": list(tokenizer.begin_tokens)} if tokenizer.begin_tokens else {}),
         "end_token": tokenizer.end_token,
-        **asdict(rules),
+        **{name: value for name, value in asdict(rules).items() if value is not None},
         "shard_bytes": options.shard_bytes,
     }
     with _opened(out, options.out, settings):
@@ -139,7 +140,7 @@ def _files(inputs: Sequence[str], out: Path) -> list[Path]:
             raise ConfigError(f"{pattern}: no such file or folder, and nothing matches it")
         files |= dict.fromkeys(path.absolute() for _, path in found)
     begun = is_prepared(out) or is_unfinished(out)  # maybe in a folder that is an input
-    return [path for path in files if not (begun and path.is_relative_to(out))]
+    return gather([path for path in files if not (begun and path.is_relative_to(out))])
 
 
 def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:
@@ -153,7 +154,9 @@ def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:
             f"bytes and there may be {MAX_SHARDS} shards"
         )
     # A packed file or a table that holds nothing is not empty; one that is was cut.
-    empty = [path for path, size in sizes.items() if not size and may_be_empty(path)]
+    empty = [
+        path for path, size in sizes.items() if not size and is_text(path) and not is_packed(path)
+    ]
     if empty:
         more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
         print(f"nha: without text, and left out: {empty[0]}{more}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """The jobs that preparing a corpus is divided into, each of which writes one shard a split."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,15 @@ import numpy as np
 
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.held_out import is_document_held_out
-from train.data.prepare.raw_files import BadDocumentError, FilePart, read_documents
+from train.data.prepare.documents import (
+    BadDocumentError,
+    Document,
+    FilePart,
+    Reading,
+    RecordFormat,
+    TokenizedText,
+)
+from train.data.prepare.raw_files import read_documents
 from train.data.prepared_folder import SPLITS
 from train.data.token_shards import ShardRecord, ShardWriter
 from train.errors import DataError
@@ -35,16 +44,18 @@ class ShardRules:
     """What the tokens of a shard depend on besides its text and the tokenizer.
 
     Attributes:
-        text_key: the text's key in JSON lines, its column in parquet.
+        text_key: see `Reading`.
         held_out_fraction: share of the documents that are held out.
         skip_bad: whether to count documents that cannot be used, instead of stopping at one.
         dtype: of the tokens, "uint16" or "uint32".
+        record_format: see `Reading`.
     """
 
     text_key: str
     held_out_fraction: float
     skip_bad: bool
     dtype: str
+    record_format: RecordFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -128,11 +139,12 @@ def write_shards(
             ShardWriter(folder, f"{SPLITS[1]}-{number:05}", dtype) as held_out,
         ):
             writers = dict(zip(SPLITS, (training, held_out), strict=True))
-            for batch in _batches(job, rules.text_key, note, count):
+            reading = Reading(rules.text_key, tokenizer, note, count, rules.record_format)
+            for batch in _batches(job, reading):
                 tokens = 0
-                for split, texts in _by_split(batch, rules.held_out_fraction).items():
-                    encoded, ends = tokenizer.encode_documents(texts)
-                    size = sum(len(text.encode()) for text in texts)
+                for split, documents in _by_split(batch, rules.held_out_fraction).items():
+                    encoded, ends = _encode(tokenizer, documents)
+                    size = sum(len(_text(document).encode()) for document in documents)
                     writers[split].add(encoded, ends, size)
                     tokens += len(encoded)
                 progress(read, tokens)
@@ -145,19 +157,14 @@ def write_shards(
     return WrittenShards(shards, len(bad), bad[0] if bad else "")
 
 
-def _batches(
-    job: ShardJob,
-    text_key: str,
-    note: Callable[[BadDocumentError], None],
-    count: Callable[[int], None],
-) -> Iterator[list[str]]:
+def _batches(job: ShardJob, reading: Reading) -> Iterator[list[Document]]:
     """Reads a job's documents in order and gathers them for the tokenizer."""
-    batch: list[str] = []
+    batch: list[Document] = []
     size = 0
     for part in job:
-        for text in read_documents(part, text_key, note, count):
-            batch.append(text)
-            size += len(text)
+        for document in read_documents(part, reading):
+            batch.append(document)
+            size += len(_text(document))
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch
                 batch, size = [], 0
@@ -165,9 +172,31 @@ def _batches(
         yield batch
 
 
-def _by_split(texts: Sequence[str], held_out_fraction: float) -> dict[str, list[str]]:
+def _text(document: Document) -> str:
+    return document.text if isinstance(document, TokenizedText) else document
+
+
+def _by_split(documents: Sequence[Document], held_out_fraction: float) -> dict[str, list[Document]]:
     """Divides documents into the splits that get any."""
-    splits: dict[str, list[str]] = {split: [] for split in SPLITS}
-    for text in texts:
-        splits[SPLITS[is_document_held_out(text, held_out_fraction)]].append(text)
-    return {split: texts for split, texts in splits.items() if texts}
+    splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
+    for document in documents:
+        held_out = is_document_held_out(_text(document), held_out_fraction)
+        splits[SPLITS[held_out]].append(document)
+    return {split: chosen for split, chosen in splits.items() if chosen}
+
+
+def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what `Tokenizer.encode_documents` does; documents that have tokens keep them."""
+    arrays: list[np.ndarray] = []
+    lengths: list[int] = []
+    for _, group in itertools.groupby(documents, type):
+        members = list(group)
+        kept = [document.tokens for document in members if isinstance(document, TokenizedText)]
+        for tokens in kept:
+            arrays += [tokens, np.array([tokenizer.end_token], tokens.dtype)]
+            lengths.append(len(tokens) + 1)
+        if not kept:
+            tokens, ends = tokenizer.encode_documents([_text(document) for document in members])
+            arrays.append(tokens)
+            lengths += np.diff(ends, prepend=0).tolist()
+    return np.concatenate(arrays), np.cumsum(lengths, dtype=np.int64)

@@ -1,0 +1,63 @@
+"""Inputs of every format together: the same folder with any workers, wherever it was stopped."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.support.train.raw_files import FORMATS, contents, json_lines, prepare
+from train.data.prepare import folder as prepare_folder
+from train.data.prepare.workers import run_jobs
+from train.errors import DataError
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each format, and documents longer than shards."""
+    raw = tmp_path_factory.mktemp("all") / "raw"
+    for write in FORMATS:
+        (raw / write.__name__).mkdir(parents=True)
+        write(raw / write.__name__)
+    (raw / "long.jsonl").write_bytes(json_lines(["one", "long " * 10_000, "two"]))
+    return raw
+
+
+@pytest.fixture(scope="module")
+def whole(raw: Path) -> dict[str, bytes]:
+    """The files that one worker makes of it undisturbed."""
+    assert prepare(raw.parent / "whole", *arguments(raw), "--workers=1") == 0
+    return contents(raw.parent / "whole")
+
+
+def arguments(raw: Path) -> list[object]:
+    return [raw, "--shard-bytes=4000", "--held-out-fraction=0.1"]
+
+
+def test_two_workers_make_the_same(raw: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
+    assert len(whole) > 20
+    assert prepare(tmp_path / "out", *arguments(raw), "--workers=2") == 0
+    assert contents(tmp_path / "out") == whole
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(stops=st.lists(st.integers(0, 12), min_size=1, max_size=3))
+def test_stopped_anywhere_and_run_again_it_is_the_same(
+    raw: Path,
+    whole: dict[str, bytes],
+    tmp_path_factory: pytest.TempPathFactory,
+    stops: list[int],
+) -> None:
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    for stop in stops:
+
+        def run_some(*arguments, stop=stop):
+            yield from itertools.islice(run_jobs(*arguments), stop)
+            raise DataError("stopped")
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(prepare_folder, "run_jobs", run_some)
+            assert prepare(out, *arguments(raw), "--workers=1") == 1
+    assert prepare(out, *arguments(raw), "--workers=1") == 0
+    assert contents(out) == whole

@@ -1,0 +1,131 @@
+"""What the readers of raw files share: parts of files, documents, and what is wrong with one."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, NamedTuple
+
+import numpy as np
+
+from nha_jax.tokenizer.interface import Tokenizer
+from train.data.packed_files import is_packed
+
+RecordFormat = Literal["text", "json", "example"]
+"""What a record of an ArrayRecord file is: UTF-8 text, a JSON object, or a tf.train.Example."""
+
+# A packed file cannot be divided; it is taken to hold this many times its size of text.
+_PACKED_RATIO = 4
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A file, or a part of one that can be read by itself.
+
+    Attributes:
+        path: the file.
+        size: bytes of the part in the file.
+        text_bytes: bytes of text that the part is taken to hold.
+        start, stop: the part's range of bytes, row groups, records, tokens or documents, as its
+            format counts; None: the whole file.
+    """
+
+    path: Path
+    size: int
+    text_bytes: int
+    start: int | None = None
+    stop: int | None = None
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The range of a part of a format that is always divided."""
+        assert self.start is not None
+        assert self.stop is not None
+        return self.start, self.stop
+
+
+class BadDocumentError(Exception):
+    """Says which document cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    Attributes:
+        text_key: the text's key in JSON, its column in tables, its feature in a tf.train.Example;
+            a.b is b inside of a, unless there is one of that name.
+        tokenizer: whose tokens are in files of tokens.
+        bad: called for each document that cannot be used; it may raise.
+        progress: called with the bytes of the file read since the last call.
+        record_format: what the records of ArrayRecord files are; None: there are none.
+    """
+
+    text_key: str
+    tokenizer: Tokenizer
+    bad: Callable[[BadDocumentError], None]
+    progress: Callable[[int], None]
+    record_format: RecordFormat | None = None
+
+
+class TokenizedText(NamedTuple):
+    """A document that came as tokens: its text, and the tokens [N] without the end token."""
+
+    text: str
+    tokens: np.ndarray
+
+
+Document = str | TokenizedText
+
+
+ReadStream = Callable[[BinaryIO, str, Reading], Iterator[str]]
+"""A function that reads the documents of an open file, whose name in messages is given."""
+
+
+class FileFormat(NamedTuple):
+    """How files of a kind are read.
+
+    Attributes:
+        divide: returns the parts of a file, of about so many bytes of text each.
+        read: reads the documents of a part in order; those without text may be among them.
+        read_stream: of text, plain or in lines, reads the documents of an open file.
+    """
+
+    divide: Callable[[Path, int], list[FilePart]]
+    read: Callable[[FilePart, Reading], Iterator[Document]]
+    read_stream: ReadStream | None = None
+
+
+def whole_file(path: Path, part_bytes: int = 0) -> list[FilePart]:
+    """Returns a file as its only part: a `FileFormat.divide` of what cannot be divided."""
+    size = path.stat().st_size
+    return [FilePart(path, size, size * _PACKED_RATIO if is_packed(path) else size)]
+
+
+def look_up(record: Mapping[str, object], key: str) -> object:
+    """Returns what is under `key`, or for a.b under b inside of a; raises KeyError if nothing."""
+    if key in record:
+        return record[key]
+    for dot in reversed([n for n, letter in enumerate(key) if letter == "."]):
+        inner = record.get(key[:dot])
+        if isinstance(inner, Mapping):
+            try:
+                return look_up(inner, key[dot + 1 :])
+            except KeyError:
+                continue
+    raise KeyError(key)
+
+
+def checked_text(text: object, text_key: str) -> str:
+    """Returns `text` if it is text, or bytes of it, as UTF-8; raises BadDocumentError if not."""
+    if isinstance(text, bytes):
+        try:
+            return text.decode()
+        except UnicodeDecodeError:
+            raise BadDocumentError(f"{text_key!r} is not UTF-8 text") from None
+    if not isinstance(text, str):
+        raise BadDocumentError(f"{text_key!r} is {text!r:.40}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of an escaped pair, "\ud800"
+        raise BadDocumentError(f"{text_key!r} holds half a character (a lone surrogate)") from None
+    return text
