@@ -37,6 +37,7 @@ class Case:
         rope: one of `ROPES`.
         segments: whether documents are packed, with padding between and after them.
         state: whether the call goes on from a state.
+        scale: of the logits; None: K^-1/2.
         small_blocks: whether the library's own kernels get `SMALL_BLOCKS`.
         empty_slots, slot_feature_map, slot_weight_gradient, return_state: as in `nha_attention`.
     """
@@ -57,6 +58,7 @@ class Case:
     slot_feature_map: SlotFeatureMap = "identity"
     small_blocks: bool = True
     # Not in the repr, from which the inputs are drawn: either way they are the same.
+    scale: float | None = dataclasses.field(default=None, repr=False)
     slot_weight_gradient: SlotWeightGradient = dataclasses.field(default="all", repr=False)
     return_state: bool = dataclasses.field(default=True, repr=False)
 
@@ -75,6 +77,7 @@ class Case:
             x for x in (self.empty_slots, self.slot_feature_map) if x in ("mask", "silu", "relu")
         ]
         flags += [f"rope-{self.rope}"]
+        flags += [f"scale{self.scale}"] * (self.scale is not None)
         flags += ["weight-of-slots"] * (self.slot_weight_gradient == "slots")
         shape = f"T{self.T}-W{self.window}-G{self.G}-M{self.M}-K{self.K}-V{self.V}"
         return "-".join([shape, f"gate({self.gate})", *flags])
@@ -87,10 +90,12 @@ CASES = (
         T=200, window="0", M=48, H=2, gate="normaliser-0.1", segments=True, empty_slots="mask",
         slot_weight_gradient="slots",
     ),
-    Case(T=65, window="0", G=8, gate="holes", rope=None, state=True, empty_slots="mask"),
+    Case(
+        T=65, window="0", G=8, gate="holes", rope=None, state=True, empty_slots="mask", scale=0.05,
+    ),
     Case(
         T=63, window="1", K=60, V=64, gate="-inf", rope="rows", state=True, empty_slots="mask",
-        slot_feature_map="relu",
+        slot_feature_map="relu", scale=0.05,
     ),
     Case(
         T=200, window="16", G=4, M=64, K=64, V=60, H=2, gate="normaliser-1", rope=None,
@@ -101,7 +106,7 @@ CASES = (
         T=2, window="64", gate="holes", rope="rows", segments=True, state=True,
         slot_weight_gradient="slots",
     ),
-    Case(T=200, window="64", G=8, H=2, gate="0", slot_feature_map="relu"),
+    Case(T=200, window="64", G=8, H=2, gate="0", slot_feature_map="relu", scale=0.05),
     Case(
         T=65, window="100", M=48, K=60, V=64, gate="-1000", rope=None, segments=True, state=True,
         empty_slots="mask", slot_feature_map="silu",
@@ -109,7 +114,7 @@ CASES = (
     Case(T=65, window="T+5", G=4, K=128, V=64, gate="-1000", rope="rows", slot_feature_map="silu"),
     Case(
         T=64, window="None", rope=None, segments=True, empty_slots="mask", slot_feature_map="relu",
-        slot_weight_gradient="slots",
+        slot_weight_gradient="slots", scale=0.05,
     ),
     Case(
         T=65, window="T", G=4, K=64, V=60, gate="mixed", segments=True, state=True,
@@ -129,6 +134,7 @@ OPTIONS: Mapping[str, Sequence[Any]] = {
     "state": (False, True),
     "empty_slots": ("attend", "mask"),
     "slot_feature_map": ("identity", "silu", "relu"),
+    "scale": (None, 0.05),  # flat: steeper ones are cases that float32 itself cannot hold
     "slot_weight_gradient": ("all", "slots"),
     "return_state": (True, False),
 }

@@ -28,6 +28,7 @@ def attend(
         *(arrays[name] for name in ("query", "key", "value", "log_decay")),
         window_size=case.window_size,
         rope=rest["rope"],
+        scale=case.scale,
         segment_ids=rest["segment_ids"],
         slot_feature_map=case.slot_feature_map,
         empty_slots=case.empty_slots,

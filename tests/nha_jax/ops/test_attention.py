@@ -28,6 +28,7 @@ def kinds(case: Case) -> dict[str, Hashable]:
         "group": case.G > 1,
         "K = V": case.K == case.V,
         "feature map": case.slot_feature_map != "identity",
+        "scale": case.scale is None,
         "slots only": case.slot_weight_gradient == "slots",
     } | {name: getattr(case, name) for name in ("rope", "segments", "state", "empty_slots")}
 
