@@ -62,7 +62,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with README.md, a Python file, and a small model at runs/quickstart."""
     folder = tmp_path_factory.mktemp("documents")
     shutil.copy(ROOT / "README.md", folder)
-    shutil.copy(ROOT / "examples" / "first_steps.py", folder)
+    shutil.copy(ROOT / "examples" / "plain_jax.py", folder)
     config = nha_jax.ModelConfig(
         vocab_size=257, num_layers=1, hidden_size=16, num_query_heads=1, num_slots=4,
         window_size=8, mlp_size=16, dtype="float32",

@@ -137,11 +137,13 @@ NOT_RUN = {
         "uv run --extra cuda pytest -m gpu -n 12 tests/pallas/gpu",
         "uv run --isolated --group hf pytest -m hf tests/nha_jax/hf",
         "uv run --isolated --group qwix pytest -m qwix tests/nha_jax/test_qwix.py",
+        "uv run --isolated --group notebooks pytest -n 2 -m slow tests/test_notebooks.py",
         'uv run pytest -m "slow or not slow" tests/train/devices/test_mesh.py '
         "tests/nha_jax/ops/test_sharding.py",
     ),
     "it serves pages until it is stopped": (
         "uv run --isolated --only-group docs python -m zensical serve",
+        "uv run --with jupyterlab jupyter lab examples/first_steps.ipynb",
     ),
 }
 
@@ -157,6 +159,9 @@ def check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         _check_pytest(rest)
     elif program == "python":
         _check_python(rest)
+    elif program == "jupyter":
+        assert rest[0] == "lab", rest
+        assert (ROOT / rest[1]).is_file(), rest
     else:
         known = program in ("pip", "source", "cat", "export", "git")
         assert known or (ROOT / program).is_file(), program
@@ -168,6 +173,8 @@ def _check_uv(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         option = remaining.pop(0)
         if option in ("--extra", "--group", "--only-group"):
             assert remaining.pop(0) in groups_and_extras(), arguments
+        elif option == "--with":
+            remaining.pop(0)
         else:
             assert option in ("-q", "--isolated", "--no-default-groups"), option
     if remaining:
