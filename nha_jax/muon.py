@@ -10,7 +10,7 @@ from nha_jax.layers.parameters import logical_axes
 from nha_jax.model import Model
 
 
-def muon_dimension_numbers(model: Model) -> nnx.State[Any, Any]:
+def muon_dimension_numbers(model: Model | nnx.State) -> nnx.State[Any, Any]:
     """Says which parameters `optax.contrib.muon` shall orthogonalize, each layer by itself.
 
     Without it optax takes every array of two axes for a matrix and no other. Those are the
@@ -27,15 +27,18 @@ def muon_dimension_numbers(model: Model) -> nnx.State[Any, Any]:
     Adam, and so does a parameter whose axes have no names (`nha_jax.layers.LOGICAL_AXES`).
 
     Args:
-        model: the model; only the names of its parameters' axes are read.
+        model: the model, or the state of all or some of its parameters; only the names of their
+            axes are read.
 
     Returns:
-        The tree of `nnx.state(model, nnx.Param)`, with optax's `MuonDimensionNumbers` in place of
-        each parameter for Muon, and None in place of each one for Adam.
+        The tree of `nnx.state(model, nnx.Param)`, or of the state given, with optax's
+        `MuonDimensionNumbers` in place of each parameter for Muon, and None in place of each one
+        for Adam.
     """
+    state = model if isinstance(model, nnx.State) else nnx.state(model, nnx.Param)
     return jax.tree.map(
         _dimension_numbers,
-        nnx.state(model, nnx.Param),
+        state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
 

@@ -3,79 +3,14 @@
 The `Attributes` part of each docstring is what `nha train --help` prints.
 """
 
-import copy
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nha_jax import ModelConfig
 from nha_jax.config import DType
-
-RENAMED_KEYS = {
-    "evaluation.windows": "evaluation.sequences",
-    "evaluation.final_windows": "evaluation.final_sequences",
-    "model.block_sizes": "model.kernel_options.pallas_tpu",
-}
-"""Old dotted keys -> what they are called now. Files and options with the old names still work."""
-
-
-def rename_key(name: str) -> str:
-    """Gives the present name of a dotted key that was renamed, or lies below one that was."""
-    for old, new in RENAMED_KEYS.items():
-        if name == old or name.startswith(f"{old}."):
-            return new + name.removeprefix(old)
-    return name
-
-
-def rename_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Gives the keys of a nested configuration their present names.
-
-    Args:
-        values: a whole configuration as YAML or JSON gives it; it is not changed.
-
-    Returns:
-        The renamed configuration, and the old dotted keys that were in it.
-
-    Raises:
-        ValueError: a key is there under both of its names.
-    """
-    renamed = copy.deepcopy(dict(values))
-    found = []
-    for old, new in RENAMED_KEYS.items():
-        *sections, key = old.split(".")
-        section = _section(renamed, sections)
-        if section is None or key not in section:
-            continue
-        value = section.pop(key)
-        found.append(old)
-        *sections, key = new.split(".")
-        parent = _section(renamed, sections[:-1])
-        if value is None and parent is not None and parent.get(sections[-1]) is None:
-            parent[sections[-1]] = None  # no section, rather than one with a null in it
-            continue
-        section = _section(renamed, sections, make=True)
-        if section is None:
-            raise ValueError(f"{old} is now called {new}, which has no place beside the other keys")
-        if key in section:
-            raise ValueError(f"{old} is the old name of {new}, and both are given; remove {old}")
-        section[key] = value
-    return renamed, found
-
-
-def _section(
-    values: dict[str, Any], names: Sequence[str], make: bool = False
-) -> dict[str, Any] | None:
-    """The mapping under nested keys; where it is missing or null: None, or made if `make` says."""
-    section: Any = values
-    for name in names:
-        if make and section.get(name) is None:
-            section[name] = {}
-        section = section.get(name)
-        if not isinstance(section, dict):
-            return None
-    return section
+from train.optimizers import find_optimizer
 
 
 def require(condition: bool, key: str, value: Any, expected: str) -> None:
@@ -120,50 +55,91 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with clipping, a linear warm-up and a decay.
+    """An optimizer with clipping, a linear warm-up and a decay.
+
+    A key that is null by default has a default for each optimizer that takes it; one that does not
+    take it refuses it.
 
     Attributes:
+        name: adamw, muon, adafactor, lion, schedule_free_adamw, or one that an installed package
+            adds
         learning_rate: peak learning rate
         warmup_steps: steps of linear warm-up from 0
-        schedule: shape of the decay from the peak to the last step; warmup_stable_decay stays at
-            the peak and decays linearly at the end, so a run that has not begun to decay can be
-            given more steps, and goes on as if it had had them from the start
+        schedule: shape of the decay from the peak to the last step, cosine by default;
+            warmup_stable_decay stays at the peak and decays linearly at the end, so a run that has
+            not begun to decay can be given more steps, and goes on as if it had had them from the
+            start; schedule_free_adamw takes none, and stays at the peak
         decay_fraction: share of all steps that the decay of warmup_stable_decay takes
         final_fraction: learning rate at the last step as a share of the peak
-        beta1: decay of the gradient's running mean
-        beta2: decay of the squared gradient's running mean
-        epsilon: added to the root of the squared gradient's mean
+        beta1: decay of the gradient's running mean, 0.9 by default; of schedule_free_adamw, the
+            share of the averaged parameters in those whose gradient is taken; of lion, the share of
+            the running mean in the step
+        beta2: decay of the squared gradient's running mean, 0.95 by default; of lion, decay of the
+            gradient's running mean, 0.99
+        epsilon: added to the root of the squared gradient's mean, 1e-8 by default
+        momentum: of muon, decay of the running mean of the matrices' gradients, 0.95 by default
+        moment_dtype: dtype of the gradient's running mean; null for that of the parameters
         weight_decay: decoupled weight decay, of matrices only (not of biases and norms)
         clip_norm: largest global norm of the gradient; null for no clipping
+        ema_decay: decay of a moving average of the parameters, e.g. 0.999, which is measured
+            beside them, and saved as `model_ema` in the run's folder; null for none
         max_skipped_updates: stop after this many non-finite updates in a row
     """
 
+    name: str = "adamw"
     learning_rate: float = 3e-4
     warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = None
     decay_fraction: float = 0.1
     final_fraction: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    beta1: float | None = None
+    beta2: float | None = None
+    epsilon: float | None = None
+    momentum: float | None = None
+    moment_dtype: DType | None = None
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
+    ema_decay: float | None = None
     max_skipped_updates: int = 10
 
     def __post_init__(self) -> None:
+        self._fill_in_defaults()
         rate, clip = self.learning_rate, self.clip_norm
         require(0 < rate < math.inf, "learning_rate", rate, "a finite number above 0")
         require_at_least(self, 0, "warmup_steps")
         require_at_least(self, 1, "max_skipped_updates")
-        for key in ("beta1", "beta2"):
-            require(0 <= getattr(self, key) < 1, key, getattr(self, key), "0 or more, below 1")
+        for key in ("beta1", "beta2", "momentum", "ema_decay"):
+            decay = getattr(self, key)
+            require(decay is None or 0 <= decay < 1, key, decay, "0 or more, below 1")
         for key in ("weight_decay", "epsilon"):
             value = getattr(self, key)
-            require(0 <= value < math.inf, key, value, "a finite number, 0 or more")
+            require(
+                value is None or 0 <= value < math.inf, key, value, "a finite number, 0 or more"
+            )
         for key in ("final_fraction", "decay_fraction"):
             fraction = getattr(self, key)
             require(0 <= fraction <= 1, key, fraction, "a share from 0 to 1")
         require(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a number above 0 or null")
+
+    def _fill_in_defaults(self) -> None:
+        """Gives keys that are null the optimizer's defaults, and refuses those it does not take."""
+        optimizer = find_optimizer(self.name)
+        defaults = optimizer.defaults
+        require(
+            self.ema_decay is None or optimizer.evaluated is None,
+            "ema_decay",
+            self.ema_decay,
+            f"null, as the optimizer {self.name} averages the parameters itself",
+        )
+        for key in ("schedule", "beta1", "beta2", "epsilon", "momentum", "moment_dtype"):
+            value = getattr(self, key)
+            if key not in defaults:
+                expected = f"null, as the optimizer {self.name} takes no such key"
+                require(value is None, key, value, expected)
+            elif value is None:
+                object.__setattr__(self, key, defaults[key])
+            elif key in optimizer.positive:
+                require(value > 0, key, value, f"above 0 for the optimizer {self.name}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,7 +311,7 @@ class TrainConfig:
             the choice of experts, which are computed in float32
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
         data: the text to learn, and how it is cut
-        optimizer: AdamW with clipping, a warm-up and a decay
+        optimizer: an optimizer with clipping, a warm-up and a decay
         loss: what is added to the cross-entropy
         evaluation: how often and on how much held-out text the model is measured
         checkpoint: when the whole state is saved, and what is kept

@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import pydantic
 
 from nha_jax import ModelConfig
-from train.config import RENAMED_KEYS, TrainConfig, rename_key, rename_keys
+from train.config import TrainConfig
 from train.errors import ConfigError, cut
 from train.paths import hide_bytes, show_bytes
+from train.renamed_keys import RENAMED_KEYS, rename_key, rename_keys
 from train.shipped_configs import find_config
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
@@ -90,7 +91,7 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     _check_names(values, TrainConfig, "")
     _check_integers(values, "")
     values = {key: value for key, value in values.items() if value is not None}
-    return _validate(_fill_model(_read_windows_file(values)))
+    return validate(_fill_model(_read_windows_file(values)))
 
 
 def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
@@ -344,10 +345,11 @@ def _initial_config(name: str, run: Any) -> tuple[dict[str, Any], _Dtypes]:
     return fields, _Dtypes("float32", None if held == "float32" else held)
 
 
-def _validate(values: dict[str, Any]) -> TrainConfig:
+def validate(values: Mapping[str, Any]) -> TrainConfig:
+    """Checks a whole configuration, e.g. a run's; a mistake is a ConfigError of one line."""
     # Through JSON, since pydantic's strict mode takes lists for tuples only from there.
     try:
-        text = json.dumps(hide_bytes(values))
+        text = json.dumps(hide_bytes(dict(values)))
         return show_bytes(_adapter().validate_json(text, strict=True))
     except pydantic.ValidationError as error:
         raise _explain(error.errors()[0], values) from None

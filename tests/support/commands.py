@@ -36,6 +36,7 @@ NOT_RUN = {
         "uv run nha train configs/quickstart.yaml --run runs/source --data.corpus=corpora/source",
         "uv run nha train configs/quickstart.yaml --run runs/full "
         "--model.window_size=null --steps=1500",
+        "uv run nha train configs/quickstart.yaml --run runs/muon --optimizer.name=muon",
         "uv run python benchmarks/hybridize.py",
     ),
     "it takes what a longer run of another command has made": (
@@ -117,6 +118,8 @@ NOT_RUN = {
     ),
     "it runs tests, or what tests run": (
         "uv run pytest -n 2 tests/pallas",
+        'uv run pytest -m "slow or not slow" tests/train/step/test_optimizers.py '
+        "tests/train/loop/test_optimizers_in_runs.py",
         "uv run pytest tests/pallas/tpu",
         "uv run pytest -m full tests/pallas/tpu/test_kernels.py tests/pallas/tpu/test_decode.py",
         "uv run pytest tests/pallas/gpu",

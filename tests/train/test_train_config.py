@@ -11,10 +11,11 @@ from tests.support.paths import ROOT
 from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.commands.train import parse_overrides
-from train.config import RENAMED_KEYS, EvaluationConfig, TrainConfig
+from train.config import EvaluationConfig, TrainConfig
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
 from train.load_config import keys, load_config
+from train.renamed_keys import RENAMED_KEYS
 
 # (arguments, what the line must contain)
 MISTAKES = [

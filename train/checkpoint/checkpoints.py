@@ -225,13 +225,27 @@ class Checkpoints:
 
 
 def load_model_state(folder: Path, abstract: Any) -> Any:
-    """Loads the model's state from a run's newest undamaged checkpoint, onto the default device.
-
-    Damaged ones that are newer are reported on stderr and left as they are.
+    """Loads the model's state as `load_parts` does, and without the optimizer's.
 
     Args:
         folder: the folder of the run's checkpoints.
         abstract: the state's shapes and dtypes.
+    """
+    return load_parts(folder, {"model": abstract})["model"]
+
+
+def load_parts(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+    """Loads `model`, `optimizer` or both from a run's newest undamaged checkpoint.
+
+    They come onto the default device. Damaged checkpoints that are newer are reported on stderr and
+    left as they are.
+
+    Args:
+        folder: the folder of the run's checkpoints.
+        abstract: the states' shapes and dtypes, by the names of the parts.
+
+    Returns:
+        The states, by the same names.
 
     Raises:
         ConfigError: there is no finished checkpoint.
@@ -240,16 +254,19 @@ def load_model_state(folder: Path, abstract: Any) -> Any:
     if not folder.is_dir():  # which a Checkpointer would create
         raise ConfigError(f"{folder.parent}: the run has no checkpoint yet")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = _abstract_arrays(abstract, jax.tree.map(lambda _: device, abstract))
+    targets = {
+        part: _abstract_arrays(state, jax.tree.map(lambda _: device, state))
+        for part, state in abstract.items()
+    }
     with ocp.training.Checkpointer(folder) as checkpointer:
         loaded, damaged = _newest_undamaged(
-            folder, lambda step: checkpointer.load_checkpointables(step, {"model": target})
+            folder, lambda step: checkpointer.load_checkpointables(step, targets)
         )
     if loaded is None:
         raise ConfigError(f"{folder.parent}: the run has no finished checkpoint yet")
     for damage in damaged.values():
         print(f"nha: {damage}; reading the one before it", file=sys.stderr)
-    return _fill(abstract, loaded["model"])
+    return {part: _fill(state, loaded[part]) for part, state in abstract.items()}
 
 
 def _raises_nothing(record: logging.LogRecord) -> bool:

@@ -98,7 +98,8 @@ def _train(config: TrainConfig) -> int:
     if processes.is_first():
         print(result)
         print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
-        print("tensorboard, checkpoints, model")
+        averaged = ", model_ema" if config.optimizer.ema_decay is not None else ""
+        print(f"tensorboard, checkpoints, model{averaged}")
     return 0
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,30 +150,39 @@ class Trainer:
             The result, in the first process; if there are others, they only help to measure, and
             have None.
         """
+        states = self._functions.evaluated(self.state), self._functions.averaged(self.state)
         if jax.process_count() == 1:
-            model = self._save_model(self.state.model)
+            model = self._save_models(*states)
             return self._write_result(self._final_evaluation(), model)
         held_out = self._final_evaluation()
-        everywhere = processes.replicate(self.state.model, self._mesh)
+        everywhere = processes.replicate(states, self._mesh)
         if not processes.is_first():
             return None
         # The other processes take no part any more.
         with jax.set_mesh(single_device_mesh(jax.local_devices()[0])):
             local = jax.tree.map(lambda array: array.addressable_data(0), everywhere)
-            return self._write_result(held_out, self._save_model(local))
+            return self._write_result(held_out, self._save_models(*local))
 
     def _final_evaluation(self) -> HeldOut:
         held_out = self._evaluate(self._config.evaluation.final_sequences)
         assert held_out is not None  # no signal is listened to that would stop it
         return held_out
 
-    def _save_model(self, model_state: Any) -> nha_jax.Model:
+    def _save_models(self, evaluated: Any, averaged: Any) -> nha_jax.Model:
+        """Saves the model and, if there is one, its moving average; returns the model."""
+        model = self._save_model(self._folder.model, evaluated)
+        if averaged is not None:
+            self._save_model(self._folder.model_ema, averaged)
+        return model
+
+    def _save_model(self, folder: Path, model_state: Any) -> nha_jax.Model:
         model = self._functions.model(model_state)
         files = extra_files_of(self._folder.path)
-        nha_jax.save(self._folder.model, model, overwrite=True, files=files)
+        nha_jax.save(folder, model, overwrite=True, files=files)
         return model
 
     def _write_result(self, held_out: HeldOut, model: nha_jax.Model) -> Result:
+        ema = held_out.ema
         result = Result(
             self.progress.step,
             held_out.bits_per_byte,
@@ -180,6 +190,7 @@ class Trainer:
             self._references,
             self._config.sample.prompt,
             sample=None,
+            held_out_ema_bits_per_byte=None if ema is None else ema.bits_per_byte,
         )
         result.write(self._folder.result)
         with do_without("sample"):
@@ -250,20 +261,31 @@ class Trainer:
         )
 
     def _evaluate(self, count: int, interruption: Interruption | None = None) -> HeldOut | None:
-        """Measures `count` held-out sequences; None if `interruption` noted a signal meanwhile."""
+        """Measures `count` held-out sequences; None if `interruption` noted a signal meanwhile.
+
+        The moving average of the parameters, if there is one, is measured as well.
+        """
 
         def stopped() -> bool:
             return interruption is not None and self._vote.cast(interruption.signal) is not None
 
-        return measure_held_out(
-            self._functions,
-            self.state.model,
-            self._held_out,
-            self._config.batch_size,
-            count,
-            self._rows,
-            stopped,
-        )
+        def measure(model_state: Any) -> HeldOut | None:
+            return measure_held_out(
+                self._functions,
+                model_state,
+                self._held_out,
+                self._config.batch_size,
+                count,
+                self._rows,
+                stopped,
+            )
+
+        held_out = measure(self._functions.evaluated(self.state))
+        averaged = self._functions.averaged(self.state)
+        if held_out is None or averaged is None:
+            return held_out
+        ema = measure(averaged)
+        return ema and dataclasses.replace(held_out, ema=ema)
 
     @functools.cached_property
     def _references(self) -> dict[str, float]:

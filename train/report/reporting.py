@@ -136,9 +136,11 @@ class Reporting:
 
 
 def _held_out_values(held_out: HeldOut) -> Row:
+    ema = held_out.ema
     return {
         "held_out_bits_per_byte": held_out.bits_per_byte,
         "held_out_perplexity": held_out.perplexity,
+        **({} if ema is None else {"held_out_ema_bits_per_byte": ema.bits_per_byte}),
         "slot_weight": list(held_out.slot_weight),
     }
 

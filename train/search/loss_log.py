@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from nha_jax import ModelConfig
-from train.config import rename_keys
 from train.errors import ConfigError
+from train.renamed_keys import rename_keys
 from train.storage.atomic import write_if_changed
 from train.storage.small_json import parse
 from train.windows import WINDOWS_KEY, Windows, format_windows

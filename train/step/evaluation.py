@@ -26,11 +26,13 @@ class HeldOut:
         bits_per_target: the mean cross-entropy, in bits.
         bytes_per_target: mean bytes of text that a target stands for, see `Split`.
         slot_weight: the mean slot weight of every layer, over tokens and query heads.
+        ema: what the moving average of the model reached, if there is one.
     """
 
     bits_per_target: float
     bytes_per_target: float
     slot_weight: tuple[float, ...]
+    ema: "HeldOut | None" = None
 
     @property
     def bits_per_byte(self) -> float:

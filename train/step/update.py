@@ -16,8 +16,10 @@ from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.devices.mesh import batch_sharding, cut_rows, to_devices
+from train.optimizers import find_optimizer
+from train.step.average import average_of
 from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
-from train.step.optimizer import learning_rate_schedule, make_optimizer
+from train.step.optimizer import NamedOptimizer, learning_rate_schedule, make_optimizer
 from train.step.trainable import Trainable
 
 DeviceBatch = dict[str, jax.Array]
@@ -29,7 +31,8 @@ class TrainState(NamedTuple):
 
     Attributes:
         model: nnx state of the model, trained parameters and frozen ones.
-        optimizer: nnx state of the optimizer, for the trained parameters alone.
+        optimizer: nnx state of the optimizer, for the trained parameters alone; the average of
+            these, if one is kept, is in it.
     """
 
     model: Any
@@ -100,6 +103,9 @@ class TrainingFunctions:
             keep_unused=True,  # the teacher's gates are not read, but held: a plan counts them
         )
         self._evaluate = jax.jit(self._evaluate_function, out_shardings=replicated)
+        self._choose = jax.jit(
+            self._choose_function, static_argnums=1, out_shardings=self.shardings.model
+        )
 
     @property
     def num_trained(self) -> int:
@@ -195,6 +201,20 @@ class TrainingFunctions:
         """Measures loss and slot weights on a batch, with no update."""
         return self._evaluate(model_state, self.place(batch))
 
+    def evaluated(self, state: TrainState) -> Any:
+        """Gives the model's state that is to be measured, and saved when the run is finished.
+
+        It is the one in `state`, unless the optimizer averages it.
+        """
+        choose = find_optimizer(self._config.optimizer.name).evaluated
+        return state.model if choose is None else self._choose(state, choose)
+
+    def averaged(self, state: TrainState) -> Any:
+        """Gives the model's state with the moving average of its parameters; None without one."""
+        if self._config.optimizer.ema_decay is None:
+            return None
+        return self._choose(state, average_of)
+
     def place(self, batch: Batch) -> DeviceBatch:
         """Puts the batch on the devices, its rows and tokens divided over them."""
         return to_devices(self._mesh, batch, self._config.batch_size)
@@ -208,7 +228,15 @@ class TrainingFunctions:
         trained, frozen = self._split(nnx.state(model))
         nnx.update(model, jax.tree.map(lambda x: x.astype(self._frozen_dtype), frozen))
         transform = make_optimizer(self._config.optimizer, self.learning_rate, trained)
-        return model, nnx.Optimizer(model, transform, wrt=self._trainable)
+        return model, NamedOptimizer(model, transform, wrt=self._trainable)
+
+    def _choose_function(self, state: TrainState, choose: Callable[[Any, Any], Any]) -> Any:
+        """Puts what `choose` makes of optimizer and trained parameters in place of these."""
+        model = nnx.merge(self._model_graph, state.model)
+        optimizer = nnx.merge(self._optimizer_graph, state.optimizer)
+        parameters = nnx.as_pure(nnx.state(model, self._trainable))
+        nnx.update(model, choose(nnx.as_pure(optimizer.opt_state), parameters))
+        return nnx.state(model)
 
     def _split(self, state: Any) -> tuple[nnx.State, nnx.State]:
         """Splits a model's state, or a tree like it, into what is trained and what is frozen."""

@@ -20,6 +20,8 @@ class Result:
         references: bits per byte of other compressors, by name; empty if they were not measured.
         prompt: the text that the sample continues.
         sample: what the model wrote; None if it could not write.
+        held_out_ema_bits_per_byte: likewise of the moving average of the model; None if there is
+            none.
     """
 
     step: int
@@ -28,6 +30,7 @@ class Result:
     references: dict[str, float]
     prompt: str
     sample: str | None
+    held_out_ema_bits_per_byte: float | None = None
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -39,7 +42,10 @@ class Result:
         write_atomically(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def __str__(self) -> str:
-        compared = {"this model": self.held_out_bits_per_byte, **self.references}
+        compared = {"this model": self.held_out_bits_per_byte}
+        if self.held_out_ema_bits_per_byte is not None:
+            compared["its moving average"] = self.held_out_ema_bits_per_byte
+        compared |= self.references
         width = max(map(len, compared))
         lines = [
             f"\nHeld-out bits per byte after {self.step} steps (lower is better)",

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Self
 
-from train.config import TrainConfig, rename_keys
+from train.config import TrainConfig
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
 from train.paths import user_path
+from train.renamed_keys import rename_keys
 from train.storage.atomic import remove_unfinished, write_if_changed
 from train.storage.small_json import read_whole
 
@@ -55,6 +56,7 @@ class RunFolder:
         profile: folder of the profiler's trace.
         wandb: folder of Weights & Biases, with the identity of its run.
         model: folder of the finished model, for `nha_jax.load`.
+        model_ema: likewise of the moving average of the model, if there is one.
         result: what the finished run reached, as JSON.
         record: what run.json holds, in the process that opened the folder.
     """
@@ -69,6 +71,7 @@ class RunFolder:
         self.profile = self.path / "profile"
         self.wandb = self.path / "wandb"
         self.model = self.path / "model"
+        self.model_ema = self.path / "model_ema"
         self.result = self.path / "result.json"
         self._record = self.path / RECORD_FILE
         self.record = ""
@@ -244,10 +247,21 @@ def _differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """Words every difference between two records that keeps a run from being resumed."""
 
     def fixed(record: dict[str, Any]) -> dict[str, Any]:
-        values = _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
+        # A key that the run did not know yet had its default.
+        values = _defaults() | _flatten(record["config"]) | {_CORPUS_KEY: record["corpus"]}
         return {key: x for key, x in values.items() if not _is_changeable(key)}
 
     return describe_differences(fixed(stored), fixed(present), json.dumps)
+
+
+def _defaults() -> dict[str, Any]:
+    """The defaults of all keys but those of the sections that must be given."""
+    sections = {
+        field.name: dataclasses.asdict(field.default_factory())
+        for field in dataclasses.fields(TrainConfig)
+        if field.default_factory is not dataclasses.MISSING
+    }
+    return _flatten(sections)
 
 
 def _is_changeable(key: str) -> bool:

@@ -2,16 +2,21 @@
 
 from pathlib import Path
 
+import jax
 from flax import nnx
 
 import nha_jax
 from nha_jax.model import abstract_model
 from nha_jax.storage.saved_model import WEIGHTS_FILE
 from nha_jax.tokenizer.interface import Tokenizer
-from train.checkpoint.checkpoints import load_model_state
+from train.checkpoint.checkpoints import load_model_state, load_parts
 from train.data.tokenizers import load_tokenizer
+from train.devices.mesh import single_device_mesh
 from train.errors import ConfigError, refusals_are_config_errors
+from train.load_config import validate
+from train.optimizers import find_optimizer
 from train.paths import user_path
+from train.step.update import TrainingFunctions, TrainState
 from train.storage.run_folder import RunFolder
 
 
@@ -27,9 +32,24 @@ def load_model(path: str | Path) -> nha_jax.Model:
         with refusals_are_config_errors():
             return nha_jax.load(named)
     folder = RunFolder(named)
-    config = nha_jax.ModelConfig.from_dict(folder.model_config())
-    graph, state = abstract_model(config)
+    model_config = folder.model_config()
+    optimizer = (folder.config() or {}).get("optimizer", {}).get("name", "adamw")
+    with refusals_are_config_errors():
+        evaluated = find_optimizer(optimizer).evaluated
+    if evaluated is not None:
+        return _load_evaluated(folder)
+    graph, state = abstract_model(nha_jax.ModelConfig.from_dict(model_config))
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
+
+
+def _load_evaluated(folder: RunFolder) -> nha_jax.Model:
+    """Loads the model that an optimizer makes of its own state, which is in the checkpoint."""
+    config = validate(folder.config() or {})
+    mesh = single_device_mesh(jax.devices()[0])
+    with jax.set_mesh(mesh):
+        functions = TrainingFunctions(config, mesh)
+        parts = load_parts(folder.checkpoints, functions.abstract_state._asdict())
+        return functions.model(functions.evaluated(TrainState(**parts)))
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer:
