@@ -1,6 +1,8 @@
 """The operator on Hopper GPUs: our Mosaic kernels, and cuDNN for full attention."""
 
 import functools
+import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,8 @@ from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.types import Options
 from pallas.gpu import BlockSizes
 from pallas.gpu.decode.launch import decode_attention, decode_unsupported
+
+THREADS = 16  # with which the interpreter has been seen to run every kernel
 
 
 def decode_gpu(
@@ -69,9 +73,20 @@ class GPUBackend(Backend):
     ) -> Callable[..., Any]:
         """Chooses by the device compiled for, not in the lowering as for TPUs.
 
-        The GPU interpreter's effects cannot stand beside the kernel in one program.
+        The GPU interpreter's effects cannot stand beside the kernel in one program. It runs each
+        warpgroup in a thread of XLA's, where it waits for others: with too few threads, forever.
         """
-        return compiled if compiling_for_gpus() else interpreted
+        if compiling_for_gpus():
+            return compiled
+        threads = int(os.environ.get("NPROC") or os.cpu_count() or 1)
+        if threads < THREADS:
+            warnings.warn(
+                f"implementation='pallas_gpu' is interpreted here, by threads that wait for one "
+                f"another: with XLA's {threads} it may hang. Set NPROC={THREADS} before jax starts",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return interpreted
 
 
 BACKEND = GPUBackend()

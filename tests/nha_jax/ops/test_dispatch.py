@@ -1,6 +1,9 @@
 """Which implementation a program gets: that of the platform it is made for."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +110,39 @@ def test_on_gpus_the_kernels_or_cudnn(options, name):
 def test_gpu_kernels_that_cannot_serve_say_why(options, why):
     with pytest.raises(NotImplementedError, match=f"implementation='pallas_gpu': .*{why}"):
         gpu_program(**({"window_size": 16} | options))
+
+
+def test_the_gpu_interpreter_warns_of_too_few_threads(monkeypatch, recwarn):
+    choose = functools.partial(backends.get("pallas_gpu").compiled_or_interpreted, "there", "here")
+    monkeypatch.setenv("NPROC", "16")
+    assert choose() == "here"
+    assert not recwarn.list
+    monkeypatch.setenv("NPROC", "2")
+    with pytest.warns(RuntimeWarning, match="with XLA's 2 it may hang. Set NPROC=16 before jax"):
+        assert choose() == "here"
+
+
+TWO_CALLS = """
+import jax.numpy as jnp
+from nha_jax import nha_attention
+x = jnp.ones((1, 16, 1, 16), jnp.bfloat16)
+for _ in range(2):
+    out = nha_attention(
+        x, x, x, -x.astype("float32"), window_size=4, implementation="pallas_gpu"
+    )
+    print(float(out[0, -1, 0, 0]))
+"""
+
+
+@pytest.mark.slow
+def test_interpreted_gpu_kernels_run_twice_in_a_process():
+    environment = os.environ | {
+        "NPROC": "16", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"
+    }  # fmt: skip
+    command = [sys.executable, "-W", "error", "-c", TWO_CALLS]
+    printed = subprocess.check_output(command, env=environment, text=True, timeout=600)
+    first, second = printed.split()
+    assert first == second
 
 
 @pytest.mark.parametrize("capability", ["7.5", "10.0", "gfx942"])
