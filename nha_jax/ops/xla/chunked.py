@@ -117,10 +117,11 @@ def chunked_attention(
 def _plan(T: int, W: int) -> ChunkPlan:
     """Chooses the sizes, as measured on a CPU.
 
-    Short chunks spend least on gates, and several side by side fill the machine; a wide window
-    fills it by itself, and more chunks would only copy it more often.
+    Short chunks spend least on gates, and several side by side fill the machine, though more than
+    four leave its cache and are compiled for longer; a wide window fills it by itself, and more
+    chunks would only copy it more often.
     """
-    chunk, chunks = (32, 8) if W <= NARROW else (64, 1)
+    chunk, chunks = (32, 4) if W <= NARROW else (64, 1)
     chunk = min(chunk, 1 << (T - 1).bit_length())
     chunks = min(chunks, -(-T // chunk))
     return ChunkPlan(W, chunk, chunks, -(-T // (chunk * chunks)))
@@ -275,16 +276,16 @@ def _step(
         a_t = exp(c_t) (scale q_t . SK0) + sum_{j<=t} (scale q_t . k_j) s_j exp(c_t - c_j)
         o_t = (p_t exp(c_t)) SV0 + sum_{j<=t} (sum_m p_t s_j exp(c_t - c_j)) v_j + window
     """
-    W, C = plan.window, plan.chunk
+    W = plan.window
     narrow, wide = rows.slot_query.dtype, rows.log_decay.dtype
     # Rounding scores and their cotangents to bfloat16 costs the query's gradient most of its
     # digits where slots are nearly equal, and saves no time: a step's operands are small.
     read, rows = jax.tree.map(lambda x: x.astype(wide), (read, rows))
     # Without the barrier XLA computes the gates again inside each of their many consumers.
     gates = lax.optimization_barrier(chunk_gates(rows.log_decay))
-    slot_key = _cut_read(read.slot_key, plan)[..., :C, :]
+    slot_key = _cut_rows(read.slot_key, plan, 0)
     rotated_key, value = (_cut_read(x, plan) for x in (read.rotated_key, read.value))
-    starts, slots = _chunk_slots(gates, slot_key, value[..., :C, :], slots, segments)
+    starts, slots = _chunk_slots(gates, slot_key, _cut_rows(read.value, plan, 0), slots, segments)
 
     # [B, 1, N, 1, C, ...]: broadcast over heads
     together = (segments.slots[:, :, None, :] == segments.query[..., None])[:, None, :, None]
@@ -344,10 +345,19 @@ def _chunk_slots(
 
 
 def _cut_read(x: jax.Array, plan: ChunkPlan) -> jax.Array:
-    """[B, H, W + N C, ...] -> [B, H, N, W + C, ...], overlapping."""
-    size = plan.window + plan.chunk
-    starts = range(0, plan.rows, plan.chunk)
-    return jnp.stack([x[:, :, start : start + size] for start in starts], axis=2)
+    """[B, H, W + N C, ...] -> [B, H, N, W + C, ...], overlapping.
+
+    A part for each C rows of the window, and not one for each chunk: there are fewer of them.
+    """
+    W, C = plan.window, plan.chunk
+    parts = [_cut_rows(x, plan, start)[:, :, :, : W - start] for start in range(0, W, C)]
+    return jnp.concatenate([*parts, _cut_rows(x, plan, W)], axis=3)
+
+
+def _cut_rows(x: jax.Array, plan: ChunkPlan, start: int) -> jax.Array:
+    """[B, H, W + N C, ...] -> [B, H, N, C, ...], each chunk's rows from `start` on."""
+    rows = x[:, :, start : start + plan.rows]
+    return rows.reshape(*x.shape[:2], plan.chunks, plan.chunk, *x.shape[3:])
 
 
 def _window_mask(segments: Segments, token_segment: jax.Array, plan: ChunkPlan) -> jax.Array:

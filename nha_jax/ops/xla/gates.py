@@ -9,9 +9,8 @@ rows and j in its first half,
 
 with upto_t the sum of the half's decays up to t, t included, and after_j that of those after j;
 
-and each pair j < t is split by exactly one level h = 1, 2, 4 ... C/2. Both sums follow from the
-level below: in the second half `upto` grows by the total of the first, in the first half `after`
-grows by the total of the second.
+and each pair j < t is split by exactly one level h = 1, 2, 4 ... C/2. All sums of all levels are
+one product with a matrix of zeros and ones: the fewer operations, the sooner they are compiled.
 """
 
 from typing import NamedTuple
@@ -20,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+LEAST = -1e30  # stands for -inf, which a zero of the matrix would make NaN; its exp is 0 as well
+
 
 class ChunkGates(NamedTuple):
-    """Gates of chunks of C rows (a power of two), M slots, s = 1 - exp(log_decay)."""
+    """Gates of chunks of C rows (a power of two), L = log2(C) levels, s = 1 - exp(log_decay)."""
 
     write: jax.Array  # [..., C, M], s
-    levels: tuple[jax.Array, ...]  # per level h, [..., C, M]: exp(upto) or s exp(after), by half
+    levels: jax.Array  # [..., L, C, M], by level h: exp(upto) or s exp(after), by half
     from_start: jax.Array  # [..., C, M], exp(c): decay since before the chunk's first row
     to_end: jax.Array  # [..., C, M], s exp(c_C - c): what is left of a row's write at the end
     total: jax.Array  # [..., M], exp(c_C)
@@ -35,12 +36,14 @@ class ChunkGates(NamedTuple):
 
         Q stands for query heads that share the gates.
         """
-        diagonal = jnp.sum(jnp.where(np.eye(scores.shape[-1], dtype=bool), scores, 0), axis=-1)
+        C = scores.shape[-1]
+        diagonal = jnp.sum(jnp.where(np.eye(C, dtype=bool), scores, 0), axis=-1)
         logits = diagonal[..., None] * self.write[..., None, :, :]
-        for level, gate in enumerate(self.levels):
-            later_half = jnp.where(_pairs(scores.shape[-1], level), scores, 0)
-            logits += gate[..., None, :, :] * jnp.einsum("...qtj,...jm->...qtm", later_half, gate)
-        return logits
+        if C == 1:
+            return logits
+        later_half = jnp.where(_pairs(C), scores[..., None, :, :], 0)
+        product = jnp.einsum("...qltj,...ljm->...qltm", later_half, self.levels)
+        return logits + jnp.sum(self.levels[..., None, :, :, :] * product, axis=-3)
 
     def gather(self, weights: jax.Array) -> jax.Array:
         """Weight of each row's value, sum_m weights[t, m] s_j exp(c_t - c_j), 0 for j > t.
@@ -50,38 +53,51 @@ class ChunkGates(NamedTuple):
         C = weights.shape[-2]
         diagonal = jnp.sum(weights * self.write[..., None, :, :], axis=-1)
         rows = jnp.where(np.eye(C, dtype=bool), diagonal[..., None], 0)
-        for level, gate in enumerate(self.levels):
-            gated = weights * gate[..., None, :, :]
-            product = jnp.einsum("...qtm,...jm->...qtj", gated, gate)
-            rows = jnp.where(_pairs(C, level), product, rows)
-        return rows
+        if C == 1:
+            return rows
+        gated = weights[..., None, :, :] * self.levels[..., None, :, :, :]
+        product = jnp.einsum("...qltm,...ljm->...qltj", gated, self.levels)
+        return rows + jnp.sum(jnp.where(_pairs(C), product, 0), axis=-3)
 
 
 def chunk_gates(log_decay: jax.Array) -> ChunkGates:
     """The gates of log_decay [..., C, M], C a power of two, values in [-inf, 0]."""
     *lead, C, M = log_decay.shape
     write = -jnp.expm1(log_decay)
-    upto, after = log_decay, jnp.zeros_like(log_decay)
-    levels = []
-    half = 1
-    while half < C:
-        blocks = (*lead, C // (2 * half), 2, half, M)
-        first, second = np.arange(2)[:, None, None] == 0, np.arange(2)[:, None, None] == 1
-        upto, after, s = (x.reshape(blocks) for x in (upto, after, write))
-        level = jnp.exp(jnp.where(second, upto, after)) * jnp.where(second, 1, s)
-        levels.append(level.reshape(log_decay.shape))
-        totals = upto[..., -1:, :]  # of either half: [..., blocks, 2, 1, M]
-        other = jnp.flip(totals, axis=-3)
-        upto = jnp.where(second, upto + other, upto).reshape(log_decay.shape)
-        after = jnp.where(first, after + other, after).reshape(log_decay.shape)
-        half *= 2
+    summed, written = _sums(C)
+    sums = jnp.einsum(
+        "xr,...rm->...xm",
+        summed.reshape(-1, C).astype(log_decay.dtype),
+        jnp.maximum(log_decay, LEAST),
+        precision="highest",  # the matrix is exact in any, but not what it adds up
+    ).reshape(*lead, -1, C, M)
+    gates = jnp.exp(sums) * jnp.where(written, write[..., None, :, :], 1)
     return ChunkGates(
-        write, tuple(levels), jnp.exp(upto), write * jnp.exp(after), jnp.exp(upto[..., -1, :])
+        write,
+        levels=gates[..., :-2, :, :],
+        from_start=gates[..., -2, :, :],
+        to_end=gates[..., -1, :, :],
+        total=gates[..., -2, -1, :],
     )
 
 
-def _pairs(C: int, level: int) -> np.ndarray:
-    """[C, C]: t in the second, j in the first half of the same block of 2 ** (level + 1) rows."""
+def _sums(C: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which rows r each gate sums up, [L + 2, C, C], and whether s is a factor, [L + 2, C, 1].
+
+    After the levels come `from_start` and `to_end`: the whole chunk as a second and a first half.
+    """
+    t, r = np.arange(C)[:, None], np.arange(C)
+    level = np.arange(C.bit_length() - 1)[:, None, None]
+    second = t >> level & 1 == 1
+    same_half = t >> level == r >> level
+    second = np.concatenate([second, np.ones((1, C, 1), bool), np.zeros((1, C, 1), bool)])
+    same_half = np.concatenate([same_half, np.ones((2, C, C), bool)])
+    return same_half & np.where(second, r <= t, r > t), ~second
+
+
+def _pairs(C: int) -> np.ndarray:
+    """[L, C, C]: by level h, t in the second and j in the first half of one block of 2h rows."""
     t, j = np.arange(C)[:, None], np.arange(C)
+    level = np.arange(C.bit_length() - 1)[:, None, None]
     same_block = t >> (level + 1) == j >> (level + 1)
     return same_block & (t >> level & 1 == 1) & (j >> level & 1 == 0)
