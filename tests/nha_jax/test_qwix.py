@@ -11,7 +11,7 @@ import nha_jax
 from tests.nha_jax.test_model import random_tokens, tiny_model
 
 pytestmark = [
-    pytest.mark.qwix,
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:qwix"),  # of flax's own names
 ]
 

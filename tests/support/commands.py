@@ -140,8 +140,8 @@ NOT_RUN = {
         "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests",
         "uv run --extra cuda pytest -m gpu -n 12 tests/pallas/gpu",
         "uv run --isolated --group hf pytest -m hf tests/nha_jax/hf",
-        "uv run --isolated --group qwix pytest -m qwix tests/nha_jax/test_qwix.py",
         "uv run --isolated --group notebooks pytest -n 2 -m slow tests/test_notebooks.py",
+        "uv run --isolated --group qwix pytest -m slow tests/nha_jax/test_qwix.py",
         'uv run pytest -m "slow or not slow" tests/train/devices/test_mesh.py '
         "tests/nha_jax/ops/test_sharding.py",
     ),
