@@ -115,6 +115,7 @@ NOT_RUN = {
         "uv run python benchmarks/decode.py --seconds 5",
         "JAX_PLATFORMS=cpu uv run python benchmarks/first_call.py",
         'uv run python benchmarks/loop.py --turns 7 --steps 30 --only "quick start"',
+        "uv run python benchmarks/optimizers.py --turns 9 --steps 8 --only muon",
         "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
     ),
     "it runs tests, or what tests run": (
