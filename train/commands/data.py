@@ -18,6 +18,9 @@ INPUT is a file, a folder or a glob (** goes through all folders below); there m
   .jsonl .json .ndjson   JSON lines, with the text under --text-key
   .parquet .arrow        a table, with the text in the column --text-key; also a folder that
                          datasets.Dataset.save_to_disk wrote
+  .array_record          ArrayRecord, with --record-format (also .arrayrecord)
+  .bin                   tokens that are there already, those of --tokenizer: Megatron's, with
+                         their .idx beside them, or llm.c's
   .tar                   files of text and JSON lines
   any other              UTF-8 text, one document a file
 Text, JSON lines and archives may be packed as .gz or .zst. Empty documents and files are left out.
@@ -69,6 +72,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         metavar="KEY",
         help="key or column of the text; a.b is b inside of a (default: text)",
     )
+    add(
+        "--record-format", choices=["text", "json", "example"],
+        help="what the records of ArrayRecord files are: UTF-8 text, or JSON objects or "
+        "tf.train.Examples with the text under --text-key",
+    )  # fmt: skip
     add(
         "--held-out-fraction", type=float, default=0.005, metavar="SHARE",
         help="share of the documents kept for evaluation (default: 0.005)",

@@ -2,18 +2,24 @@
 
 import gzip
 import io
+import itertools
 import json
+import struct
 import tarfile
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tokenizers
 import zstandard
+from array_record.python import array_record_module
+from numpy.typing import ArrayLike
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nha_jax.tokenizer.as_bytes import ByteTokenizer
+from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
 from train.cli import main
 from train.data.prepare.documents import Document, Reading
 from train.data.prepare.raw_files import divide_file, read_documents
@@ -107,6 +113,64 @@ def write_tar(folder: Path) -> None:
     content["c.jsonl.zst"] = zstandard.compress(json_lines(TEXTS[41:80]))
     (folder / "a.tar").write_bytes(tar(content))
     (folder / "b.tar.gz").write_bytes(gzip.compress(tar({"c.jsonl": json_lines(TEXTS[80:])})))
+
+
+def array_record(records: list[bytes], options: str = "group_size:4") -> bytes:
+    """An ArrayRecord file."""
+    with tempfile.NamedTemporaryFile(suffix=".array_record") as file:
+        writer = array_record_module.ArrayRecordWriter(file.name, options)
+        for record in records:
+            writer.write(record)
+        writer.close()
+        return Path(file.name).read_bytes()
+
+
+def write_array_record(folder: Path) -> None:
+    records = [json.dumps({"text": text}).encode() for text in TEXTS]
+    (folder / "a.array_record").write_bytes(array_record(records))
+
+
+def llmc(tokens: ArrayLike, dtype: str = "<u2") -> bytes:
+    """A file of tokens as llm.c writes it."""
+    magic, version = {"<u2": (20240520, 1), "<u4": (20240801, 7)}[dtype]
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, np.size(tokens)
+    return header.tobytes() + np.asarray(tokens).astype(dtype).tobytes()
+
+
+def write_llmc(folder: Path) -> None:
+    tokens = [[END_OF_DOCUMENT, *text.encode()] for text in TEXTS]
+    (folder / "a.bin").write_bytes(llmc(np.concatenate(tokens)))
+
+
+MEGATRON_TYPES = {"u1": 1, "i1": 2, "<i2": 3, "<i4": 4, "<i8": 5, "<u2": 8}
+
+
+def write_megatron_files(
+    folder: Path, documents: list[list[list[int]]], dtype: str = "<u2"
+) -> None:
+    """Tokens and their index as Megatron-LM writes them, of documents, which are of sequences."""
+    sequences = [sequence for document in documents for sequence in document]
+    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
+    ends = np.cumsum(lengths, dtype="<i8") * np.dtype(dtype).itemsize
+    counts = [len(document) for document in documents]
+    firsts = np.cumsum([0, *counts], dtype="<i8")
+    header = b"MMIDIDX\0\0" + struct.pack(
+        "<QBQQ", 1, MEGATRON_TYPES[dtype], len(sequences), len(firsts)
+    )
+    pointers = ends - lengths * np.dtype(dtype).itemsize
+    index = header + lengths.tobytes() + pointers.astype("<i8").tobytes() + firsts.tobytes()
+    (folder / "a.idx").write_bytes(index)
+    (folder / "a.bin").write_bytes(np.array([*itertools.chain(*sequences)], dtype).tobytes())
+
+
+def write_megatron(folder: Path) -> None:
+    """Documents of one sequence, of several, and with and without an end token."""
+    documents = []
+    for n, text in enumerate(TEXTS):
+        tokens = [*text.encode(), *[END_OF_DOCUMENT][: n % 2]]
+        documents.append([tokens[:5], tokens[5:]] if n % 3 else [tokens])
+    write_megatron_files(folder, documents)
 
 
 FORMATS = [

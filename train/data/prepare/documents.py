@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -13,8 +13,10 @@ from train.data.packed_files import is_packed
 RecordFormat = Literal["text", "json", "example"]
 """What a record of an ArrayRecord file is: UTF-8 text, a JSON object, or a tf.train.Example."""
 
-# A packed file cannot be divided; it is taken to hold this many times its size of text.
-_PACKED_RATIO = 4
+RECORD_FORMATS: tuple[str, ...] = get_args(RecordFormat)
+
+PACKED_RATIO = 4
+"""How many times its size of text a packed file is taken to hold."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class FileFormat(NamedTuple):
 def whole_file(path: Path, part_bytes: int = 0) -> list[FilePart]:
     """Returns a file as its only part: a `FileFormat.divide` of what cannot be divided."""
     size = path.stat().st_size
-    return [FilePart(path, size, size * _PACKED_RATIO if is_packed(path) else size)]
+    return [FilePart(path, size, size * PACKED_RATIO if is_packed(path) else size)]
 
 
 def look_up(record: Mapping[str, object], key: str) -> object:

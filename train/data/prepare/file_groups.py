@@ -8,7 +8,7 @@ from train.data.packed_files import naming
 from train.errors import ConfigError, DataError
 from train.storage.small_json import parse, read_whole
 
-INDEX_SUFFIX, TOKENS_SUFFIX = ".idx", ".bin"
+_INDEX_SUFFIX, _TOKENS_SUFFIX = ".idx", ".bin"
 
 # What `datasets` of Hugging Face writes beside the Arrow files of a dataset, and beside the
 # datasets of several splits.
@@ -74,13 +74,18 @@ def _check_there(path: Path, names: Iterable[str]) -> None:
             raise DataError(f"{path}: names {name}, which is missing")
 
 
+def index_of(tokens: Path) -> Path:
+    """Returns where the index of a file of tokens is, if it has one."""
+    return tokens.with_suffix(_INDEX_SUFFIX)
+
+
 def _with_its_index(path: Path) -> Iterator[Path]:
     suffix = path.suffix.lower()
-    tokens = path if suffix == TOKENS_SUFFIX else path.with_suffix(TOKENS_SUFFIX)
-    index = path if suffix == INDEX_SUFFIX else path.with_suffix(INDEX_SUFFIX)
-    if suffix == INDEX_SUFFIX and not tokens.exists():
+    tokens = path if suffix == _TOKENS_SUFFIX else path.with_suffix(_TOKENS_SUFFIX)
+    index = path if suffix == _INDEX_SUFFIX else index_of(path)
+    if suffix == _INDEX_SUFFIX and not tokens.exists():
         raise ConfigError(f"{path}: the tokens that it is the index of are missing: {tokens.name}")
-    if suffix in (INDEX_SUFFIX, TOKENS_SUFFIX) and index.exists():
+    if suffix in (_INDEX_SUFFIX, _TOKENS_SUFFIX) and index.exists():
         yield from (tokens, index)
     else:
         yield path

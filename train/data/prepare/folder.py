@@ -21,8 +21,9 @@ from nha_jax.tokenizer.interface import Tokenizer
 from train.config import require
 from train.data.input_files import find_files
 from train.data.packed_files import is_packed, naming
+from train.data.prepare.documents import RECORD_FORMATS, RecordFormat
 from train.data.prepare.file_groups import gather
-from train.data.prepare.raw_files import divide_file, is_text
+from train.data.prepare.raw_files import divide_file, holds_records, is_text
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
 from train.data.prepare.workers import run_jobs
 from train.data.prepared_folder import (
@@ -57,6 +58,7 @@ class PrepareOptions:
     tokenizer: str | None = None
     end_token: str | None = None
     text_key: str = "text"
+    record_format: RecordFormat | None = None
     held_out_fraction: float = 0.005
     shard_bytes: int = 64 << 20
     skip_bad: bool = False
@@ -83,6 +85,9 @@ def prepare(options: PrepareOptions) -> Manifest:
     out = user_path(options.out, "OUT").absolute()
     tokenizer = _tokenizer(options)
     files = _files(options.inputs, out)
+    records = next(filter(holds_records, files), None)
+    if records is not None and options.record_format is None:
+        raise ConfigError(f"{records}: --record-format is needed: {', '.join(RECORD_FORMATS)}")
     _check_sizes(files, options.shard_bytes)
     parts = [part for path in files for part in divide_file(path, options.shard_bytes)]
     jobs = divide_into_jobs(parts, options.shard_bytes)
@@ -91,6 +96,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         held_out_fraction=options.held_out_fraction,
         skip_bad=options.skip_bad,
         dtype="uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32",
+        record_format=options.record_format if records else None,
     )
     settings = {
         "inputs": _describe(files),

@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from train.data.packed_files import OTHER_PACKINGS, kind_of, naming, reason
+from train.data.prepare.array_records import ARRAY_RECORD
 from train.data.prepare.arrow_files import ARROW
 from train.data.prepare.documents import Document, FileFormat, FilePart, Reading, ReadStream
 from train.data.prepare.json_lines import JSON_LINES
 from train.data.prepare.parquet_files import PARQUET
 from train.data.prepare.tar_files import tar_format
 from train.data.prepare.text_files import TEXT
+from train.data.prepare.token_files import INDEX, TOKENS
 from train.errors import ConfigError, DataError
 from train.extras import import_extra
 
@@ -25,7 +27,11 @@ def _read_stream_of(path: PurePath) -> ReadStream | None:
 
 
 _FORMATS: dict[str, FileFormat] = {
+    ".array_record": ARRAY_RECORD,
+    ".arrayrecord": ARRAY_RECORD,
     ".arrow": ARROW,
+    ".bin": TOKENS,
+    ".idx": INDEX,
     ".json": JSON_LINES,
     ".jsonl": JSON_LINES,
     ".ndjson": JSON_LINES,
@@ -37,6 +43,11 @@ _FORMATS: dict[str, FileFormat] = {
 def is_text(path: PurePath) -> bool:
     """Says whether a file, once unpacked, is text: not a table, an archive or tokens."""
     return kind_of(path) not in OTHER_PACKINGS and format_of(path).read_stream is not None
+
+
+def holds_records(path: PurePath) -> bool:
+    """Says whether a file is one whose records may be of any of several formats."""
+    return format_of(path) is ARRAY_RECORD
 
 
 def divide_file(path: Path, part_bytes: int) -> list[FilePart]:
