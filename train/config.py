@@ -34,6 +34,9 @@ class DataConfig:
         corpus: a folder that `nha data prepare` wrote; a folder or glob of text files; `stdlib`,
             which is Python's own source; or several prepared folders with their weights, e.g.
             {web: 0.8, code: 0.2}
+        mixture_schedule: other weights of the folders of corpus, by the number of steps after which
+            training has them, e.g. {0: {web: 1}, 1000: {web: 0.5, code: 0.5}}; what is left out has
+            none. Evaluations keep the weights of corpus
         sequence_length: tokens of a sequence, which is what the model sees at once
         held_out_fraction: share of the text files that are kept for evaluation and never trained
             on; of no effect on a prepared folder, whose documents were divided when it was made
@@ -42,12 +45,23 @@ class DataConfig:
     corpus: str | dict[str, float]
     sequence_length: int
     held_out_fraction: float = 0.05
+    mixture_schedule: dict[int, dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         require(bool(self.corpus), "corpus", self.corpus, "a folder, a glob or stdlib")
         if isinstance(self.corpus, dict):
-            good = all(0 < weight < math.inf for weight in self.corpus.values())
+            good = all(weight > 0 for weight in self.corpus.values())
+            good = good and sum(self.corpus.values()) < math.inf
             require(good, "corpus", self.corpus, "a finite weight above 0 for each folder")
+        for step, weights in (self.mixture_schedule or {}).items():
+            folders = self.corpus if isinstance(self.corpus, dict) else {}
+            key = f"mixture_schedule.{step}"
+            require(0 <= step < 2**31, key, weights, "a number of steps, 0 or more, before it")
+            named = weights.keys() <= set(folders)
+            require(named, key, weights, "weights of folders that corpus has weights of")
+            good = all(weight >= 0 for weight in weights.values())
+            good = good and 0 < sum(weights.values()) < math.inf
+            require(good, key, weights, "finite weights of 0 or more, not all of them 0")
         require_at_least(self, 2, "sequence_length")
         fraction = self.held_out_fraction
         require(0 < fraction < 1, "held_out_fraction", fraction, "a share between 0 and 1")

@@ -55,6 +55,10 @@ NOT_RUN = {
         "nha data prepare data/slimpajama 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer tokenizer.json",
         "nha data prepare data/code 'code/*.parquet' --tokenizer tokenizer.json --text-key content",
+        "nha data prepare data/fineweb 'fineweb10B/fineweb_train_*.bin' "
+        "--tokenizer gpt2/tokenizer.json",
+        "nha data prepare data/c4 'c4/*.array_record' --record-format example "
+        "--tokenizer tokenizer.json",
         "nha import downloads/Meta-Llama-3-8B models/llama-3-8b",
         "nha data prepare data/slimpajama-llama-3 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer models/llama-3-8b",
@@ -69,6 +73,9 @@ NOT_RUN = {
     "it trains on many chips": (
         "nha train configs/nha-340m.yaml",
         "nha train configs/nha-340m.yaml --data.corpus='{data/slimpajama: 0.8, data/code: 0.2}'",
+        "nha train configs/nha-340m.yaml --data.corpus='{data/slimpajama: 0.8, data/code: 0.2}' "
+        "--data.mixture_schedule='{0: {data/slimpajama: 1}, "
+        "5000: {data/slimpajama: 0.6, data/code: 0.4}}'",
         "nha train configs/hybridize.yaml",
         "nha train CONFIG --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=2 --mesh.context=8",
         "nha train configs/hybridize.yaml --run=runs/searched "

@@ -1,11 +1,11 @@
 """Token streams cut into sequences, and batches of them as a pure function of the step."""
 
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 
 import grain
 import numpy as np
 
+from train.data.mixture import Mixture, MixtureInPhases
 from train.data.token_source import Split, TokenSource
 
 Batch = dict[str, np.ndarray]
@@ -58,49 +58,16 @@ class Sequences:
 
     Attributes:
         sources: the sequences of each of the split's sources.
-        weights: the share of each source among the sequences that are drawn.
-        bytes_per_target: see `train.data.token_source.Split`.
+        weights, schedule, bytes_per_target: see `train.data.token_source.Split`.
     """
 
     def __init__(self, split: Split, sequence_length: int):
         self.sources = tuple(SourceSequences(source, sequence_length) for source in split.sources)
-        self.weights = split.weights
+        self.weights, self.schedule = split.weights, split.schedule
         self.bytes_per_target = split.bytes_per_target
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
-
-
-class Mixture:
-    """An endless series of draws from several sources: `mixture[n]` is the n-th.
-
-    After any number of draws each source has had its share of them, give or take fewer draws than
-    there are sources. (Grain's own mixture rounds the shares to a hundredth of the smallest.)
-    """
-
-    def __init__(self, weights: Sequence[float]):
-        exact = [Fraction(weight) for weight in weights]
-        # shares[i] is the share of source i among the sources from i on.
-        shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
-        self._shares = [share.as_integer_ratio() for share in shares]
-
-    def __getitem__(self, n: int) -> tuple[int, int]:
-        """Returns the source of draw `n`, and how many draws before it were from this source."""
-        before, after = n, n + 1  # draws that no source has been given yet, without and with draw n
-        for source, (share, whole) in enumerate(self._shares):
-            mine, mine_after = (-(-count * share // whole) for count in (before, after))
-            if mine_after > mine:
-                return source, mine
-            before, after = before - mine, after - mine_after
-        raise AssertionError("the last source takes what remains")
-
-    def counts(self, n: int) -> list[int]:
-        """Returns how many of the first `n` draws are from each source."""
-        counts = []
-        for share, whole in self._shares:
-            counts.append(-(-n * share // whole))
-            n -= counts[-1]
-        return counts
 
 
 class _BatchSource:
@@ -112,7 +79,10 @@ class _BatchSource:
             grain.MapDataset.source(source).shuffle(seed=each).repeat()
             for source, each in zip(sequences.sources, seeds, strict=True)
         ]
-        self._mixture = Mixture(sequences.weights)
+        phases = {0: sequences.weights, **dict(sequences.schedule)}
+        self._mixture = MixtureInPhases(
+            {batch * batch_size: weights for batch, weights in phases.items()}
+        )
         self._batch_size, self._rows = batch_size, rows
 
     def __len__(self) -> int:
@@ -132,8 +102,9 @@ def training_batches(
 ) -> Iterator[Batch]:
     """Gives batches without end; batch n depends on n and on all arguments but `first`.
 
-    Every source goes through all of its sequences in one order, then in another, and so on. With
-    several sources, their sequences take turns by weight. Threads read batches ahead.
+    Every source goes through all of its sequences in one order, then in another, and so on, without
+    regard to where a batch ends. With several sources, their sequences take turns by weight, which
+    may change from a batch on. Threads read batches ahead.
 
     Args:
         sequences: what to draw from.

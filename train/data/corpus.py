@@ -68,7 +68,7 @@ def load_corpus(config: DataConfig) -> Corpus:
         DataError: a file of a prepared folder is missing or damaged.
     """
     if isinstance(config.corpus, dict):
-        return _load_mixture(config.corpus)
+        return _load_mixture(config.corpus, config.mixture_schedule or {})
     folder = user_path(config.corpus, "data.corpus")
     if is_unfinished(folder):
         raise ConfigError(
@@ -76,15 +76,20 @@ def load_corpus(config: DataConfig) -> Corpus:
             "run it again"
         )
     if is_prepared(folder):
-        return _from_prepared(repr(config.corpus), [(PreparedFolder.open(folder), 1.0)])
+        return _from_prepared(repr(config.corpus), [PreparedFolder.open(folder)])
     return _load_text(config.corpus, config.held_out_fraction)
 
 
-def _load_mixture(weights: dict[str, float]) -> Corpus:
-    """Opens several prepared folders; `weights` has a weight for each folder's path."""
-    sources: list[tuple[PreparedFolder, float]] = []
-    # Sorted by name, so that the order in the configuration does not matter.
-    for name, weight in sorted(weights.items()):
+def _load_mixture(weights: dict[str, float], schedule: dict[int, dict[str, float]]) -> Corpus:
+    """Opens several prepared folders.
+
+    Args:
+        weights: a weight for each folder's path.
+        schedule: the weights that training has from each of these steps on.
+    """
+    folders: list[PreparedFolder] = []
+    names = sorted(weights)  # so that the order in the configuration does not matter
+    for name in names:
         folder = user_path(name, f"data.corpus.{name}")
         if not is_prepared(folder):
             raise ConfigError(
@@ -92,18 +97,28 @@ def _load_mixture(weights: dict[str, float]) -> Corpus:
                 "are of such folders only"
             )
         prepared = PreparedFolder.open(folder)
-        if sources and prepared.tokenizer.name != sources[0][0].tokenizer.name:
+        if folders and prepared.tokenizer.name != folders[0].tokenizer.name:
             raise ConfigError(
                 f"data.corpus.{name}: its tokenizer is not that of {min(weights)}; prepare "
                 "all folders of a mixture with the same one"
             )
-        sources.append((prepared, weight / sum(weights.values())))
-    return _from_prepared(", ".join(sorted(weights)), sources)
+        folders.append(prepared)
+
+    def shares(weights: dict[str, float]) -> tuple[float, ...]:
+        return tuple(weights.get(name, 0) / sum(weights.values()) for name in names)
+
+    phases = tuple((step, shares(schedule[step])) for step in sorted(schedule))
+    return _from_prepared(", ".join(names), folders, shares(weights), phases)
 
 
-def _from_prepared(name: str, sources: Sequence[tuple[PreparedFolder, float]]) -> Corpus:
-    """Makes a corpus of prepared folders and their weights, which add up to 1."""
-    for prepared, _ in sources:
+def _from_prepared(
+    name: str,
+    folders: Sequence[PreparedFolder],
+    weights: tuple[float, ...] = (1.0,),
+    schedule: tuple[tuple[int, tuple[float, ...]], ...] = (),
+) -> Corpus:
+    """Makes a corpus of prepared folders; see `Split` of their weights and the schedule."""
+    for prepared in folders:
         for split, purpose in ((prepared.training, "training"), (prepared.held_out, "evaluation")):
             # All tokens but a document's first are targets.
             if len(split) <= split.num_documents or not split.text_bytes:
@@ -111,13 +126,12 @@ def _from_prepared(name: str, sources: Sequence[tuple[PreparedFolder, float]]) -
                     f"data.corpus = {name}: {prepared.folder} has no token to predict "
                     f"for {purpose}; prepare more text or another --held-out-fraction"
                 )
-    weights = tuple(weight for _, weight in sources)
-    fingerprints = "\0".join(prepared.manifest.fingerprint for prepared, _ in sources)
+    fingerprints = "\0".join(prepared.manifest.fingerprint for prepared in folders)
     return Corpus(
         name,
-        Split(tuple(prepared.training for prepared, _ in sources), weights),
-        Split(tuple(prepared.held_out for prepared, _ in sources), weights),
-        sources[0][0].tokenizer,
+        Split(tuple(prepared.training for prepared in folders), weights, schedule),
+        Split(tuple(prepared.held_out for prepared in folders), weights),
+        folders[0].tokenizer,
         hashlib.sha256(fingerprints.encode()).hexdigest()[:16],
     )
 

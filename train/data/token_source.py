@@ -1,5 +1,6 @@
 """Streams of tokens, and the training and held-out splits of a corpus that are made of them."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,10 +85,12 @@ class Split:
     Attributes:
         sources: the token sources.
         weights: the share of sequences that is drawn from each; they add up to 1.
+        schedule: batches, ascending, from which on training draws other shares, and these.
     """
 
     sources: tuple[TokenSource, ...]
     weights: tuple[float, ...] = (1.0,)
+    schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -104,9 +107,17 @@ class Split:
         All tokens but the first of a document are targets. Bits per target divided by this are
         bits per byte.
         """
+        return self._bytes_per_target(self.weights)
+
+    def bytes_per_target_at(self, batch: int) -> float:
+        """Returns `bytes_per_target` of the shares that training batch `batch` is drawn by."""
+        phases = [weights for first, weights in self.schedule if first <= batch]
+        return self._bytes_per_target(phases[-1] if phases else self.weights)
+
+    def _bytes_per_target(self, weights: Sequence[float]) -> float:
         return sum(
             weight * source.text_bytes / max(len(source) - source.num_documents, 1)
-            for weight, source in zip(self.weights, self.sources, strict=True)
+            for weight, source in zip(weights, self.sources, strict=True)
         )
 
     def text(self, limit: int) -> bytes:

@@ -97,7 +97,7 @@ class Trainer:
         if missing is not None and caught_up is None:
             return self._vote.last(interruption.signal)
         after = first if missing is None else first - 1
-        per_target = self._training.bytes_per_target
+        per_target = self._corpus.training.bytes_per_target_at
         batches = training_batches(
             self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )

@@ -1,7 +1,7 @@
 """What people see of a run's steps: rows of metrics, a progress bar, the speed, pictures."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -35,7 +35,7 @@ class Reporting:
         folder: RunFolder,
         mesh: Mesh,
         after_step: int,
-        bytes_per_target: float,
+        bytes_per_target: Callable[[int], float],
     ):
         """Opens the log to continue after a step.
 
@@ -44,7 +44,7 @@ class Reporting:
             folder: the run's folder.
             mesh: the run's devices.
             after_step: the last step that counts as done.
-            bytes_per_target: mean bytes of training text that a target stands for.
+            bytes_per_target: mean bytes of text that a target of batch n, from 0, stands for.
         """
         self.clock = Clock(config.batch_size * config.data.sequence_length)
         self._config = config
@@ -115,7 +115,7 @@ class Reporting:
         row: Row = {
             "step": step,
             "loss": metrics["loss"],
-            "bits_per_byte": metrics["loss"] / math.log(2) / self._bytes_per_target,
+            "bits_per_byte": metrics["loss"] / math.log(2) / self._bytes_per_target(step - 1),
             **terms,
             "gradient_norm": metrics["gradient_norm"],
             "learning_rate": metrics["learning_rate"],

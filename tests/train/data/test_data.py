@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 from train.config import DataConfig
-from train.data.batches import Batch, Mixture, Sequences, evaluation_batches, training_batches
+from train.data.batches import Batch, Sequences, evaluation_batches, training_batches
 from train.data.corpus import load_corpus
 from train.data.held_out import is_file_held_out
+from train.data.mixture import Mixture
 from train.data.token_source import Split, TokensInMemory
 
 
@@ -103,6 +104,27 @@ def test_each_epoch_covers_everything_in_another_order() -> None:
         assert sorted(epoch.tolist()) == list(range(0, 100, 4))
     assert (epochs[0] != epochs[1]).any()
     assert (epochs[1] != epochs[2]).any()
+
+
+def test_an_epoch_ends_inside_of_a_batch_and_a_resumed_run_sees_the_same() -> None:
+    sequences = Sequences(documents(101), 4)  # 25 sequences
+    batches = training_batches(sequences, batch_size=4, seed=0, first=0)
+    whole = [next(batches)["tokens"][:, 0] for _ in range(20)]  # 80: three epochs, and five more
+    starts = np.concatenate(whole)
+    epochs = [starts[first : first + 25].tolist() for first in (0, 25, 50)]
+    assert all(sorted(epoch) == list(range(0, 100, 4)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 3
+    for first in (5, 6, 7, 12, 13, 18, 19):
+        resumed = training_batches(sequences, batch_size=4, seed=0, first=first)
+        np.testing.assert_array_equal(next(resumed)["tokens"][:, 0], whole[first])
+
+
+def test_a_batch_may_be_larger_than_the_corpus() -> None:
+    sequences = Sequences(documents(13), 4)  # 3 sequences
+    batches = training_batches(sequences, batch_size=8, seed=0, first=0)
+    starts = np.concatenate([next(batches)["tokens"][:, 0] for _ in range(3)])
+    for first in range(0, 24, 3):
+        assert sorted(starts[first : first + 3].tolist()) == [0, 4, 8]
 
 
 def test_evaluation_sequences_are_spread_and_padded() -> None:

@@ -35,7 +35,7 @@ def reporting(nha: Nha, **overrides: Any) -> Reporting:
     config = nha.config(**overrides)
     nha.run.mkdir()
     mesh = make_mesh(config, jax.devices()[:1])
-    return Reporting(config, RunFolder(config.run), mesh, 0, 1.0)
+    return Reporting(config, RunFolder(config.run), mesh, 0, lambda batch: 1.0)
 
 
 def test_row_of_an_evaluation(nha: Nha) -> None:
