@@ -1,18 +1,23 @@
-"""Times `nha data prepare` against its tokenizer alone, and the loader against what training needs.
+"""Times `nha data prepare` against its tokenizer alone and by the kind of input, and the loader
+against what training needs.
 
-    uv run python benchmarks/data.py [--megabytes N] [--workers N]
+    uv run python benchmarks/data.py [--only TABLE] [--megabytes N] [--workers N] [--turns N]
 
 It prints Markdown tables. The text is modules of Python's standard library, over and over, as JSON
 lines. The tokenizers are that of bytes, and a byte-level BPE of 32,000 tokens that is trained here.
 """
 
 import argparse
+import io
 import itertools
 import json
 import multiprocessing
 import os
 import shutil
+import statistics
+import struct
 import sysconfig
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -20,7 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import tokenizers
+import zstandard
+from array_record.python.array_record_module import ArrayRecordWriter
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nha_jax.tokenizer.as_bytes import ByteTokenizer
@@ -28,6 +37,8 @@ from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.from_file import FileTokenizer
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.prepare.folder import PrepareOptions, prepare
+from train.data.prepare.raw_files import divide_file
+from train.data.prepare.shard_jobs import ShardRules, divide_into_jobs, write_shards
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
@@ -39,15 +50,20 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100, help="of text")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=5, help="of loading, for each figure")
+    parser.add_argument("--turns", type=int, default=5, help="of reading each kind of input")
+    parser.add_argument("--only", choices=["prepare", "kinds"], help="(prepare: and the loader)")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:
         texts = some_texts(options.megabytes * 10**6)
-        raw = folder / "raw.jsonl"
-        raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        tokenizer_file = train_tokenizer(texts[:500], folder / "tokenizer.json")
-        prepare_table(folder, texts, [None, tokenizer_file], sorted({1, options.workers}))
-        loader_table(folder, options.seconds)
+        if options.only != "kinds":
+            raw = folder / "raw.jsonl"
+            raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+            tokenizer_file = train_tokenizer(texts[:500], folder / "tokenizer.json")
+            prepare_table(folder, texts, [None, tokenizer_file], sorted({1, options.workers}))
+            loader_table(folder, options.seconds)
+        if options.only != "prepare":
+            kinds_table(folder, texts, options.turns)
     finally:
         shutil.rmtree(folder)
 
@@ -120,6 +136,81 @@ def seconds_to_encode(file: Path | None, texts: Sequence[str]) -> tuple[float, f
     for first in range(0, len(texts), 64):
         tokenizer.encode_documents(texts[first : first + 64])
     return time.perf_counter() - start, time.process_time() - cpu_start
+
+
+def kinds_table(folder: Path, texts: list[str], turns: int) -> None:
+    """Prints how fast each kind of input becomes shards of bytes, in one process.
+
+    The kinds take turns. CPU seconds count, as who else uses the machine matters little to them.
+    """
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    paths = write_kinds(folder, texts)
+    seconds: dict[str, list[float]] = {kind: [] for kind in paths}
+    for _ in range(turns):
+        for kind, path in paths.items():
+            seconds[kind].append(seconds_to_prepare(path, folder))
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    print(f"\n{size:.0f} MB of text to shards of bytes, medians of {turns} turns:\n")
+    print("| input | MB of text a CPU second | of JSON lines' |\n" + "| --- " * 3 + "|")
+    for kind, median in medians.items():
+        ratio = medians["JSON lines"] / median
+        print(f"| {kind} | {size / median:.0f} | {ratio:.2f} |", flush=True)
+
+
+def write_kinds(folder: Path, texts: list[str]) -> dict[str, Path]:
+    """Writes the texts as each kind of input."""
+    paths = {
+        "JSON lines": folder / "a.jsonl",
+        "JSON lines, .zst": folder / "a.jsonl.zst",
+        "parquet": folder / "a.parquet",
+        "Arrow": folder / "a.arrow",
+        "ArrayRecord": folder / "a.array_record",
+        "tar of text": folder / "a.tar",
+        "tokens of llm.c": folder / "llmc" / "a.bin",
+        "tokens of Megatron-LM": folder / "megatron" / "a.bin",
+    }
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    paths["JSON lines"].write_bytes(lines)
+    paths["JSON lines, .zst"].write_bytes(zstandard.compress(lines))
+    table = pyarrow.table({"text": texts})
+    pyarrow.parquet.write_table(table, paths["parquet"], row_group_size=1000)
+    with pyarrow.ipc.new_stream(paths["Arrow"], table.schema) as stream:
+        stream.write_table(table, max_chunksize=1000)
+    records = ArrayRecordWriter(str(paths["ArrayRecord"]), "group_size:1")
+    for text in texts:
+        records.write(text.encode())
+    records.close()
+    with tarfile.open(paths["tar of text"], "w") as archive:
+        for number, text in enumerate(texts):
+            member = tarfile.TarInfo(f"{number}.txt")
+            member.size = len(text.encode())
+            archive.addfile(member, io.BytesIO(text.encode()))
+    for kind in ("llmc", "megatron"):
+        (folder / kind).mkdir()
+    tokens, ends = ByteTokenizer().encode_documents(texts)
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    paths["tokens of llm.c"].write_bytes(header.tobytes() + tokens.astype("<u2").tobytes())
+    megatron = paths["tokens of Megatron-LM"]
+    megatron.write_bytes(tokens.astype("<u2").tobytes())
+    lengths = np.diff(ends, prepend=0)
+    megatron.with_suffix(".idx").write_bytes(
+        struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, 8, len(ends), len(ends) + 1)
+        + lengths.astype("<i4").tobytes()
+        + (2 * (ends - lengths)).astype("<i8").tobytes()
+        + np.arange(len(ends) + 1, dtype="<i8").tobytes()
+    )
+    return paths
+
+
+def seconds_to_prepare(path: Path, folder: Path) -> float:
+    """Returns the CPU seconds in which a file becomes shards of bytes."""
+    rules = ShardRules("text", 0.005, False, "uint16", "text")
+    start = time.process_time()
+    jobs = divide_into_jobs(divide_file(path, 8 << 20), 8 << 20)
+    for number, job in enumerate(jobs):
+        write_shards(number, job, folder, ByteTokenizer(), rules, lambda size, tokens: None)
+    return time.process_time() - start
 
 
 def loader_table(folder: Path, seconds: float) -> None:

@@ -124,6 +124,7 @@ NOT_RUN = {
         'uv run python benchmarks/loop.py --turns 7 --steps 30 --only "quick start"',
         "uv run python benchmarks/optimizers.py --turns 9 --steps 8 --only muon",
         "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
+        "uv run python benchmarks/data.py --only kinds --megabytes 20 --turns 5",
     ),
     "it runs tests, or what tests run": (
         "uv run pytest -n 2 tests/pallas",

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.train.raw_files import json_lines, prepare
+from tests.support.train.raw_files import array_record, json_lines, prepare, tar
 from train.config import DataConfig
 from train.data.corpus import load_corpus
 from train.data.input_files import find_files
@@ -133,7 +133,7 @@ def test_files_of_any_name_are_found(tmp_path_factory: pytest.TempPathFactory, n
     path.unlink()
 
 
-@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".parquet"])
+@pytest.mark.parametrize("kind", [".jsonl", ".txt", ".parquet", ".array_record", ".tar"])
 def test_a_name_that_is_not_utf8_is_prepared_and_trained_on(tmp_path: Path, kind: str) -> None:
     import pyarrow
     import pyarrow.parquet
@@ -145,10 +145,15 @@ def test_a_name_that_is_not_utf8_is_prepared_and_trained_on(tmp_path: Path, kind
         with path.open("wb") as file:
             if kind == ".parquet":
                 pyarrow.parquet.write_table(pyarrow.table({"text": [f"text {n}"]}), file)
+            elif kind == ".array_record":
+                file.write(array_record([b"text %d" % n]))
+            elif kind == ".tar":
+                file.write(tar({os.fsdecode(b"\xff.txt"): b"text %d" % n}))
             else:
                 file.write(json_lines([f"text {n}"]))
     for text in (folder, f"{folder}/*{kind}"):  # the second time it is there already
         arguments = [text, "--workers=1", "--held-out-fraction=0.3"]
+        arguments.append("--record-format=text")
         assert prepare(out, *arguments) == 0
     assert PreparedFolder.open(out).manifest.totals["documents"] == 20
     by_name = load_corpus(DataConfig(corpus=str(out), sequence_length=8))

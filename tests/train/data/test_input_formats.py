@@ -254,6 +254,21 @@ def test_a_flipped_bit_is_at_worst_another_text(
         assert "\n" not in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize("name", ARROW)
+def test_a_length_that_no_memory_holds_is_said(tmp_path: Path, name: str) -> None:
+    """Any byte of the description of a batch may be a length's highest."""
+    whole = TABLES[name](pyarrow.table({"text": TEXTS[:3]}))
+    path = tmp_path / name
+    refused = 0
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + b"\x7f" + whole[place + 1 :])
+        try:
+            read_raw(path)
+        except DataError:
+            refused += 1
+    assert refused > 20
+
+
 def member(name: str, kind: bytes, link: str = "") -> bytes:
     """An archive with one member that is no file, and a file."""
     raw = io.BytesIO()

@@ -142,7 +142,12 @@ def test_an_input_that_changes_while_it_is_read_is_said(
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [("tokenizers", "a.txt"), ("pyarrow.parquet", "a.parquet"), ("zstandard", "a.jsonl.zst")],
+    [
+        ("tokenizers", "a.txt"),
+        ("pyarrow.parquet", "a.parquet"),
+        ("pyarrow", "a.arrow"),
+        ("zstandard", "a.jsonl.zst"),
+    ],
 )
 def test_a_missing_package_is_one_line(
     tmp_path: Path,

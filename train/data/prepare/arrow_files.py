@@ -50,6 +50,8 @@ def _opened(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
                 yield reader.schema, map(reader.get_batch, range(reader.num_record_batches))
         except pyarrow.ArrowException as error:
             raise EOFError(f"it is damaged, or no Arrow file: {error}") from None
+        except MemoryError:
+            raise EOFError("it is damaged, or has a batch too large for this machine") from None
 
 
 def _check_end(file: BinaryIO) -> None:
