@@ -1,6 +1,7 @@
 """The model as it reads token by token: prompts into a cache, then one token after the other."""
 
 import contextlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,8 +126,13 @@ class Decoder(Ends):
         rope = self._rope(positions if cache is None else cache.length[:, None] + positions[None])
 
         def prefill(
-            block: Block, hidden: jax.Array, cache: LayerCache | None, window_size: int | None
-        ):
+            block: Block,
+            hidden: jax.Array,
+            cache: LayerCache | None,
+            shared: Any,
+            window_size: int | None,
+        ) -> tuple[jax.Array, LayerCache]:
+            rope, row_lengths = shared
             return block.prefill(
                 hidden,
                 window_size=window_size,
@@ -140,7 +146,12 @@ class Decoder(Ends):
         caches = None if cache is None else stack_layers(cache.layers, period)
         hidden = nan_unless(known, self._embed(tokens))
         hidden, caches = scan_blocks(
-            prefill, self.blocks, hidden, self.config.window_period, caches
+            prefill,
+            self.blocks,
+            hidden,
+            self.config.window_period,
+            caches,
+            shared=(rope, row_lengths),
         )
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)

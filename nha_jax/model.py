@@ -275,9 +275,11 @@ class Model(Decoder):
         diagnose: SlotWeightGradient | None,
     ) -> tuple[jax.Array, LayerDiagnostics | None]:
         """Does what `_forward` does, of checked arguments."""
-        rope = self._rope(positions)
 
-        def forward(block: Block, hidden: jax.Array, cache: None, window_size: int | None):
+        def forward(
+            block: Block, hidden: jax.Array, cache: None, shared: Any, window_size: int | None
+        ) -> tuple[jax.Array, LayerDiagnostics | None]:
+            rope, segment_ids = shared
             return block.forward(
                 hidden,
                 window_size=window_size,
@@ -291,6 +293,7 @@ class Model(Decoder):
             self.blocks,
             self._embed(tokens),
             self.config.window_period,
+            shared=(self._rope(positions), segment_ids),
             remat=self.config.remat,
         )
         hidden = self._end(hidden, known, segment_ids)

@@ -18,8 +18,11 @@ from nha_jax.layers.attention_core import LayerCache
 from nha_jax.layers.block import Block
 from nha_jax.layers.remat import remat_policy
 
-LayerStep = Callable[[Block, jax.Array, Any, int | None], tuple[jax.Array, Any]]
-"""step(block, hidden, cache, window_size) -> (hidden, new cache or other results of the layer)."""
+LayerStep = Callable[[Block, jax.Array, Any, Any, int | None], tuple[jax.Array, Any]]
+"""step(block, hidden, cache, shared, window_size) -> (hidden, new cache or other results of it).
+
+It closes over no arrays: `jax.checkpoint` keeps what it is given, after the trace that it is of.
+"""
 
 
 def stacked_blocks(config: ModelConfig, rngs: nnx.Rngs) -> Block:
@@ -54,6 +57,7 @@ def scan_blocks(
     windows: Sequence[int | None],
     caches: tuple[Any, ...] | None = None,
     *,
+    shared: Any = None,
     remat: Remat = "none",
 ) -> tuple[jax.Array, tuple[Any, ...]]:
     """Runs `step` through all layers, in order.
@@ -65,6 +69,7 @@ def scan_blocks(
         windows: the window of each layer of one period.
         caches: a tree for each layer of the period, its leaves stacked over the repetitions, as
             `stack_layers` gives them; None: `step` gets None.
+        shared: a tree of arrays that every layer gets.
         remat: what the backward pass keeps of each block, as `ModelConfig.remat`.
 
     Returns:
@@ -76,12 +81,14 @@ def scan_blocks(
         lambda leaf: leaf.reshape(-1, len(windows), *leaf.shape[1:]), stack
     )  # [num_layers, ...] -> [repetitions, period, ...]
 
-    def run(parameters: nnx.State, hidden: jax.Array, cache: Any, window_size: int | None):
-        return step(nnx.merge(graph, parameters), hidden, cache, window_size)
+    def run(
+        parameters: nnx.State, hidden: jax.Array, cache: Any, shared: Any, window_size: int | None
+    ) -> tuple[jax.Array, Any]:
+        return step(nnx.merge(graph, parameters), hidden, cache, shared, window_size)
 
     if remat != "none":
         # Inside a scan nothing can be merged with the recomputation, so no barrier is needed.
-        run = jax.checkpoint(run, prevent_cse=False, static_argnums=3, policy=remat_policy(remat))
+        run = jax.checkpoint(run, prevent_cse=False, static_argnums=4, policy=remat_policy(remat))
 
     def run_period(hidden: jax.Array, group: tuple[nnx.State, tuple[Any, ...]]):
         parameters_of_layers = unstack(group[0], len(windows))
@@ -89,7 +96,7 @@ def scan_blocks(
         for parameters, cache, window_size in zip(
             parameters_of_layers, group[1], windows, strict=True
         ):
-            hidden, result = run(parameters, hidden, cache, window_size)
+            hidden, result = run(parameters, hidden, cache, shared, window_size)
             results.append(result)
         return hidden, tuple(results)
 

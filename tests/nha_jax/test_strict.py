@@ -1,5 +1,6 @@
-"""No array's dtype is promoted unless the code says so; of ranks, tests/conftest.py sees to it."""
+"""The strict settings of JAX; that no rank is promoted, tests/conftest.py sees to in all tests."""
 
+import functools
 from collections.abc import Iterator
 
 import jax
@@ -12,7 +13,7 @@ from nha_jax import SamplingOptions
 from nha_jax.generation.sampling import RowSampling, Stages, draw
 from nha_jax.model import abstract_model
 from nha_jax.ops import decode_step, init_state, nha_attention, rope_tables
-from tests.nha_jax.test_model import CONVERTED, tiny_config
+from tests.nha_jax.test_model import CONVERTED, tiny_config, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +88,51 @@ def test_drawing_tokens() -> None:
 
 
 @pytest.mark.slow
-def test_no_tracer_leaks() -> None:
-    """Without rematerialisation: `jax.checkpoint` itself keeps what its function closes over."""
-    config = tiny_config(num_layers=1, window_size=4, remat="none", implementation="reference")
+@pytest.mark.parametrize("remat", ["none", "full", "operator", "dots"])
+def test_no_tracer_leaks(remat: str) -> None:
+    config = tiny_config(num_layers=2, window_size=(4, None), remat=remat, implementation="xla")
     graph, state = abstract_model(config)
-    tokens = jnp.ones((2, 4), jnp.int32)
+    tokens = jnp.ones((2, 8), jnp.int32)
+
+    def call(state: nnx.State) -> jax.Array:
+        return nnx.merge(graph, state)(tokens, tokens)
+
     with jax.checking_leaks():
-        jax.eval_shape(lambda state: nnx.merge(graph, state)(tokens), state)
-        jax.eval_shape(jax.grad(lambda state: nnx.merge(graph, state)(tokens).sum()), state)
+        jax.eval_shape(call, state)
+        jax.eval_shape(jax.grad(lambda state: call(state).sum()), state)
+
+
+@pytest.mark.slow
+def test_nothing_is_nan_on_the_way() -> None:
+    """Padding, decays of -inf and rows that see nothing, all outside of `jax.jit`."""
+    shape, ids = (1, 8, 1, 4), jnp.array([[0, 1, 1, 2, 2, 2, 0, 0]])
+    query = jax.random.normal(jax.random.key(0), shape)
+    log_decay = jnp.where(jnp.arange(8)[None, :, None, None] % 3 == 0, -jnp.inf, -(query**2))
+    for window_size in (0, 2, None):
+        attend = functools.partial(
+            nha_attention, window_size=window_size, segment_ids=ids, implementation="xla"
+        )
+        with jax.debug_nans(True), jax.disable_jit():
+            jax.jit(lambda q, g, attend=attend: attend(q, q, q, g))(query, log_decay)
+            gradient = jax.grad(lambda q, g, attend=attend: attend(q, q, q, g).sum(), (0, 1))
+            jax.tree.map(np.asarray, gradient(query, log_decay))
+
+
+@pytest.mark.slow
+def test_64_bits_change_no_float32_model() -> None:
+    """By the usual promotion: numbers of tokens are then of 64 bits, and meet those of 32."""
+    model = tiny_model(window_size=(4, None), num_layers=2)
+    tokens = np.arange(12, dtype=np.int32).reshape(1, 12)
+
+    def results() -> list[jax.Array]:
+        loss = lambda model: jnp.sin(model(tokens, tokens // 5 + 1)).sum()  # noqa: E731
+        logits, cache = model.prefill(tokens, max_length=20)
+        stepped = model.decode_step(tokens[:, 0], cache)
+        return jax.tree.leaves((model(tokens), jax.grad(loss)(model), logits, stepped))
+
+    expected = results()
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        found = results()
+    for x, y in zip(found, expected, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)

@@ -1,5 +1,7 @@
 """Full attention in plain XLA, where no token leaves the window."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -39,10 +41,10 @@ def full_attention(
         x = jnp.pad(x, ((0, 0), (0, steps * rows - T), *((0, 0),) * (x.ndim - 2)))
         return x.reshape(B, steps, rows, *x.shape[2:]).swapaxes(0, 1)
 
-    token_segment = timeline.token_segment[:, None]  # [B, 1, R + T]
-
-    def attend(x):
-        index, query, segment = x
+    # What all steps read is handed to them: `jax.checkpoint` keeps what its function closes over.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def attend(read, x):
+        (rotated_key, value, token_segment), (index, query, segment) = read, x
         now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
         inside = jnp.arange(num_rows)[None] <= now  # [rows, R + T]
         mask = inside[None] & (token_segment == segment[..., None])
@@ -65,9 +67,8 @@ def full_attention(
 
     queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
     segment = cut(timeline.row_segment[:, -T:])
-    out, weight = lax.map(
-        jax.checkpoint(attend, prevent_cse=False), (jnp.arange(steps), queries, segment)
-    )
+    read = rotated_key, value, timeline.token_segment[:, None]  # the last [B, 1, R + T]
+    out, weight = lax.map(lambda x: attend(read, x), (jnp.arange(steps), queries, segment))
     # [steps, B, H, G, rows, ...] -> [B, T, Hq, ...]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, steps * rows, Hq, -1)[:, :T]
     out = checkpoint_name(out, OUT)
