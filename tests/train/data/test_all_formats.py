@@ -72,6 +72,7 @@ def documents_of(source: TokenSource) -> list[str]:
     return [piece[:-1].astype(np.uint8).tobytes().decode() for piece in pieces if len(piece)]
 
 
+@pytest.mark.slow
 def test_two_workers_make_the_same(raw: Path, whole: dict[str, bytes], tmp_path: Path) -> None:
     assert len(whole) > 20
     assert prepare(tmp_path / "out", *arguments(raw), "--workers=2") == 0

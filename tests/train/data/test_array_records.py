@@ -98,7 +98,7 @@ def test_a_bad_record_is_named(tmp_path: Path, kind: tuple[str, bytes]) -> None:
     assert bad.startswith(f"{path}, record 31: {BAD[kind]}")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(share=st.floats(0, 1, exclude_max=True), behind=st.binary(min_size=1, max_size=16))
 def test_a_cut_anywhere_or_something_behind_is_said(
     tmp_path_factory: pytest.TempPathFactory, share: float, behind: bytes
@@ -112,7 +112,7 @@ def test_a_cut_anywhere_or_something_behind_is_said(
         assert str(error.value) == message
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(place=st.integers(0, len(WHOLE.rstrip(b"\0")) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_said_or_changes_nothing(
     tmp_path_factory: pytest.TempPathFactory, place: int, bit: int

@@ -214,7 +214,7 @@ WHOLE = ARROW | {"a.tar": ARCHIVE, "b.tar.gz": gzip.compress(ARCHIVE)}
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(share=st.floats(0, 1, exclude_max=True), behind=st.binary(min_size=1, max_size=16))
 def test_a_cut_anywhere_or_something_behind_is_said_even_with_skip_bad(
     tmp_path_factory: pytest.TempPathFactory, name: str, share: float, behind: bytes
@@ -237,7 +237,7 @@ def test_a_cut_anywhere_or_something_behind_is_said_even_with_skip_bad(
 
 
 @pytest.mark.parametrize("name", WHOLE)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_at_worst_another_text(
     tmp_path_factory: pytest.TempPathFactory, name: str, place: float, bit: int
@@ -260,13 +260,13 @@ def test_a_length_that_no_memory_holds_is_said(tmp_path: Path, name: str) -> Non
     whole = TABLES[name](pyarrow.table({"text": TEXTS[:3]}))
     path = tmp_path / name
     refused = 0
-    for place in range(len(whole)):
+    for place in range(3, len(whole), 4):  # of little-endian integers of 4 and 8 bytes
         path.write_bytes(whole[:place] + b"\x7f" + whole[place + 1 :])
         try:
             read_raw(path)
         except DataError:
             refused += 1
-    assert refused > 20
+    assert refused > 5
 
 
 def member(name: str, kind: bytes, link: str = "") -> bytes:

@@ -35,7 +35,7 @@ def phases(draw: st.DrawFn) -> dict[int, list[float]]:
     return {first: draw(weights) for first in [0, *later]}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(phases=phases())
 def test_each_phase_has_its_shares_and_each_source_goes_on_where_it_was(
     phases: dict[int, list[float]],
@@ -110,7 +110,7 @@ def test_each_folder_has_its_own_epochs_through_all_changes(
         assert epochs[0] != epochs[1]
 
 
-@pytest.mark.parametrize("first", [1, 9, 10, 25, 30, 39])
+@pytest.mark.parametrize("first", [9, 10, 25, 39])
 def test_a_resumed_run_draws_what_an_undisturbed_one_does(
     config: DataConfig, whole: list[Batch], first: int
 ) -> None:

@@ -42,7 +42,7 @@ def texts_and_tokens(found: list) -> list[tuple[str, list[int]]]:
 TOKENS = st.lists(st.sampled_from([1, 65, 66, 67, END]), max_size=60)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=80, deadline=None, derandomize=True)
 @given(tokens=TOKENS, part_bytes=st.integers(1, 300), begins=st.booleans())
 def test_llmc_documents_are_what_stands_between_end_tokens(
     tmp_path_factory: pytest.TempPathFactory, tokens: list[int], part_bytes: int, begins: bool
@@ -56,7 +56,7 @@ def test_llmc_documents_are_what_stands_between_end_tokens(
     assert texts_and_tokens(found) == [(piece.decode(), list(piece)) for piece in pieces if piece]
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     documents=st.lists(st.lists(TOKENS, max_size=3), max_size=8),
     part_bytes=st.integers(1, 300),
@@ -175,7 +175,7 @@ def test_an_index_without_its_tokens_is_said(
     assert error.endswith("a.idx: the tokens that it is the index of are missing: a.bin")
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(share=st.floats(0, 1, exclude_max=True), behind=st.binary(min_size=1, max_size=4))
 @pytest.mark.parametrize("name", ["llmc a.bin", "megatron a.bin", "megatron a.idx"])
 def test_a_cut_anywhere_or_something_behind_is_said(
