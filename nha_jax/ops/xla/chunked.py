@@ -104,7 +104,8 @@ def chunked_attention(
         assert W is not None
         plan = _plan(T, W)
         read, token_segment, rows, segments = _cut(query, rotated_query, timeline, plan, options)
-        slots = slots if past is None else past.slots
+        # As constants they make XLA on CPUs (0.12.0) read what nobody wrote, in a single step.
+        slots = lax.optimization_barrier(slots if past is None else past.slots)
         out, weight, slots, _ = _scan(plan, options, read, token_segment, rows, slots, segments)
         slots = keep_last_segment(slots, timeline)
         # [steps, B, H, N, G, C, V] -> [B, T, Hq, V]
@@ -118,10 +119,10 @@ def _plan(T: int, W: int) -> ChunkPlan:
     """Chooses the sizes, as measured on a CPU.
 
     Short chunks spend least on gates, and several side by side fill the machine, though more than
-    four leave its cache and are compiled for longer; a wide window fills it by itself, and more
-    chunks would only copy it more often.
+    four leave its cache and are compiled for longer, unless eight spare a second step; a wide
+    window fills it by itself, and more chunks would only copy it more often.
     """
-    chunk, chunks = (32, 4) if W <= NARROW else (64, 1)
+    chunk, chunks = (32, 8 if T <= 256 else 4) if W <= NARROW else (64, 1)
     chunk = min(chunk, 1 << (T - 1).bit_length())
     chunks = min(chunks, -(-T // chunk))
     return ChunkPlan(W, chunk, chunks, -(-T // (chunk * chunks)))
@@ -347,9 +348,12 @@ def _chunk_slots(
 def _cut_read(x: jax.Array, plan: ChunkPlan) -> jax.Array:
     """[B, H, W + N C, ...] -> [B, H, N, W + C, ...], overlapping.
 
-    A part for each C rows of the window, and not one for each chunk: there are fewer of them.
+    By chunks, or by parts of C rows of the window, whichever are fewer.
     """
     W, C = plan.window, plan.chunk
+    if plan.chunks <= W // C:
+        starts = range(0, plan.rows, C)
+        return jnp.stack([x[:, :, start : start + W + C] for start in starts], axis=2)
     parts = [_cut_rows(x, plan, start)[:, :, :, : W - start] for start in range(0, W, C)]
     return jnp.concatenate([*parts, _cut_rows(x, plan, W)], axis=3)
 

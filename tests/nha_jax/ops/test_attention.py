@@ -1,13 +1,16 @@
 """Every implementation of the operator against the float64 reference: values and gradients."""
 
 import dataclasses
+import functools
 from collections.abc import Hashable
 
+import jax
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nha_jax.testing import CASES, Case, make_inputs
+from nha_jax.testing import CASES, Case, attend, make_inputs, relative_error
 from tests.support.ops.suite import SUITE, any_case, check, grid
 from tests.support.pairs import missing_pairs
 
@@ -94,3 +97,16 @@ def test_any_shape_and_option(case, seed):
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_option_more(case, seed):
     check(case, "xla", "float32", make_inputs(case, seed))
+
+
+@pytest.mark.parametrize(("T", "window"), [(16, "8"), (32, "16"), (31, "16"), (20, "0")])
+def test_a_single_step_without_its_gradient(T, window):
+    """Empty slots that were constants made XLA compute it from memory that nobody wrote."""
+    case = Case(T=T, window=window, B=4, H=2, M=32, K=16, V=16, rope=None)
+    inputs = make_inputs(case)
+    call = jax.jit(functools.partial(attend, case), static_argnames="implementation")
+    found, expected = (
+        call(inputs.arrays, inputs.rest, implementation=implementation).out
+        for implementation in ("xla", "reference")
+    )
+    assert relative_error(np.asarray(found), np.asarray(expected)) < 5e-6
