@@ -87,7 +87,9 @@ REFUSED: dict[str, Callable[[Callable], Any]] = {
 }
 
 
-@pytest.mark.parametrize("around", [lambda f: f, jax.jit, jax.checkpoint], ids=str)
+@pytest.mark.parametrize(
+    "around", [lambda f: f, jax.jit, jax.checkpoint], ids=["alone", "jit", "checkpoint"]
+)
 @pytest.mark.parametrize("name", REFUSED)
 def test_all_else_is_one_error_that_says_so(name, around):
     with pytest.raises(NotImplementedError, match=r"'mine' has .* reverse mode only.*xla.* has"):
