@@ -65,10 +65,11 @@ def chunk_gates(log_decay: jax.Array) -> ChunkGates:
     *lead, C, M = log_decay.shape
     write = -jnp.expm1(log_decay)
     summed, written = _sums(C)
+    # The batch axis of one tells it from a layer's product, which remat="dots" would keep.
     sums = jnp.einsum(
-        "xr,...rm->...xm",
-        summed.reshape(-1, C).astype(log_decay.dtype),
-        jnp.maximum(log_decay, LEAST),
+        "axr,a...rm->a...xm",
+        summed.reshape(1, -1, C).astype(log_decay.dtype),
+        jnp.maximum(log_decay, LEAST)[None],
         precision="highest",  # the matrix is exact in any, but not what it adds up
     ).reshape(*lead, -1, C, M)
     gates = jnp.exp(sums) * jnp.where(written, write[..., None, :, :], 1)
