@@ -71,7 +71,7 @@ def chunk_gates(log_decay: jax.Array) -> ChunkGates:
         summed.reshape(1, -1, C).astype(log_decay.dtype),
         jnp.maximum(log_decay, LEAST)[None],
         precision="highest",  # the matrix is exact in any, but not what it adds up
-    ).reshape(*lead, -1, C, M)
+    ).reshape(*lead, len(summed), C, M)
     gates = jnp.exp(sums) * jnp.where(written, write[..., None, :, :], 1)
     return ChunkGates(
         write,
