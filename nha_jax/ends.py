@@ -33,9 +33,8 @@ class Ends(nnx.Module):
     def _embed(self, tokens: jax.Array) -> jax.Array:
         """Does what `embed_tokens` does, of tokens that are all known."""
         table = shard_vocabulary(self.embed.embedding[...], tokens)
-        hidden = jnp.take(
-            table, tokens, axis=0
-        )  # cast afterwards, so that the gradient is summed in the table's dtype
+        # Cast afterwards, so that the gradient is summed in the table's dtype.
+        hidden = jnp.take(table, tokens, axis=0)
         return shard_tokens(hidden.astype(jnp.dtype(self.config.dtype)))
 
     @with_auto_axes(logits_specs)
