@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from nha_jax.layers.diagnostics import Diagnostics
     from nha_jax.model import Model
     from nha_jax.muon import muon_dimension_numbers
+    from nha_jax.mup_steps import scale_by_mup
     from nha_jax.ops.api import nha_attention
     from nha_jax.ops.state import NHAState
     from nha_jax.ops.types import NHAOutput
@@ -58,6 +59,7 @@ else:
             "num_parameters": "nha_jax.sizes",
             "save": "nha_jax.storage.saved_model",
             "save_pretrained": "nha_jax.hf.export",
+            "scale_by_mup": "nha_jax.mup_steps",
             "stack": "nha_jax.unstacked",
             "training_flops_per_token": "nha_jax.sizes",
             "unstack": "nha_jax.unstacked",
@@ -88,6 +90,7 @@ __all__ = [
     "num_parameters",
     "save",
     "save_pretrained",
+    "scale_by_mup",
     "stack",
     "training_flops_per_token",
     "unstack",

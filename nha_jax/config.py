@@ -16,6 +16,7 @@ from nha_jax.layer_config import (
     LayerFields,
     ValueActivation,
 )
+from nha_jax.mup import initial_factor
 from nha_jax.ops.types import EmptySlots, SlotFeatureMap
 from nha_jax.presets import PRESETS
 from nha_jax.scalars import LARGEST_INT32, is_count, plain, shown
@@ -67,6 +68,9 @@ class ModelConfig(LayerFields):
         kernel_options: options that implementations have of their own, by the implementation's
             name, e.g. {"pallas_tpu": {"chunk": 128}}, see `nha_jax.nha_attention`.
         initializer_range: standard deviation of the embedding and the projections at the start.
+        mup_base_width: the hidden_size at which learning rate and initializer_range were chosen:
+            both are carried over to this one by the maximal-update parametrisation (`nha_jax.mup`);
+            None for the standard parametrisation.
         dtype: dtype of the computation; norms, softmax, decays and logits are float32 in any case.
         param_dtype: dtype of the parameters.
         remat: what the backward pass computes again rather than keep, block by block: "none";
@@ -108,6 +112,7 @@ class ModelConfig(LayerFields):
     slot_feature_map: SlotFeatureMap = "identity"
     empty_slots: EmptySlots = "attend"
     initializer_range: float = 0.02
+    mup_base_width: int | None = None
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     remat: Remat = "full"
@@ -129,6 +134,8 @@ class ModelConfig(LayerFields):
             object.__setattr__(self, "window_size", tuple(map(plain, self.window_size)))
         self._check_window_size()
         self._check_truth("tie_embeddings")
+        if self.mup_base_width is not None:
+            self._check_integer("mup_base_width", minimum=1)
         self._check_choice("remat", get_args(Remat))
         self._build("experts", Experts)
 
@@ -169,6 +176,11 @@ class ModelConfig(LayerFields):
         raise AssertionError("unreachable: the whole of `windows` is a pattern of itself")
 
     @property
+    def width_ratio(self) -> float:
+        """hidden_size / mup_base_width, by which `nha_jax.mup` scales; 1 without the latter."""
+        return self.hidden_size / (self.mup_base_width or self.hidden_size)
+
+    @property
     def layer(self) -> LayerConfig:
         """What an attention layer of the model is made of, with the window of the first one.
 
@@ -176,9 +188,15 @@ class ModelConfig(LayerFields):
         """
         names = {field.name for field in dataclasses.fields(LayerConfig)}
         shared = {name: value for name, value in vars(self).items() if name in names}
-        return LayerConfig(
-            **shared | {"num_heads": self.num_query_heads, "window_size": self.windows[0]}
-        )
+        own = {
+            "num_heads": self.num_query_heads,
+            "window_size": self.windows[0],
+            "initializer_range": self.initializer_range_of("embed", "heads"),
+        }
+        return LayerConfig(**shared | own)
+
+    def initializer_range_of(self, *axes: str) -> float:
+        return self.initializer_range * initial_factor(self.width_ratio, axes)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> Self:

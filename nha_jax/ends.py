@@ -39,7 +39,12 @@ class Ends(nnx.Module):
 
     @with_auto_axes(logits_specs)
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32."""
+        """Applies the head: [..., hidden_size], as `hidden_states` -> [..., vocab_size] float32.
+
+        With config.mup_base_width they are 1 / config.width_ratio of the head's.
+        """
+        if self.config.width_ratio != 1:
+            hidden = hidden / self.config.width_ratio
         if not self.config.tie_embeddings:
             return self.head(hidden)
         dtype = jnp.dtype(self.config.dtype)

@@ -47,6 +47,10 @@ class LayerFields:
     implementation: str | None
     kernel_options: KernelOptions | None
 
+    def initializer_range_of(self, *axes: str) -> float:
+        """Returns the standard deviation that a matrix with these logical axes starts with."""
+        return self.initializer_range
+
     def _check_layer(self) -> None:
         """Fills in what follows from other fields; raises ValueError for the first wrong one."""
         for field in ("hidden_size", self._query_heads):

@@ -24,7 +24,7 @@ from nha_jax.layers.layer_stack import (
     scan_blocks,
     stacked_blocks,
 )
-from nha_jax.layers.parameters import linear, partitioned, rms_norm
+from nha_jax.layers.parameters import linear, normal, rms_norm
 from nha_jax.ops import SlotWeightGradient
 from nha_jax.ops.mesh.division import shard_tokens
 from nha_jax.ops.mesh.explicit import with_auto_axes
@@ -55,8 +55,8 @@ class Model(Decoder):
         """Makes a model with random parameters, in config.param_dtype, on the default device.
 
         The embedding and the projections are normal with the standard deviation
-        config.initializer_range, norms are 1, biases 0, and the taps of the convolutions uniform
-        within +-1/sqrt(conv_width).
+        config.initializer_range, which config.mup_base_width changes by the place of each; norms
+        are 1, biases 0, and the taps of the convolutions uniform within +-1/sqrt(conv_width).
 
         Args:
             config: sizes, windows and dtypes; it has checked them itself.
@@ -72,9 +72,7 @@ class Model(Decoder):
             config.vocab_size,
             config.hidden_size,
             param_dtype=jnp.dtype(config.param_dtype),
-            embedding_init=partitioned(
-                jax.nn.initializers.normal(config.initializer_range), "vocab", "embed"
-            ),
+            embedding_init=normal(config, "vocab", "embed"),
             rngs=rngs,
         )
         self.blocks = stacked_blocks(config, rngs)

@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
 
-from nha_jax import muon_dimension_numbers
+from nha_jax import muon_dimension_numbers, scale_by_mup
 from nha_jax.layers.parameters import logical_axes
 
 ENTRY_POINTS = "nha_jax.optimizers"
@@ -26,20 +26,30 @@ class Job:
         learning_rate: the schedule, update -> learning rate.
         weight_decay: the decay of matrices, decoupled from the gradient.
         parameters: nnx state of the trained parameters, whose variables name their axes.
+        width_ratio: by how much the model is wider than the one that learning_rate is of, as
+            `ModelConfig.width_ratio`.
     """
 
     learning_rate: optax.Schedule
     weight_decay: float
     parameters: nnx.State
+    width_ratio: float = 1.0
 
-    def follow(self, direction: optax.GradientTransformation) -> optax.GradientTransformation:
+    def follow(
+        self, direction: optax.GradientTransformation, *, orthogonal: bool = False
+    ) -> optax.GradientTransformation:
         """Makes the step from a direction: minus learning_rate * (direction + weight_decay * x).
 
-        Only matrices decay, not biases and norms.
+        Only matrices decay, not biases and norms. In a wider model the direction's part is smaller,
+        as `nha_jax.mup` says of directions whose entries are as large as Adam's.
 
         Args:
             direction: gradient -> direction of ascent.
+            orthogonal: whether it is Muon's in the matrices of the layers.
         """
+        if self.width_ratio != 1:
+            scale = scale_by_mup(self.parameters, self.width_ratio, orthogonal=orthogonal)
+            direction = optax.chain(direction, scale)
         is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
         decayed = list(map(_is_matrix, jax.tree.leaves(self.parameters, is_leaf=is_variable)))
         # A function, as the optimizer itself sees bare arrays.
@@ -141,7 +151,8 @@ def _muon(
             adam_b2=beta2,
             muon_weight_dimension_numbers=muon_dimension_numbers(job.parameters),
             consistent_rms=_RMS_OF_ADAMW,
-        )
+        ),
+        orthogonal=True,
     )
 
 

@@ -106,7 +106,23 @@ def save_pretrained(
 def plan_export(
     config: ModelConfig, files: Mapping[str, bytes], format: Format | None = None
 ) -> Export:
-    """Plans what `save_pretrained` writes; the same arguments, errors and notices."""
+    """Plans what `save_pretrained` writes; the same arguments, errors and notices.
+
+    No other format divides logits by a width: the final norm's scale takes over what
+    `ModelConfig.mup_base_width` does to them.
+    """
+    export = _plan(dataclasses.replace(config, mup_base_width=None), files, format)
+    entries = (
+        dataclasses.replace(entry, factor=1 / config.width_ratio)
+        if entry.name == "norm.scale"
+        else entry
+        for entry in export.entries
+    )
+    return export._replace(entries=tuple(entries))
+
+
+def _plan(config: ModelConfig, files: Mapping[str, bytes], format: Format | None) -> Export:
+    """Plans an export of a model whose logits are the head's."""
     original = _original(files)
     hybrid = set(config.windows) != {None}
     if config.output_norm or config.value_activation != "identity":

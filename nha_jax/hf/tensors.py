@@ -34,6 +34,7 @@ class Entry:
         transposed: the matrix is [in, out] in ours and [out, in] in theirs.
         filters: the convolution's kernel is [width, channels] in ours and [channels, 1, width] in
             theirs.
+        factor: what multiplies ours where theirs is written; an entry that is read has 1.
         averaged: how many neighbouring rows of theirs are averaged into one column of ours; 1: the
             numbers are the same, and the entry can be written too.
     """
@@ -42,6 +43,7 @@ class Entry:
     template: str
     transposed: bool = False
     filters: bool = False
+    factor: float = 1.0
     averaged: int = 1
 
     @property
@@ -107,6 +109,8 @@ class Entry:
         The entry must not be averaged.
         """
         assert self.averaged == 1
+        if self.factor != 1:
+            parameter = (parameter.astype(np.float32) * self.factor).astype(parameter.dtype)
         if self.filters:
             return parameter.T[:, None]
         return parameter.T if self.transposed else parameter

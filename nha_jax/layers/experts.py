@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from nha_jax.config import ModelConfig
 from nha_jax.layers.grouped_matmul import grouped_dot
-from nha_jax.layers.parameters import partitioned
+from nha_jax.layers.parameters import normal
 from nha_jax.ops.mesh.division import divide_over_mesh
 
 
@@ -38,9 +38,7 @@ class MixtureOfExperts(nnx.Module):
             dtype=jnp.float32,
             param_dtype=jnp.dtype(config.param_dtype),
             precision=jax.lax.Precision.HIGHEST,  # rounding would send tokens to other experts
-            kernel_init=partitioned(
-                jax.nn.initializers.normal(config.initializer_range), "embed", "experts"
-            ),
+            kernel_init=normal(config, "embed", "experts"),
             rngs=rngs,
         )
         hidden, inner = ("embed", config.hidden_size), ("mlp", experts.size)
@@ -102,8 +100,7 @@ class ExpertKernels(nnx.Module):
         rngs: nnx.Rngs,
     ):
         assert config.experts is not None
-        initializer = jax.nn.initializers.normal(config.initializer_range)
-        kernel = partitioned(initializer, "experts", inputs[0], outputs[0])(
+        kernel = normal(config, "experts", inputs[0], outputs[0])(
             rngs.params(),
             (config.experts.count, inputs[1], outputs[1]),
             jnp.dtype(config.param_dtype),

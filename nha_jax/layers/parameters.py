@@ -36,6 +36,11 @@ def partitioned(initializer: jax.nn.initializers.Initializer, *names: str):
     return nnx.with_partitioning(initializer, names, eager_sharding=False)
 
 
+def normal(config: LayerFields, *names: str):
+    """Makes the initializer of a matrix whose axes have these names; errors as `partitioned`."""
+    return partitioned(jax.nn.initializers.normal(config.initializer_range_of(*names)), *names)
+
+
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The logical names of a variable's axes, e.g. ("layers", "embed", "mlp"); () without any."""
     return tuple(variable.get_metadata().get("out_sharding") or ())
@@ -68,7 +73,7 @@ def linear(
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.param_dtype),
         preferred_element_type=preferred_element_type,
-        kernel_init=partitioned(jax.nn.initializers.normal(config.initializer_range), *names),
+        kernel_init=normal(config, *names),
         bias_init=partitioned(jax.nn.initializers.zeros, names[1]),
         rngs=rngs,
     )

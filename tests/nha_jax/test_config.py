@@ -105,6 +105,8 @@ def _fields(value: object) -> str:
         ({"hidden_size": np.float32(96)}, "hidden_size=96.0 must be an integer"),
         ({"num_layers": 2**17}, "num_layers=131072 must be at most 65536"),
         ({"num_slots": np.nan}, "num_slots=nan must be an integer"),
+        ({"mup_base_width": 0}, "mup_base_width=0 must be an integer of at least 1"),
+        ({"mup_base_width": 48.0}, "mup_base_width=48.0 must be an integer"),
         ({"mlp_size": np.int64(2**40)}, "mlp_size=1099511627776 must be"),
         ({"key_dim": np.bool_(True)}, "key_dim=True must be an integer"),
         ({"window_size": 2**64}, "window_size=18446744073709551616 must be .* at most 2147483647"),

@@ -39,6 +39,8 @@ MISTAKES = [
     (["--model.window_size=-1"], ["model.window_size=-1", "at least 0"]),
     (["--model.window_size=[16, wide]"], ['model.window_size = [16, "wide"]', "null"]),
     (["--model.vocab_size=256"], ["model.vocab_size = 256", "257"]),
+    (["--model.mup_base_width=0"], ["model.mup_base_width=0", "at least 1"]),
+    (["--model.mup_base_width=wide"], ['model.mup_base_width = "wide"', "an integer or null"]),
     (["--model.dtype=float16"], ['model.dtype = "float16"', "bfloat16, float32"]),
     (["--model={preset: nha-9b}"], ['model.preset = "nha-9b"', "nha-340m"]),
     (["--model.kernel_options.pallas_tpu.chunks=8"], ["'pallas_tpu'] has no 'chunks'", "chunk"]),

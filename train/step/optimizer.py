@@ -45,7 +45,10 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def make_optimizer(
-    config: OptimizerConfig, learning_rate: optax.Schedule, parameters: nnx.State
+    config: OptimizerConfig,
+    learning_rate: optax.Schedule,
+    parameters: nnx.State,
+    width_ratio: float = 1.0,
 ) -> optax.GradientTransformation:
     """Makes the optimizer that the configuration names, behind clipping, and the average after it.
 
@@ -54,9 +57,10 @@ def make_optimizer(
         learning_rate: step -> learning rate.
         parameters: nnx state whose variables name their axes: by these, not by the bare arrays
             that the optimizer will see, parameters are told apart.
+        width_ratio: of the model, as `ModelConfig.width_ratio`.
     """
     optimizer = find_optimizer(config.name)
-    job = Job(learning_rate, config.weight_decay, parameters)
+    job = Job(learning_rate, config.weight_decay, parameters, width_ratio)
     keys = {name: getattr(config, name) for name in optimizer.defaults if name != "schedule"}
     parts = [optimizer.build(job, **keys)]
     if config.clip_norm is not None:

@@ -227,7 +227,9 @@ class TrainingFunctions:
         model = nha_jax.Model(self._config.model, rngs=nnx.Rngs(self._config.seed))
         trained, frozen = self._split(nnx.state(model))
         nnx.update(model, jax.tree.map(lambda x: x.astype(self._frozen_dtype), frozen))
-        transform = make_optimizer(self._config.optimizer, self.learning_rate, trained)
+        transform = make_optimizer(
+            self._config.optimizer, self.learning_rate, trained, self._config.model.width_ratio
+        )
         return model, NamedOptimizer(model, transform, wrt=self._trainable)
 
     def _choose_function(self, state: TrainState, choose: Callable[[Any, Any], Any]) -> Any:

@@ -200,6 +200,28 @@ def test_a_model_trained_here_travels(tmp_path: Path, overrides: dict[str, Any])
     chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))
 
 
+def test_logits_of_a_wider_model_travel_in_the_last_norm(tmp_path: Path) -> None:
+    config = nha_jax.ModelConfig.preset(
+        "nha-tiny",
+        num_layers=1,
+        hidden_size=24,
+        conv_width=0,
+        window_size=8,
+        mup_base_width=8,
+        dtype="float32",
+    )
+    model = nha_jax.Model(config, rngs=nnx.Rngs(0))
+    nha_jax.save_pretrained(tmp_path / "out", model)
+    again = from_pretrained(tmp_path / "out", dtype="float32")
+    assert again.config == dataclasses.replace(config, mup_base_width=None)
+    stream = np.linspace(-1, 1, 48, dtype=np.float32).reshape(1, 2, 24)
+    expected, found = (each.logits(each.norm(stream)) for each in (model, again))
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+    again.norm.scale[...] = model.norm.scale[...]
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))
+
+
 def test_shards_are_as_large_as_they_may_be(tmp_path: Path) -> None:
     original = open_pretrained(FIXTURES / "llama-2", num_slots=8)
     export(original, tmp_path / "out", shard_bytes=20_000)

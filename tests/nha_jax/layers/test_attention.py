@@ -66,7 +66,10 @@ def test_every_option_of_a_models_layers_is_an_argument():
     of_the_model = {
         field.name: field.default for field in dataclasses.fields(ModelConfig)
     }  # and of no layer:
-    for name in ("vocab_size", "num_layers", "mlp_size", "experts", "tie_embeddings", "remat"):
+    for name in (
+        *("vocab_size", "num_layers", "mlp_size", "experts", "tie_embeddings", "mup_base_width"),
+        "remat",
+    ):
         del of_the_model[name]
     of_the_model["num_heads"] = of_the_model.pop("num_query_heads")
     assert of_the_model.pop("dtype") == "bfloat16"

@@ -92,10 +92,12 @@ def steps(transformation: optax.GradientTransformation, count: int = 3) -> list[
 
 
 @functools.cache
-def first_updates(name: str) -> tuple[nnx.State, nnx.State]:
+def first_updates(name: str, width_ratio: float = 1.0) -> tuple[nnx.State, nnx.State]:
     """How far the first step moves parameters that are 0, which cannot decay, and others."""
     config = OptimizerConfig(name=name, weight_decay=0.5, clip_norm=None)
-    transformation = make_optimizer(config, optax.constant_schedule(1.0), some(parameters()))
+    transformation = make_optimizer(
+        config, optax.constant_schedule(1.0), some(parameters()), width_ratio
+    )
     gradients = random_arrays(1)
     update = jax.jit(lambda x: transformation.update(gradients, transformation.init(x), x)[0])
     return update(jax.tree.map(np.zeros_like, gradients)), update(random_arrays(0))
@@ -129,6 +131,27 @@ def test_every_optimizer_moves_every_parameter_and_decays_matrices_alone(name: s
     expected["blocks"]["attention_norm"]["scale"] = np.zeros((2, 128))
     difference = jax.tree.map(np.subtract, decayed, plain)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), difference, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"),
+    [
+        ("adamw", 1 / 16),
+        pytest.param("muon", 1 / 4, marks=pytest.mark.slow),
+        *(
+            pytest.param(name, 1 / 16, marks=pytest.mark.slow)
+            for name in ("adafactor", "lion", "schedule_free_adamw")
+        ),
+    ],
+)
+def test_matrices_of_a_wider_model_step_less_and_decay_as_much(name: str, factor: float) -> None:
+    expected, whole = (jax.tree.map(np.array, each) for each in first_updates(name))
+    decay = jax.tree.map(np.subtract, whole, expected)
+    expected["blocks"]["attention"]["q_proj"]["kernel"] *= factor
+    plain, decayed = first_updates(name, 16.0)
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)  # noqa: E731
+    jax.tree.map(close, plain, expected)
+    jax.tree.map(close, jax.tree.map(np.subtract, decayed, plain), decay)
 
 
 def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adamw_mostly_is() -> None:
