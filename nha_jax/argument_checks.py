@@ -44,7 +44,7 @@ def check_segments_and_positions(
 
 def default_positions(num_tokens: int, segment_ids: jax.Array | None) -> jax.Array:
     """Counts each token's distance from the first of its segment: [T], or [B, T] with segments."""
-    index = jnp.arange(num_tokens)
+    index = jnp.arange(num_tokens, dtype=jnp.int32)
     if segment_ids is None:
         return index
     index = index[None]
@@ -130,7 +130,7 @@ def after_unknown(known: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         [B, T] bool.
     """
     num_tokens = known.shape[1]
-    index = jnp.arange(num_tokens)[None]
+    index = jnp.arange(num_tokens, dtype=jnp.int32)[None]
     unknown = ~known if segment_ids is None else ~known & (segment_ids != 0)
     last_unknown = jax.lax.cummax(jnp.where(unknown, index, -1), axis=1)
     first = index - jnp.atleast_2d(default_positions(num_tokens, segment_ids))

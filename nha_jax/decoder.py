@@ -120,7 +120,7 @@ class Decoder(Ends):
     ) -> tuple[jax.Array, ModelCache]:
         """Does what `prefill` does, of checked arguments."""
         batch_size, num_tokens = tokens.shape
-        positions = jnp.arange(num_tokens)
+        positions = jnp.arange(num_tokens, dtype=jnp.int32)
         if row_lengths is not None:
             known |= positions[None] >= row_lengths[:, None]  # or not read
         rope = self._rope(positions if cache is None else cache.length[:, None] + positions[None])

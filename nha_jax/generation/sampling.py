@@ -188,14 +188,14 @@ def draw(
     if stages.ranking:
         scores = _ranked(adjusted, scores, rows)
     tokens = jnp.where(rows.temperature == 0, greedy, scores.argmax(axis=-1)).astype(jnp.int32)
-    batch = jnp.arange(logits.shape[0])
+    batch = jnp.arange(logits.shape[0], dtype=jnp.int32)
     rows = rows._replace(drawn=rows.drawn + 1, seen=rows.seen.at[batch, tokens].set(True))
     return tokens, log_probability[batch, tokens], rows
 
 
 def is_stop(tokens: jax.Array, rows: RowSampling) -> jax.Array:
     """Whether the tokens [B] are stop tokens of their rows: [B] bool."""
-    return rows.stops[jnp.arange(tokens.shape[0]), tokens]
+    return rows.stops[jnp.arange(tokens.shape[0], dtype=jnp.int32), tokens]
 
 
 def _key(seed: int) -> jax.Array:
@@ -207,7 +207,7 @@ def _key(seed: int) -> jax.Array:
 
 def _noise(key: jax.Array, drawn: jax.Array, vocab_size: int) -> jax.Array:
     """Makes Gumbel noise: the token of the largest logit + noise is a draw from the softmax."""
-    return jax.random.gumbel(jax.random.fold_in(key, drawn), (vocab_size,))
+    return jax.random.gumbel(jax.random.fold_in(key, drawn), (vocab_size,), jnp.float32)
 
 
 def _penalised(logits: jax.Array, rows: RowSampling) -> jax.Array:
@@ -220,13 +220,13 @@ def _penalised(logits: jax.Array, rows: RowSampling) -> jax.Array:
 def _ranked(logits: jax.Array, scores: jax.Array, rows: RowSampling) -> jax.Array:
     """Keeps the scores [B, vocab_size] of tokens within top_k and top_p; others get -inf."""
     ranked, candidates = jax.lax.top_k(logits, logits.shape[-1])
-    rank = jnp.arange(logits.shape[-1])[None]
+    rank = jnp.arange(logits.shape[-1], dtype=jnp.int32)[None]
     ranked = jnp.where(rank < rows.top_k[:, None], ranked, -jnp.inf)
     probability = jax.nn.softmax(ranked, axis=-1)
     likelier = probability.cumsum(axis=-1) - probability  # the mass of more likely tokens
     # The most likely token stays even if rounding leaves none below top_p; with 1, all stay.
     top_p = jnp.where(rows.top_p < 1, rows.top_p, jnp.inf)
     keep = ((likelier < top_p[:, None]) | (rank == 0)) & jnp.isfinite(ranked)
-    batch = jnp.arange(logits.shape[0])[:, None]
+    batch = jnp.arange(logits.shape[0], dtype=jnp.int32)[:, None]
     kept = jnp.zeros(logits.shape, bool).at[batch, candidates].set(keep)
     return jnp.where(kept, scores, -jnp.inf)

@@ -335,7 +335,7 @@ class NHAttention(AttentionCore):
     ) -> tuple[jax.Array, LayerCache]:
         """Does what `prefill` does, of checked arguments."""
         if lengths is not None:
-            real = jnp.arange(inputs.shape[1])[None] < lengths[:, None]
+            real = jnp.arange(inputs.shape[1], dtype=jnp.int32)[None] < lengths[:, None]
             inputs = clear_padding(real.astype(jnp.int32), inputs)
         return self.forward_prompt(
             inputs,
@@ -383,7 +383,7 @@ class NHAttention(AttentionCore):
             before = cache.attention.length
             check_cache(before.shape[0], max_length, inputs.shape[0], "inputs")
             if positions is None:
-                positions = before[:, None] + jnp.arange(inputs.shape[1])[None]
+                positions = before[:, None] + jnp.arange(inputs.shape[1], dtype=jnp.int32)[None]
         segment_ids, positions = check_segments_and_positions(
             inputs.shape[:2], segment_ids, positions
         )

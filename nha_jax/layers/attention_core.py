@@ -168,7 +168,8 @@ class AttentionCore(nnx.Module):
         if lengths is None:
             lengths = jnp.full(batch_size, num_tokens, jnp.int32)
         else:
-            segment_ids = (jnp.arange(num_tokens)[None] < lengths[:, None]).astype(jnp.int32)
+            real = jnp.arange(num_tokens, dtype=jnp.int32)[None] < lengths[:, None]
+            segment_ids = real.astype(jnp.int32)
         projections = self._projections(inputs)
         convolution = None
         taps: tuple[jax.Array | None, ...] = (None,) * 3

@@ -95,7 +95,8 @@ class ShortConvolution(nnx.Module):
         if state is not None:
             inputs = jnp.concatenate([state, inputs], axis=1)
             lengths = lengths + self.width - 1
-        index = lengths[:, None] + jnp.arange(1 - self.width, 0)[None]  # [B, width - 1]
+        before = jnp.arange(1 - self.width, 0, dtype=jnp.int32)
+        index = lengths[:, None] + before[None]  # [B, width - 1]
         taps = jnp.take_along_axis(inputs, jnp.maximum(index, 0)[..., None], axis=1)
         return jnp.where((index >= 0)[..., None], taps, 0)
 

@@ -138,7 +138,8 @@ def _mix(
     expert = chosen.reshape(-1)  # [B * T * per_token], of each pair
     order = jnp.argsort(expert)
     rank = jnp.argsort(order)  # of each pair among the sorted ones
-    sizes = jnp.sum(expert[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32)
+    numbers = jnp.arange(num_experts, dtype=jnp.int32)
+    sizes = jnp.sum(expert[:, None] == numbers[None], axis=0, dtype=jnp.int32)
     rows = _send(inputs.reshape(-1, inputs.shape[-1]), order, rank)
     inner = jax.nn.silu(grouped_dot(rows, gate, sizes)) * grouped_dot(rows, up, sizes)
     parts = _send(grouped_dot(inner, down, sizes), rank, order)

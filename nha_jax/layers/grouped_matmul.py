@@ -109,7 +109,7 @@ def _outer(rows: jax.Array, d_out: jax.Array, sizes: jax.Array) -> jax.Array:
     left, right = (jnp.pad(x, ((0, block_rows), (0, 0))) for x in (rows, d_out))
 
     def add(block: _RowBlock, total: jax.Array) -> jax.Array:
-        own = block.start + jnp.arange(block_rows) < block.end
+        own = block.start + jnp.arange(block_rows, dtype=jnp.int32) < block.end
         left_rows, right_rows = (
             jnp.where(own[:, None], lax.dynamic_slice_in_dim(x, block.start, block_rows), 0)
             for x in (left, right)
@@ -147,7 +147,7 @@ def _for_blocks(
     ends = jnp.cumsum(sizes)
     counts = -(-sizes // block_rows)
     ends_of_blocks = jnp.cumsum(counts)  # of each group, the number of the block after its last
-    numbers = jnp.arange(min(num_rows, num_rows // block_rows + len(sizes)))
+    numbers = jnp.arange(min(num_rows, num_rows // block_rows + len(sizes)), dtype=jnp.int32)
     groups = jnp.searchsorted(ends_of_blocks, numbers, side="right").clip(max=len(sizes) - 1)
     starts = (ends - sizes)[groups] + (numbers - (ends_of_blocks - counts)[groups]) * block_rows
 

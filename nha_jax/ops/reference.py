@@ -122,7 +122,7 @@ def _step(values: jax.Array, options: Options) -> Callable[..., Any]:
 
 def _in_window(timeline: Timeline) -> jax.Array:
     """[T, B, R + T] bool: the rows of its segment in each query's window."""
-    index = jnp.arange(timeline.num_rows)
+    index = jnp.arange(timeline.num_rows, dtype=jnp.int32)
     row, now = index[None], index[:, None]
     inside = row <= now
     if timeline.window_size is not None:

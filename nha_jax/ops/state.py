@@ -66,7 +66,8 @@ class NHAState(NamedTuple):
 
         What no token has written yet, slots and ring entries, is 0 there, whatever it holds.
         """
-        real = jnp.arange(self.capacity)[None] >= self.capacity - self.length[:, None]
+        row = jnp.arange(self.capacity, dtype=jnp.int32)[None]
+        real = row >= self.capacity - self.length[:, None]
         entered = (self.length > self.capacity)[:, None, None, None]
 
         def unroll(ring: jax.Array) -> jax.Array:
@@ -185,5 +186,5 @@ def rotate_rows(x: jax.Array, shift: jax.Array) -> jax.Array:
     R = x.shape[1]
     if R == 0:
         return x
-    source = (jnp.arange(R)[None] - shift[:, None]) % R  # [B, R]
+    source = (jnp.arange(R, dtype=jnp.int32)[None] - shift[:, None]) % R  # [B, R]
     return jnp.take_along_axis(x, source.reshape(*source.shape, *(1,) * (x.ndim - 2)), axis=1)

@@ -76,7 +76,7 @@ class Timeline:
     @property
     def last(self) -> jax.Array:
         """[B] int32, the index in the call of the last real token; -1 if there is none."""
-        index = jnp.arange(self.num_tokens)
+        index = jnp.arange(self.num_tokens, dtype=jnp.int32)
         return jnp.max(jnp.where(self.query_real, index, -1), axis=1)
 
     @property
@@ -88,7 +88,8 @@ class Timeline:
     @property
     def enters(self) -> jax.Array:
         """[B, R + T] bool, whether a row's token enters the slots during the call."""
-        return self.real & (jnp.arange(self.num_rows)[None] <= self.last_to_enter[:, None])
+        row = jnp.arange(self.num_rows, dtype=jnp.int32)[None]
+        return self.real & (row <= self.last_to_enter[:, None])
 
     @property
     def reads_own_slots(self) -> jax.Array:
@@ -105,7 +106,7 @@ class Timeline:
         stay that token's.
         """
         last = self.last_to_enter[:, None]
-        turn = first + jnp.arange(count)[None]
+        turn = first + jnp.arange(count, dtype=jnp.int32)[None]
         now = at_offset(self.segment, first, count, outside=0)
         return jnp.where(turn > last, self._segment_at(last), now)
 
@@ -199,7 +200,7 @@ def next_state(
 
     def ring(x):  # the capacity rows that end with the last real token, at their ring entries
         padded = jnp.pad(x, ((0, 0), (capacity - R, 0), (0, 0), (0, 0)))
-        rows = last[:, None] + 1 + jnp.arange(capacity)[None]
+        rows = last[:, None] + 1 + jnp.arange(capacity, dtype=jnp.int32)[None]
         return rotate_rows(jnp.take_along_axis(padded, rows[:, :, None, None], 1), length)
 
     tokens = timeline.tokens

@@ -22,11 +22,18 @@ def strict() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=[False, True], ids=["x32", "x64"])
+def bits(request: pytest.FixtureRequest) -> Iterator[None]:
+    with jax.enable_x64(request.param):
+        yield
+
+
+@pytest.mark.usefixtures("bits")
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("window_size", [4, None])
 def test_the_operator_in_bfloat16(implementation: str, window_size: int | None) -> None:
     query, key = jnp.zeros((2, 40, 4, 8), "bfloat16"), jnp.zeros((2, 40, 2, 8), "bfloat16")
-    log_decay, rope = jnp.zeros((2, 40, 2, 4)), rope_tables(jnp.arange(40), 8)
+    log_decay, rope = jnp.zeros((2, 40, 2, 4), "float32"), rope_tables(jnp.arange(40), 8)
 
     def loss(*arrays: jax.Array) -> jax.Array:
         found = nha_attention(
@@ -62,6 +69,7 @@ def test_the_operator_in_bfloat16(implementation: str, window_size: int | None) 
     assert out.dtype == "bfloat16"
 
 
+@pytest.mark.usefixtures("bits")
 @pytest.mark.parametrize("overrides", [{"conv_width": 4}, CONVERTED], ids=["own", "converted"])
 def test_the_model_in_bfloat16(overrides: dict) -> None:
     config = tiny_config(**overrides, dtype="bfloat16", implementation="xla")
@@ -81,10 +89,20 @@ def test_the_model_in_bfloat16(overrides: dict) -> None:
 
 
 def test_drawing_tokens() -> None:
-    options = SamplingOptions(top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
-    rows = RowSampling.of([options], [np.array([1, 2])], 40)
-    found = jax.eval_shape(lambda x: draw(x, rows, Stages(True, True)), jnp.zeros((1, 40)))
-    assert found[0].dtype == "int32"
+    options = SamplingOptions(top_k=30, top_p=0.9, min_p=0.01, repetition_penalty=1.2, seed=5)
+    logits = jax.random.normal(jax.random.key(0), (1, 40), "float32")
+    drawn = []
+    for wide in (False, True):
+        with jax.enable_x64(wide):
+            rows = RowSampling.of([options], [np.array([1, 2])], 40)
+            tokens = []
+            for _ in range(8):
+                token, log_probability, rows = draw(logits, rows, Stages(True, True))
+                assert (token.dtype, log_probability.dtype) == ("int32", "float32")
+                tokens.append(int(token[0]))
+        drawn.append(tokens)
+    assert drawn[0] == drawn[1]  # 64 bits draw the same text
+    assert len(set(drawn[0])) > 2
 
 
 @pytest.mark.slow

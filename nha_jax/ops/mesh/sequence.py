@@ -59,7 +59,7 @@ class Devices:
         place = lax.axis_index(self.axes)
         # In the order that ends with this device's part; those that come after it go first.
         parts = jnp.roll(parts, self.count - 1 - place, axis=0)[:-1]
-        exists = jnp.arange(self.count - 1) >= self.count - 1 - place
+        exists = jnp.arange(self.count - 1, dtype=jnp.int32) >= self.count - 1 - place
         parts = jnp.where(exists.reshape(-1, *(1,) * x.ndim), parts, 0)
         return jnp.moveaxis(parts, 0, 1).reshape(x.shape[0], -1, *x.shape[2:])
 

@@ -194,7 +194,8 @@ def _scan(
         out, weight, after = _step(plan, options, now, seen, rows, slots, segments)
         return after, (out, weight, slots)
 
-    after, (out, weight, starts) = lax.scan(step, slots, (jnp.arange(plan.steps), rows, segments))
+    index = jnp.arange(plan.steps, dtype=jnp.int32)
+    after, (out, weight, starts) = lax.scan(step, slots, (index, rows, segments))
     return out, weight, after, starts
 
 
@@ -249,7 +250,7 @@ def _scan_jvp(plan, options, primals, tangents):
     (d_after, _), (d_out, d_weight, d_starts) = lax.scan(
         step,
         (d_slots, d_before),
-        (jnp.arange(plan.steps), rows, starts, segments, d_own, d_rows),
+        (jnp.arange(plan.steps, dtype=jnp.int32), rows, starts, segments, d_own, d_rows),
     )
     return (out, weight, after, starts), (d_out, d_weight, d_after, d_starts)
 

@@ -26,7 +26,7 @@ def decode_xla(
     B, _, Hq, K = query.shape
     Hkv, M, W, R = token.key.shape[2], token.log_decay.shape[3], options.window_size, state.capacity
     dtype = token.log_decay.dtype
-    batch, entry = jnp.arange(B), state.length % max(R, 1)
+    batch, entry = jnp.arange(B, dtype=jnp.int32), state.length % max(R, 1)
     length = state.length + active.astype(jnp.int32)
     now = token.map(lambda x: x[:, 0])  # [B, Hkv, .]
     # Read before the rings are written, or XLA would keep a copy of them for it.
@@ -56,7 +56,7 @@ def decode_xla(
     if options.empty_slots == "mask":
         filled = (length > R) & (W is not None)
         a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
-    seen = jnp.arange(R)[None] < length[:, None]
+    seen = jnp.arange(R, dtype=jnp.int32)[None] < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
     p = jax.nn.softmax(jnp.concatenate([a, b], axis=-1), axis=-1)
     out = _window_sum(p[..., M:], ring.value, seen, dtype)
@@ -123,7 +123,8 @@ def _by_blocks(
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, R - size)
         cut = functools.partial(lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        new = start + jnp.arange(size) >= i * size  # the block before had the others
+        row = start + jnp.arange(size, dtype=jnp.int32)
+        new = row >= i * size  # the block before had the others
         part = multiply(cut(weights, axis=2), cut(values, axis=1), cut(seen, axis=1) & new[None])
         return total + part
 

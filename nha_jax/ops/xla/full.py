@@ -45,8 +45,8 @@ def full_attention(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def attend(read, x):
         (rotated_key, value, token_segment), (index, query, segment) = read, x
-        now = index * rows + jnp.arange(rows)[:, None] + num_rows - T
-        inside = jnp.arange(num_rows)[None] <= now  # [rows, R + T]
+        now = index * rows + jnp.arange(rows, dtype=jnp.int32)[:, None] + num_rows - T
+        inside = jnp.arange(num_rows, dtype=jnp.int32)[None] <= now  # [rows, R + T]
         mask = inside[None] & (token_segment == segment[..., None])
         logits = options.scale * jnp.einsum("bthgk,bnhk->bhgtn", query.astype(wide), rotated_key)
         logits = jnp.where(mask[:, None, None], logits, -jnp.inf)
@@ -68,7 +68,8 @@ def full_attention(
     queries = cut(rotated_query.reshape(B, T, Hkv, Hq // Hkv, K))
     segment = cut(timeline.row_segment[:, -T:])
     read = rotated_key, value, timeline.token_segment[:, None]  # the last [B, 1, R + T]
-    out, weight = lax.map(lambda x: attend(read, x), (jnp.arange(steps), queries, segment))
+    index = jnp.arange(steps, dtype=jnp.int32)
+    out, weight = lax.map(lambda x: attend(read, x), (index, queries, segment))
     # [steps, B, H, G, rows, ...] -> [B, T, Hq, ...]
     out = out.transpose(1, 0, 4, 2, 3, 5).reshape(B, steps * rows, Hq, -1)[:, :T]
     out = checkpoint_name(out, OUT)
