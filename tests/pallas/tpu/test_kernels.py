@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from nha_jax import testing
 from nha_jax.testing import Case, make_inputs
+from tests.nha_jax.ops.test_definition import check_sliding_window_attention
+from tests.nha_jax.ops.test_segments import check_padding
 from tests.support.ops.suite import SUITE, any_case, check
 
 # One of each kind that the kernels treat in their own way.
@@ -85,3 +87,11 @@ def test_gate_gradient_at_strong_decay(dtype):
 @settings(max_examples=25, deadline=None, derandomize=True)
 def test_any_shape_and_option(case, seed):
     check(case, "pallas_tpu", "float32", make_inputs(case, seed))
+
+
+def test_padding_is_zero_and_changes_nothing_whatever_it_holds():
+    check_padding("5", "pallas_tpu")
+
+
+def test_without_slots_is_sliding_window_attention():
+    check_sliding_window_attention("pallas_tpu")
