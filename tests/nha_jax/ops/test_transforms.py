@@ -148,7 +148,10 @@ def test_a_decode_step_has_every_derivative(window_size):
                 out, after = decode_step(
                     *token, before, window_size=window_size, implementation=implementation
                 )
-                return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(after.slot_key))
+                loss = jnp.sum(jnp.sin(out))
+                if window_size is None:  # no token enters the slots: what they hold means nothing
+                    return loss
+                return loss + jnp.sum(jnp.cos(after.slot_key))
 
             found = (
                 jax.jvp(loss, (x,), (d,)),
