@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nha_jax.generation.engine import Engine, Event
     from nha_jax.generation.generate import Generated, generate
     from nha_jax.generation.sampling import SamplingOptions
+    from nha_jax.generation.score import Score, score
     from nha_jax.hf.export import save_pretrained
     from nha_jax.hf.pretrained import from_pretrained
     from nha_jax.layers.attention import NHAttention
@@ -47,6 +48,7 @@ else:
             "NHAState": "nha_jax.ops.state",
             "NHAttention": "nha_jax.layers.attention",
             "SamplingOptions": "nha_jax.generation.sampling",
+            "Score": "nha_jax.generation.score",
             "Tokenizer": "nha_jax.tokenizer.interface",
             "UnstackedModel": "nha_jax.unstacked",
             "flops_per_token": "nha_jax.sizes",
@@ -60,6 +62,7 @@ else:
             "save": "nha_jax.storage.saved_model",
             "save_pretrained": "nha_jax.hf.export",
             "scale_by_mup": "nha_jax.mup_steps",
+            "score": "nha_jax.generation.score",
             "stack": "nha_jax.unstacked",
             "training_flops_per_token": "nha_jax.sizes",
             "unstack": "nha_jax.unstacked",
@@ -78,6 +81,7 @@ __all__ = [
     "NHAState",
     "NHAttention",
     "SamplingOptions",
+    "Score",
     "Tokenizer",
     "UnstackedModel",
     "flops_per_token",
@@ -91,6 +95,7 @@ __all__ = [
     "save",
     "save_pretrained",
     "scale_by_mup",
+    "score",
     "stack",
     "training_flops_per_token",
     "unstack",

@@ -21,7 +21,7 @@ from nha_jax.layers import Block, LayerCache
 from nha_jax.layers.layer_stack import block_of_layer, scan_blocks, stack_layers, unstack_layers
 from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.prompt_lengths import pad_rows, rounded_length, to_host
-from nha_jax.sharding import model_cache_specs, step_specs
+from nha_jax.sharding import model_cache_specs, scored_specs, step_specs
 
 
 class Decoder(Ends):
@@ -119,6 +119,25 @@ class Decoder(Ends):
         max_length: int | None,
     ) -> tuple[jax.Array, ModelCache]:
         """Does what `prefill` does, of checked arguments."""
+        hidden, after = self._read_chunk(tokens, known, row_lengths, cache, max_length)
+        read = after.length if cache is None else after.length - cache.length
+        last = jnp.maximum(read[:, None, None] - 1, 0)
+        hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
+        return self.logits(self.norm(hidden))[:, 0], after
+
+    def _read_chunk(
+        self,
+        tokens: jax.Array,
+        known: jax.Array,
+        row_lengths: jax.Array | None,
+        cache: ModelCache | None,
+        max_length: int | None,
+    ) -> tuple[jax.Array, ModelCache]:
+        """Runs the layers on the next tokens of each row; arguments as for `_prefill`.
+
+        Returns:
+            The last layer's output at all tokens, [B, T, hidden_size], and the cache after them.
+        """
         batch_size, num_tokens = tokens.shape
         positions = jnp.arange(num_tokens, dtype=jnp.int32)
         if row_lengths is not None:
@@ -155,11 +174,74 @@ class Decoder(Ends):
         )
         if row_lengths is None:
             row_lengths = jnp.full(batch_size, num_tokens, jnp.int32)
-        last = jnp.maximum(row_lengths[:, None, None] - 1, 0)
-        hidden = jnp.take_along_axis(hidden, last, axis=1)  # [B, T, hidden] -> [B, 1, hidden]
         length = row_lengths if cache is None else cache.length + row_lengths
         layers = unstack_layers(caches, self.config.num_layers // period)
-        return self.logits(self.norm(hidden))[:, 0], ModelCache(layers, length)
+        return hidden, ModelCache(layers, length)
+
+    @with_auto_axes(scored_specs)
+    def score_tokens(
+        self,
+        tokens: jax.typing.ArrayLike,
+        targets: jax.typing.ArrayLike,
+        cache: ModelCache,
+        *,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, ModelCache]:
+        """Reads the next tokens of each row, and says how likely the model found given targets.
+
+        `nha_jax.score` calls it chunk by chunk. The logits are computed for a few tokens at a time
+        and never stored for all of them.
+
+        Args:
+            tokens: [B, T] integers in [0, vocab_size); the first lengths[b] of row b are read.
+            targets: [B, T] integers in [0, vocab_size), the token after each.
+            cache: of the tokens before, as `init_cache`, `prefill` or this method returned it.
+            lengths: [B] int32 in [0, T].
+
+        Returns:
+            The targets' natural log-probabilities, [B, T] float32; whether each is the likeliest
+            token, [B, T] bool, both without a meaning past a row's length; and the cache after the
+            tokens.
+
+        Raises:
+            ValueError, TypeError: an argument has a wrong shape or dtype.
+        """
+        ids, known = check_tokens("tokens", tokens, self.config.vocab_size)
+        targets, known_targets = check_tokens("targets", targets, self.config.vocab_size)
+        for name, array in {"tokens": ids, "targets": targets}.items():
+            if array.ndim != 2 or array.shape != ids.shape or not ids.shape[1]:
+                raise ValueError(
+                    f"{name} must be [batch, time], time >= 1, both alike; got shapes "
+                    f"{ids.shape} and {targets.shape}"
+                )
+        check_cache(cache.length.shape[0], None, ids.shape[0])
+        return self._score_tokens(ids, known, targets, known_targets, cache, lengths)
+
+    @compiled()
+    def _score_tokens(
+        self,
+        tokens: jax.Array,
+        known: jax.Array,
+        targets: jax.Array,
+        known_targets: jax.Array,
+        cache: ModelCache,
+        lengths: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, ModelCache]:
+        """Does what `score_tokens` does, of checked arguments."""
+        hidden, after = self._read_chunk(tokens, known, lengths, cache, None)
+        hidden = self.norm(hidden)
+
+        def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logits = self.logits(hidden)
+            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            # A difference of two float32 numbers of about the same size: no digit is lost.
+            return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+
+        log_probability, greedy = jax.lax.map(
+            lambda x: score(*x), (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)), batch_size=16
+        )
+        log_probability = jnp.where(known_targets, log_probability.swapaxes(0, 1), jnp.nan)
+        return log_probability, greedy.swapaxes(0, 1), after
 
     @with_auto_axes(step_specs)
     def decode_step(

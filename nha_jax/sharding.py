@@ -94,3 +94,11 @@ def step_specs(result: tuple[jax.Array, ModelCache], model: Any, *_: Any, **__: 
     """Says the same of what prefill and decode steps return: logits and cache."""
     logits, cache = result
     return logits_specs(logits), model_cache_specs(cache, model)
+
+
+def scored_specs(
+    result: tuple[jax.Array, jax.Array, ModelCache], model: Any, *_: Any, **__: Any
+) -> Any:
+    """Says the same of what `score_tokens` returns: log-probabilities, what is likeliest, cache."""
+    log_probability, greedy, cache = result
+    return tokens_spec(log_probability), tokens_spec(greedy), model_cache_specs(cache, model)
