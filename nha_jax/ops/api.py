@@ -60,6 +60,7 @@ def nha_attention(
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     slot_feature_map: SlotFeatureMap = "identity",
+    slot_delay: int | None = None,
     empty_slots: EmptySlots = "attend",
     initial_state: NHAState | None = None,
     return_state: Literal[False] = False,
@@ -82,6 +83,7 @@ def nha_attention(
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     slot_feature_map: SlotFeatureMap = "identity",
+    slot_delay: int | None = None,
     empty_slots: EmptySlots = "attend",
     initial_state: NHAState | None = None,
     return_state: bool = False,
@@ -105,6 +107,7 @@ def nha_attention(
     scale=None,
     segment_ids=None,
     slot_feature_map="identity",
+    slot_delay=None,
     empty_slots="attend",
     initial_state=None,
     return_state=False,
@@ -141,6 +144,9 @@ def nha_attention(
         nothing, and has gradients of 0. What is real must be finite: NaN in one segment may reach
         the others of its row.
       slot_feature_map: "identity", "silu" or "relu", of queries and keys in the slot branch.
+      slot_delay: how many steps after its own a token enters the slots: j = t - slot_delay above,
+        from 0 to window_size. Below window_size it is then read through both, slots and window;
+        the kernels do not serve that. None: window_size.
       empty_slots: before the first token entered the slots, "attend" reads them as zeros (as
         published), "mask" leaves them out of the softmax.
       initial_state: the `NHAState` an earlier call returned. Its segment goes on if the call's
@@ -176,6 +182,7 @@ def nha_attention(
         window_size=int(window_size) if _is_integer(window_size) else window_size,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         slot_feature_map=slot_feature_map,
+        slot_delay=slot_delay,
         empty_slots=empty_slots,
         return_state=return_state,
         return_slot_weight=return_slot_weight,
@@ -308,6 +315,7 @@ def decode_step(
     rope: Rope | None = None,
     scale: float | None = None,
     slot_feature_map: SlotFeatureMap = "identity",
+    slot_delay: int | None = None,
     empty_slots: EmptySlots = "attend",
     active: jax.Array | None = None,
     implementation: str | None = None,
@@ -317,8 +325,8 @@ def decode_step(
     As with `nha_attention`, all arrays may be without the batch axis.
 
     Args:
-      query, key, value, log_decay, rope, window_size, scale, slot_feature_map, empty_slots: as for
-        `nha_attention`, with T = 1.
+      query, key, value, log_decay, rope, window_size, scale, slot_feature_map, slot_delay,
+        empty_slots: as for `nha_attention`, with T = 1.
       state: of the tokens before. With window_size=None a row's `length` must be below the state's
         capacity (make room with `resize_state`); at capacity the oldest token is overwritten.
       active: [B] bool; a row that is False gives 0 and keeps its state, whatever it holds.
@@ -347,6 +355,7 @@ def decode_step(
         window_size=window_size,
         scale=K**-0.5 if scale is None else scale,
         slot_feature_map=slot_feature_map,
+        slot_delay=slot_delay,
         empty_slots=empty_slots,
         return_state=True,
         return_slot_weight=False,

@@ -30,7 +30,7 @@ def reference_attention(
 ) -> NHAOutput:
     """Computes `nha_attention` by the per-token recurrence; shapes as there.
 
-    At step t of a segment, with s = 1 - exp(log_decay):
+    At step t of a segment, with s = 1 - exp(log_decay), and slot_delay for W if there is one:
         S_t = exp(log_decay_j) S_{t-1} + s_j [key_j ; value_j]   for j = t - W, if it exists
         a_t = scale feature_map(query_t) . SK_t                  the M slots
         b_t = scale rotated(query_t) . rotated(key_i)            t - W < i <= t
@@ -53,7 +53,7 @@ def _recurrence(
     Hkv, W = tokens.key.shape[2], options.window_size
     dtype = compute_dtype(query)
     tokens = tokens._replace(log_decay=tokens.log_decay.astype(dtype))
-    timeline = build_timeline(tokens, segment_ids, past, W)
+    timeline = build_timeline(tokens, segment_ids, past, W, slot_delay=options.slot_delay)
     wide = timeline.tokens.map(lambda x: x.astype(dtype))
     groups = (B, T, Hkv, Hq // Hkv, K)
     slot_query = options.feature_map(query.reshape(groups).astype(dtype))
@@ -63,10 +63,12 @@ def _recurrence(
         options.scale * jnp.einsum("bthgk,bnhk->tbhgn", rotated_query, wide.rotated_key),
         -jnp.inf,
     )  # [T, B, Hkv, G, R + T]
-    # At step t enters row t of the timeline, the token W back; none if W is everything.
-    no_token = nothing_leaves(W, T, past)
-    enters = jnp.zeros((B, T), bool) if no_token else timeline.reads_own_slots
-    entering = (wide.key[:, :T], wide.value[:, :T], wide.log_decay[:, :T], enters)
+    # At step t enters the token W back, or slot_delay back; none if W is everything.
+    written = (wide.key, wide.value, wide.log_decay)
+    if nothing_leaves(options.delay, T, past):
+        entering = (*(x[:, -T:] for x in written), jnp.zeros((B, T), bool))
+    else:
+        entering = (*map(timeline.entering, written), timeline.reads_own_slots)
 
     slots = empty_slots(tokens.key, tokens.value, tokens.log_decay.shape[3])
     if past is not None and W is not None:
@@ -147,7 +149,7 @@ def reference_decode(
     options: Options,
 ) -> tuple[jax.Array, NHAState]:
     """Computes `Backend.decode` as a call of one token that goes on from the state."""
-    result = _recurrence(query, rotated_query, token, None, state.past, options)
+    result = _recurrence(query, rotated_query, token, None, state.past(options.slot_delay), options)
     after = result.state
     assert after is not None
     if options.window_size is None:

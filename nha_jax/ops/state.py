@@ -60,15 +60,18 @@ class NHAState(NamedTuple):
             self.window_key, self.window_rotated_key, self.window_value, self.window_log_decay
         )
 
-    @property
-    def past(self) -> "Past":
-        """The same with the ring unrolled, oldest token first.
+    def past(self, slot_delay: int | None = None) -> "Past":
+        """Unrolls the ring, oldest token first.
 
         What no token has written yet, slots and ring entries, is 0 there, whatever it holds.
+
+        Args:
+          slot_delay: how many steps after its own a token enters the slots; None: R.
         """
         row = jnp.arange(self.capacity, dtype=jnp.int32)[None]
         real = row >= self.capacity - self.length[:, None]
-        entered = (self.length > self.capacity)[:, None, None, None]
+        delay = self.capacity if slot_delay is None else slot_delay
+        entered = (self.length > delay)[:, None, None, None]
 
         def unroll(ring: jax.Array) -> jax.Array:
             rows = rotate_rows(ring, -self.length)

@@ -2,9 +2,9 @@
 
 A call's T tokens stand behind the R tokens that came before them, oldest first, as rows of one
 timeline. A query row is the row of its token. In a row's turn, before it reads the slots, the token
-W rows before it enters them, if both are real and of one segment; after a batch row's last real
-token nothing enters, so that the slots stay as that token left them. The window of a row holds
-the last W tokens of its segment, its own included.
+W rows before it enters them (with a `slot_delay`, the one so many rows before), if both are real
+and of one segment; after a batch row's last real token nothing enters, so that the slots stay as
+that token left them. The window of a row holds the last W tokens of its segment, its own included.
 """
 
 import dataclasses
@@ -21,12 +21,16 @@ NO_TOKEN = -2
 """Stands for the segment of a row that holds no token. It is no query's segment."""
 
 
-def nothing_leaves(window_size: int | None, num_tokens: int, past: Past | None) -> bool:
+def nothing_leaves(delay: int | None, num_tokens: int, past: Past | None) -> bool:
     """Whether no token of the call leaves the window: then no slot is ever written.
 
     A state of a finite window may hold as many tokens as the window, so the next one lets one go.
+
+    Args:
+      delay: how many steps after its own a token leaves for the slots, `Options.delay`: the
+        window's size, or a `slot_delay`, with which it stays in the window too.
     """
-    return window_size is None or (window_size >= num_tokens and past is None)
+    return delay is None or (delay >= num_tokens and past is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Timeline:
       real: [B, R + T] bool; False for padding and for rows before the first token.
       num_tokens: T.
       window_size: W; None: the whole past.
+      slot_delay: how many rows after its own a token enters the slots; None: W.
     """
 
     tokens: Tokens
@@ -47,6 +52,7 @@ class Timeline:
     real: jax.Array
     num_tokens: int
     window_size: int | None
+    slot_delay: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -80,23 +86,37 @@ class Timeline:
         return jnp.max(jnp.where(self.query_real, index, -1), axis=1)
 
     @property
+    def first_to_enter(self) -> int:
+        """The row of the token that enters the slots in the call's turn 0; negative if none."""
+        assert self.window_size is not None
+        delay = self.window_size if self.slot_delay is None else self.slot_delay
+        return self.rows_before - delay
+
+    @property
     def last_to_enter(self) -> jax.Array:
         """[B] int32, the row of the last token that enters the slots; negative if none does."""
-        assert self.window_size is not None
-        return self.last + self.rows_before - self.window_size
+        return self.last + self.first_to_enter
 
     @property
     def enters(self) -> jax.Array:
-        """[B, R + T] bool, whether a row's token enters the slots during the call."""
+        """[B, R + T] bool, whether a row's token has entered the slots when the call ends."""
         row = jnp.arange(self.num_rows, dtype=jnp.int32)[None]
         return self.real & (row <= self.last_to_enter[:, None])
 
     @property
     def reads_own_slots(self) -> jax.Array:
         """[B, T] bool, whether the slots that a query row reads hold a token of its segment."""
+        own = self.entering(self.segment) == self.row_segment[:, -self.num_tokens :]
+        return self.entering(self.real) & own
+
+    def entering(self, x: jax.Array) -> jax.Array:
+        """Takes what belongs to the token that enters in each turn: [B, R + T, ...] -> [B, T, ...].
+
+        The W rows before the call's must be there.
+        """
         assert self.rows_before == self.window_size
-        T = self.num_tokens
-        return self.real[:, :T] & (self.segment[:, :T] == self.row_segment[:, -T:])
+        first = self.first_to_enter
+        return lax.slice_in_dim(x, first, first + self.num_tokens, axis=1)
 
     def slot_segment(self, first: int, count: int) -> jax.Array:
         """Returns [B, count] int32: the segment that the slots belong to, turn by turn.
@@ -122,13 +142,14 @@ def build_timeline(
     past: Past | None,
     window_size: int | None,
     *,
+    slot_delay: int | None = None,
     leading_rows: bool = True,
 ) -> Timeline:
     """Joins a call's T tokens with those of the past.
 
     Args:
-      leading_rows: whether, without a past, W rows that hold nothing come first if any token leaves
-        the window, so that the token in row t enters the slots in the call's turn t.
+      leading_rows: whether, without a past, W rows that hold nothing come first if any token enters
+        the slots, so that without a slot_delay the token in row t enters in the call's turn t.
     """
     B, T = tokens.key.shape[:2]
     if segment_ids is None:
@@ -138,7 +159,8 @@ def build_timeline(
         changed = segment_ids != jnp.concatenate([before[:, None], segment_ids[:, :-1]], axis=1)
         segment, real = jnp.cumsum(changed, axis=1, dtype=jnp.int32), segment_ids != 0
     if past is None:
-        leaves = leading_rows and not nothing_leaves(window_size, T, past)
+        delay = window_size if slot_delay is None else slot_delay
+        leaves = leading_rows and not nothing_leaves(delay, T, past)
         R = window_size if leaves and window_size is not None else 0
         past_tokens = tokens.map(lambda x: jnp.zeros((B, R, *x.shape[2:]), x.dtype))
         past_real = jnp.zeros((B, R), bool)
@@ -152,6 +174,7 @@ def build_timeline(
         real=jnp.concatenate([past_real, real], axis=1),
         num_tokens=T,
         window_size=window_size,
+        slot_delay=slot_delay,
     )
 
 

@@ -43,6 +43,7 @@ class Options:
     Fields:
       window_size, scale, slot_feature_map, empty_slots, return_state, return_slot_weight,
         slot_weight_gradient: as for `nha_attention`.
+      slot_delay: as for `nha_attention`; None wherever it is the window's size.
       implementation_options: the validated options of the implementation that runs, an object of
         its `Backend.options_type`; None: its defaults.
       read_slots: whether the slots take part in the softmax; if False they are only kept.
@@ -60,9 +61,15 @@ class Options:
     slot_weight_gradient: SlotWeightGradient = "all"
     implementation_options: Any = None
     read_slots: bool = True
+    slot_delay: int | None = None
 
     def __post_init__(self) -> None:
         check_window_size(self.window_size)
+        check_slot_delay(self.slot_delay, self.window_size)
+        if self.slot_delay is not None:
+            # The window's size is the delay without one: one call, one program.
+            delay = None if self.slot_delay == self.window_size else int(self.slot_delay)
+            object.__setattr__(self, "slot_delay", delay)
         if not isinstance(self.scale, numbers.Real) or not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale!r}")
         # Equal options make one program: numpy's scalars equal floats, but do not compute as they.
@@ -72,6 +79,11 @@ class Options:
             empty_slots=self.empty_slots,
             slot_weight_gradient=self.slot_weight_gradient,
         )
+
+    @property
+    def delay(self) -> int | None:
+        """How many steps after its own a token enters the slots; None: it never does."""
+        return self.window_size if self.slot_delay is None else self.slot_delay
 
     def feature_map(self, x: jax.Array) -> jax.Array:
         """Maps the slot branch's queries or keys, element by element."""
@@ -91,6 +103,24 @@ def check_window_size(window_size: int | None) -> None:
         raise TypeError(f"window_size must be an int or None (full attention), got {W!r}")
     if W is not None and not 0 <= W <= LARGEST_INT32:
         raise ValueError(f"window_size must be at least 0 and below 2**31, got {shown(W)}")
+
+
+def check_slot_delay(slot_delay: int | None, window_size: int | None) -> None:
+    """Raises TypeError or ValueError unless it is None or an integer in [0, window_size]."""
+    if slot_delay is None:
+        return
+    if isinstance(slot_delay, bool) or not isinstance(slot_delay, numbers.Integral):
+        raise TypeError(f"slot_delay must be an int or None (window_size), got {slot_delay!r}")
+    if window_size is None:
+        raise ValueError(
+            f"slot_delay={shown(slot_delay)} needs a window_size that is finite: with None no "
+            "token enters the slots; leave slot_delay out"
+        )
+    if not 0 <= slot_delay <= window_size:
+        raise ValueError(
+            f"slot_delay must be from 0 to window_size={window_size}, got {shown(slot_delay)}: a "
+            "token would be neither in the window nor in the slots"
+        )
 
 
 def check_choices(**chosen: str) -> None:

@@ -31,9 +31,11 @@ def unsupported(
     """
     if served_by_cudnn(arrays, has_segments=has_segments, has_past=has_past, options=options):
         return None
+    if reason := attend_beyond_limits(arrays, options):
+        return reason
     if arrays[0].dtype != jnp.bfloat16:
         return f"its kernels multiply in bfloat16, got query of {arrays[0].dtype}"
-    return attend_beyond_limits(arrays) or not_hopper()
+    return not_hopper()
 
 
 def not_hopper() -> str | None:
@@ -60,7 +62,7 @@ def served_by_cudnn(
     largest = 256 if capability == HOPPER else 128
     if capability < AMPERE or max(key.shape[3], value.shape[3]) > largest:
         return False
-    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.window_size, T, None)
+    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.delay, T, None)
 
 
 def compiling_for_gpus() -> bool:

@@ -222,7 +222,7 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
             if devices.count > 1:
                 here = functools.partial(attend_in_context, attend, devices)
             else:
-                past = None if initial_state is None else initial_state.past
+                past = None if initial_state is None else initial_state.past(options.slot_delay)
                 here = functools.partial(attend, past=past)
             if segment_ids is not None:
                 here = without_padding(here)

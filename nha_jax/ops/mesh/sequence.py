@@ -83,13 +83,13 @@ def attend_in_context(
     """
     B, T = query.shape[:2]
     W = options.window_size
-    if nothing_leaves(W, devices.count * T, None):
+    if nothing_leaves(options.delay, devices.count * T, None):
         W = None
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     if W is None:
         past = _whole_past(devices, tokens, ids)
-        options = dataclasses.replace(options, window_size=None)
+        options = dataclasses.replace(options, window_size=None, slot_delay=None)
     else:
         past = _window_and_slots(devices, tokens, ids, options)
     return attend(
@@ -112,8 +112,9 @@ def _whole_past(devices: Devices, tokens: Tokens, ids: jax.Array) -> Past:
 
 def _window_and_slots(devices: Devices, tokens: Tokens, ids: jax.Array, options: Options) -> Past:
     """Finds the past of a finite window: the W tokens before this device's, and the slots."""
-    T, W = ids.shape[1], options.window_size
+    T, W, delay = ids.shape[1], options.window_size, options.delay
     assert W is not None
+    assert delay is not None
     rotated = tokens.rotated_key is not tokens.key
     key, value, log_decay = (
         devices.tokens_before(x, W) for x in (tokens.key, tokens.value, tokens.log_decay)
@@ -122,11 +123,14 @@ def _window_and_slots(devices: Devices, tokens: Tokens, ids: jax.Array, options:
     past = Tokens(key, rotated_key, value, log_decay)
     ids_before = devices.tokens_before(ids, max(W, 1))
     goes_on = _of_last_segment(jnp.concatenate([ids_before, ids], axis=1))
-    # While this device's tokens are read, those from W before its first to W before its last enter.
+    # While this device's tokens are read, each lets the one enter that came `delay` before it.
     entering = Tokens(
-        *(jnp.concatenate(pair, axis=1)[:, :T] for pair in zip(past, tokens, strict=True))
+        *(
+            jnp.concatenate(pair, axis=1)[:, W - delay :][:, :T]
+            for pair in zip(past, tokens, strict=True)
+        )
     )
-    kept, added = _effect(entering, goes_on[:, -T - W :][:, :T], options)
+    kept, added = _effect(entering, goes_on[:, -T - delay :][:, :T], options)
     kept = jnp.where(goes_on[:, -T - 1][:, None, None], kept, 0)
     return _build_past(_slots_before(devices, kept, added), past, ids_before)
 

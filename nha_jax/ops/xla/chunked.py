@@ -2,7 +2,8 @@
 
 A chunk of C rows reads one buffer `cat = [the W rows before; the chunk]`. Row r of the chunk sees
 columns 0..r of it through the slots (they entered W rows later) and columns r+1..r+W through the
-window: the two are complementary, so one product P @ cat_value serves both.
+window: the two are complementary, so one product P @ cat_value serves both. With a `slot_delay` E
+below W the slots' columns are W-E..W-E+r, and the weights of those that both see add up.
 """
 
 import functools
@@ -35,6 +36,7 @@ class ChunkPlan(NamedTuple):
     """How T rows are cut into steps of several chunks: static, hashable."""
 
     window: int  # W
+    delay: int  # rows after its own in which a token enters the slots, at most W
     chunk: int  # C, rows of a chunk
     chunks: int  # chunks a step, side by side
     steps: int
@@ -96,13 +98,14 @@ def chunked_attention(
     M, W = log_decay.shape[-1], options.window_size
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))
     rotated_query = apply_rope(query, rope)
-    timeline = build_timeline(tokens, segment_ids, past, W)
+    timeline = build_timeline(tokens, segment_ids, past, W, slot_delay=options.slot_delay)
     slots = empty_slots(key, value, M)
-    if nothing_leaves(W, T, past):
+    if nothing_leaves(options.delay, T, past):
         out, weight = full_attention(rotated_query, timeline, num_slots=M, options=options)
     else:
         assert W is not None
-        plan = _plan(T, W)
+        assert options.delay is not None
+        plan = _plan(T, W, options.delay)
         read, token_segment, rows, segments = _cut(query, rotated_query, timeline, plan, options)
         # As constants they make XLA on CPUs (0.12.0) read what nobody wrote, in a single step.
         slots = lax.optimization_barrier(slots if past is None else past.slots)
@@ -115,7 +118,7 @@ def chunked_attention(
     return NHAOutput(out.astype(query.dtype), state, weight if options.return_slot_weight else None)
 
 
-def _plan(T: int, W: int) -> ChunkPlan:
+def _plan(T: int, W: int, delay: int) -> ChunkPlan:
     """Chooses the sizes, as measured on a CPU.
 
     Short chunks spend least on gates, and several side by side fill the machine, though more than
@@ -125,7 +128,7 @@ def _plan(T: int, W: int) -> ChunkPlan:
     chunk, chunks = (32, 8 if T <= 256 else 4) if W <= NARROW else (64, 1)
     chunk = min(chunk, 1 << (T - 1).bit_length())
     chunks = min(chunks, -(-T // chunk))
-    return ChunkPlan(W, chunk, chunks, -(-T // (chunk * chunks)))
+    return ChunkPlan(W, delay, chunk, chunks, -(-T // (chunk * chunks)))
 
 
 def _cut(
@@ -154,14 +157,14 @@ def _cut(
     read = ReadTokens(*(
         pad(x).swapaxes(1, 2) for x in (options.feature_map(key), rotated_key, value)
     ))  # fmt: skip
-    # In the call's turn t the token in row t of the timeline enters, which is W before.
-    log_decay = jnp.where(timeline.enters[:, :T, None, None], log_decay[:, :T], 0)
+    enters = timeline.entering(timeline.enters)[..., None, None]
+    log_decay = jnp.where(enters, timeline.entering(log_decay), 0)
     query_rows = QueryRows(
         slot_query=cut_query(options.feature_map(query)),
         rotated_query=cut_query(rotated_query),
         log_decay=cut(pad(log_decay)).transpose(1, 0, 4, 2, 3, 5),
     )
-    slots = cut(timeline.slot_segment(0, rows))
+    slots = cut(timeline.slot_segment(timeline.first_to_enter, rows))
     start = jnp.pad(slots[..., -1].reshape(B, -1), ((0, 0), (1, 0)))[:, :-1]
     segments = Segments(
         query=cut(pad(timeline.row_segment[:, -T:])).swapaxes(0, 1),
@@ -278,16 +281,17 @@ def _step(
         a_t = exp(c_t) (scale q_t . SK0) + sum_{j<=t} (scale q_t . k_j) s_j exp(c_t - c_j)
         o_t = (p_t exp(c_t)) SV0 + sum_{j<=t} (sum_m p_t s_j exp(c_t - c_j)) v_j + window
     """
-    W = plan.window
+    W, before = plan.window, plan.window - plan.delay
     narrow, wide = rows.slot_query.dtype, rows.log_decay.dtype
     # Rounding scores and their cotangents to bfloat16 costs the query's gradient most of its
     # digits where slots are nearly equal, and saves no time: a step's operands are small.
     read, rows = jax.tree.map(lambda x: x.astype(wide), (read, rows))
     # Without the barrier XLA computes the gates again inside each of their many consumers.
     gates = lax.optimization_barrier(chunk_gates(rows.log_decay))
-    slot_key = _cut_rows(read.slot_key, plan, 0)
+    slot_key = _cut_rows(read.slot_key, plan, before)
     rotated_key, value = (_cut_read(x, plan) for x in (read.rotated_key, read.value))
-    starts, slots = _chunk_slots(gates, slot_key, _cut_rows(read.value, plan, 0), slots, segments)
+    slot_value = _cut_rows(read.value, plan, before)
+    starts, slots = _chunk_slots(gates, slot_key, slot_value, slots, segments)
 
     # [B, 1, N, 1, C, ...]: broadcast over heads
     together = (segments.slots[:, :, None, :] == segments.query[..., None])[:, None, :, None]
@@ -316,7 +320,7 @@ def _step(
     if options.slot_weight_gradient == "slots":
         weight_mass = _above_zero(slot_mass + lax.stop_gradient(window_mass))
     slot_p = jnp.where(together, gates.gather(pa), 0)
-    p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(0, W)]) if W else slot_p
+    p = pb + jnp.pad(slot_p, [(0, 0)] * (slot_p.ndim - 1) + [(before, plan.delay)]) if W else slot_p
     out = jnp.einsum("bhngti,bhniv->bhngtv", p, value)
     out += jnp.einsum("bhngtm,bhnmv->bhngtv", pa * from_start, starts[1])
     return (out / mass[..., None]).astype(narrow), slot_mass / weight_mass, slots

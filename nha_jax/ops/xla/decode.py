@@ -30,13 +30,17 @@ def decode_xla(
     length = state.length + active.astype(jnp.int32)
     now = token.map(lambda x: x[:, 0])  # [B, Hkv, .]
     # Read before the rings are written, or XLA would keep a copy of them for it.
-    replaced, ring = lax.optimization_barrier(
-        (state.tokens.map(lambda x: x[batch, entry] if x.shape[1] else None), state.tokens)
+    back = options.slot_delay
+    delayed = _at_entry(state, (entry - back) % max(R, 1)) if back else None
+    replaced, delayed, ring = lax.optimization_barrier(
+        (_at_entry(state, entry), delayed, state.tokens)
     )
     slot_key, slot_value = state.slot_key, state.slot_value
     if W is not None:
-        # The token W back enters the slots: the ring entry that the new token replaces.
-        slot_key, slot_value = _write_slots(state, replaced if W else now, active, options)
+        # The token W back enters the slots: the ring entry that the new token replaces. With a
+        # slot_delay it is the one so many back, which stays in the ring.
+        entering = now if options.delay == 0 else (delayed or replaced)
+        slot_key, slot_value = _write_slots(state, entering, active, options)
 
     def write(ring, x, old):
         if old is None:
@@ -54,7 +58,7 @@ def decode_xla(
         a = options.scale * jnp.einsum("bhgk,bhmk->bhgm", slot_query, slot_key)
     b = options.scale * _window_logits(rotated_query, ring.rotated_key, dtype)
     if options.empty_slots == "mask":
-        filled = (length > R) & (W is not None)
+        filled = (length > options.delay) if options.delay is not None else jnp.zeros(B, bool)
         a = jnp.where(filled[:, None, None, None], a, -jnp.inf)
     seen = jnp.arange(R, dtype=jnp.int32)[None] < length[:, None]
     b = jnp.where(seen[:, None, None], b, -jnp.inf)
@@ -132,6 +136,12 @@ def _by_blocks(
     return lax.fori_loop(0, -(-R // max(size, 1)), add, jnp.zeros(nothing.shape, nothing.dtype))
 
 
+def _at_entry(state: NHAState, entry: jax.Array) -> Tokens:
+    """Reads one entry [B] of each row's ring; None for the arrays that have no entries."""
+    batch = jnp.arange(entry.shape[0], dtype=jnp.int32)
+    return state.tokens.map(lambda x: x[batch, entry] if x.shape[1] else None)
+
+
 def _write_slots(
     state: NHAState, token: Tokens, active: jax.Array, options: Options
 ) -> tuple[jax.Array, jax.Array]:
@@ -142,9 +152,9 @@ def _write_slots(
     decay = jnp.exp(token.log_decay)[..., None]
     write = -jnp.expm1(token.log_decay)[..., None]
     feature = options.feature_map(token.key.astype(decay.dtype))[:, :, None]
+    delay = state.capacity if options.slot_delay is None else options.slot_delay
     active, filled, enters = (
-        x[:, None, None, None]
-        for x in (active, state.length > state.capacity, state.length >= state.capacity)
+        x[:, None, None, None] for x in (active, state.length > delay, state.length >= delay)
     )
 
     def update(slots: jax.Array, entering: jax.Array) -> jax.Array:

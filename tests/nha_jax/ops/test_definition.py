@@ -13,10 +13,11 @@ from nha_jax.testing import SMALL_BLOCKS, Case, make_inputs, relative_error
 from tests.support.pairs import every_pair
 
 
-def written_out(query, key, value, log_decay, case: Case, rope, ids):
+def written_out(query, key, value, log_decay, case: Case, rope, ids, slot_delay=None):
     """Output and slot weight by sums over all tokens, in float64, for one key/value head."""
     B, T, Hq, _K = query.shape
     W = case.window_size
+    delay = W if slot_delay is None else slot_delay
     ids = np.ones((B, T), int) if ids is None else ids
     out, weight = np.zeros((B, T, Hq, case.V)), np.zeros((B, T, Hq))
     feature = {
@@ -39,7 +40,7 @@ def written_out(query, key, value, log_decay, case: Case, rope, ids):
         while first > 0 and ids[b, first - 1] == ids[b, t]:
             first -= 1
         inside = range(first if W is None else max(first, t - W + 1), t + 1)
-        entered = range(first, t + 1 - len(inside) if W else t + 1) if W is not None else range(0)
+        entered = range(0) if delay is None else range(first, max(first, t + 1 - delay))
         slot_key, slot_value = np.zeros((case.M, case.K)), np.zeros((case.M, case.V))
         for j in entered:
             kept = np.exp(sum(log_decay[b, i, 0] for i in entered if i > j))
@@ -65,7 +66,10 @@ OPTIONS = {
 }
 
 
-@functools.partial(jax.jit, static_argnames=("window_size", "slot_feature_map", "empty_slots"))
+STATIC = ("window_size", "slot_feature_map", "slot_delay", "empty_slots")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def reference(arrays, rest, **options):
     return nha_attention(
         *arrays, rope=rest["rope"], segment_ids=rest["segment_ids"], return_slot_weight=True,
@@ -88,6 +92,34 @@ def test_reference_is_the_formula(options):
         result = reference(
             [jnp.asarray(x) for x in arrays.values()], rest, window_size=case.window_size,
             slot_feature_map=feature_map, empty_slots=case.empty_slots,
+        )  # fmt: skip
+    assert relative_error(np.asarray(result.out), out) < 1e-7  # the rope tables are float32
+    assert np.max(np.abs(result.slot_weight - weight)) < 1e-7
+
+
+@pytest.mark.parametrize(
+    ("window", "slot_delay", "empty_slots", "segments"),
+    [
+        ("4", 0, "attend", True),
+        ("T+5", 2, "attend", False),
+        pytest.param("4", 3, "mask", True, marks=pytest.mark.slow),
+    ],
+)
+def test_reference_with_a_slot_delay_is_the_formula(window, slot_delay, empty_slots, segments):
+    case = Case(
+        T=23, window=window, G=2, M=5, K=6, V=4, gate="mixed", slot_feature_map="silu",
+        empty_slots=empty_slots, segments=segments,
+    )  # fmt: skip
+    inputs = make_inputs(case)
+    arrays = {name: x.astype(np.float64) for name, x in inputs.arrays.items()}
+    rest = inputs.rest
+    out, weight = written_out(
+        **arrays, case=case, rope=rest["rope"], ids=rest["segment_ids"], slot_delay=slot_delay
+    )
+    with jax.enable_x64():
+        result = reference(
+            [jnp.asarray(x) for x in arrays.values()], rest, window_size=case.window_size,
+            slot_feature_map="silu", slot_delay=slot_delay, empty_slots=empty_slots,
         )  # fmt: skip
     assert relative_error(np.asarray(result.out), out) < 1e-7  # the rope tables are float32
     assert np.max(np.abs(result.slot_weight - weight)) < 1e-7

@@ -37,9 +37,10 @@ def test_the_fastest_for_the_platform_compiled_for(window_size, monkeypatch):
     assert KERNEL not in program("cpu", window_size=window_size)
 
 
-def test_what_kernels_cannot_serve_falls_back(monkeypatch):
+@pytest.mark.parametrize("option", [{"scale": -1.0}, {"slot_delay": 0}], ids=str)
+def test_what_kernels_cannot_serve_falls_back(monkeypatch, option):
     monkeypatch.setattr(backends, "can_compile_for", lambda platform: True)
-    assert KERNEL not in program("tpu", window_size=16, scale=-1.0)
+    assert KERNEL not in program("tpu", window_size=16, **option)
 
 
 def test_named_implementations():

@@ -45,6 +45,12 @@ WRONG = {
     "window-wide": ({"window_size": 2**40}, r"window_size must be .* below 2\*\*31, got 1099"),
     "window-float": ({"window_size": 4.0}, "window_size must be an int or None.*4.0"),
     "window-bool": ({"window_size": True}, "window_size must be an int or None.*True"),
+    "delay-long": ({"slot_delay": 5}, "slot_delay must be from 0 to window_size=4, got 5"),
+    "delay-negative": ({"slot_delay": -1}, "slot_delay must be from 0 to window_size=4, got -1"),
+    "delay-float": ({"slot_delay": 1.5}, "slot_delay must be an int or None.*1.5"),
+    "delay-of-everything": (
+        {"slot_delay": 0, "window_size": None}, "slot_delay=0 needs a window_size that is finite"
+    ),
     "scale": ({"scale": float("nan")}, "scale must be a finite number, got nan"),
     "feature-map": ({"slot_feature_map": "gelu"}, "slot_feature_map must be one of.*'gelu'"),
     "empty-slots": ({"empty_slots": "skip"}, "empty_slots must be one of.*'skip'"),
@@ -96,13 +102,21 @@ def test_wrong_arguments(changes, message):
     [
         ("pallas_gpu", {}, "multiply in bfloat16, got query of float32"),
         ("pallas_tpu", {"scale": -1.0}, "scale"),
+        ("pallas_tpu", {"slot_delay": 0}, "slot_delay=0 with window_size=4"),
+        ("pallas_gpu", {"slot_delay": 1, "window_size": 90}, "slot_delay=1 with window_size=90"),
         ("pallas_tpu", {"log_decay": jnp.zeros((B, T, HKV, 200))}, "200"),
     ],
-    ids=["dtype", "scale", "slots"],
+    ids=["dtype", "scale", "delay", "delay of a window over all", "slots"],
 )
 def test_a_kernel_that_cannot_serve_says_why(name, changes, message):
     with pytest.raises(NotImplementedError, match=f"'{name}'.*{message}"):
         nha_attention(**arguments(**changes, implementation=name))
+
+
+def test_a_kernel_takes_no_decode_step_with_a_delay():
+    one = {name: jnp.zeros((B, 1, *x.shape[2:])) for name, x in list(arguments().items())[:4]}
+    with pytest.raises(NotImplementedError, match=r"'pallas_tpu'.*slot_delay=2"):
+        decode_step(**one, state=state(), window_size=4, slot_delay=2, implementation="pallas_tpu")
 
 
 def test_an_odd_key_dim_cannot_be_rotated():

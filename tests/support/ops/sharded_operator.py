@@ -35,6 +35,7 @@ class Case:
     segments: bool = False
     state: bool = False
     window_size: int | None = W
+    slot_delay: int | None = None
     empty_slots: str = "attend"
     gate: str = "mild"
     implementation: str = "xla"
@@ -44,6 +45,7 @@ class Case:
         names = [f"{name}{size}" for name, size in self.mesh.items()]
         names += [f"B{self.B}", f"Hkv{self.Hkv}", f"W{self.window_size}", f"rope-{self.rope}"]
         names += [self.empty_slots, self.gate, self.implementation]
+        names += [] if self.slot_delay is None else [f"delay{self.slot_delay}"]
         return "-".join(names + ["segments"] * self.segments + ["state"] * self.state)
 
 
@@ -91,6 +93,9 @@ CASES += [
     in_context(1, True, "mask", "mild"),
     in_context(3, False, "attend", "mixed", rope="tokens"),
     in_context(8, True, "attend", "mild"),
+    in_context(8, True, "attend", "mixed", slot_delay=0),
+    in_context(5, True, "mask", "mixed", slot_delay=4),
+    in_context(T, False, "attend", "mild", slot_delay=2),
     in_context(T, True, "attend", "mild"),
     in_context(None, False, "mask", "mild"),
     in_context(4, True, "attend", "mild", rope=None, implementation="pallas_tpu"),
@@ -148,6 +153,7 @@ def results(case: Case, attend):
         window_size=case.window_size,
         scale=0.5,
         slot_feature_map="silu",
+        slot_delay=case.slot_delay,
         empty_slots=case.empty_slots,
         return_state=case.state,
         return_slot_weight=True,
