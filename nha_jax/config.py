@@ -51,7 +51,9 @@ class ModelConfig(LayerFields):
         value_activation: the function applied to the value, before it is attended to or enters the
             slots.
         output_norm: whether the layer gives o_proj(RMSNorm(silu(o))) rather than o_proj(o).
+        output_norm_eps: added to the mean square in that norm; None for norm_eps.
         qk_norm: whether each head's query and key first go through an RMSNorm of their own.
+        attention_scale: multiplies the attention's logits; None for key_dim ** -0.5.
         attention_bias: which projections have a bias: "none"; "qkv", those of query, key and value;
             "all", that of the output too. The gate's never has one.
         rope_theta: base of the rotary embedding of the window's queries and keys.
@@ -61,6 +63,9 @@ class ModelConfig(LayerFields):
         tie_embeddings: whether the head is the embedding table.
         slot_feature_map: applied to query and key before they meet the slots, see
             `nha_jax.nha_attention`.
+        slot_delay: how many steps after its own a token enters the slots; None for the layer's
+            window. A number takes windows that are finite and at least as long, in which the token
+            is then read too, see `nha_jax.nha_attention`.
         empty_slots: whether queries attend to slots that hold nothing yet, or those are masked, see
             `nha_jax.nha_attention`.
         implementation: name of the operator's implementation, which decode steps take too; None
@@ -103,13 +108,16 @@ class ModelConfig(LayerFields):
     gate_logit_normalizer: float = 8.0
     value_activation: ValueActivation = "silu"
     output_norm: bool = True
+    output_norm_eps: float | None = None
     qk_norm: bool = False
+    attention_scale: float | None = None
     attention_bias: AttentionBias = "none"
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     tie_embeddings: bool = False
     slot_feature_map: SlotFeatureMap = "identity"
+    slot_delay: int | None = None
     empty_slots: EmptySlots = "attend"
     initializer_range: float = 0.02
     mup_base_width: int | None = None
@@ -149,6 +157,7 @@ class ModelConfig(LayerFields):
             )
         if not self.num_slots and 0 in pattern:
             self._reject("window_size", "has a layer without a window, and num_slots=0 no slots")
+        self._check_slot_delay(pattern)
         if self.num_layers % len(pattern):
             self._reject(
                 "window_size",

@@ -1,7 +1,7 @@
 """`LayerConfig`: what one attention layer is made of, and the checks that `ModelConfig` shares."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, get_args
 
 import jax
@@ -41,6 +41,9 @@ class LayerFields:
     conv_width: int
     rope_theta: float | None
     norm_eps: float
+    output_norm_eps: float | None
+    attention_scale: float | None
+    slot_delay: int | None
     initializer_range: float
     dtype: jax.typing.DTypeLike
     param_dtype: jax.typing.DTypeLike
@@ -61,8 +64,9 @@ class LayerFields:
         if self.conv_width == 1:
             self._reject("conv_width", "has no past tap; use 0 for no convolution, or 2 and more")
         self._check_positive("gate_logit_normalizer", "norm_eps", "initializer_range")
-        if self.rope_theta is not None:
-            self._check_positive("rope_theta")
+        for field in ("rope_theta", "output_norm_eps", "attention_scale"):
+            if getattr(self, field) is not None:
+                self._check_positive(field)
         self._check_truth("output_norm", "qk_norm")
         self._check_choice("implementation", (*backends.names(), None))
         for field, choices in _CHOICES.items():
@@ -89,6 +93,17 @@ class LayerFields:
             )
         if self.rope_theta is not None and self.key_dim % 2:
             self._reject("key_dim", "must be even: the rotary embedding turns pairs of entries")
+
+    def _check_slot_delay(self, windows: Sequence[int | None]) -> None:
+        if self.slot_delay is None:
+            return
+        shortest = min(-1 if window is None else window for window in windows)
+        if not is_count(self.slot_delay, 0) or self.slot_delay > shortest:
+            self._reject(
+                "slot_delay",
+                "must be None, or an integer from 0 to the shortest window, none of which may be "
+                f"None; the windows are {', '.join(map(str, windows))}",
+            )
 
     def _derive(self, field: str, default: int) -> None:
         if getattr(self, field) is None:
@@ -173,12 +188,15 @@ class LayerConfig(LayerFields):
     gate_logit_normalizer: float
     value_activation: ValueActivation
     output_norm: bool
+    output_norm_eps: float | None
     qk_norm: bool
+    attention_scale: float | None
     attention_bias: AttentionBias
     rope_theta: float | None
     rope_scaling: RopeScaling | None
     norm_eps: float
     slot_feature_map: SlotFeatureMap
+    slot_delay: int | None
     empty_slots: EmptySlots
     initializer_range: float
     dtype: jax.typing.DTypeLike
@@ -198,6 +216,7 @@ class LayerConfig(LayerFields):
                 "must be an integer of at least 0, or None (full attention); "
                 f"it is at most {LARGEST_INT32}",
             )
+        self._check_slot_delay((self.window_size,))
         if not self.num_slots and self.window_size == 0:
             self._reject("window_size", "leaves nothing to read: num_slots=0, so there is no slot")
         if self.rope_theta is None and self.rope_scaling is not None:

@@ -63,12 +63,15 @@ class NHAttention(AttentionCore):
         gate_logit_normalizer: float = 8.0,
         value_activation: ValueActivation = "silu",
         output_norm: bool = True,
+        output_norm_eps: float | None = None,
         qk_norm: bool = False,
+        attention_scale: float | None = None,
         attention_bias: AttentionBias = "none",
         rope_theta: float | None = 10000.0,
         rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-6,
         slot_feature_map: SlotFeatureMap = "identity",
+        slot_delay: int | None = None,
         empty_slots: EmptySlots = "attend",
         initializer_range: float = 0.02,
         dtype: jax.typing.DTypeLike = "float32",
@@ -97,7 +100,9 @@ class NHAttention(AttentionCore):
             value_activation: "silu" or "identity", applied to the value before it is attended to or
                 enters the slots.
             output_norm: whether the layer gives o_proj(RMSNorm(silu(o))) rather than o_proj(o).
+            output_norm_eps: added to the mean square there; None for norm_eps.
             qk_norm: whether each head's query and key first go through an RMSNorm of their own.
+            attention_scale: multiplies the attention's logits; None for key_dim ** -0.5.
             attention_bias: which projections have a bias: "none"; "qkv", those of query, key and
                 value; "all", that of the output too. The gate's never has one.
             rope_theta: base of the rotary embedding of the window's queries and keys; None: the
@@ -105,7 +110,7 @@ class NHAttention(AttentionCore):
             rope_scaling: how its frequencies were changed for a longer context, as
                 `nha_jax.config_parts.RopeScaling` or a mapping of its fields.
             norm_eps: added to the mean square in every RMSNorm.
-            slot_feature_map, empty_slots, implementation, kernel_options: as for
+            slot_feature_map, slot_delay, empty_slots, implementation, kernel_options: as for
                 `nha_jax.nha_attention`; decode steps take the implementation too.
             initializer_range: standard deviation of the projections at the start.
             dtype: "float32" or "bfloat16", of the computation; norms, softmax and decays are
@@ -131,12 +136,15 @@ class NHAttention(AttentionCore):
             gate_logit_normalizer=gate_logit_normalizer,
             value_activation=value_activation,
             output_norm=output_norm,
+            output_norm_eps=output_norm_eps,
             qk_norm=qk_norm,
+            attention_scale=attention_scale,
             attention_bias=attention_bias,
             rope_theta=rope_theta,
             rope_scaling=rope_scaling,
             norm_eps=norm_eps,
             slot_feature_map=slot_feature_map,
+            slot_delay=slot_delay,
             empty_slots=empty_slots,
             initializer_range=initializer_range,
             dtype=dtype,

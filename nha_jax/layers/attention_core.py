@@ -94,7 +94,8 @@ class AttentionCore(nnx.Module):
             self.q_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
             self.k_norm = rms_norm(config, config.key_dim, "norm", rngs=rngs)
         if config.output_norm:
-            self.o_norm = rms_norm(config, output_size, "heads", rngs=rngs)
+            eps = config.output_norm_eps
+            self.o_norm = rms_norm(config, output_size, "heads", eps=eps, rngs=rngs)
         self.o_proj = linear(
             config,
             output_size,
@@ -265,7 +266,9 @@ class AttentionCore(nnx.Module):
             cache.attention,
             window_size=window_size,
             rope=rope,
+            scale=self.config.attention_scale,
             slot_feature_map=self.config.slot_feature_map,
+            slot_delay=self.config.slot_delay,
             empty_slots=self.config.empty_slots,
             active=active,
             implementation=self.config.implementation,
@@ -319,7 +322,9 @@ class AttentionCore(nnx.Module):
             window_size=window_size,
             rope=rope,
             segment_ids=segment_ids,
+            scale=self.config.attention_scale,
             slot_feature_map=self.config.slot_feature_map,
+            slot_delay=self.config.slot_delay,
             empty_slots=self.config.empty_slots,
             implementation=self.config.implementation,
             kernel_options=self.config.kernel_options,

@@ -79,11 +79,20 @@ def linear(
     )
 
 
-def rms_norm(config: LayerFields, features: int, name: str, *, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Makes an RMSNorm over the last axis, [..., features], that computes and returns float32."""
+def rms_norm(
+    config: LayerFields, features: int, name: str, *, eps: float | None = None, rngs: nnx.Rngs
+) -> nnx.RMSNorm:
+    """Makes an RMSNorm over the last axis, [..., features], that computes and returns float32.
+
+    Args:
+        config: dtype of the scale, and norm_eps.
+        features, name: the length of the axis, and its logical name.
+        eps: added to the mean square; None: config.norm_eps.
+        rngs: not drawn from: the scale starts at 1.
+    """
     return nnx.RMSNorm(
         features,
-        epsilon=config.norm_eps,
+        epsilon=config.norm_eps if eps is None else eps,
         dtype=jnp.float32,
         param_dtype=jnp.dtype(config.param_dtype),
         scale_init=partitioned(jax.nn.initializers.ones, name),

@@ -143,8 +143,9 @@ def layer_kinds(config: ModelConfig, chip: str) -> dict[str, int]:
     for window in config.windows:
         options = Options(
             window_size=window,
-            scale=config.key_dim**-0.5,
+            scale=config.attention_scale or config.key_dim**-0.5,
             slot_feature_map=config.slot_feature_map,
+            slot_delay=config.slot_delay,
             empty_slots=config.empty_slots,
             return_state=False,
             return_slot_weight=False,
