@@ -117,6 +117,8 @@ class ConvertedSource:
         entry, wanted = self._entries[name], self.shapes[name]
         bounds = [part.indices(length) for part, length in zip(index, wanted.shape, strict=True)]
         parts = tuple(slice(low, high) for low, high, _ in bounds)
+        if entry.constant is not None:
+            return np.full([high - low for low, high, _ in bounds], entry.constant, wanted.dtype)
         stacked = parts[: entry.stacked_axes]
         theirs = entry.their_index(parts[entry.stacked_axes :])
         result = np.empty([part.stop - part.start for part in parts], wanted.dtype)

@@ -26,6 +26,7 @@ from nha_jax.hf.tensors import Entry, converted_table
 PLAIN_ATTENTION: dict[str, Any] = {
     "value_activation": "identity",
     "output_norm": False,
+    "attention_scale": None,
     "conv_width": 0,
     "empty_slots": "mask",
 }

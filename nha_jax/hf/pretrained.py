@@ -92,8 +92,9 @@ def from_pretrained(
 ) -> Model:
     """Loads a model of transformers: Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE.
 
-    The checkpoints published with Native Hybrid Attention are read too: those trained from scratch
-    (`nha_jax.hf.published`) and those hybridised (`nha_jax.hf.published_hybrid`).
+    The checkpoints of the authors of Native Hybrid Attention are read too: those trained from
+    scratch, of both generations of their code (`nha_jax.hf.published_generations`), and those
+    hybridised (`nha_jax.hf.published_hybrid`).
 
     With window None in every layer, the default, the logits are the original's. The gates, which
     the original does not have, start from its key projection: the rows of each head are averaged

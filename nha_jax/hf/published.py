@@ -1,13 +1,12 @@
 """Models trained from scratch by the paper's authors, in their format (JusenD/NHA, type "nha").
 
-The paper and the code of its time are followed. That code has an option feature_map and ignores it:
-queries and keys reach the slots as they are. Later versions apply the map, leave the logits
-unscaled, and let tokens be in the window and in the slots at once; their config.json has the key
-gsa_kv_shift and is refused. Layers of full attention and empty slots are treated as in hybridised
-models (`nha_jax.hf.published_hybrid`).
+Two generations of that code compute different things (`nha_jax.hf.published_generations`); here is
+what they share. Layers of full attention and empty slots are treated as in hybridised models
+(`nha_jax.hf.published_hybrid`).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,14 +34,15 @@ from nha_jax.hf.fields import (
     refused,
     wrong_architecture,
 )
-from nha_jax.hf.published_hybrid import empty_slots_notice, fixed_slots, unpublished
-from nha_jax.hf.published_windows import (
-    KEYS,
-    full_layers_notice,
-    read_windows,
-    shortest_window_size,
-    write_windows,
+from nha_jax.hf.published_generations import (
+    SHIFT,
+    find_generation,
+    generation_notices,
+    read_arithmetic,
+    write_arithmetic,
 )
+from nha_jax.hf.published_hybrid import empty_slots_notice, fixed_slots, without_slots
+from nha_jax.hf.published_windows import KEYS, shortest_window_size
 from nha_jax.hf.tensors import published_table
 
 PUBLISHED_FIELDS: dict[str, Any] = {
@@ -55,21 +55,21 @@ PUBLISHED_FIELDS: dict[str, Any] = {
 }
 """Fields of a `ModelConfig` that make up the published architecture."""
 
+OUTPUT_NORM_EPS = 1e-5
+"""What the authors' code adds in the norm after the attention, whatever norm_eps says.
+
+It calls fla's rms_norm_linear, whose default this is, without an eps."""
+
 # With other values of these keys, the original computes something that a `Model` does not.
 _REQUIRED: Required = {
-    "feature_map": (lambda value: value in ("swish", "relu", None), "'swish' or 'relu'"),
     "hidden_act": (lambda value: value in ("swish", "silu"), "'swish'"),
-    "conv_bias": (is_empty, "false"),
-    "use_output_gate": (is_empty, "false"),
-    "use_norm": (bool, "true"),
-    "elementwise_affine": (bool, "true"),
-    "attn": (is_empty, "null: its layers have no gates"),
-    "rope_scaling": (is_empty, "null"),
-    "gsa_kv_shift": (
-        lambda value: value is None,
-        "a model of the paper's time, whose config has no such key: later code computes "
-        "something else",
+    "conv_bias": (is_empty, "false: convolutions here have no bias"),
+    "attn": (
+        is_empty,
+        "null: it names layers of full attention with heads of their own, without gates, slots "
+        "and norm, and all layers of a model here are alike",
     ),
+    "rope_scaling": (is_empty, "null: the authors' code reads it and rotates as without it"),
     "quantization_config": (is_empty, "weights that are not quantized"),
 }
 
@@ -84,6 +84,8 @@ _KINDS: Required = {
     "gate_logit_normalizer": POSITIVE,
     "rope_theta": POSITIVE,
     "norm_eps": POSITIVE,
+    "output_norm_eps": POSITIVE,
+    "elementwise_affine": FLAG,
     "initializer_range": POSITIVE,
     "tie_word_embeddings": FLAG,
     "dtype": DTYPE,
@@ -97,8 +99,10 @@ _HEADS: Required = {
 }
 """The keys that the sizes of heads follow from."""
 
-# Keys for training, or for how the original computes the same thing.
+# Keys for training, or for how the original computes the same thing; gates and norms that its code
+# reads about, and computes as if it had not.
 _WITHOUT_EFFECT = {
+    "use_output_gate", "use_norm",
     "fuse_cross_entropy", "fuse_norm", "fuse_swiglu", "max_position_embeddings", "norm_first",
     "num_attention_heads", "num_key_value_heads", "rand_window", "gsa_aux_loss_enable",
     "gsa_aux_loss_coeff", "gsa_aux_loss_target_ratio",
@@ -127,7 +131,9 @@ def read_published(
     wrong_heads = refused(values, _HEADS)
     problems = wrong_architecture(values, PUBLISHED_FAMILY.architecture)
     problems += [*refused(values, _REQUIRED), *refused(values, _KINDS), *wrong_heads]
-    windows, wrong = read_windows(values, layer_count(values))
+    generation, wrong = find_generation(fields)
+    problems += wrong
+    arithmetic, wrong = read_arithmetic(values, generation, layer_count(values))
     problems += wrong
     key_dim, value_dim, wrong = (1, 1, []) if wrong_heads else _head_sizes(values)
     problems += wrong
@@ -137,7 +143,8 @@ def read_published(
         raise ValueError(listed(problems))
     own = {
         "num_slots": num_slots,
-        "window_size": windows,
+        "window_size": arithmetic.windows,
+        "slot_feature_map": arithmetic.slot_feature_map,
         "gate_logit_normalizer": values["gate_logit_normalizer"],
         "empty_slots": values.get("empty_slots", "attend"),
         "dtype": computing_dtype(fields),
@@ -155,6 +162,9 @@ def read_published(
             conv_width=values["conv_size"] if values["use_short_conv"] else 0,
             rope_theta=values["rope_theta"],
             norm_eps=values["norm_eps"],
+            output_norm_eps=_output_norm_eps(values),
+            attention_scale=arithmetic.attention_scale,
+            slot_delay=arithmetic.slot_delay,
             tie_embeddings=bool(values["tie_word_embeddings"]),
             initializer_range=values["initializer_range"],
             **PUBLISHED_FIELDS | own | chosen,
@@ -163,15 +173,39 @@ def read_published(
     except ValueError as error:
         raise ValueError(listed([str(error)])) from None
     config = dataclasses.replace(config, window_size=shortest_window_size(config))
-    known = {*PUBLISHED_FAMILY.defaults, *KEYS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
-    known |= {"expand_k", "expand_v", "empty_slots"}
+    known = {*PUBLISHED_FAMILY.defaults, *KEYS, *_KINDS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
+    known |= {"expand_k", "expand_v", "feature_map", SHIFT, "empty_slots"}
     notices = (*unknown_notice(sorted(set(fields) - known)), *published_notices(config))
-    return ImportedConfig(PUBLISHED_FAMILY, config, published_table, notices)
+    scaled = bool(values.get("elementwise_affine", True))
+    table = functools.partial(published_table, output_norm_scale=scaled)
+    return ImportedConfig(PUBLISHED_FAMILY, config, table, notices)
 
 
 def published_notices(config: ModelConfig) -> tuple[str, ...]:
     """Describes where the authors' code computes something else than the model."""
-    return full_layers_notice(config.windows) + empty_slots_notice(config)
+    notices = generation_notices(config) + empty_slots_notice(config)
+    eps = _resolved_eps(config)
+    if eps != OUTPUT_NORM_EPS:
+        notices += (
+            f"in the norm after the attention the authors' code adds {OUTPUT_NORM_EPS}, whatever "
+            f"norm_eps is, and this model {eps}",
+        )
+    return notices
+
+
+def _output_norm_eps(values: Mapping[str, Any]) -> float | None:
+    """Returns what is added in the norm after the attention; None where it is norm_eps.
+
+    Files that we wrote say it (output_norm_eps), or, by earlier versions, mean norm_eps; what tells
+    these is their empty_slots. The authors' have neither.
+    """
+    ours = values["norm_eps"] if "empty_slots" in values else OUTPUT_NORM_EPS
+    eps = values.get("output_norm_eps", ours)
+    return None if eps == values["norm_eps"] else eps
+
+
+def _resolved_eps(config: ModelConfig) -> float:
+    return config.norm_eps if config.output_norm_eps is None else config.output_norm_eps
 
 
 def _head_sizes(values: Mapping[str, Any]) -> tuple[int, int, list[str]]:
@@ -208,7 +242,8 @@ def write_published(config: ModelConfig) -> dict[str, Any]:
         for field, value in PUBLISHED_FIELDS.items()
         if getattr(config, field) != value
     ]
-    problems += unpublished(config)
+    arithmetic, wrong = write_arithmetic(config)
+    problems += [*without_slots(config), *wrong]
     width, heads = config.hidden_size, config.num_query_heads
     if heads * config.value_dim != width:
         problems.append(f"value_dim = {config.value_dim}: expected hidden_size / num_query_heads")
@@ -230,15 +265,16 @@ def write_published(config: ModelConfig) -> dict[str, Any]:
         "expand_v": 1,
         "exapnd_v": 1,
         "num_slots": config.num_slots,
-        **write_windows(config.windows),
+        **arithmetic,
         "gate_logit_normalizer": config.gate_logit_normalizer,
-        "feature_map": "swish",
         "use_short_conv": config.conv_width > 0,
         "conv_size": config.conv_width or 4,
         "conv_bias": False,
         "intermediate_size": config.mlp_size,
         "hidden_act": "swish",
         "norm_eps": config.norm_eps,
+        "output_norm_eps": _resolved_eps(config),
+        "elementwise_affine": True,
         "rope_theta": config.rope_theta,
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_embeddings,

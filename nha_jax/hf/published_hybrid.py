@@ -28,6 +28,9 @@ from nha_jax.scalars import is_count, shown
 GATE_LOGIT_NORMALIZER = 8
 """The gate_logit_normalizer of hybridised models: a constant of the authors' code."""
 
+_PUBLISHED_SLOTS = {"slot_feature_map": "identity", "slot_delay": None}
+"""Fields of a `ModelConfig` that the authors' code has no other values of."""
+
 # Keys that the family of transformers lacks. rand_window is for training; empty_slots is written
 # by us, and the authors' code ignores it.
 _OWN_KEYS = {"num_slots", *KEYS, "rand_window", "empty_slots"}
@@ -96,7 +99,10 @@ def write_hybrid(config: ModelConfig, plain: Mapping[str, Any]) -> dict[str, Any
         own = ("architectures", "model_type")
         plain = {**plain, **{key: to_hf_config(config)[key] for key in own}}
     family = HYBRIDS[plain["model_type"] + HYBRID_SUFFIX]
-    problems = unpublished(config)
+    problems = without_slots(config)
+    for field, expected in _PUBLISHED_SLOTS.items():
+        if getattr(config, field) != expected:
+            problems.append(f"{field} = {getattr(config, field)!r}: expected {expected!r}")
     if config.gate_logit_normalizer != GATE_LOGIT_NORMALIZER:
         problems.append(
             f"gate_logit_normalizer = {config.gate_logit_normalizer}: expected "
@@ -138,11 +144,6 @@ def empty_slots_notice(config: ModelConfig) -> tuple[str, ...]:
     )
 
 
-def unpublished(config: ModelConfig) -> list[str]:
-    """Lists which fields neither of the authors' formats can express."""
-    problems = []
-    if config.slot_feature_map != "identity":
-        problems.append(f"slot_feature_map = {config.slot_feature_map!r}: expected 'identity'")
-    if not config.num_slots:
-        problems.append("num_slots = 0: expected at least 1")
-    return problems
+def without_slots(config: ModelConfig) -> list[str]:
+    """Lists what is wrong with a model without slots, which neither of the authors' formats has."""
+    return [] if config.num_slots else ["num_slots = 0: expected at least 1"]

@@ -35,6 +35,7 @@ class Entry:
         filters: the convolution's kernel is [width, channels] in ours and [channels, 1, width] in
             theirs.
         factor: what multiplies ours where theirs is written; an entry that is read has 1.
+        constant: their checkpoint has no such tensor, and all of ours is this number; None: it has.
         averaged: how many neighbouring rows of theirs are averaged into one column of ours; 1: the
             numbers are the same, and the entry can be written too.
     """
@@ -45,6 +46,7 @@ class Entry:
     filters: bool = False
     factor: float = 1.0
     averaged: int = 1
+    constant: float | None = None
 
     @property
     def stacked_axes(self) -> int:
@@ -57,6 +59,8 @@ class Entry:
 
     def their_names(self, shape: tuple[int, ...]) -> Iterator[str]:
         """Names all tensors of a parameter of ours, given its shape, in the order of its axes."""
+        if self.constant is not None:
+            return iter(())
         lengths = shape[: self.stacked_axes]
         return map(self.their_name, itertools.product(*map(range, lengths)))
 
@@ -177,8 +181,14 @@ def _stored_gates(config: ModelConfig, prefix: str) -> Entry:
     return _matrix("blocks.attention.f_proj", f"{prefix}g_proj")
 
 
-def published_table(config: ModelConfig) -> tuple[Entry, ...]:
-    """Lists every parameter of a model of the published architecture, as its authors name them."""
+def published_table(config: ModelConfig, *, output_norm_scale: bool = True) -> tuple[Entry, ...]:
+    """Lists every parameter of a model of the published architecture, as its authors name them.
+
+    Args:
+        config: of the model.
+        output_norm_scale: whether the checkpoint has the scale of the norm after the attention;
+            without (elementwise_affine false) it is 1.
+    """
     layer = "model.layers.{layer}."
     attention, ours = layer + "attn.", "blocks.attention."
     entries = [
@@ -187,7 +197,11 @@ def published_table(config: ModelConfig) -> tuple[Entry, ...]:
         Entry(name="blocks.attention_norm.scale", template=layer + "attn_norm.weight"),
         Entry(name="blocks.mlp_norm.scale", template=layer + "mlp_norm.weight"),
         *(_matrix(f"{ours}{part}_proj", f"{attention}{part}_proj") for part in "qkvfo"),
-        Entry(name=f"{ours}o_norm.scale", template=f"{attention}g_norm.weight"),
+        Entry(
+            name=f"{ours}o_norm.scale",
+            template=f"{attention}g_norm.weight",
+            constant=None if output_norm_scale else 1.0,
+        ),
         *_mlp(config, layer + "mlp."),
     ]
     for part in "qkv" if config.conv_width else "":

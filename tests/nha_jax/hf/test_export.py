@@ -162,6 +162,8 @@ PUBLISHED_CASES = {
     "convolution": {},
     "plain": {"use_short_conv": False, "block_size": None, "transformer_idx": None},
     "grouped": {"num_kv_heads": 2, "expand_k": 1, "num_hidden_layers": 2},
+    "later": {"base": published.LATER_FIELDS},
+    "later, shifted by the window": {"base": published.LATER_FIELDS, "gsa_kv_shift": 5},
 }
 
 
@@ -191,8 +193,9 @@ def test_a_model_trained_here_travels(tmp_path: Path, overrides: dict[str, Any])
         "nha-tiny", num_layers=2, hidden_size=32, num_slots=4, window_size=(8, None), **overrides
     )
     model = nha_jax.Model(config, rngs=nnx.Rngs(0))
-    (notice,) = nha_jax.save_pretrained(tmp_path / "out", model, shard_bytes=10_000)
-    assert "the last 2048 tokens" in notice
+    full, eps = nha_jax.save_pretrained(tmp_path / "out", model, shard_bytes=10_000)
+    assert "the last 2048 tokens" in full
+    assert "the authors' code adds 1e-05, whatever norm_eps is, and this model 1e-06" in eps
     fields = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (fields["model_type"], fields["architectures"]) == ("nha", ["NHAForCausalLM"])
     again = from_pretrained(tmp_path / "out", dtype=config.dtype)
@@ -222,6 +225,16 @@ def test_logits_of_a_wider_model_travel_in_the_last_norm(tmp_path: Path) -> None
     chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))
 
 
+def test_a_scale_that_the_original_lacks_is_written(tmp_path: Path) -> None:
+    published.write_published(tmp_path / "original", elementwise_affine=False)
+    original = open_pretrained(tmp_path / "original")
+    export(original, tmp_path / "out")
+    assert np.all(tensors(tmp_path / "out")["model.layers.1.attn.g_norm.weight"] == 1)
+    again = open_pretrained(tmp_path / "out")
+    assert again.config == original.config
+    assert_same_weights(again, original)
+
+
 def test_shards_are_as_large_as_they_may_be(tmp_path: Path) -> None:
     original = open_pretrained(FIXTURES / "llama-2", num_slots=8)
     export(original, tmp_path / "out", shard_bytes=20_000)
@@ -247,6 +260,7 @@ def test_shards_are_as_large_as_they_may_be(tmp_path: Path) -> None:
 
 
 PLAIN = {"value_activation": "identity", "output_norm": False, "conv_width": 0}
+LATER = {"slot_feature_map": "relu", "attention_scale": 1.0}
 
 
 @pytest.mark.parametrize(
@@ -257,11 +271,18 @@ PLAIN = {"value_activation": "identity", "output_norm": False, "conv_width": 0}
         (PLAIN | {"window_size": (8, None, None, 8)}, None, "every n-th layer"),
         (PLAIN | {"window_size": 65}, None, "a window of 65 tokens"),
         (PLAIN | {"slot_feature_map": "silu", "window_size": 8}, None, "slot_feature_map = 'silu'"),
+        (PLAIN | {"slot_delay": 2, "window_size": 8}, None, "slot_delay = 2: expected None"),
+        (PLAIN | {"attention_scale": 1.0, "window_size": None}, None, "attention_scale = 1.0"),
         (PLAIN | {"gate_logit_normalizer": 4, "window_size": 8}, None, "gate_logit_normalizer = 4"),
         (PLAIN | {"attention_bias": "all", "window_size": 8}, None, "attention_bias = 'all'"),
         (PLAIN | {"conv_width": 4}, None, "conv_width = 4: expected 0"),
         (PLAIN | {"value_dim": 4, "window_size": None}, None, "value_dim = 4: expected key_dim"),
         (PLAIN | {"num_slots": 0, "window_size": 8}, None, "num_slots = 0: expected at least 1"),
+        ({"slot_feature_map": "silu"}, None, "attention_scale = None: expected 1"),
+        ({"attention_scale": 1.0}, None, "slot_feature_map = 'identity': expected 'silu'"),
+        (LATER | {"window_size": (8, 9)}, None, "expected one of at least 2 for all layers"),
+        (LATER | {"window_size": 1}, None, "window_size = 1: expected one of at least 2"),
+        (LATER | {"window_size": None}, None, "window_size = None: expected one of at least 2"),
         ({"output_norm": False}, None, "output_norm = False: expected True"),
         ({"qk_norm": True}, None, "qk_norm = True: expected False"),
         ({"value_dim": 4}, None, "value_dim = 4: expected hidden_size / num_query_heads"),

@@ -4,7 +4,7 @@ Written after the authors' code (JusenD/NHA) and not after ours, so that the two
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ PUBLISHED_FIELDS: dict[str, Any] = {
     "conv_size": 4,
     "intermediate_size": None,
     "hidden_ratio": 4,
-    "norm_eps": 1e-5,
+    "norm_eps": 1e-3,
     "rope_theta": 500.0,
     "window_size": 4,
     "block_size": 2,
@@ -41,12 +41,23 @@ PUBLISHED_FIELDS: dict[str, Any] = {
     "fuse_norm": True,
 }
 
+LATER_FIELDS: dict[str, Any] = {
+    key: value
+    for key, value in PUBLISHED_FIELDS.items()
+    if key not in ("block_size", "transformer_idx")
+} | {"gsa_kv_shift": 0, "gsa_aux_loss_enable": True}
+
+OUTPUT_NORM_EPS = 1e-5
+"""Of rms_norm_linear, which the authors' layers call without an eps."""
+
 HYBRID = {"num_slots": 3, "window_size": 4, "block_size": None, "transformer_idx": None}
 
 
-def write_published(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tensors]:
+def write_published(
+    folder: Path, *, base: Mapping[str, Any] = PUBLISHED_FIELDS, **changes: Any
+) -> tuple[dict[str, Any], Tensors]:
     """Writes a model trained from scratch, with random weights; returns its config and tensors."""
-    fields = PUBLISHED_FIELDS | changes
+    fields = {**base, **changes}
     width, heads, layers = (
         fields[key] for key in ("hidden_size", "num_heads", "num_hidden_layers")
     )
@@ -61,7 +72,8 @@ def write_published(folder: Path, **changes: Any) -> tuple[dict[str, Any], Tenso
             if fields["use_short_conv"]:
                 shapes[f"{layer}attn.{part}_conv1d.weight"] = (size, 1, fields["conv_size"])
         shapes[f"{layer}attn.f_proj.weight"] = (fields["num_kv_heads"] * fields["num_slots"], width)
-        shapes[f"{layer}attn.g_norm.weight"] = (width,)
+        if fields.get("elementwise_affine", True):
+            shapes[f"{layer}attn.g_norm.weight"] = (width,)
         shapes[f"{layer}attn.o_proj.weight"] = (width, width)
         for part in ("gate", "up"):
             shapes[f"{layer}mlp.{part}_proj.weight"] = (256, width)
@@ -118,8 +130,16 @@ def published_logits(fields: Mapping[str, Any], tensors: Tensors, tokens: np.nda
         query = parts["q"].reshape(len(tokens), heads, -1)
         key, value, gate = (parts[part].reshape(len(tokens), kv_heads, -1) for part in "kvf")
         log_decay = log_sigmoid(gate) / fields["gate_logit_normalizer"]
-        out = attend(query, key, silu(value), log_decay, fields["rope_theta"], window(fields, i))
-        out = rms_norm(silu(out), layer["attn.g_norm"], eps)
+        arrays = query, key, silu(value), log_decay
+        if "gsa_kv_shift" in fields:
+            feature_map = {"swish": silu, "relu": lambda x: np.maximum(x, 0)}[fields["feature_map"]]
+            out = attend_later(
+                *arrays, fields["rope_theta"], fields["window_size"], fields["gsa_kv_shift"],
+                feature_map,
+            )  # fmt: skip
+        else:
+            out = attend(*arrays, fields["rope_theta"], window(fields, i))
+        out = rms_norm(silu(out), layer.get("attn.g_norm", np.ones(out.shape[-1])), OUTPUT_NORM_EPS)
         hidden = hidden + out @ layer["attn.o_proj"].T
         x = rms_norm(hidden, layer["mlp_norm"], eps)
         gated = silu(x @ layer["mlp.gate_proj"].T) * (x @ layer["mlp.up_proj"].T)
@@ -187,6 +207,42 @@ def attend(
             weights = np.exp(logits - logits.max())
             values = np.concatenate([slot_value, value[seen, own]])
             out[t, head] = weights @ values / weights.sum()
+    return out.reshape(length, -1)
+
+
+def attend_later(
+    query: np.ndarray, key: np.ndarray, value: np.ndarray, log_decay: np.ndarray,
+    theta: float, window_left: int, shift: int, feature_map: Callable[[np.ndarray], np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """Computes what the authors' later code does, for the shapes of `attend`.
+
+    A sliding window of a token and the window_left before it, and gated slots of the features of
+    all tokens up to shift before it, each with a softmax of its own at scale 1; the two are merged
+    by their log-sum-exps.
+    """
+    length, heads, _ = query.shape
+    group = heads // key.shape[1]
+    key, value, log_decay = (np.repeat(x, group, axis=1) for x in (key, value, log_decay))
+    turned_query, turned_key = turn(query, theta), turn(key, theta)
+    slot_query, slot_key = feature_map(query), feature_map(key)
+    gate = np.exp(log_decay)
+    kept = np.zeros((length, heads, log_decay.shape[-1]))  # each token's share of each slot
+    out = np.zeros((length, heads, value.shape[-1]))
+    for t in range(length):
+        if t >= shift:
+            kept *= gate[t - shift]
+            kept[t - shift] = 1 - gate[t - shift]
+        for head in range(heads):
+            slots = kept[:, head].T
+            slot_logits = slots @ slot_key[:, head] @ slot_query[t, head]
+            seen = slice(max(t - window_left, 0), t + 1)
+            window_logits = turned_key[seen, head] @ turned_query[t, head]
+            slot_mass, window_mass = (np.exp(x) for x in (slot_logits, window_logits))
+            slot_out = slot_mass / slot_mass.sum() @ (slots @ value[:, head])
+            window_out = window_mass / window_mass.sum() @ value[seen, head]
+            slot_lse, window_lse = (np.log(x.sum()) for x in (slot_mass, window_mass))
+            share = 1 / (1 + np.exp(window_lse - slot_lse))
+            out[t, head] = share * slot_out + (1 - share) * window_out
     return out.reshape(length, -1)
 
 
