@@ -38,6 +38,7 @@ from nha_jax.hf.published_generations import (
     SHIFT,
     find_generation,
     generation_notices,
+    other_generation_notice,
     read_arithmetic,
     write_arithmetic,
 )
@@ -175,14 +176,19 @@ def read_published(
     config = dataclasses.replace(config, window_size=shortest_window_size(config))
     known = {*PUBLISHED_FAMILY.defaults, *KEYS, *_KINDS, *_REQUIRED, *_WITHOUT_EFFECT, *HARMLESS}
     known |= {"expand_k", "expand_v", "feature_map", SHIFT, "empty_slots"}
-    notices = (*unknown_notice(sorted(set(fields) - known)), *published_notices(config))
+    notices = (*unknown_notice(sorted(set(fields) - known)), *_differences(config))
     scaled = bool(values.get("elementwise_affine", True))
     table = functools.partial(published_table, output_norm_scale=scaled)
     return ImportedConfig(PUBLISHED_FAMILY, config, table, notices)
 
 
 def published_notices(config: ModelConfig) -> tuple[str, ...]:
-    """Describes where the authors' code computes something else than the model."""
+    """Describes where the authors' code computes something else of what we write than the model."""
+    return _differences(config) + other_generation_notice(config)
+
+
+def _differences(config: ModelConfig) -> tuple[str, ...]:
+    """Describes where the code of the model's own generation computes something else."""
     notices = generation_notices(config) + empty_slots_notice(config)
     eps = _resolved_eps(config)
     if eps != OUTPUT_NORM_EPS:

@@ -134,3 +134,13 @@ def generation_notices(config: ModelConfig) -> tuple[str, ...]:
         "the authors' code generates other texts than its own forward pass means, as it adds half "
         "of the window's output to half of the slots'; this model generates by the forward pass",
     )
+
+
+def other_generation_notice(config: ModelConfig) -> tuple[str, ...]:
+    """Returns the notice about the generation that reads a file of the other as its own."""
+    if is_later(config):
+        return ()
+    return (
+        "the authors' code of the paper's time computes this model; their later code reads the "
+        "same files and computes something else",
+    )

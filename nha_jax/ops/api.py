@@ -193,7 +193,7 @@ def nha_attention(
     validate_rest(*arrays, **rest, options=options)
 
     def unsupported(backend: backends.Backend) -> str | None:
-        return backend.attend_unsupported(
+        return backend.delay_unsupported(options) or backend.attend_unsupported(
             arrays,
             has_segments=segment_ids is not None,
             has_past=initial_state is not None,
@@ -369,7 +369,9 @@ def decode_step(
     local_state = division.local_shapes(state, division.state)
 
     def unsupported(backend: backends.Backend) -> str | None:
-        return backend.decode_unsupported(query, local_state, options)
+        return backend.delay_unsupported(options) or backend.decode_unsupported(
+            query, local_state, options
+        )
 
     chosen = _choose(implementation, unsupported, options)
     return _decode(query, key, value, log_decay, state, rope, active, chosen)

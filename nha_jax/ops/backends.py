@@ -36,6 +36,7 @@ class Backend:
       platform: "tpu" or "gpu", if its kernels are made for that alone.
       reverse_mode_only: whether `attend` has first derivatives by reverse mode only, as kernels
         under a `jax.custom_vjp` have, and `decode` none; what it lacks is then refused in words.
+      takes_slot_delay: whether it computes a `slot_delay`; where not, calls with one are refused.
       options_type: a frozen dataclass of hashable options of its own, made of
         `kernel_options[name]`.
     """
@@ -43,6 +44,7 @@ class Backend:
     name: str
     platform: str | None = None
     reverse_mode_only: bool = False
+    takes_slot_delay: bool = False
     options_type: type | None = None
 
     def attend(
@@ -94,6 +96,15 @@ class Backend:
     def decode_unsupported(self, query: jax.Array, state: NHAState, options: Options) -> str | None:
         """Says in a line why it cannot serve this decode step; None if it can."""
         return f"{self.name} has no decode step"
+
+    def delay_unsupported(self, options: Options) -> str | None:
+        """Says in a line that it takes no slot_delay, if the call has one; None if it can serve."""
+        if options.slot_delay is None or self.takes_slot_delay:
+            return None
+        return (
+            "it lets a token enter the slots as it leaves the window, got slot_delay="
+            f"{options.slot_delay} with window_size={options.window_size}"
+        )
 
     def describe(self, arrays: Arrays, options: Options) -> str:
         """Names what computes such a call, in a few words; `nha plan` prints it."""
@@ -231,7 +242,7 @@ def describe(name: str | None, arrays: Arrays, options: Options, platform: str) 
     """
 
     def unsupported(backend: Backend) -> str | None:
-        return backend.attend_unsupported(
+        return backend.delay_unsupported(options) or backend.attend_unsupported(
             arrays, has_segments=False, has_past=False, options=options
         )
 

@@ -13,10 +13,8 @@ from pallas.constants import LARGEST_HEAD, MOST_SLOTS
 from pallas.decode_types import DecodeState, DecodeToken, SlotState, SlotToken
 
 
-def attend_beyond_limits(arrays: Arrays, options: Options) -> str | None:
-    """Says in a line what is beyond the fused kernels; None if nothing is."""
-    if options.slot_delay is not None:
-        return _overlap(options)
+def attend_beyond_limits(arrays: Arrays) -> str | None:
+    """Says in a line which size is beyond those of the fused kernels; None if none is."""
     _, key, value, log_decay = arrays
     for name, x in (("key", key), ("value", value)):
         if x.shape[3] > LARGEST_HEAD:
@@ -26,17 +24,8 @@ def attend_beyond_limits(arrays: Arrays, options: Options) -> str | None:
     return None
 
 
-def _overlap(options: Options) -> str:
-    return (
-        f"its kernels let a token enter the slots as it leaves the window, got slot_delay="
-        f"{options.slot_delay} with window_size={options.window_size}"
-    )
-
-
-def decode_beyond_limits(query: jax.Array, state: NHAState, options: Options) -> str | None:
+def decode_beyond_limits(query: jax.Array, state: NHAState) -> str | None:
     """Says in a line why no chip's kernel serves such a decode step; None if one may."""
-    if options.slot_delay is not None:
-        return _overlap(options)
     if state.slot_key.shape[2] == 0:
         return "its kernel takes at least one slot, got none"
     if query.dtype not in (jnp.bfloat16, jnp.float32):

@@ -166,6 +166,7 @@ class ReferenceBackend(Backend):
     """The definition itself: slow, and exact in any float dtype."""
 
     name = "reference"
+    takes_slot_delay = True
     attend = staticmethod(reference_attention)
     decode = staticmethod(reference_decode)
 

@@ -60,9 +60,8 @@ class GPUBackend(Backend):
         return unsupported(arrays, has_segments=has_segments, has_past=has_past, options=options)
 
     def decode_unsupported(self, query: jax.Array, state: NHAState, options: Options) -> str | None:
-        if reason := decode_beyond_limits(query, state, options):
-            return reason
-        return decode_unsupported(kernel_state(state)) or not_hopper()
+        reason = decode_beyond_limits(query, state) or decode_unsupported(kernel_state(state))
+        return reason or not_hopper()
 
     def describe(self, arrays: Arrays, options: Options) -> str:
         if served_by_cudnn(arrays, has_segments=False, has_past=False, options=options):

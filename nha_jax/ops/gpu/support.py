@@ -31,11 +31,9 @@ def unsupported(
     """
     if served_by_cudnn(arrays, has_segments=has_segments, has_past=has_past, options=options):
         return None
-    if reason := attend_beyond_limits(arrays, options):
-        return reason
     if arrays[0].dtype != jnp.bfloat16:
         return f"its kernels multiply in bfloat16, got query of {arrays[0].dtype}"
-    return not_hopper()
+    return attend_beyond_limits(arrays) or not_hopper()
 
 
 def not_hopper() -> str | None:
@@ -62,7 +60,7 @@ def served_by_cudnn(
     largest = 256 if capability == HOPPER else 128
     if capability < AMPERE or max(key.shape[3], value.shape[3]) > largest:
         return False
-    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.delay, T, None)
+    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.window_size, T, None)
 
 
 def compiling_for_gpus() -> bool:

@@ -57,16 +57,14 @@ class TPUBackend(Backend):
         query = arrays[0]
         if query.dtype not in (jnp.bfloat16, jnp.float32):
             return f"its kernels take bfloat16 and float32, got query of {query.dtype}"
-        if reason := attend_beyond_limits(arrays, options):
+        if reason := attend_beyond_limits(arrays):
             return reason
         if options.scale < 0:
             return f"its kernels take a scale of at least 0, got {options.scale}"
         return None
 
     def decode_unsupported(self, query: jax.Array, state: NHAState, options: Options) -> str | None:
-        if reason := decode_beyond_limits(query, state, options):
-            return reason
-        return decode_unsupported(kernel_state(state))
+        return decode_beyond_limits(query, state) or decode_unsupported(kernel_state(state))
 
     def describe(self, arrays: Arrays, options: Options) -> str:
         return "fused TPU kernels"

@@ -9,6 +9,7 @@ class XLABackend(Backend):
     """Chunks in a scan, with a gradient written out; full attention in blocks of queries."""
 
     name = "xla"
+    takes_slot_delay = True
     attend = staticmethod(chunked_attention)
     decode = staticmethod(decode_xla)
 

@@ -138,6 +138,12 @@ def test_what_a_registered_backend_cannot_serve_is_an_error_that_says_why(toy):
         decode_step(one, one, one, -one, state, window_size=2, implementation="numpy")
 
 
+def test_a_backend_that_knows_of_no_delay_is_given_none(toy):
+    arrays = map(jnp.asarray, make_inputs(Case(T=4, window="4")).arrays.values())
+    with pytest.raises(NotImplementedError, match=r"'numpy'.*slot_delay=1 with window_size=4"):
+        nha_attention(*arrays, window_size=4, slot_delay=1, implementation="numpy")
+
+
 class UnpackedBackend(Backend):
     """The reference, without packed documents."""
 
