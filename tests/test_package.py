@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from nha_jax.hf.companions import TORCH_FILES
 from tests.support.paths import ROOT
 from train.errors import ConfigError
 from train.load_config import load_config
@@ -50,6 +51,7 @@ def test_wheel_carries_configurations_and_types_and_no_tests(wheel: Path) -> Non
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"train/configs/{path.name}" for path in shipped_configs().values()} <= names
     assert {f"{package}/py.typed" for package in ("nha_jax", "pallas", "train")} <= names
+    assert {f"nha_jax/hf/torch_files/{path.name}" for path in TORCH_FILES.glob("*.py")} <= names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"nha_jax", "pallas", "train"}
 

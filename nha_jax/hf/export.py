@@ -1,4 +1,4 @@
-"""Writing models in the format of transformers, or in that of the paper's authors."""
+"""Writing models for transformers, with our code or without, or for that of the paper's authors."""
 
 import dataclasses
 import itertools
@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,11 +16,13 @@ import safetensors
 
 from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
+from nha_jax.hf.companions import companion_files, companion_names
 from nha_jax.hf.config import FREE_FIELDS, from_hf_config, to_hf_config
 from nha_jax.hf.families import PUBLISHED_FAMILY, find_hybrid
+from nha_jax.hf.native import write_native
 from nha_jax.hf.published import published_notices, read_published, write_published
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
-from nha_jax.hf.tensors import Entry, hybrid_table, plain_table, published_table
+from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.sizes import Shapes
 from nha_jax.storage.json_objects import parse_object
@@ -37,7 +40,7 @@ from nha_jax.storage.weights import (
     write_weights,
 )
 
-Format = Literal["family", "nha"]
+Format = Literal["family", "nha", "transformers"]
 
 
 _METADATA = {"format": "pt", "producer": "nha_jax"}
@@ -56,11 +59,13 @@ class Export(NamedTuple):
         fields: the content of config.json.
         entries: where each parameter goes; parameters without an entry are left out.
         notices: sentences about where the exported model computes something else than ours.
+        made: name and content of files that are written beside those that travel with the model.
     """
 
     fields: dict[str, Any]
     entries: tuple[Entry, ...]
     notices: tuple[str, ...]
+    made: Mapping[str, bytes] = MappingProxyType({})
 
 
 def save_pretrained(
@@ -69,6 +74,7 @@ def save_pretrained(
     *,
     format: Format | None = None,
     files: Mapping[str, bytes] | None = None,
+    measured: Mapping[str, float | str] = MappingProxyType({}),
     shard_bytes: int = 5 * 10**9,
     overwrite: bool = False,
 ) -> tuple[str, ...]:
@@ -80,11 +86,13 @@ def save_pretrained(
         format: "family": that of Llama, Qwen2, ..., for a pretrained model with window None in
             every layer, without its gates, which full attention does not use. "nha": that of the
             paper's authors, with the gates; its model type is nha for the published architecture,
-            and for pretrained models one such as llama_nha. None: "family" where it fits, else
-            "nha".
+            and for pretrained models one such as llama_nha. "transformers": any model, windows,
+            gates and all, with code of ours beside it, which transformers runs if it is told to
+            (trust_remote_code=True), and a model card. None: "family" where it fits, else "nha".
         files: name and content of extra files (`nha_jax.storage.saved_model.EXTRA_FILES`). That of
             an imported model, `original_config.json`, decides the family and those keys of
             config.json that the model itself does not.
+        measured: what the model card says was measured, by name, such as a held-out loss.
         shard_bytes: the largest size of a file of weights, unless it holds a single tensor.
         overwrite: replace a folder that this function wrote.
 
@@ -96,7 +104,7 @@ def save_pretrained(
         FileExistsError: `path` exists and overwrite is False, or something else is there.
         OSError: there is too little room on the disk; nothing was written.
     """
-    export = plan_export(model.config, files or {}, format)
+    export = plan_export(model.config, files or {}, format, measured)
     write_export(
         path, export, ModelSource(model), files or {}, shard_bytes=shard_bytes, overwrite=overwrite
     )
@@ -104,14 +112,17 @@ def save_pretrained(
 
 
 def plan_export(
-    config: ModelConfig, files: Mapping[str, bytes], format: Format | None = None
+    config: ModelConfig,
+    files: Mapping[str, bytes],
+    format: Format | None = None,
+    measured: Mapping[str, float | str] = MappingProxyType({}),
 ) -> Export:
     """Plans what `save_pretrained` writes; the same arguments, errors and notices.
 
     No other format divides logits by a width: the final norm's scale takes over what
     `ModelConfig.mup_base_width` does to them.
     """
-    export = _plan(dataclasses.replace(config, mup_base_width=None), files, format)
+    export = _plan(dataclasses.replace(config, mup_base_width=None), files, format, measured)
     entries = (
         dataclasses.replace(entry, factor=1 / config.width_ratio)
         if entry.name == "norm.scale"
@@ -121,15 +132,24 @@ def plan_export(
     return export._replace(entries=tuple(entries))
 
 
-def _plan(config: ModelConfig, files: Mapping[str, bytes], format: Format | None) -> Export:
+def _plan(
+    config: ModelConfig,
+    files: Mapping[str, bytes],
+    format: Format | None,
+    measured: Mapping[str, float | str],
+) -> Export:
     """Plans an export of a model whose logits are the head's."""
+    if format == "transformers":
+        made = companion_files(config, files, measured)
+        fields = write_native(config) | _tokens({**made, **files})
+        return Export(fields, native_table(config), (), made)
     original = _original(files)
     hybrid = set(config.windows) != {None}
     if config.output_norm or config.value_activation != "identity":
         if format == "family":
             raise ValueError(
-                "no model of transformers has the published architecture's attention; "
-                "leave format='family' out"
+                "no model of transformers has the published architecture's attention; leave "
+                "format='family' out, or take format='transformers', which brings code for it"
             )
         fields = _kept(config, original, published=True) | write_published(config)
         return Export(fields, published_table(config), published_notices(config))
@@ -141,8 +161,8 @@ def _plan(config: ModelConfig, files: Mapping[str, bytes], format: Format | None
     if hybrid:
         raise ValueError(
             f"window_size = {config.window_size}: no model of transformers has windows like these; "
-            "export with full attention (--windows none), or with format='nha' for the code of the "
-            "paper's authors"
+            "export with full attention (--windows none), with format='transformers', which brings "
+            "code for it, or with format='nha' for the code of the paper's authors"
         )
     attends = config.empty_slots == "attend" and config.num_slots > 0
     notice = "this model attends to empty slots (empty_slots='attend'), and transformers has none"
@@ -182,7 +202,7 @@ def write_export(
     needed = weight_bytes(theirs) + sum(map(len, files.values()))
     with replacing_folder(path, needed) as new:
         _write_json(new / CONFIG_FILE, export.fields)
-        for name, content in files.items():
+        for name, content in {**export.made, **files}.items():
             if name != ORIGINAL_CONFIG_FILE:
                 (new / name).write_bytes(content)
         weight_map: dict[str, str] = {}
@@ -320,7 +340,7 @@ def _read_object(content: bytes) -> dict[str, Any]:
 
 def _is_export(path: Path) -> bool:
     """Whether the folder is an export of ours alone; downloaded models have the same file names."""
-    own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES}
+    own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES, *companion_names()}
     weights = list(path.glob("*.safetensors"))
     if not path.is_dir() or {file.name for file in path.iterdir()} - own - {
         x.name for x in weights

@@ -9,7 +9,8 @@ from typing import Any, Literal
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import ImportedConfig, from_hf_config
-from nha_jax.hf.families import PUBLISHED_FAMILY, find_hybrid
+from nha_jax.hf.families import NATIVE_FAMILY, PUBLISHED_FAMILY, find_hybrid
+from nha_jax.hf.native import read_native
 from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
@@ -75,6 +76,8 @@ def import_config(fields: Mapping[str, Any], **options: Any) -> ImportedConfig:
     """Translates the config.json of any supported model; options and errors of `from_hf_config`."""
     if fields.get("model_type") == PUBLISHED_FAMILY.model_type:
         return read_published(fields, **options)
+    if fields.get("model_type") == NATIVE_FAMILY.model_type:
+        return read_native(fields, **options)
     if find_hybrid(fields):
         return read_hybrid(fields, **options)
     return from_hf_config(fields, **options)
@@ -94,7 +97,8 @@ def from_pretrained(
 
     The checkpoints of the authors of Native Hybrid Attention are read too: those trained from
     scratch, of both generations of their code (`nha_jax.hf.published_generations`), and those
-    hybridised (`nha_jax.hf.published_hybrid`).
+    hybridised (`nha_jax.hf.published_hybrid`); and what `save_pretrained` writes with
+    format="transformers", bit for bit.
 
     With window None in every layer, the default, the logits are the original's. The gates, which
     the original does not have, start from its key projection: the rows of each head are averaged

@@ -203,13 +203,31 @@ def published_table(config: ModelConfig, *, output_norm_scale: bool = True) -> t
             constant=None if output_norm_scale else 1.0,
         ),
         *_mlp(config, layer + "mlp."),
+        *_convolutions(config, attention + "{part}_conv1d.weight"),
     ]
-    for part in "qkv" if config.conv_width else "":
-        template = f"{attention}{part}_conv1d.weight"
-        entries.append(Entry(name=f"{ours}{part}_conv.kernel", template=template, filters=True))
     if not config.tie_embeddings:
         entries.append(Entry(name="head.kernel", template=TIED_HEAD, transposed=True))
     return tuple(entries)
+
+
+def native_table(config: ModelConfig) -> tuple[Entry, ...]:
+    """Lists every parameter of any model, by the names of `nha_jax/hf/torch_files/`."""
+    ours, theirs = "blocks.attention.", "model.layers.{layer}.self_attn."
+    entries = [*_converted(config, _native_gates)]
+    if config.output_norm:
+        entries.append(Entry(name=f"{ours}o_norm.scale", template=f"{theirs}o_norm.weight"))
+    return (*entries, *_convolutions(config, f"{theirs}{{part}}_conv.weight"))
+
+
+def _native_gates(config: ModelConfig, prefix: str) -> Entry:
+    return _matrix("blocks.attention.f_proj", f"{prefix}f_proj")
+
+
+def _convolutions(config: ModelConfig, template: str) -> Iterator[Entry]:
+    for part in "qkv" if config.conv_width else "":
+        their_name = template.replace("{part}", part)
+        name = f"blocks.attention.{part}_conv.kernel"
+        yield Entry(name=name, template=their_name, filters=True)
 
 
 def _attention(config: ModelConfig, prefix: str) -> Iterator[Entry]:

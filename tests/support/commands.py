@@ -22,6 +22,7 @@ RUN = {
         "--windows 16 --max-new-tokens 4"
     ),
     'uv run nha generate runs/quickstart --prompt "class Parser"': "--max-new-tokens 4",
+    "uv run nha export runs/quickstart exported/quickstart --format transformers": "",
     "uv run nha inspect runs/quickstart --text README.md": "--max-tokens 64",
     "uv run nha train --help": "",
 }
@@ -68,6 +69,7 @@ NOT_RUN = {
         "nha search models/llama-3-8b --base 64 --full-layers 4 "
         "--corpus data/slimpajama-llama-3 --sequence-length 2048 --sequences 64",
         "nha inspect runs/llama-3-8b-hybrid --text FILE",
+        "nha export runs/llama-3-8b-hybrid exported/llama-hybrid --format transformers",
         "nha export runs/llama-3-8b-hybrid exported/llama-nha",
         "nha export runs/llama-3-8b-hybrid exported/llama --windows none",
         'nha generate runs/llama-3-8b-hybrid --prompt "The capital of France is"',
@@ -127,6 +129,7 @@ NOT_RUN = {
         "uv run python benchmarks/optimizers.py --turns 9 --steps 8 --only muon",
         "uv run python benchmarks/data.py --megabytes 20 --seconds 2",
         "uv run python benchmarks/data.py --only kinds --megabytes 20 --turns 5",
+        "uv run --isolated --group hf python benchmarks/in_transformers.py --turns 7",
     ),
     "it runs tests, or what tests run": (
         "uv run pytest -n 2 tests/pallas",

@@ -18,16 +18,23 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Writes a model as a folder for PyTorch: config.json, .safetensors and the files of its tokenizer.
 
-  --format family  for transformers (Llama, Qwen2, ...): a pretrained model with full attention in
-                   every layer. Its gates, which play no part in that, are left out.
-  --format nha     for the code of the authors of Native Hybrid Attention (JusenD/NHA): a pretrained
-                   model made hybrid, with its gates, or one of the published architecture.
+  --format family        for transformers (Llama, Qwen2, ...): a pretrained model with full
+                         attention in every layer. Its gates, which play no part in that, are left
+                         out.
+  --format transformers  for transformers, with code of ours in the folder: any model, windows,
+                         slots and all. AutoModelForCausalLM.from_pretrained(HF_DIR,
+                         trust_remote_code=True) opens it; the numbers of a finished run go into its
+                         model card.
+  --format nha           for the code of the authors of Native Hybrid Attention (JusenD/NHA): a
+                         pretrained model made hybrid, with its gates, or one of the published
+                         architecture.
 The default is family where every layer has full attention, else nha. If RUN is a saved model, its
 weights are read a piece at a time."""
 
 _EXAMPLES = """\
 examples:
   nha export models/llama exported/llama
+  nha export runs/quickstart exported/quickstart --format transformers
   nha export runs/hybrid exported/hybrid --shard-size 2GB
   nha export runs/hybrid exported/original-attention --windows none"""
 
@@ -46,7 +53,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     parser.add_argument("out", metavar="HF_DIR", help="folder to make")
     add = parser.add_argument
-    add("--format", choices=("family", "nha"), help="see above")
+    add("--format", choices=("family", "transformers", "nha"), help="see above")
     add(
         "--windows", metavar="WINDOWS",
         help="other windows than the model's: none, a pattern such as 64,64,64,none, or a result "
@@ -78,7 +85,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if options.windows is not None:
             config = dataclasses.replace(config, window_size=windows)
         files = extra_files_of(named)
-        export = plan_export(config, files, options.format)
+        measured = {} if options.windows else _measured(named)
+        export = plan_export(config, files, options.format, measured)
         print(_summary(config, export, files), flush=True)
         with bytes_bar(weight_bytes(source.shapes)) as bar:
             write_export(
@@ -109,6 +117,24 @@ def _open(path: Path) -> "tuple[ModelConfig, WeightSource]":
     return model.config, ModelSource(model)
 
 
+def _measured(path: Path) -> dict[str, float | str]:
+    """Lists what a finished run reached, for the model card; {} for other folders."""
+    from train.storage.result import Result
+    from train.storage.run_folder import RunFolder
+
+    folder = RunFolder(path.parent if path.name == "model" else path)
+    result = Result.read(folder.result)
+    if result is None:
+        return {}
+    bits = "held-out bits per byte"
+    found: dict[str, float | str] = {
+        "training steps": str(result.step),
+        bits: result.held_out_bits_per_byte,
+        "held-out perplexity of a token": result.held_out_perplexity,
+    }
+    return found | {f"{bits} of {name}": value for name, value in result.references.items()}
+
+
 def _read_size(text: str) -> int:
     """Reads a size in bytes, e.g. '500MB' -> 500,000,000."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]B)?\s*", text, re.IGNORECASE)
@@ -123,7 +149,8 @@ def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -
     from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
     from train.windows import format_windows
 
-    beside = ", ".join(name for name in files if name != ORIGINAL_CONFIG_FILE)
+    written = {**files, **export.made}
+    beside = ", ".join(name for name in written if name != ORIGINAL_CONFIG_FILE)
     lines = [
         f"{export.fields['architectures'][0]}, {config.num_layers} layer"
         f"{'s' * (config.num_layers > 1)}, windows "

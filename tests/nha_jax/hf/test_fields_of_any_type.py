@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
+from nha_jax.hf.native import write_native
 from nha_jax.hf.pretrained import import_config
+from tests.support.hf.layouts import layout
 from tests.support.hf.originals import FIXTURES, NAMES
 
 
@@ -50,6 +52,8 @@ def configs() -> dict[str, dict[str, Any]]:
             "model_type": family.model_type, "architectures": [family.architecture],
         }  # fmt: skip
     found["nha"] = PUBLISHED
+    for name in ("a hybrid Qwen", "a hybrid with experts"):
+        found[name] = json.loads(json.dumps(write_native(layout(name))))
     slides = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     found["sliding"] = found["qwen3"] | slides
     return found

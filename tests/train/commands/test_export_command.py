@@ -88,6 +88,29 @@ def test_a_run_is_exported_from_its_newest_checkpoint(
     chex.assert_trees_all_equal(nnx.state(again), nnx.state(trained))
 
 
+def test_a_run_is_exported_for_transformers_with_its_numbers(
+    run_export, undisturbed: Nha, tmp_path: Path
+) -> None:
+    code, output, _ = run_export(undisturbed.run, tmp_path / "out", "--format=transformers")
+    assert code == 0
+    assert output.startswith("NHAForCausalLM, 1 layer, windows 8, float32\n")
+    assert "modeling_nha.py" in output
+    trained = nha_jax.load(undisturbed.run / "model")
+    again = nha_jax.from_pretrained(tmp_path / "out", remat=trained.config.remat)
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(trained))
+    result = json.loads((undisturbed.run / "result.json").read_text())
+    number = f"| held-out bits per byte | {result['held_out_bits_per_byte']:.4g} |"
+    assert number in (tmp_path / "out" / "README.md").read_text()
+
+    out = tmp_path / "finished"
+    assert run_export(undisturbed.run / "model", out, "--format=transformers")[0] == 0
+    assert number in (out / "README.md").read_text()
+    other = ["--format=transformers", "--windows=4", "--overwrite"]
+    assert run_export(undisturbed.run, out, *other)[0] == 0
+    assert "held-out" not in (out / "README.md").read_text()
+    assert json.loads((out / "config.json").read_text())["window_sizes"] == [4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
