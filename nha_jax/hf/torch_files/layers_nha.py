@@ -57,7 +57,7 @@ class NHAShortConvolution(nn.Module):
         for i in range(width):
             own = number[:, i : i + T] == number[:, width - 1 :]
             total = total + self.weight[:, 0, i].float() * x[:, i : i + T].float() * own[..., None]
-        return F.silu(total).to(x.dtype), x[:, T:]
+        return F.silu(total).to(x.dtype), x[:, T:].clone()
 
 
 class NHAttention(nn.Module):
@@ -127,7 +127,7 @@ class NHAttention(nn.Module):
             whole=segments.whole,
         )
         if cache is not None:
-            cache.layers[self.layer_idx] = state, taps
+            cache.layers[self.layer_idx] = state.copied(), taps
         out = out.transpose(1, 2).flatten(-2)
         return self.o_proj(self.o_norm(F.silu(out)) if config.output_norm else out)
 

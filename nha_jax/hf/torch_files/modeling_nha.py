@@ -32,6 +32,7 @@ from .layers_nha import (
     NHAShortConvolution,
     NHAttention,
 )
+from .operator_nha import FEATURE_MAPS  # transformers 5.0 copies only files that are named here
 from .rotary_nha import Rope, rotary_tables
 
 # Versions of transformers call what generation carries along by different names.
@@ -85,6 +86,12 @@ class NHAModel(NHAPreTrainedModel):
     """Embedding, blocks and the last norm."""
 
     def __init__(self, config: NHAConfig):
+        """Makes the modules; raises ValueError if there is no such slot_feature_map."""
+        if config.slot_feature_map not in FEATURE_MAPS:
+            known = " or ".join(map(repr, FEATURE_MAPS))
+            raise ValueError(
+                f"slot_feature_map={config.slot_feature_map!r}: expected one of {known}"
+            )
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(NHABlock(config, i) for i in range(config.num_hidden_layers))

@@ -58,6 +58,10 @@ class State(NamedTuple):
     slot_value: Tensor
     rows: Rows
 
+    def copied(self) -> "State":
+        """Copies the tokens, so that they keep no memory of the longer array they are part of."""
+        return self._replace(rows=Rows(*(x.clone() for x in self.rows)))
+
 
 def nha_attention(
     query: Tensor,

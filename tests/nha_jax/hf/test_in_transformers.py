@@ -15,12 +15,17 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from nha_jax.hf.export import plan_export, write_export
+from nha_jax.hf.pretrained import open_pretrained
 from nha_jax.hf.tensors import native_table
 from nha_jax.sizes import by_name
 from tests.support.hf import layouts
+from tests.support.hf.originals import FIXTURES, NAMES
 from tests.support.paths import ROOT
 
 pytestmark = pytest.mark.hf
+
+PROMPT = 8  # as tests/support/hf/make_fixtures.py has it, which needs torch
 
 SCRIPT = ROOT / "tests" / "support" / "hf" / "open_in_transformers.py"
 
@@ -34,12 +39,25 @@ def model_of(name: str) -> nha_jax.Model:
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders by layout, in which a process that knows nothing of ours has opened the exports."""
+    """Folders by layout, in which a process that knows nothing of ours has opened the exports.
+
+    Those of imported families have the tokens that these were made with.
+    """
     folder = tmp_path_factory.mktemp("opened")
-    folders = {name: folder / str(number) for number, name in enumerate(layouts.LAYOUTS)}
-    for name, each in folders.items():
-        nha_jax.save_pretrained(each / "model", model_of(name), format="transformers")
-        np.savez(each / "inputs.npz", **layouts.layout_inputs())
+    names = (*layouts.LAYOUTS, *NAMES)
+    folders = {name: folder / str(number) for number, name in enumerate(names)}
+    for name in layouts.LAYOUTS:
+        nha_jax.save_pretrained(folders[name] / "model", model_of(name), format="transformers")
+        np.savez(folders[name] / "inputs.npz", **layouts.layout_inputs())
+    for name in NAMES:
+        original = open_pretrained(FIXTURES / name, num_slots=8)
+        plan = plan_export(original.config, original.files, "transformers")
+        out = folders[name] / "model"
+        write_export(out, plan, original.source, original.files, shard_bytes=10**9)
+        tokens = np.load(FIXTURES / name / "expected.npz")["tokens"]
+        prompt = tokens[:, :PROMPT]
+        ones = {"segments": np.ones_like(tokens), "mask": np.ones_like(prompt)}
+        np.savez(folders[name] / "inputs.npz", tokens=tokens, prompt=prompt, **ones)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     command = [sys.executable, "-I", SCRIPT, *folders.values()]
     finished = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
@@ -112,6 +130,28 @@ def test_texts_are_ours(found: tuple[str, Results]) -> None:
     np.testing.assert_array_equal(results["greedy"], np.stack(expected))
     np.testing.assert_array_equal(results["greedy without a cache"], np.stack(expected))
     np.testing.assert_array_equal(results["beams"], results["beams without a cache"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_imported_families_compute_what_they_did(name: str, opened: dict[str, Path]) -> None:
+    results = np.load(opened[name] / "outputs.npz")
+    expected = np.load(FIXTURES / name / "expected.npz")
+    print(f"{name}: largest error {np.abs(results['logits'] - expected['logits']).max():.1e}")
+    np.testing.assert_allclose(results["logits"], expected["logits"], atol=1e-5, rtol=1e-6)
+    greedy = expected["greedy"]
+    np.testing.assert_array_equal(results["greedy"][:, : greedy.shape[1]], greedy)
+
+
+@pytest.mark.parametrize("name", ["slots alone", "a window", "no slots"])
+def test_memory_grows_with_the_tokens_and_the_cache_does_not(
+    name: str, opened: dict[str, Path]
+) -> None:
+    results = np.load(opened[name] / "outputs.npz")
+    short, long = results["saved_bytes"]
+    print(f"{name}: {long / short:.2f} times the memory for four times the tokens")
+    assert long < 4.1 * short
+    short, long = results["cache_bytes"]
+    assert long == short
 
 
 @pytest.mark.parametrize("name", layouts.LAYOUTS)

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NEW_TOKENS = 20
+
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What this version of transformers calls it."""
 
 
 def main(folder: Path) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder / "model", trust_remote_code=True
+        folder / "model", trust_remote_code=True, dtype=torch.float32
     )
     inputs = {name: torch.tensor(x) for name, x in np.load(folder / "inputs.npz").items()}
     tokens, segments, prompt = inputs["tokens"], inputs["segments"], inputs["prompt"]
@@ -26,8 +30,10 @@ def main(folder: Path) -> None:
         found["logits"] = model(tokens).logits
         found["packed"] = model(tokens, segment_ids=segments).logits
         found["by_positions"] = model(tokens[:1], position_ids=_positions(segments[:1])).logits
+        found["cache_bytes"] = torch.tensor([_cache_bytes(model, tokens, n) for n in (64, 256)])
         found["bfloat16"] = _in_bfloat16(folder, tokens)
         found["in_pieces"] = _in_pieces(model, tokens)
+    found["saved_bytes"] = torch.tensor([_saved_bytes(model, tokens, n) for n in (64, 256)])
     found["loss"], gradients = _gradients(model, tokens)
     found |= {f"gradient of {name}": gradient for name, gradient in gradients.items()}
     model.gradient_checkpointing_enable()
@@ -66,6 +72,33 @@ def _gradients(
     return loss.detach(), {name: x.clone() for name, x in found.items() if x is not None}
 
 
+def _cache_bytes(model: torch.nn.Module, tokens: torch.Tensor, length: int) -> int:
+    """Counts what the cache of so many tokens holds in memory."""
+    outputs = model(_of_length(tokens, length), use_cache=True)
+    cache = getattr(outputs, CACHE)
+    tensors = torch.utils._pytree.tree_leaves([cache.layers, cache.counts])
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+
+
+def _saved_bytes(model: torch.nn.Module, tokens: torch.Tensor, length: int) -> int:
+    """Counts what the forward over so many tokens keeps for the backward."""
+    storages = {}
+
+    def save(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+        outputs = model(_of_length(tokens, length))
+    assert outputs.logits.requires_grad
+    weights = {x.untyped_storage().data_ptr() for x in model.parameters()}
+    return sum(size for pointer, size in storages.items() if pointer not in weights)
+
+
+def _of_length(tokens: torch.Tensor, length: int) -> torch.Tensor:
+    return tokens.tile(1, 1 + length // tokens.shape[1])[:, :length]
+
+
 def _positions(segments: torch.Tensor) -> torch.Tensor:
     """Counts each token's place in its document, as collators that pack rows do."""
     starts = torch.ones_like(segments, dtype=torch.bool)
@@ -85,8 +118,8 @@ def _in_pieces(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """Reads pieces of many lengths, each with the cache of those before."""
     cache, logits = None, []
     for piece in tokens.split([1, 2, 7, 1, 1, 17, 3, tokens.shape[1] - 32], dim=1):
-        outputs = model(piece, cache=cache, use_cache=True)
-        cache = outputs.cache
+        outputs = model(piece, **{CACHE: cache}, use_cache=True)
+        cache = getattr(outputs, CACHE)
         logits.append(outputs.logits)
     return torch.cat(logits, dim=1)
 
