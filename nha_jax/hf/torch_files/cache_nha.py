@@ -90,5 +90,5 @@ class Segments:
         self.number = (numbers + 1).masked_fill(ids == 0, 0)[:, None, :, None]
         first = torch.where(self.starts, index, -position[:, None]).cummax(dim=1).values
         self.positions = index - first
-        self.counts = ids[:, -1], numbers[:, -1], self.positions[:, -1] + 1
+        self.counts = ids[:, -1].clone(), numbers[:, -1].clone(), self.positions[:, -1] + 1
         self.whole = not bool((self.starts | (ids == 0)).any())
