@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nha_jax.config import ModelConfig
     from nha_jax.generation.engine import Engine, Event
     from nha_jax.generation.generate import Generated, generate
+    from nha_jax.generation.prefixes import Prefix, PrefixStatistics
     from nha_jax.generation.sampling import SamplingOptions
     from nha_jax.generation.score import Score, score
     from nha_jax.hf.export import save_pretrained
@@ -47,6 +48,8 @@ else:
             "NHAOutput": "nha_jax.ops.types",
             "NHAState": "nha_jax.ops.state",
             "NHAttention": "nha_jax.layers.attention",
+            "Prefix": "nha_jax.generation.prefixes",
+            "PrefixStatistics": "nha_jax.generation.prefixes",
             "SamplingOptions": "nha_jax.generation.sampling",
             "Score": "nha_jax.generation.score",
             "Tokenizer": "nha_jax.tokenizer.interface",
@@ -80,6 +83,8 @@ __all__ = [
     "NHAOutput",
     "NHAState",
     "NHAttention",
+    "Prefix",
+    "PrefixStatistics",
     "SamplingOptions",
     "Score",
     "Tokenizer",

@@ -3,6 +3,11 @@
 import jax
 import numpy as np
 
+from nha_jax.scalars import LARGEST_INT32
+
+SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
+"""What `chunk_for` chooses between."""
+
 
 def rounded_length(length: int, multiple: int) -> int:
     """Rounds a length up to one of four between a power of two and the next, or to a multiple.
@@ -15,6 +20,25 @@ def rounded_length(length: int, multiple: int) -> int:
     """
     step = max(multiple, 1 << (length - 1).bit_length() >> 3)
     return -(-length // step) * step
+
+
+def chunk_for(num_tokens: int, num_shared: int = 0) -> int:
+    """Chooses prefill_chunk for prompts of this length, among few sizes: each is compiled.
+
+    Args:
+        num_tokens: of the longest prompt, at least 1.
+        num_shared: with how many tokens all of them begin. At least half of these are whole chunks,
+            which an engine can keep, unless they are fewer than the shortest chunk.
+    """
+    chunk = min(max(1 << (num_tokens - 1).bit_length(), SHORTEST_CHUNK), LONGEST_CHUNK)
+    if num_shared < SHORTEST_CHUNK:
+        return chunk
+    return min(chunk, 1 << num_shared.bit_length() - 1)
+
+
+def room_for(num_tokens: int) -> int:
+    """Chooses max_length for texts of this length, among few sizes: each is compiled."""
+    return max(num_tokens, min(rounded_length(num_tokens, multiple=64), LARGEST_INT32))
 
 
 def pad_rows(rows: np.ndarray | jax.Array, length: int) -> np.ndarray:

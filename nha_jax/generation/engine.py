@@ -1,7 +1,6 @@
 """Continuous batching: requests come and go while one batch of a fixed size is continued."""
 
 import collections
-import functools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -12,24 +11,15 @@ from flax import nnx
 
 from nha_jax.argument_checks import check_count
 from nha_jax.cache import ModelCache
+from nha_jax.generation import programs
+from nha_jax.generation.prefixes import Node, Prefix, Prefixes, PrefixStatistics
 from nha_jax.generation.prompts import Prompt, PromptBatch, Request, read_prompt
-from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages, draw, is_stop
+from nha_jax.generation.sampling import RowSampling, SamplingOptions, Stages
+from nha_jax.generation.turns import Turns
 from nha_jax.model import Model
 from nha_jax.ops.mesh.explicit import auto_axes
-from nha_jax.prompt_lengths import rounded_length
-from nha_jax.scalars import LARGEST_INT32, shown
-
-SHORTEST_CHUNK, LONGEST_CHUNK = 64, 512
-
-
-def chunk_for(num_tokens: int) -> int:
-    """Chooses prefill_chunk for prompts of this length, among few sizes: each is compiled."""
-    return min(max(1 << (num_tokens - 1).bit_length(), SHORTEST_CHUNK), LONGEST_CHUNK)
-
-
-def room_for(num_tokens: int) -> int:
-    """Chooses max_length for texts of this length, among few sizes: each is compiled."""
-    return max(num_tokens, min(rounded_length(num_tokens, multiple=64), LARGEST_INT32))
+from nha_jax.prompt_lengths import LONGEST_CHUNK
+from nha_jax.scalars import is_integer, plain, shown
 
 
 class Event(NamedTuple):
@@ -59,6 +49,15 @@ class Engine:
     batch's cache; for finite windows it does not depend on the lengths of prompts and texts. What
     is drawn for a request depends only on its prompt and options.
 
+    With prefix_bytes, what prompts begin with is read once: at the end of each chunk the engine
+    keeps a snapshot of the row's cache, and a later prompt is read on from the last one whose
+    tokens are its own, at least one token of it. Its text and log-probabilities are those of an
+    engine that keeps nothing. Prompts that wait together are read one after the other where the
+    second can have the first one's snapshots.
+
+    Methods may be called from several threads; they wait for each other: for a step at most, or
+    for a prefix.
+
         engine = Engine(model, batch_size=8)
         request = engine.submit(prompt, SamplingOptions(max_new_tokens=100))
         for event in engine.run():
@@ -74,6 +73,8 @@ class Engine:
         prefill_rows: int = 1,
         prefill_chunk: int = LONGEST_CHUNK,
         steps_per_call: int = 8,
+        prefix_bytes: int = 0,
+        prefixes_on_host: bool = False,
     ):
         """Makes room for the batch.
 
@@ -87,6 +88,11 @@ class Engine:
           prefill_chunk: how many tokens of a prompt are read at once; in between, the other rows
             are continued.
           steps_per_call: how many tokens of each row are drawn before the caller sees them.
+          prefix_bytes: what the snapshots of prompts' beginnings may take together; those used
+            longest ago go first. A layer with a finite window needs the bytes of one row's cache
+            in each, one with full attention those of prefill_chunk entries. 0, or less than one
+            takes: nothing is kept.
+          prefixes_on_host: keep them in the host's memory rather than the device's.
 
         Raises:
           ValueError: an argument is out of its range, or max_length is missing.
@@ -102,17 +108,25 @@ class Engine:
         self._prefill_rows = min(check_count("prefill_rows", prefill_rows), batch_size)
         self._prefill_chunk = check_count("prefill_chunk", prefill_chunk)
         self._steps_per_call = check_count("steps_per_call", steps_per_call)
+        prefix_bytes = plain(prefix_bytes)
+        if not is_integer(prefix_bytes) or prefix_bytes < 0:
+            raise ValueError(f"prefix_bytes={shown(prefix_bytes)} must be an integer of at least 0")
+        self._turns = Turns()
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: list[Request | None] = [None] * batch_size
         self._reading: PromptBatch | None = None
         self._unseen: collections.deque[Event] = collections.deque()  # drawn, not handed out yet
         self._next_id = 0
         with auto_axes(parameters) as self._parameters:
-            self._state = _BatchState(
-                cache=self._init_cache(batch_size),
-                last=jnp.zeros(batch_size, jnp.int32),
-                remaining=jnp.zeros(batch_size, jnp.int32),
-                sampling=RowSampling.idle(batch_size, model.config.vocab_size),
+            self._state = programs.idle_batch(
+                self._graph, self._parameters, batch_size, self._max_length
+            )
+            self._prefixes = Prefixes(
+                model.config,
+                self._unread()[1],
+                chunk=self._prefill_chunk,
+                max_bytes=prefix_bytes,
+                on_host=prefixes_on_host,
             )
 
     def submit(self, prompt: Prompt, options: SamplingOptions | None = None) -> int:
@@ -141,36 +155,82 @@ class Engine:
                 f"need {longest} entries in the caches of the full-attention layers, which have "
                 f"max_length={self._max_length}"
             )
-        request = Request(self._next_id, tokens, options)
-        self._next_id += 1
-        self._waiting.append(request)
+        with self._turns:
+            request = Request(self._next_id, tokens, options)
+            self._next_id += 1
+            self._waiting.append(request)
         return request.number
+
+    def prefix(self, tokens: Prompt) -> Prefix:
+        """Reads what prompts are going to begin with, unless it is kept already, and pins it.
+
+        It is read at once, between two steps of the batch. Of the tokens, whole chunks are kept;
+        a prompt reads the rest with its own.
+
+        Args:
+          tokens: [T] integers in [0, vocab_size), or a text for a model of bytes.
+
+        Returns:
+          A handle: the prefix stays until it is released.
+
+        Raises:
+          ValueError, TypeError: the tokens are no prompt, are fewer than prefill_chunk or more than
+            max_length, or do not fit into prefix_bytes beside what is pinned.
+        """
+        read = read_prompt(tokens, self._config.vocab_size, "tokens")
+        if self._max_length is not None and len(read) > self._max_length:
+            raise ValueError(
+                f"tokens are {len(read)}, more than the caches of the full-attention layers hold: "
+                f"max_length={self._max_length}"
+            )
+        whole = read[: len(read) // self._prefill_chunk * self._prefill_chunk]
+        with self._turns, auto_axes(()):
+            self._prefixes.check_pinnable(read)
+            reading = self._new_reading([whole], [self._prefixes.find(whole)])
+            while not reading.done:
+                self._read_chunk(reading)
+            node = reading.nodes[0]
+            assert node is not None
+            unpin = self._prefixes.pin(node)
+
+        def release() -> None:
+            with self._turns:
+                unpin()
+
+        return Prefix(len(whole), release)
+
+    @property
+    def prefix_statistics(self) -> PrefixStatistics:
+        """What was read so far, and what needed no reading because a prefix of it was kept."""
+        with self._turns:
+            return self._prefixes.statistics
 
     def cancel(self, request: int) -> None:
         """Ends a request: `run` and `step` give no event of it any more, drawn before or not.
 
         Does nothing if it is unknown, or if all of its events were given.
         """
-        self._waiting = collections.deque(x for x in self._waiting if x.number != request)
-        self._unseen = collections.deque(x for x in self._unseen if x.request != request)
-        if self._reading is not None:
-            for row, one in list(self._reading.requests.items()):
-                if one.number == request:
-                    del self._reading.requests[row]
-            if not self._reading.requests:
-                self._reading = None
-        for row, running in enumerate(self._running):
-            if running is not None and running.number == request:
-                self._running[row] = None
-                with auto_axes(()):
-                    remaining = self._state.remaining.at[row].set(0)
-                self._state = self._state._replace(remaining=remaining)
+        with self._turns:
+            self._waiting = collections.deque(x for x in self._waiting if x.number != request)
+            self._unseen = collections.deque(x for x in self._unseen if x.request != request)
+            if self._reading is not None:
+                for row, one in list(self._reading.requests.items()):
+                    if one.number == request:
+                        del self._reading.requests[row]
+                if not self._reading.requests:
+                    self._reading = None
+            for row, running in enumerate(self._running):
+                if running is not None and running.number == request:
+                    self._running[row] = None
+                    with auto_axes(()):
+                        remaining = self._state.remaining.at[row].set(0)
+                    self._state = self._state._replace(remaining=remaining)
 
     @property
     def busy(self) -> bool:
         """Whether a request is waiting, being read, or being continued, or events are left."""
-        working = self._reading is not None or any(self._running)
-        return bool(self._waiting or self._unseen) or working
+        with self._turns:
+            return self._busy()
 
     def step(self) -> list[Event]:
         """Reads a chunk of the prompts whose turn it is; unless that was their last, draws tokens.
@@ -180,19 +240,28 @@ class Engine:
           their end, or else up to steps_per_call for each row of the batch; possibly none. If a
           loop over `run` ended early: only the events that it has not come to.
         """
-        if not self._unseen:
-            return self._advance()
-        events = list(self._unseen)
-        self._unseen.clear()
-        return events
+        with self._turns:
+            if not self._unseen:
+                return self._advance()
+            events = list(self._unseen)
+            self._unseen.clear()
+            return events
 
     def run(self) -> Iterator[Event]:
         """Yields the tokens of all requests as they are drawn, until all requests are finished."""
-        while self.busy:
-            if not self._unseen:
-                self._unseen.extend(self._advance())
-            if self._unseen:
-                yield self._unseen.popleft()
+        while True:
+            with self._turns:
+                if not self._busy():
+                    return
+                if not self._unseen:
+                    self._unseen.extend(self._advance())
+                event = self._unseen.popleft() if self._unseen else None
+            if event is not None:
+                yield event
+
+    def _busy(self) -> bool:
+        working = self._reading is not None or any(self._running)
+        return bool(self._waiting or self._unseen) or working
 
     def _advance(self) -> list[Event]:
         """Reads a chunk, or draws tokens, as `step` says."""
@@ -201,8 +270,8 @@ class Engine:
                 return first_tokens
             return self._draw() if any(self._running) else []
 
-    def _init_cache(self, rows: int) -> ModelCache:
-        return _init_cache(self._graph, self._parameters, rows, self._max_length)
+    def _unread(self) -> tuple[jax.Array, ModelCache]:
+        return programs.unread(self._graph, self._parameters, self._prefill_rows, self._max_length)
 
     def _read(self) -> list[Event]:
         if self._reading is None:
@@ -210,28 +279,50 @@ class Engine:
         reading = self._reading
         if reading is None:
             return []
-        chunk, lengths = reading.next_chunk(self._prefill_chunk)
-        reading.logits, reading.cache = _prefill(
-            self._graph, self._parameters, chunk, lengths, reading.logits, reading.cache
-        )
+        self._read_chunk(reading)
         if not reading.done:
             return []
         self._reading = None
         return self._start(reading)
 
+    def _read_chunk(self, reading: PromptBatch) -> None:
+        """Reads one chunk of each prompt, and keeps what it can of each."""
+        chunk, lengths = reading.next_chunk(self._prefill_chunk)
+        reading.logits, reading.cache = programs.prefill(
+            self._graph, self._parameters, chunk, lengths, reading.logits, reading.cache
+        )
+        self._prefixes.tokens_read += int(lengths.sum())
+        for row, (node, prompt) in enumerate(zip(reading.nodes, reading.prompts, strict=True)):
+            reading.nodes[row] = self._prefixes.save(node, prompt, reading.cache, row)
+
     def _begin_reading(self) -> PromptBatch | None:
         free = [row for row, request in enumerate(self._running) if request is None]
-        count = min(len(free), len(self._waiting), self._prefill_rows)
-        if not count:
+        requests: list[Request] = []
+        while self._waiting and len(requests) < min(len(free), self._prefill_rows):
+            prompts = [request.prompt for request in requests]
+            if self._prefixes.grows_by_reading(self._waiting[0].prompt, prompts):
+                break  # it waits, and then reads less
+            requests.append(self._waiting.popleft())
+        if not requests:
             return None
-        requests = [self._waiting.popleft() for _ in range(count)]
+        prompts = [request.prompt for request in requests]
+        reading = self._new_reading(prompts, list(map(self._prefixes.find_before_last, prompts)))
+        reading.requests, reading.rows = dict(enumerate(requests)), free[: len(requests)]
+        return reading
+
+    def _new_reading(self, prompts: list[np.ndarray], nodes: list[Node]) -> PromptBatch:
+        """Makes the batch of prompts that are read on from prefixes that are kept."""
         size = self._prefill_rows
+        logits, cache = self._unread()
+        for row, node in enumerate(nodes):
+            cache = self._prefixes.restore(node, cache, row)
+        idle = size - len(prompts)
         return PromptBatch(
-            prompts=[r.prompt for r in requests] + [np.zeros(0, np.int32)] * (size - count),
-            requests=dict(enumerate(requests)),
-            rows=free[:count],
-            cache=self._init_cache(size),
-            logits=jnp.zeros((size, self._config.vocab_size), jnp.float32),
+            prompts=prompts + [np.zeros(0, np.int32)] * idle,
+            nodes=[*nodes, *[None] * idle],
+            positions=[node.depth * self._prefill_chunk for node in nodes] + [0] * idle,
+            cache=cache,
+            logits=logits,
         )
 
     def _start(self, reading: PromptBatch) -> list[Event]:
@@ -244,7 +335,7 @@ class Engine:
         target = np.full(size, batch_size, np.int32)  # a row beyond the batch is dropped
         for i in reading.requests:
             target[i] = reading.rows[i]
-        self._state, tokens, log_probabilities = _start(
+        self._state, tokens, log_probabilities = programs.start(
             self._state,
             reading.cache,
             reading.logits,
@@ -263,7 +354,7 @@ class Engine:
 
     def _draw(self) -> list[Event]:
         stages = Stages.needed([r.options for r in self._running if r is not None])
-        self._state, drawn = _decode(
+        self._state, drawn = programs.decode(
             self._graph, self._parameters, self._state,
             num_steps=self._steps_per_call, stages=stages,
         )  # fmt: skip
@@ -286,96 +377,3 @@ class Engine:
         if finished:
             self._running[row] = None
         return Event(request.number, int(token), float(log_probability), finished)
-
-
-class _BatchState(NamedTuple):
-    """The arrays of the batch that is continued."""
-
-    cache: ModelCache
-    last: jax.Array  # [B] int32, the token drawn last, which the model has not read yet
-    remaining: jax.Array  # [B] int32, how many tokens may still be drawn; 0: the row is free
-    sampling: RowSampling
-
-
-class _DrawnTokens(NamedTuple):
-    """What one call drew, [steps, B] each."""
-
-    tokens: jax.Array  # int32
-    log_probabilities: jax.Array  # float32
-    active: jax.Array  # bool: whether the row drew a token in this step
-
-
-@functools.partial(jax.jit, static_argnums=(0, 2, 3))
-def _init_cache(
-    graph: nnx.GraphDef[Model], parameters: nnx.State, rows: int, max_length: int | None
-) -> ModelCache:
-    return nnx.merge(graph, parameters).init_cache(rows, max_length=max_length)
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(4, 5))
-def _prefill(
-    graph: nnx.GraphDef[Model],
-    parameters: nnx.State,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    logits: jax.Array,
-    cache: ModelCache,
-) -> tuple[jax.Array, ModelCache]:
-    """Reads one chunk [rows, C]: the logits after each row's last token so far, and the cache."""
-    new, cache = nnx.merge(graph, parameters).prefill(tokens, lengths=lengths, cache=cache)
-    return jnp.where((lengths > 0)[:, None], new, logits), cache
-
-
-@functools.partial(jax.jit, static_argnames="stages", donate_argnums=0)
-def _start(
-    rows: _BatchState,
-    cache: ModelCache,
-    logits: jax.Array,
-    sampling: RowSampling,
-    max_new_tokens: jax.Array,
-    target: jax.Array,
-    *,
-    stages: Stages,
-) -> tuple[_BatchState, jax.Array, jax.Array]:
-    """Draws the first token of each row that was read, and moves them to rows `target`."""
-    tokens, log_probabilities, sampling = draw(logits, sampling, stages)
-    remaining = jnp.where(is_stop(tokens, sampling), 0, max_new_tokens - 1)
-    new = _BatchState(cache, tokens, remaining, sampling)
-
-    rows = jax.tree.map(lambda old, x: old.at[target].set(x, mode="drop"), rows, new)
-    return rows, tokens, log_probabilities
-
-
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames=("num_steps", "stages"), donate_argnums=2
-)
-def _decode(
-    graph: nnx.GraphDef[Model],
-    parameters: nnx.State,
-    rows: _BatchState,
-    *,
-    num_steps: int,
-    stages: Stages,
-) -> tuple[_BatchState, _DrawnTokens]:
-    """Draws up to num_steps tokens for each row; stops as soon as no row goes on."""
-    model = nnx.merge(graph, parameters)
-    batch_size = rows.last.shape[0]
-
-    def goes_on(carry):
-        step, rows, _ = carry
-        return (step < num_steps) & (rows.remaining > 0).any()
-
-    def body(carry):
-        step, rows, drawn = carry
-        active = rows.remaining > 0
-        logits, cache = model.decode_step(rows.last, rows.cache, active=active)
-        tokens, log_probabilities, sampling = draw(logits, rows.sampling, stages)
-        remaining = jnp.where(active & ~is_stop(tokens, sampling), rows.remaining - 1, 0)
-        new = _DrawnTokens(tokens, log_probabilities, active)
-        drawn = jax.tree.map(lambda array, x: array.at[step].set(x), drawn, new)
-        return step + 1, _BatchState(cache, tokens, remaining, sampling), drawn
-
-    shape = (num_steps, batch_size)
-    empty = _DrawnTokens(*(jnp.zeros(shape, dtype) for dtype in (jnp.int32, jnp.float32, bool)))
-    _, rows, drawn = jax.lax.while_loop(goes_on, body, (jnp.int32(0), rows, empty))
-    return rows, drawn

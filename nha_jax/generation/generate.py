@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from nha_jax.argument_checks import check_lengths, token_array
-from nha_jax.generation.engine import Engine, chunk_for, room_for
+from nha_jax.generation.engine import Engine
 from nha_jax.generation.prompts import Prompt, encode_text, read_prompt
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.model import Model
+from nha_jax.prompt_lengths import chunk_for, room_for
 from nha_jax.scalars import shown
 
 _STEPS_PER_CALL = 16

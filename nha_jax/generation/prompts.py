@@ -1,6 +1,7 @@
 """What an engine keeps of its requests: their prompts, and how far they have been read."""
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from nha_jax.argument_checks import check_prompt
 from nha_jax.cache import ModelCache
+from nha_jax.generation.prefixes import Node
 from nha_jax.generation.sampling import SamplingOptions
 from nha_jax.scalars import shown
 from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
@@ -67,30 +69,32 @@ class PromptBatch:
 
     Fields:
       prompts: tokens of each row; empty if it has none.
-      requests: the requests, by row of this batch.
-      rows: the rows of the engine's batch that the prompts will move to.
+      nodes: the prefix that each row has read and that is kept; None: it keeps no more.
+      positions: how many tokens of each prompt have been read.
       cache: of what was read so far.
       logits: [prefill_rows, vocab_size], after the last token of each row so far.
-      position: how many tokens of each prompt have been read.
+      requests: the requests, by row of this batch.
+      rows: the rows of the engine's batch that the prompts will move to.
     """
 
     prompts: list[np.ndarray]
-    requests: dict[int, Request]
-    rows: list[int]
+    nodes: list[Node | None]
+    positions: list[int]
     cache: ModelCache
     logits: jax.Array
-    position: int = 0
+    requests: dict[int, Request] = dataclasses.field(default_factory=dict)
+    rows: list[int] = dataclasses.field(default_factory=list)
 
     @property
     def done(self) -> bool:
-        return self.position >= max(map(len, self.prompts))
+        return all(map(operator.ge, self.positions, map(len, self.prompts)))
 
     def next_chunk(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the next tokens, [prefill_rows, size], and how many of them each row has."""
         tokens = np.zeros((len(self.prompts), size), np.int32)
         lengths = np.zeros(len(self.prompts), np.int32)
         for row, prompt in enumerate(self.prompts):
-            part = prompt[self.position : self.position + size]
+            part = prompt[self.positions[row] :][:size]
             tokens[row, : len(part)], lengths[row] = part, len(part)
-        self.position += size
+            self.positions[row] += len(part)
         return tokens, lengths

@@ -6,8 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nha_jax.generation.engine import chunk_for, room_for
-from nha_jax.prompt_lengths import pad_rows, rounded_length, to_host
+from nha_jax.prompt_lengths import chunk_for, pad_rows, room_for, rounded_length, to_host
 
 
 @given(length=st.integers(1, 2**31), multiple=st.sampled_from([1, 16, 64]))
@@ -45,3 +44,13 @@ def test_tokens_come_back_to_the_device_that_was_chosen_for_them():
         assert isinstance(host, np.ndarray)
         assert found == place
         np.testing.assert_array_equal(pad_rows(host, 4), [[1, 1, 0, 0]])
+
+
+@given(num_shared=st.integers(0, 10000), more=st.integers(1, 5000))
+def test_half_of_what_prompts_share_are_whole_chunks(num_shared, more):
+    chunk = chunk_for(num_shared + more, num_shared)
+    assert chunk in (64, 128, 256, 512)
+    if num_shared >= 64:
+        assert num_shared // chunk * chunk >= num_shared / 2
+    else:
+        assert chunk == chunk_for(num_shared + more)

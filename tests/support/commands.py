@@ -124,6 +124,7 @@ NOT_RUN = {
     "it measures for minutes": (
         "uv run python benchmarks/operator_cpu.py --seconds 5",
         "uv run python benchmarks/decode.py --seconds 5",
+        "uv run python benchmarks/prefixes.py",
         "JAX_PLATFORMS=cpu uv run python benchmarks/first_call.py",
         'uv run python benchmarks/loop.py --turns 7 --steps 30 --only "quick start"',
         "uv run python benchmarks/optimizers.py --turns 9 --steps 8 --only muon",

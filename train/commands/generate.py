@@ -33,6 +33,8 @@ SAMPLING = {
 
 DEFAULTS = {"max_new_tokens": 256, "temperature": 0.8, "repetition_penalty": 1.0, "seed": 0}
 
+_PREFIX_BYTES = 2**30
+
 _DESCRIPTION = """\
 Prints what the model writes after each prompt. Of one prompt the text appears as it is written; a
 --prompt is repeated before its text, but not with --chat.
@@ -103,6 +105,11 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         help="how many tokens of a prompt are read at once (default: up to 512)",
     )  # fmt: skip
     add(
+        "--prefix-bytes", type=int, metavar="N",
+        help="how much memory may keep what prompts begin with, for prompts that begin alike "
+        f"(default: {_PREFIX_BYTES} if all of several prompts share a chunk, and else 0)",
+    )  # fmt: skip
+    add(
         "--max-length", type=int, metavar="N",
         help="how many tokens of prompt and text layers with full attention have room for "
         "(default: as many as needed, rounded up)",
@@ -122,9 +129,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError("--stop='': expected at least one character")
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
-    from nha_jax import Engine
     from nha_jax.argument_checks import check_prompt
-    from nha_jax.generation.engine import SHORTEST_CHUNK, chunk_for
     from train.text.chat_template import ChatTemplate
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
@@ -152,25 +157,41 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             for option, value, tokens in read
         ]
         chosen = _choose_sampling(options, tokenizer, model.config.vocab_size)
-        longest = max(len(prompt.tokens) for prompt in prompts)
-        most = max(SHORTEST_CHUNK, 1 << (longest - 1).bit_length())  # a chunk for all of a prompt
-        engine = Engine(
-            model,
-            batch_size=min(options.batch_size, len(prompts)),
-            max_length=_max_length(options, model, longest, chosen.max_new_tokens),
-            prefill_chunk=min(getattr(options, "prefill_chunk", chunk_for(longest)), most),
-        )
+        engine = _make_engine(options, model, [prompt.tokens for prompt in prompts], chosen)
         _write(engine, tokenizer, prompts, chosen, options)
     except (NotImplementedError, ValueError) as error:
         raise ConfigError(str(error)) from None
     return 0
 
 
+def _make_engine(
+    options: argparse.Namespace, model: "Model", prompts: "list[np.ndarray]",
+    sampling: "SamplingOptions",
+) -> "Engine":  # fmt: skip
+    """Makes the engine for prompts whose tokens are given, with what the options say of it."""
+    from nha_jax import Engine
+    from nha_jax.generation.prefixes import shared_length
+    from nha_jax.prompt_lengths import SHORTEST_CHUNK, chunk_for
+
+    longest = max(map(len, prompts))
+    # The last token of a prompt is read in any case.
+    shared = shared_length([tokens[:-1] for tokens in prompts]) if len(prompts) > 1 else 0
+    most = max(SHORTEST_CHUNK, 1 << (longest - 1).bit_length())  # a chunk for all of a prompt
+    chunk = min(getattr(options, "prefill_chunk", chunk_for(longest, shared)), most)
+    return Engine(
+        model,
+        batch_size=min(options.batch_size, len(prompts)),
+        max_length=_max_length(options, model, longest, sampling.max_new_tokens),
+        prefill_chunk=chunk,
+        prefix_bytes=getattr(options, "prefix_bytes", _PREFIX_BYTES if shared >= chunk else 0),
+    )
+
+
 def _max_length(
     options: argparse.Namespace, model: "Model", longest: int, max_new_tokens: int
 ) -> int:
     """Returns --max-length, or room for what the longest prompt and its text need."""
-    from nha_jax.generation.engine import room_for
+    from nha_jax.prompt_lengths import room_for
 
     needed = longest + max_new_tokens
     given = getattr(options, "max_length", room_for(needed))
@@ -240,6 +261,7 @@ def _write(
 
     streams = len(prompts) == 1 and not options.json
     compile_seconds = _warm_up(engine, sampling)
+    before = engine.prefix_statistics
     printed, start, first = 0, time.perf_counter(), 0.0
     tokens = [prompt.tokens for prompt in prompts]
     for token in continue_texts(engine, tokenizer, tokens, sampling, options.stop):
@@ -255,9 +277,17 @@ def _write(
     if streams:
         print()
     seconds, count = time.perf_counter() - start, sum(len(x.written) for x in prompts)
+    after = engine.prefix_statistics
+    kept = ""
+    if after.snapshots:
+        hits, saved = after.hits - before.hits, after.tokens_saved - before.tokens_saved
+        kept = (
+            f", {saved} of them kept from prompts before ({hits} of {len(prompts)} begin so; "
+            f"{after.bytes / 2**20:.1f} MiB)"
+        )
     print(
-        f"compiled in {compile_seconds:.1f} s; {sum(map(len, tokens))} tokens to read, the first "
-        f"written after {first:.2f} s; {count} written in {seconds - first:.2f} s more: "
+        f"compiled in {compile_seconds:.1f} s; {sum(map(len, tokens))} tokens to read{kept}, the "
+        f"first written after {first:.2f} s; {count} written in {seconds - first:.2f} s more: "
         f"{count / max(seconds - first, 1e-6):.0f} tokens/s",
         file=sys.stderr,
     )

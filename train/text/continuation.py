@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 import nha_jax
-from nha_jax.generation.engine import chunk_for, room_for
+from nha_jax.prompt_lengths import chunk_for, room_for
 from nha_jax.tokenizer.interface import Tokenizer
 
 Finish = Literal["stop", "length"]

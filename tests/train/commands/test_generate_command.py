@@ -78,6 +78,18 @@ def test_a_stop_string_ends_the_text(generate) -> None:
     assert record["finished"] == "stop"
 
 
+def test_what_prompts_begin_with_is_read_once(generate) -> None:
+    beginning = "".join(f"line {number} of file\n" for number in range(5))
+    prompts = [part for end in "abc" for part in ("--prompt", beginning + end)]
+    code, output, errors = generate(*prompts, "--json", *GREEDY)
+    assert code == 0
+    assert "228 tokens to read, 128 of them kept from prompts before (2 of 3 begin so; " in errors
+    assert "MiB), the first written after" in errors
+    code, without, errors = generate(*prompts, "--json", "--prefix-bytes", "0", *GREEDY)
+    assert (code, without) == (0, output)
+    assert "228 tokens to read, the first" in errors
+
+
 def test_other_windows(generate) -> None:
     code, output, _ = generate("--prompt", "line 3 of file", "--windows", "none", *GREEDY)
     assert code == 0
@@ -106,6 +118,7 @@ def test_other_windows(generate) -> None:
         (["--prompt", "x", "--top-p", "nan"], "top_p=nan must be within"),
         (["--prompt", "x", "--max-length", "0"], "max_length=0 must be an integer of at least 1"),
         (["--prompt", "x", "--prefill-chunk", "0"], "prefill_chunk=0 must be an integer"),
+        (["--prompt", "x", "--prefix-bytes", "-1"], "prefix_bytes=-1 must be an integer of at"),
         (["--prompt", "x", "--batch-size", "-1"], "batch_size=-1 must be an integer"),
         (["--prompt", "x", "--windows", "wide"], "--windows = 'wide'"),
         (["--prompt", "x", "--batch-size", "0"], "batch_size=0 must be an integer of at least 1"),
