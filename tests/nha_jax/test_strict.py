@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from nha_jax import SamplingOptions
+from nha_jax.generation import programs
 from nha_jax.generation.sampling import RowSampling, Stages, draw
 from nha_jax.model import abstract_model
 from nha_jax.ops import decode_step, init_state, nha_attention, rope_tables
@@ -86,6 +87,19 @@ def test_the_model_in_bfloat16(overrides: dict) -> None:
         return model.decode_step(tokens[:, 0], cache, active=jnp.ones(3, bool))[0]
 
     assert jax.eval_shape(steps, state).dtype == "float32"
+
+
+@pytest.mark.usefixtures("bits")
+def test_rows_that_are_taken_out_of_a_cache_and_put_back() -> None:
+    config = tiny_config(window_size=(4, None), num_layers=2, conv_width=4, dtype="bfloat16")
+    graph, state = abstract_model(config)
+    empty = jax.eval_shape(lambda: nnx.merge(graph, state).init_cache(3, max_length=20))
+    row, start = np.int32(1), np.int32(4)
+    taken = jax.eval_shape(
+        functools.partial(programs.take_row, config=config, chunk=4), empty, row, start
+    )
+    put = functools.partial(programs.put_row, config=config)
+    assert jax.eval_shape(put, empty, row, start, taken) == empty
 
 
 def test_drawing_tokens() -> None:
