@@ -105,7 +105,7 @@ def chunked_attention(
     else:
         assert W is not None
         assert options.delay is not None
-        plan = _plan(T, W, options.delay)
+        plan = _plan(T, W, options.delay, num_slots=M, num_heads=B * Hq)
         read, token_segment, rows, segments = _cut(query, rotated_query, timeline, plan, options)
         # As constants they make XLA on CPUs (0.12.0) read what nobody wrote, in a single step.
         slots = lax.optimization_barrier(slots if past is None else past.slots)
@@ -118,14 +118,25 @@ def chunked_attention(
     return NHAOutput(out.astype(query.dtype), state, weight if options.return_slot_weight else None)
 
 
-def _plan(T: int, W: int, delay: int) -> ChunkPlan:
+def _plan(T: int, W: int, delay: int, *, num_slots: int, num_heads: int) -> ChunkPlan:
     """Chooses the sizes, as measured on a CPU.
 
-    Short chunks spend least on gates, and several side by side fill the machine, though more than
-    four leave its cache and are compiled for longer, unless eight spare a second step; a wide
-    window fills it by itself, and more chunks would only copy it more often.
+    Short chunks spend least on gates. Several side by side fill a machine that few heads leave
+    idle, and spare steps; where many heads fill it, they only leave its cache, and a step of a CPU
+    has just the rows without which the slots that it stores for the gradient would be larger than
+    what it reads. A wide window, which each step copies, fills the machine by itself.
+
+    Args:
+        T, W, delay: the call's tokens, its window and its slot delay.
+        num_slots: M.
+        num_heads: query heads of all rows of the batch.
     """
-    chunk, chunks = (32, 8 if T <= 256 else 4) if W <= NARROW else (64, 1)
+    if W > NARROW:
+        chunk, chunks = 64, 1
+    elif jax.default_backend() != "cpu" or (T <= 256 and num_heads <= 8):
+        chunk, chunks = 32, 8 if T <= 256 else 4
+    else:
+        chunk, chunks = 16, max(-(-num_slots // 32), min(4, 8 // num_heads))
     chunk = min(chunk, 1 << (T - 1).bit_length())
     chunks = min(chunks, -(-T // chunk))
     return ChunkPlan(W, delay, chunk, chunks, -(-T // (chunk * chunks)))
