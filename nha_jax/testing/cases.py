@@ -38,6 +38,8 @@ class Case:
         segments: whether documents are packed, with padding between and after them.
         state: whether the call goes on from a state.
         scale: of the logits; None: K^-1/2.
+        slot_delay: as in `nha_attention`; no case of `CASES` has one, which a backend must serve
+            only if it `takes_slot_delay`.
         small_blocks: whether the library's own kernels get `SMALL_BLOCKS`.
         empty_slots, slot_feature_map, slot_weight_gradient, return_state: as in `nha_attention`.
     """
@@ -59,6 +61,7 @@ class Case:
     small_blocks: bool = True
     # Not in the repr, from which the inputs are drawn: either way they are the same.
     scale: float | None = dataclasses.field(default=None, repr=False)
+    slot_delay: int | None = dataclasses.field(default=None, repr=False)
     slot_weight_gradient: SlotWeightGradient = dataclasses.field(default="all", repr=False)
     return_state: bool = dataclasses.field(default=True, repr=False)
 
@@ -78,6 +81,7 @@ class Case:
         ]
         flags += [f"rope-{self.rope}"]
         flags += [f"scale{self.scale}"] * (self.scale is not None)
+        flags += [f"delay{self.slot_delay}"] * (self.slot_delay is not None)
         flags += ["weight-of-slots"] * (self.slot_weight_gradient == "slots")
         shape = f"T{self.T}-W{self.window}-G{self.G}-M{self.M}-K{self.K}-V{self.V}"
         return "-".join([shape, f"gate({self.gate})", *flags])

@@ -31,6 +31,7 @@ def attend(
         scale=case.scale,
         segment_ids=rest["segment_ids"],
         slot_feature_map=case.slot_feature_map,
+        slot_delay=case.slot_delay,
         empty_slots=case.empty_slots,
         initial_state=state,
         return_state=case.return_state,

@@ -1,5 +1,7 @@
 """Slots that a token enters before it leaves the window: every path against the definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from nha_jax import ops
 from nha_jax.ops.types import Options
 from nha_jax.testing import Case, make_inputs, relative_error
+from nha_jax.testing.comparison import attend
+from tests.support.ops.suite import check
 
 STATIC = (
     "window_size", "slot_delay", "slot_feature_map", "empty_slots", "return_state",
@@ -21,38 +25,31 @@ decode_step = jax.jit(
 NAMES = ("query", "key", "value", "log_decay")
 
 
-@pytest.mark.parametrize("gradient", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    ("T", "window", "slot_delay", "empty_slots", "segments"),
-    [
-        (75, "16", 0, "attend", True),
-        pytest.param(75, "16", 5, "mask", True, marks=pytest.mark.slow),
-        pytest.param(300, "64", 33, "attend", False, marks=pytest.mark.slow),
-        pytest.param(75, "T+5", 0, "attend", True, marks=pytest.mark.slow),
-        pytest.param(300, "T+5", 70, "mask", True, marks=pytest.mark.slow),
-    ],
-)
-def test_chunks_agree_with_the_definition(T, window, slot_delay, empty_slots, segments, gradient):
-    case = Case(T=T, window=window, G=2, M=5, K=6, V=4, gate="mixed", segments=segments)
+SIZES = {"G": 2, "M": 5, "K": 6, "V": 4, "gate": "mixed"}
+
+CASES = [
+    Case(T=75, window="16", slot_delay=0, segments=True, slot_feature_map="silu", **SIZES),
+    Case(T=75, window="16", slot_delay=5, state=True, empty_slots="mask", **SIZES),
+    Case(T=300, window="64", slot_delay=33, segments=True, empty_slots="mask", **SIZES),
+    Case(T=300, window="T+5", slot_delay=70, scale=1.0, slot_weight_gradient="slots", **SIZES),
+    Case(T=75, window="T+5", slot_delay=0, segments=True, rope="rows", state=True, **SIZES),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_chunks_and_their_gradients_agree_with_the_definition(case, dtype):
+    check(case, "xla", dtype, make_inputs(case).rounded(dtype))
+
+
+def test_chunks_agree_with_the_definition():
+    case = CASES[0]
     inputs = make_inputs(case)
-    arrays = [jnp.asarray(inputs.arrays[name]) for name in NAMES]
-    ids = inputs.rest["segment_ids"]
-
-    def results(implementation, arrays):
-        def loss(arrays):
-            result = ops.nha_attention(
-                *arrays, rope=inputs.rest["rope"], segment_ids=ids, window_size=case.window_size,
-                slot_delay=slot_delay, slot_feature_map="silu", empty_slots=empty_slots,
-                return_state=True, return_slot_weight=True, implementation=implementation,
-            )  # fmt: skip
-            floats = (result.out, result.slot_weight, result.state.slot_key)
-            return sum(jnp.sum(jnp.sin(x)) for x in floats), result
-
-        return jax.jit(jax.grad(loss, has_aux=True) if gradient else loss)(arrays)
-
-    with jax.enable_x64():
-        expected = results("reference", [x.astype(jnp.float64) for x in arrays])
-    found = results("xla", arrays)
+    found, expected = (
+        jax.jit(functools.partial(attend, case, implementation=name))(inputs.arrays, inputs.rest)
+        for name in ("xla", "reference")
+    )
     for x, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert relative_error(np.asarray(x), np.asarray(wanted)) < 5e-6
 
