@@ -27,10 +27,14 @@ class NHAConfig(PreTrainedConfig):
         gate_logit_normalizer: divides the logarithm of the gate.
         value_activation: "silu" or "identity", applied to the value.
         output_norm: whether a layer gives o_proj(RMSNorm(silu(o))) rather than o_proj(o).
+        output_norm_eps: added to the mean square in that norm; None for rms_norm_eps.
         qk_norm: whether each head's query and key first go through an RMSNorm of their own.
+        attention_scale: multiplies the attention's logits; None for head_dim**-0.5.
         attention_bias: which projections have a bias: "none"; "qkv"; "all", that of the output too.
         slot_feature_map: "identity", "silu" or "relu", applied to query and key before they meet
             the slots.
+        slot_delay: how many steps after its own a token enters the slots, at most every window, in
+            which it may then still be; None for the layer's window.
         empty_slots: whether queries "attend" to slots that hold nothing yet, with logit 0 and value
             0, or "mask" them.
         rope_theta: base of the rotary embedding of the window's queries and keys.
@@ -63,9 +67,12 @@ class NHAConfig(PreTrainedConfig):
         gate_logit_normalizer: float = 8.0,
         value_activation: str = "silu",
         output_norm: bool = True,
+        output_norm_eps: float | None = None,
         qk_norm: bool = False,
+        attention_scale: float | None = None,
         attention_bias: str = "none",
         slot_feature_map: str = "identity",
+        slot_delay: int | None = None,
         empty_slots: str = "attend",
         rope_theta: float = 10000.0,
         rotary_scaling: dict[str, Any] | None = None,
@@ -87,6 +94,8 @@ class NHAConfig(PreTrainedConfig):
                 f"window_sizes has {len(window_sizes)} entries; expected one for each of "
                 f"num_hidden_layers={num_hidden_layers} layers"
             )
+        if slot_delay is not None and any(W is None or slot_delay > W for W in window_sizes):
+            raise ValueError(f"slot_delay={slot_delay} must be at most every one of window_sizes")
         if not num_slots and 0 in window_sizes:
             raise ValueError("window_sizes has a layer without a window, and num_slots=0 no slots")
         own = {name: value for name, value in locals().items() if name in OWN_KEYS}
@@ -105,9 +114,9 @@ class NHAConfig(PreTrainedConfig):
 OWN_KEYS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "v_head_dim", "num_slots", "window_sizes", "conv_width",
-    "gate_logit_normalizer", "value_activation", "output_norm", "qk_norm", "attention_bias",
-    "slot_feature_map", "empty_slots", "rope_theta", "rotary_scaling", "num_experts",
-    "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "rms_norm_eps",
-    "tie_word_embeddings", "initializer_range",
+    "gate_logit_normalizer", "value_activation", "output_norm", "output_norm_eps", "qk_norm",
+    "attention_scale", "attention_bias", "slot_feature_map", "slot_delay", "empty_slots",
+    "rope_theta", "rotary_scaling", "num_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "norm_topk_prob", "rms_norm_eps", "tie_word_embeddings", "initializer_range",
 )  # fmt: skip
 """The keys of config.json that say what the model computes."""

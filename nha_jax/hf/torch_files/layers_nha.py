@@ -92,7 +92,8 @@ class NHAttention(nn.Module):
             self.q_norm = NHARMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = NHARMSNorm(config.head_dim, config.rms_norm_eps)
         if config.output_norm:
-            self.o_norm = NHARMSNorm(output_size, config.rms_norm_eps)
+            eps = config.output_norm_eps
+            self.o_norm = NHARMSNorm(output_size, config.rms_norm_eps if eps is None else eps)
 
     def forward(self, x: Tensor, rope: Rope, segments: Segments, cache: NHACache | None) -> Tensor:
         """Computes [B, T, hidden_size], after the tokens of the cache if there is one.
@@ -122,6 +123,8 @@ class NHAttention(nn.Module):
             rows,
             segments.starts,
             window_size=config.window_sizes[self.layer_idx],
+            slot_delay=config.slot_delay,
+            scale=config.attention_scale,
             empty_slots=config.empty_slots,
             past=past,
             whole=segments.whole,

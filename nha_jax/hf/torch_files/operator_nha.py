@@ -11,15 +11,17 @@ s_j = 1 - alpha_j and j = t - W, the token that leaves the window at step t:
     b_ti = scale rot(query_t) . rot(key_i)             logits of the window, t - W < i <= t
     o_t  = softmax([a_t ; b_t]) [SV_t ; value_i]
 
-The slots start at zero, and again at each segment's first token; phi is the slot feature map, which
+The slots start at zero, and again at each segment's first token. phi is the slot feature map, which
 key_j has gone through too (the identity, in the paper); rot is the rotary embedding. W = 0 is a
 gated linear recurrence alone, and an infinite W full attention. With empty_slots = "attend" slots
-that hold nothing yet are in the softmax with logit 0 and value 0; with "mask" they are not.
+that hold nothing yet are in the softmax with logit 0 and value 0; with "mask" they are not. With a
+slot_delay E, j is t - E: a token enters the slots while the window may still have it.
 
 Slots and softmax are float32. Whole sequences are computed in chunks (`_SlotChunks`) and blocks of
 the window, in time and memory that grow with T, not with its square.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,6 +65,16 @@ class State(NamedTuple):
         return self._replace(rows=Rows(*(x.clone() for x in self.rows)))
 
 
+class Writes(NamedTuple):
+    """What enters the slots at each of T steps: [B, H, T, .] float32, and bools [B, 1, T, 1]."""
+
+    key: Tensor
+    value: Tensor
+    log_decay: Tensor
+    enters: Tensor  # whether a token does, of the segment of the one that is read
+    starts: Tensor  # whether that segment is another than at the step before
+
+
 def nha_attention(
     query: Tensor,
     rotated_query: Tensor,
@@ -70,6 +82,8 @@ def nha_attention(
     starts: Tensor,
     *,
     window_size: int | None,
+    slot_delay: int | None,
+    scale: float | None,
     empty_slots: str,
     past: State | None = None,
     whole: bool = False,
@@ -82,6 +96,8 @@ def nha_attention(
         rows: of the same tokens, H = Hkv.
         starts: [B, T] bool, whether a token is of another segment than the one before it.
         window_size: W; None for full attention.
+        slot_delay: E, at most W; None: W.
+        scale: of the logits; None: K**-0.5.
         empty_slots: "attend" or "mask".
         past: the state that an earlier call returned; None: there are no tokens before.
         whole: whether each row of the batch is known to be one segment without padding.
@@ -89,124 +105,136 @@ def nha_attention(
     Returns:
         [B, Hq, T, V] in the query's dtype, 0 at padding, and the state after the last token.
     """
-    T, M = query.shape[-2], rows.log_decay.shape[-1]
+    T, K = query.shape[-2:]
+    H, M = rows.key.shape[1], rows.log_decay.shape[-1]
+    scale = K**-0.5 if scale is None else scale
+    delay = window_size if slot_delay is None else slot_delay
+    masks = empty_slots == "mask"
     if past is None:
-        B, H, _, K = rows.key.shape
-        slots = (B, H, M)
-        slot_key = query.new_zeros(*slots, K, dtype=torch.float32)
-        slot_value = query.new_zeros(*slots, rows.value.shape[-1], dtype=torch.float32)
-        past = State(slot_key, slot_value, rows.last(0))
-    own_segment, everything = rows.segment, past.rows.followed_by(rows)
-    if window_size is None or everything.segment.shape[-2] <= window_size:
-        empty = M if empty_slots == "attend" else 0
-        out = _attend_to_all(rotated_query, everything, T, empty, causal=whole)
+        past = _empty_state(rows)
+    everything = past.rows.followed_by(rows)
+    if window_size is None or delay is None or everything.segment.shape[-2] <= delay:
+        empty = 0 if masks else M
+        out = _attend_to_all(rotated_query, everything, scale, empty, causal=whole)
         slot_key, slot_value = past.slot_key, past.slot_value
     else:
         missing = window_size - past.rows.segment.shape[-2]
-        everything = Rows(*(F.pad(x, (0, 0, missing, 0)) for x in everything))
+        everything = Rows(*(F.pad(x, (0, 0, missing, 0)) for x in everything))  # W + T
+        first = window_size - delay
+        leaving = Rows(*(x[..., first : first + T, :] for x in everything))
+        enters = (leaving.segment == rows.segment) & (rows.segment > 0)
+        writes = Writes(
+            key=leaving.key.float(),
+            value=leaving.value.float(),
+            log_decay=leaving.log_decay,
+            enters=enters,
+            starts=starts[:, None, :, None],
+        )
+        q, rotated_q = (scale * x.float().unflatten(1, (H, -1)) for x in (query, rotated_query))
         attend = _attend_to_next if T == 1 else _attend_in_chunks
         out, slot_key, slot_value = attend(
-            query, rotated_query, everything, starts, past, window_size, empty_slots
+            q, rotated_q, everything, writes, past, window_size, masks
         )
+        out = out.flatten(1, 2)
     if window_size is None:  # no token ever enters the slots
         nothing = everything.last(0)
         kept = everything._replace(key=nothing.key, log_decay=nothing.log_decay)
     else:
         kept = everything.last(window_size)
-    out = out.masked_fill(own_segment == 0, 0).to(query.dtype)
+    out = out.masked_fill(rows.segment == 0, 0).to(query.dtype)
     return out, State(slot_key, slot_value, kept)
 
 
-def _attend_to_all(query: Tensor, rows: Rows, T: int, empty: int, *, causal: bool) -> Tensor:
-    """Attends to all rows: the window, as long as no token has left it, and `empty` empty slots."""
-    key, value, count = rows.rotated_key, rows.value, rows.segment.shape[-2]
+def _empty_state(rows: Rows) -> State:
+    """Makes the state before the first token."""
+    size = (*rows.key.shape[:2], rows.log_decay.shape[-1])
+    slot_key, slot_value = (
+        x.new_zeros(*size, x.shape[-1], dtype=torch.float32) for x in (rows.key, rows.value)
+    )
+    return State(slot_key, slot_value, rows.last(0))
+
+
+def _attend_to_all(query: Tensor, rows: Rows, scale: float, empty: int, *, causal: bool) -> Tensor:
+    """Attends to all rows, as long as nothing has entered the slots, and to `empty` empty ones."""
+    T, key, value, count = query.shape[-2], rows.rotated_key, rows.value, rows.segment.shape[-2]
     if causal and not empty and count == T:
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+        return F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scale, enable_gqa=True
+        )
     index = torch.arange(count, device=query.device)
     own = rows.segment[..., -T:, :] == rows.segment.mT  # [B, 1, T, count]
     seen = own & (index <= index[-T:, None])
     bias = torch.zeros_like(seen, dtype=query.dtype).masked_fill(~seen, -torch.inf)
     if empty:  # M slots of logit 0 are as one of logit log(M)
         key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-        bias = F.pad(bias, (0, 1), value=torch.tensor(float(empty)).log().item())
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+        bias = F.pad(bias, (0, 1), value=math.log(empty))
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, scale=scale, enable_gqa=True
+    )
 
 
 def _attend_to_next(
     query: Tensor,
     rotated_query: Tensor,
     rows: Rows,
-    starts: Tensor,
+    writes: Writes,
     past: State,
     window_size: int,
-    empty_slots: str,
+    masks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Does one step of the recurrence: rows are the last W tokens and the one that is read."""
-    leaving = Rows(*(x[..., 0, :].float() for x in rows))  # [B, H, .]
-    segment = rows.segment[..., -1, :]
-    enters = ((leaving.segment == segment) & (segment > 0))[..., None]  # [B, 1, 1, 1]
-    alpha = leaving.log_decay.exp()[..., None].where(enters, 1.0)  # [B, H, M, 1]
-    alpha = alpha.masked_fill(starts[:, None, :, None], 0)
-    strength = (-leaving.log_decay.expm1()[..., None]).where(enters, 0.0)
-    slot_key = alpha * past.slot_key + strength * leaving.key[..., None, :]
-    slot_value = alpha * past.slot_value + strength * leaving.value[..., None, :]
+    """Does one step of the recurrence: rows are the last W tokens and the one that is read.
+
+    Queries are [B, H, G, 1, K], scaled; so is the result, and the slots' keys and values follow.
+    """
+    query, rotated_query = query[..., 0, :], rotated_query[..., 0, :]  # [B, H, G, K]
+    segment, enters = rows.segment[..., -1:, :], writes.enters  # [B, 1, 1, 1]
+    log_decay = writes.log_decay.mT  # [B, H, M, 1]
+    alpha = log_decay.exp().where(enters, 1.0).masked_fill(writes.starts, 0)
+    strength = (-log_decay.expm1()).where(enters, 0.0)
+    slot_key = alpha * past.slot_key + strength * writes.key
+    slot_value = alpha * past.slot_value + strength * writes.value
 
     window = rows.last(window_size)
-    a = _grouped(query, slot_key) @ slot_key.mT  # [B, H, G, M]
-    if empty_slots == "mask":
+    a = query @ slot_key.mT  # [B, H, G, M]
+    if masks:
         a = a.masked_fill(~enters, -torch.inf)
-    b = _grouped(rotated_query, slot_key) @ window.rotated_key.float().mT  # [B, H, G, W]
-    b = b.masked_fill(window.segment.mT != segment[..., None], -torch.inf)
-    p = _softmax(torch.cat([a, b], dim=-1), segment[..., None] == 0)
-    p_slots, p_window = p.split([a.shape[-1], b.shape[-1]], dim=-1)
+    b = rotated_query @ window.rotated_key.float().mT  # [B, H, G, W]
+    b = b.masked_fill(window.segment.mT != segment, -torch.inf)
+    p_slots, p_window = _softmax(a, b, segment == 0)
     out = p_slots @ slot_value + p_window @ window.value.float()
-    return out.flatten(1, 2)[..., None, :], slot_key, slot_value
+    return out[..., None, :], slot_key, slot_value
 
 
-def _grouped(query: Tensor, slots: Tensor) -> Tensor:
-    """Scales one token's queries and gathers them by key/value head: [B, H, G, K] float32."""
-    B, H = slots.shape[:2]
-    return query.shape[-1] ** -0.5 * query.float().reshape(B, H, -1, query.shape[-1])
-
-
-def _softmax(logits: Tensor, padding: Tensor) -> Tensor:
-    """Computes the softmax over the last axis; padding sees nothing, and gets finite numbers."""
-    return logits.masked_fill(padding, 0).softmax(dim=-1)
+def _softmax(a: Tensor, b: Tensor, padding: Tensor) -> tuple[Tensor, ...]:
+    """Computes one softmax over slots and window; padding sees nothing, and gets finite weights."""
+    logits = torch.cat([a, b], dim=-1).masked_fill(padding, 0)
+    return logits.softmax(dim=-1).split([a.shape[-1], b.shape[-1]], dim=-1)
 
 
 def _attend_in_chunks(
     query: Tensor,
     rotated_query: Tensor,
     rows: Rows,
-    starts: Tensor,
+    writes: Writes,
     past: State,
     window_size: int,
-    empty_slots: str,
+    masks: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes T tokens at once: rows are the W tokens before them, and they.
 
     The slots' logits of all tokens and the window's go through one softmax, whose weights then read
-    the slots' and the window's values.
+    the slots' and the window's values. Queries and results as for `_attend_to_next`.
     """
-    B, Hq, T, K = query.shape
-    H = rows.key.shape[1]
-    groups = (B, H, Hq // H, T, K)
-    scaled, rotated = (K**-0.5 * x.float().reshape(groups) for x in (query, rotated_query))
+    T = query.shape[-2]
     segment = rows.segment[..., -T:, :]  # [B, 1, T, 1]
-    leaving = Rows(*(x[..., :T, :] for x in rows))  # at step t, row t of the W + T
-    enters = (leaving.segment == segment) & (segment > 0)
-    chunks = _SlotChunks(leaving.log_decay.float(), enters, starts[:, None, :, None])
-    window = _WindowBlocks(rows, T, window_size)
-
-    a, slot_key = chunks.read_keys(scaled, leaving.key.float(), past.slot_key)
-    if empty_slots == "mask":
-        a = a.masked_fill(~enters[:, :, None], -torch.inf)
-    b = window.logits(rotated)
-    p = _softmax(torch.cat([a, b], dim=-1), segment[:, :, None] == 0)
-    p_slots, p_window = p.split([a.shape[-1], b.shape[-1]], dim=-1)
-    out, slot_value = chunks.read_values(p_slots, leaving.value.float(), past.slot_value)
-    out = out + window.values(p_window)
-    return out.flatten(1, 2), slot_key, slot_value
+    chunks, window = _SlotChunks(writes), _WindowBlocks(rows, T, window_size)
+    a, slot_key = chunks.read_keys(query, writes.key, past.slot_key)
+    if masks:
+        a = a.masked_fill(~writes.enters[:, :, None], -torch.inf)
+    b = window.logits(rotated_query)
+    p_slots, p_window = _softmax(a, b, segment[:, :, None] == 0)
+    out, slot_value = chunks.read_values(p_slots, writes.value, past.slot_value)
+    return out + window.values(p_window), slot_key, slot_value
 
 
 class _SlotChunks:
@@ -222,16 +250,11 @@ class _SlotChunks:
     that G_t - G_j is summed anew for every pair. Segments are reset by a log decay of -inf.
     """
 
-    def __init__(self, log_decay: Tensor, enters: Tensor, starts: Tensor):
-        """Computes the decays.
-
-        Args:
-            log_decay: [B, H, T, M], of the token that leaves the window at each step.
-            enters: [B, 1, T, 1] bool, whether there is one, of the same segment.
-            starts: [B, 1, T, 1] bool, whether the step is the first of another segment.
-        """
+    def __init__(self, writes: Writes):
+        """Computes the decays."""
+        log_decay, enters = writes.log_decay, writes.enters
         self.num_tokens = log_decay.shape[-2]
-        steps = log_decay.masked_fill(~enters, 0).masked_fill(starts, -torch.inf)
+        steps = log_decay.masked_fill(~enters, 0).masked_fill(writes.starts, -torch.inf)
         steps = _split(steps, CHUNK)  # [B, H, N, C, M]
         strength = _split((-log_decay.expm1()).masked_fill(~enters, 0), CHUNK)
         self.decay = steps.cumsum(dim=-2).exp()  # exp(G_t)

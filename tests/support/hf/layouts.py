@@ -24,6 +24,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "window_size": (0, 40), "slot_feature_map": "silu", "empty_slots": "mask", "value_dim": 12,
         "gate_logit_normalizer": 0.5,
     },
+    "overlapping windows": {
+        "window_size": (7, 9), "slot_delay": 3, "attention_scale": 0.5, "output_norm_eps": 1e-3,
+        "slot_feature_map": "relu", "num_kv_heads": 2,
+    },
     "no slots": {"window_size": 6, "num_slots": 0, "key_dim": 6},
     "a hybrid Qwen": {
         "window_size": (4, None), "num_kv_heads": 2, "qk_norm": True, "attention_bias": "qkv",
