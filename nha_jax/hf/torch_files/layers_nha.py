@@ -156,7 +156,7 @@ class NHAttention(nn.Module):
             conv(x, number, past)
             for conv, x, past in zip(convolutions, projections, inputs, strict=True)
         )
-        return query, key, value, (q, k, v, number[:, -distance:])
+        return query, key, value, (q, k, v, number[:, -distance:].clone())
 
     def _heads(self, x: Tensor, size: int) -> Tensor:
         """Splits heads: [B, T, heads * size] -> [B, heads, T, size]."""

@@ -169,7 +169,7 @@ def test_what_lies_beside_the_weights_is_read(tmp_path: Path) -> None:
     template = b"{% for message in messages %}<{{ message.content }}>{% endfor %}"
     files = {"chat_template.jinja": template}
     nha_jax.save_pretrained(tmp_path / "out", model, format="transformers", files=files)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True)
     for text in ("naïve <b>\n\n x", "  'tis €1\t\r\n\U0001f600"):
         assert tokenizer(text).input_ids == list(text.encode())
         assert tokenizer.decode(list(text.encode())) == text
