@@ -1,12 +1,14 @@
 """The optimizers that `optimizer.name` chooses from, and how a package adds one."""
 
 import inspect
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 from optax.contrib import ScheduleFreeState, schedule_free_eval_params
@@ -158,7 +160,36 @@ def _muon(
 
 def _adafactor(job: Job) -> optax.GradientTransformation:
     """Builds Adafactor without momentum, and with steps that do not grow with the parameters."""
-    return job.follow(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)))
+    return job.follow(
+        optax.chain(optax.scale_by_factored_rms(), _clip_rms_of_each_layer(job.parameters))
+    )
+
+
+def _clip_rms_of_each_layer(parameters: nnx.State) -> optax.GradientTransformation:
+    """Divides each layer's part of a step, and each expert's, by its RMS if that is above 1.
+
+    `optax.clip_by_block_rms` would divide a whole stack of layers by the RMS of all of them.
+    """
+    is_variable = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
+    own_axes = []
+    for variable in jax.tree.leaves(parameters, is_leaf=is_variable):
+        names = logical_axes(variable)
+        stacked = len(list(itertools.takewhile(lambda name: name in ("layers", "experts"), names)))
+        own_axes.append(tuple(range(stacked, variable.ndim)))
+
+    def clip(steps: Any, _: Any) -> Any:
+        leaves, structure = jax.tree.flatten(steps)
+        squares = [
+            jnp.square(step).mean(axes, keepdims=True)
+            for step, axes in zip(leaves, own_axes, strict=True)
+        ]
+        clipped = [
+            step / jnp.maximum(1.0, jnp.sqrt(square))
+            for step, square in zip(leaves, squares, strict=True)
+        ]
+        return jax.tree.unflatten(structure, clipped)
+
+    return optax.stateless(clip)
 
 
 def _lion(

@@ -162,6 +162,32 @@ def test_a_step_of_muon_is_orthogonal_and_as_large_as_one_of_adamw_mostly_is() -
         np.testing.assert_allclose(np.sqrt(np.mean(layer**2)), 0.2, rtol=0.2)
 
 
+def test_a_step_of_adafactor_is_clipped_in_each_layer_by_itself() -> None:
+    config = OptimizerConfig(name="adafactor", weight_decay=0.0, clip_norm=None)
+    stack = nnx.filter_state(parameters(), lambda path, _: "kernel" in path and "q_proj" in path)
+    transformation = make_optimizer(config, optax.constant_schedule(-1.0), stack)
+    alone = optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))
+    random = np.random.default_rng(0)
+    first = random.standard_normal((2, 128, 128)).astype(np.float32)
+    second = (
+        first * np.array([9, 1], np.float32)[:, None, None]
+    )  # one layer's grows, and is clipped
+
+    def second_step(optimizer: optax.GradientTransformation, *gradients: Any) -> Any:
+        update = jax.jit(optimizer.update)
+        state = optimizer.init(gradients[0])
+        for gradient in gradients:
+            step, state = update(gradient, state, gradients[0])
+        return step
+
+    like = lambda array: jax.tree.map(lambda _: array, nnx.as_pure(stack))  # noqa: E731
+    (found,) = jax.tree.leaves(second_step(transformation, like(first), like(second)))
+    expected = np.stack([second_step(alone, *layers) for layers in zip(first, second, strict=True)])
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    size = np.sqrt(np.square(found).mean((1, 2)))
+    np.testing.assert_allclose(size, [1, 1], rtol=0.02)
+
+
 def test_schedule_free_is_judged_by_the_mean_of_its_steps() -> None:
     config = OptimizerConfig(name="schedule_free_adamw", beta1=0.7, clip_norm=None)
     transformation = make_optimizer(config, optax.constant_schedule(0.1), some(parameters()))
