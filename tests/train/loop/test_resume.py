@@ -3,9 +3,11 @@
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.support.train.raw_files import json_lines, prepare
 from tests.support.train.tiny_run import Nha, wait_for
 from train.cli import main
 
@@ -33,6 +35,38 @@ def test_losses_after_kill_are_those_of_an_undisturbed_run(nha: Nha, undisturbed
     stored = [
         (run / "model" / "model.safetensors").read_bytes() for run in (nha.run, undisturbed.run)
     ]
+    assert stored[0] == stored[1]
+
+
+@pytest.mark.slow
+def test_a_mixture_whose_weights_change_goes_on_after_a_kill_bit_for_bit(
+    tmp_path: Path, tiny_values: dict[str, Any]
+) -> None:
+    folders = []
+    for name in ("words", "numbers"):
+        texts = [f"{name} {n} {name[n % 5] * 20}" for n in range(60)]
+        (tmp_path / f"{name}.jsonl").write_bytes(json_lines(texts))
+        folders.append(str(tmp_path / name))
+        assert prepare(tmp_path / name, tmp_path / f"{name}.jsonl", "--held-out-fraction=0.2") == 0
+    words, numbers = folders
+    # The weights change before the checkpoint that a killed run goes on from, and after it.
+    schedule = {0: {words: 1.0}, 10: {words: 0.5, numbers: 0.5}, 20: {numbers: 1.0}}
+    data = {"corpus": dict.fromkeys(folders, 0.5), "mixture_schedule": schedule}
+    data |= {"sequence_length": 32}
+    killed, whole = (
+        Nha(tmp_path / name, tiny_values | {"data": data, "steps": 30})
+        for name in ("killed", "whole")
+    )
+    process = killed.start("--checkpoint.keep=5")
+    wait_for(lambda: (killed.run / "checkpoints" / "15").exists(), process)
+    process.kill()
+    process.communicate()
+    for later in (killed.run / "checkpoints").glob("30*"):
+        shutil.rmtree(later)  # where the kill came late
+    assert "resuming after step 15 of 30" in killed.train()
+    whole.train()
+    assert killed.losses() == whole.losses()
+    stored = [(each.run / "model" / "model.safetensors").read_bytes() for each in (killed, whole)]
     assert stored[0] == stored[1]
 
 

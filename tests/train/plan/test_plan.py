@@ -6,6 +6,7 @@ import re
 import shlex
 from typing import Any
 
+import jax
 import pytest
 from jax.errors import JaxRuntimeError
 
@@ -17,6 +18,7 @@ from train.commands.train import parse_overrides
 from train.devices.chips import CHIPS, GIB
 from train.errors import ConfigError
 from train.load_config import load_config
+from train.plan import compiling
 from train.plan.advice import MOST_TRIES, Overrides, as_arguments, find_advice
 from train.plan.compiling import CompiledStep, Memory, layer_kinds
 from train.plan.costs import Collective, Costs
@@ -216,6 +218,22 @@ def test_the_table_says_whether_it_fits_and_by_how_much(nha: Nha) -> None:
     assert "DOES NOT FIT: 2.00 GiB too much" in table(too_large, 0.4)
     assert as_json(too_large, 0.4)["memory"]["headroom"] == -2 * GIB
     assert as_json(too_large, 0.4)["speed"] is None
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_of_the_optimizer_is_counted(
+    optimizer: str, nha: Nha, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "_compile", lambda lowered: (None, (GIB, GIB // 2)))
+    topology = Topology("one", "cpu", tuple(jax.devices()[:1]), CHIPS["TPU v5e"], GIB // 2)
+    config = nha.config(optimizer__name=optimizer)
+    memory = compiling.compile_step(config, topology).memory
+    # q, k, v and o of 32 x 32, f of 32 x 16, and three of 32 x 128, in one layer.
+    matrices = 4 * 32 * 32 + 32 * 16 + 3 * 32 * 128
+    parameters = nha_jax.num_parameters(config.model)
+    assert memory.parameters == 4 * parameters
+    moments = 8 * parameters - (4 * matrices if optimizer == "muon" else 0)
+    assert 0 < memory.optimizer - moments < 40  # counters, and Muon's three coefficients
 
 
 def test_what_computes_each_kind_of_layer() -> None:
