@@ -38,6 +38,8 @@ NOT_RUN = {
         "uv run nha train configs/quickstart.yaml --run runs/full "
         "--model.window_size=null --steps=1500",
         "uv run nha train configs/quickstart.yaml --run runs/muon --optimizer.name=muon",
+        "uv run nha train configs/quickstart.yaml --run runs/muon-1450 --optimizer.name=muon "
+        "--steps=1450",
         "uv run nha train configs/quickstart.yaml --run runs/mup --model.mup_base_width=128 "
         "--model.hidden_size=512 --model.num_query_heads=8",
         "uv run python benchmarks/hybridize.py",
