@@ -52,10 +52,12 @@ def test_a_first_step_of_adamw_is_as_large_as_the_width_asks(nha: Nha) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(("optimizer", "least"), [("adamw", 0.4), ("muon", 0.25)])
 def test_updates_of_activations_depend_on_the_width_without_mup_alone(
-    nha: Nha, optimizer: str
+    nha: Nha, optimizer: str, least: float
 ) -> None:
+    """AdamW's matter most: without muP they would grow as the width, and Muon's as its root."""
+
     def slopes(base_width: int | None) -> dict[str, float]:
         rows = []
         for width in (32, 256):
@@ -64,11 +66,14 @@ def test_updates_of_activations_depend_on_the_width_without_mup_alone(
                 model__hidden_size=width,
                 model__num_query_heads=width // 16,
                 model__mup_base_width=base_width,
+                model__mlp_size=4 * width,
+                model__initializer_range=0.1,
+                model__tie_embeddings=True,
                 optimizer__name=optimizer,
             )
-            rows += [{"width": width} | row for row in check(config, steps=8, seeds=2)]
+            rows += [{"width": width} | row for row in check(config, steps=3, seeds=2)]
         return {kind: slope(rows, "update", -1, kind=kind) for kind in KINDS}
 
     standard, mup = slopes(None), slopes(32)
-    assert min(standard.values()) > 0.4, standard
-    assert max(map(abs, mup.values())) < 0.25, mup
+    assert min(standard.values()) > least, standard
+    assert max(map(abs, mup.values())) < 0.15, mup
