@@ -84,6 +84,9 @@ _OTHERWISE = {"window_size", "rope_scaling", "experts", "param_dtype"}
 _OF_THE_CALL = {"dtype", "remat", "implementation", "kernel_options"}
 """Fields that say how a model is computed here, and not what it is."""
 
+_LATER = ("output_norm_eps", "attention_scale", "slot_delay")
+"""Keys that the first exports lack, where null says what those compute."""
+
 _NEEDED = (*_KEYS.values(), "window_sizes", "rotary_scaling", *_EXPERTS.values())
 
 _INDEX: Kind = (lambda value: is_count(value, 0), "a whole number of at least 0")
@@ -150,6 +153,7 @@ def read_native(
     """
     if wrong := sorted(set(chosen) - set(FREE_FIELDS)):
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the original determines it")
+    fields = {**dict.fromkeys(_LATER), **fields}
     problems = wrong_architecture(fields, NATIVE_FAMILY.architecture)
     problems += [f"{key} is missing" for key in _NEEDED if key not in fields]
     problems += refused(fields, _KINDS)

@@ -158,6 +158,7 @@ def test_memory_grows_with_the_tokens_and_the_cache_does_not(
 def test_what_transformers_saved_comes_back(name: str, opened: dict[str, Path]) -> None:
     model = model_of(name)
     for folder in ("model", "saved"):
+        assert open_pretrained(opened[name] / folder).original.notices == ()
         again = nha_jax.from_pretrained(opened[name] / folder, remat="none")
         assert again.config == model.config
         chex.assert_trees_all_equal(nnx.state(again), nnx.state(model))

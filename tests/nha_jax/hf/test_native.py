@@ -86,6 +86,14 @@ def test_missing_keys_are_named() -> None:
         read_native(fields)
 
 
+def test_files_without_the_keys_that_came_later_are_read() -> None:
+    config = layouts.layout("a window")
+    fields = written(config)
+    for key in ("output_norm_eps", "attention_scale", "slot_delay"):
+        assert fields.pop(key) is None
+    assert read_native(fields, dtype="float32", remat="none").config == config
+
+
 def test_a_field_that_the_code_does_not_compute_is_refused_by_name() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Later(nha_jax.ModelConfig):
