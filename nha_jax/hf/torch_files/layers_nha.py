@@ -116,19 +116,20 @@ class NHAttention(nn.Module):
         if config.value_activation == "silu":
             value = F.silu(value)
         phi = FEATURE_MAPS[config.slot_feature_map]
-        rows = Rows(phi(key), rotate(key, rope), value, self._log_decay(x), segments.number)
-        out, state = nha_attention(
-            phi(query),
-            rotate(query, rope),
-            rows,
-            segments.starts,
-            window_size=config.window_sizes[self.layer_idx],
-            slot_delay=config.slot_delay,
-            scale=config.attention_scale,
-            empty_slots=config.empty_slots,
-            past=past,
-            whole=segments.whole,
-        )
+        with torch.autocast(x.device.type, enabled=False):  # it would round gates and slots
+            rows = Rows(phi(key), rotate(key, rope), value, self._log_decay(x), segments.number)
+            out, state = nha_attention(
+                phi(query),
+                rotate(query, rope),
+                rows,
+                segments.starts,
+                window_size=config.window_sizes[self.layer_idx],
+                slot_delay=config.slot_delay,
+                scale=config.attention_scale,
+                empty_slots=config.empty_slots,
+                past=past,
+                whole=segments.whole,
+            )
         if cache is not None:
             cache.layers[self.layer_idx] = state.copied(), taps
         out = out.transpose(1, 2).flatten(-2)
@@ -202,7 +203,8 @@ class NHAExperts(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, 1)
-        scores = F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
+        with torch.autocast(x.device.type, enabled=False):  # rounding would choose other experts
+            scores = F.linear(tokens.float(), self.gate.weight.float()).softmax(dim=-1)
         weights, chosen = scores.topk(self.config.num_experts_per_tok, dim=-1)
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)

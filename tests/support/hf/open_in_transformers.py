@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 NEW_TOKENS = 20
@@ -32,6 +33,7 @@ def main(folder: Path) -> None:
         found["by_positions"] = model(tokens[:1], position_ids=_positions(segments[:1])).logits
         found["cache_bytes"] = torch.tensor([_cache_bytes(model, tokens, n) for n in (64, 256)])
         found["bfloat16"] = _in_bfloat16(folder, tokens)
+        found["autocast"] = _in_autocast(model, tokens)
         found["in_pieces"] = _in_pieces(model, tokens)
     found["saved_bytes"] = torch.tensor([_saved_bytes(model, tokens, n) for n in (64, 256)])
     found["loss"], gradients = _gradients(model, tokens)
@@ -112,6 +114,28 @@ def _in_bfloat16(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
         folder / "model", trust_remote_code=True, dtype=torch.bfloat16
     )
     return model(tokens).logits
+
+
+class _Products(TorchDispatchMode):
+    """Notes the dtypes of batched products, of which the operator consists but no projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.bmm.default:
+            self.dtypes.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def _in_autocast(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Computes the logits in mixed precision, which must leave the slots in float32."""
+    with torch.autocast("cpu", torch.bfloat16), _Products() as products:
+        logits = model(tokens).logits
+    windows = model.config.window_sizes
+    assert products.dtypes == ({torch.float32} if set(windows) != {None} else set())
+    return logits
 
 
 def _in_pieces(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
