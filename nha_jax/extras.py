@@ -9,6 +9,7 @@ EXTRAS = {
     "tokenizers": "data",
     "zstandard": "data",
     "jinja2": "chat",
+    "lm_eval": "eval",
     "libtpu": "tpu",
 }
 """Which extra of nha_jax brings a package."""

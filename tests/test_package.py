@@ -23,6 +23,7 @@ IMPORTED_BY = {
     "cuda": "jax_plugins.xla_cuda13",
     "data": "pyarrow.parquet, tokenizers, zstandard",
     "chat": "jinja2",
+    "eval": "lm_eval, jinja2",
     "notebook": "ipykernel, chex",
 }
 

@@ -44,7 +44,7 @@ def score(
     *,
     batch_size: int = 8,
     chunk: int = 512,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> list[Score]:
     """Computes the probability of each continuation after its context.
 

@@ -55,7 +55,17 @@ NOT_RUN = {
         "cat README.md | uv run nha generate runs/quickstart --max-new-tokens 500",
         "uv run nha inspect runs/quickstart --text FILE",
     ),
-    "it installs packages": ("uv sync --extra data && source .venv/bin/activate",),
+    "it installs packages": (
+        "uv sync --extra data && source .venv/bin/activate",
+        "uv sync --extra eval && source .venv/bin/activate",
+    ),
+    "it needs lm-eval, which is no part of the default environment": (
+        "nha eval runs/quickstart --tasks lambada_openai,arc_easy",
+        "nha eval runs/quickstart --tasks my_task --include-path my_tasks",
+        "python -m train.text.harness --model nha "
+        "--model_args path=runs/quickstart,batch_size=16 --tasks wikitext",
+        "uv run --isolated --extra eval pytest -m slow tests/train/text/test_harness.py",
+    ),
     "it takes a download: a corpus, or a pretrained model": (
         "nha data prepare data/slimpajama 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer tokenizer.json",

@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import data, export, generate, import_, inspect, plan, search, train
+from train.commands import data, eval_, export, generate, import_, inspect, plan, search, train
 
 
 class Command(Protocol):
@@ -40,5 +40,6 @@ COMMANDS: dict[str, Command] = {
     "generate": generate,
     "search": search,
     "inspect": inspect,
+    "eval": eval_,
     "export": export,
 }

@@ -3,7 +3,7 @@
 import contextlib
 import datetime
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NoReturn, Self
@@ -33,6 +33,7 @@ class ChatTemplate:
         """
         sandbox = import_extra("jinja2.sandbox")
         self._where = where
+        self.source = source
         # Templates are written for these settings: a line that only holds a statement leaves no
         # empty line behind.
         environment = sandbox.ImmutableSandboxedEnvironment(
@@ -74,10 +75,24 @@ class ChatTemplate:
         Raises:
             ConfigError: the template cannot be filled in.
         """
+        return self.render_messages([{"role": "user", "content": message}])
+
+    def render_messages(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """Writes a conversation.
+
+        Args:
+            messages: each with its "role" ("system", "user", "assistant") and its "content".
+            add_generation_prompt: whether it ends where the model's answer begins.
+
+        Raises:
+            ConfigError: the template cannot be filled in.
+        """
         with self._errors():
             return self._template.render(
-                messages=[{"role": "user", "content": message}],
-                add_generation_prompt=True,
+                messages=messages,
+                add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
             )
