@@ -227,10 +227,10 @@ def test_prompts_that_wait_together_read_a_beginning_once():
 def test_the_longest_unused_goes_first_and_the_longer_before_what_it_begins_with():
     engine = make_engine(snapshots=3)
     first, second = tokens_of((0, 9)), tokens_of((1, 5))
-    text(engine, first)  # two snapshots
-    text(engine, second)  # one
-    text(engine, first[:5])  # uses the shorter of the first
-    text(engine, tokens_of((2, 5)))  # the longer of the first makes room
+    text(engine, second)  # one snapshot
+    text(engine, first)  # two
+    text(engine, second)  # uses the first of all
+    text(engine, tokens_of((2, 5)))  # the longer of the two makes room
     assert engine.prefix_statistics.evicted == 1
     saved = []
     for prompt in (second, first):

@@ -1,6 +1,7 @@
 """Threads take turns."""
 
 import threading
+import time
 
 from nha_jax.generation.turns import Turns
 
@@ -17,8 +18,10 @@ def test_whoever_waits_is_next():
         thread = threading.Thread(target=wait)
         thread.start()
         waiting.wait()
-        while not turns._door.locked():
-            pass
+        deadline = time.monotonic() + 30
+        while not turns._door.locked() and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert turns._door.locked()
     with turns:
         order.append("took it again")
     thread.join()
