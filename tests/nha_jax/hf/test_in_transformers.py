@@ -78,9 +78,11 @@ def test_logits_are_ours(found: tuple[str, Results]) -> None:
     np.testing.assert_allclose(results["logits"], expected, atol=1e-5, rtol=0)
     np.testing.assert_allclose(results["in_pieces"], expected, atol=1e-5, rtol=0)
     for kind in ("bfloat16", "autocast"):
-        off = np.linalg.norm(results[kind] - expected) / np.linalg.norm(expected)
-        print(f"{name}: in {kind} {off:.1e} off")
-        assert off < 0.03
+        # Of a token: rounding may send a few to other experts.
+        off = np.linalg.norm(results[kind] - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+        print(f"{name}: in {kind} {np.median(off):.1e} off, at most {off.max():.1e}")
+        assert np.median(off) < 0.02
+        assert model_of(name).config.experts or off.max() < 0.05
 
 
 def test_logits_of_packed_documents_are_ours(found: tuple[str, Results]) -> None:
