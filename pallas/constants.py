@@ -4,9 +4,6 @@ MASKED_LOGIT = -1e30
 """Stands for a logit of -inf: below every logit, and finite, so that a row that sees nothing gives
 no NaN."""
 
-LARGEST_HEAD = 256
-"""The largest key and value dim that the fused kernels serve."""
-
 MOST_SLOTS = 128
 """The most slots a head that the kernels of any chip serve."""
 

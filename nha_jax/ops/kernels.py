@@ -9,16 +9,19 @@ import jax.numpy as jnp
 from nha_jax.ops.backends import Arrays
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.types import Options
-from pallas.constants import LARGEST_HEAD, MOST_SLOTS
+from pallas.constants import MOST_SLOTS
 from pallas.decode_types import DecodeState, DecodeToken, SlotState, SlotToken
 
 
-def attend_beyond_limits(arrays: Arrays) -> str | None:
-    """Says in a line which size is beyond those of the fused kernels; None if none is."""
+def attend_beyond_limits(arrays: Arrays, largest_head: int) -> str | None:
+    """Says in a line which size is beyond those of a chip's fused kernels; None if none is.
+
+    largest_head: the largest key and value dim that they serve.
+    """
     _, key, value, log_decay = arrays
     for name, x in (("key", key), ("value", value)):
-        if x.shape[3] > LARGEST_HEAD:
-            return f"its kernels take heads of up to {LARGEST_HEAD}, got {name} of {x.shape[3]}"
+        if x.shape[3] > largest_head:
+            return f"its kernels take heads of up to {largest_head}, got {name} of {x.shape[3]}"
     if log_decay.shape[3] > MOST_SLOTS:
         return f"its kernels take up to {MOST_SLOTS} slots, got log_decay of {log_decay.shape[3]}"
     return None

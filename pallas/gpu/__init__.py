@@ -2,10 +2,11 @@
 
 from pallas.gpu.attention import Fused, fused_attention
 from pallas.gpu.block_sizes import BlockSizes, default_block_sizes
-from pallas.gpu.spec import CHUNK, CallSpec
+from pallas.gpu.spec import CHUNK, LARGEST_HEAD, CallSpec
 
 __all__ = [
     "CHUNK",
+    "LARGEST_HEAD",
     "BlockSizes",
     "CallSpec",
     "Fused",

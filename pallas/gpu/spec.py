@@ -25,6 +25,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = 1.4426950408889634
 
 CHUNK = 64  # C: the rows of a warpgroup's matrix product
+LARGEST_HEAD = 256  # D that the kernels serve
 PANEL = 32  # slots that are held in registers at a time
 GATE_ROWS = 16  # rows of a gate block, which share a c_ref
 GATE_BLOCKS = CHUNK // GATE_ROWS

@@ -9,6 +9,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 LOG2E = math.log2(math.e)
+LANES = 128  # columns of a register
 
 
 def matmul(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -102,29 +103,43 @@ def _sigmoid(x):
     return 1.0 / (1.0 + jnp.exp2(-x * LOG2E))
 
 
-def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Makes the table [..., 2 K] of `rotate` from cosines and sines, [..., K / 2] each.
+def table_columns(K: int) -> int:
+    """How many columns the table of `rotate` has: K if half a head is whole registers, or 2 K."""
+    return K if K % (2 * LANES) == 0 else 2 * K
 
-    It holds both for both halves of a head, with the sign of the first half's sine.
+
+def expand_table(cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Makes `rotate`'s table [..., table_columns(K)] of cosines and sines, [..., K / 2] each.
+
+    Where half a head is whole registers, it is the two side by side. Elsewhere it holds both for
+    both halves of a head, with the sign of the first half's sine.
     """
-    return jnp.concatenate([cos, cos, -sin, sin], axis=-1)
+    K = 2 * cos.shape[-1]
+    parts = [cos, sin] if table_columns(K) == K else [cos, cos, -sin, sin]
+    return jnp.concatenate(parts, axis=-1)
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Rotates x [..., rows, K] by halves (as Llama does) with a table [rows, 2 K]; float32."""
+    """Rotates x [..., rows, K] by halves, as Llama does, by a table of `expand_table`; float32."""
     cos, sin = _of_rank(x.ndim, table)
-    swapped = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
-    return x.astype(jnp.float32) * cos + swapped * sin
+    if cos.shape[-1] == x.shape[-1]:
+        swapped = pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1).astype(jnp.float32)
+        return x.astype(jnp.float32) * cos + swapped * sin
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
 
 
 def rotate_back(x: jax.Array, table: jax.Array) -> jax.Array:
     """Transposes `rotate`: takes the gradient of the rotated x, float32, back to x."""
     cos, sin = _of_rank(x.ndim, table)
-    return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
+    if cos.shape[-1] == x.shape[-1]:
+        return x * cos - pltpu.roll(x, x.shape[-1] // 2, x.ndim - 1) * sin
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos + second * sin, second * cos - first * sin], -1)
 
 
 def _of_rank(rank: int, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cuts the table [rows, 2 K] in two halves [..., rows, K] of this many axes."""
+    """Cuts the table in its two halves [..., rows, K or K / 2] of this many axes."""
     cos, sin = (jnp.expand_dims(x, tuple(range(rank - 2))) for x in jnp.split(table, 2, axis=1))
     return cos, sin
 

@@ -48,7 +48,7 @@ def fused_attention(
       inputs: query [B, T, Hq K], key [B, T, Hkv K], value [B, T, Hkv V], of one dtype, bfloat16 or
         float32; log_decay [B, Hkv, M, T] float32; with spec.rotated, rotated_query and rotated_key;
         with spec.state, slots [B, Hkv, M, K + V] float32, those at the start.
-      constants: with spec.rope, rope_table [1 or B, T, 2 K] float32, `expand_table` of the rotation
+      constants: with spec.rope, rope_table [1 or B, T, K2] float32, `expand_table` of the rotation
         times the root of scale * log2(e); with spec.segments, row_segments (`pack_row_segments`)
         and chunk_segments (`pack_chunk_segments`) and, with spec.wide_window, query_segment and
         token_segment [B, 1, T] float32, the numbers of the segments of all rows and tokens.

@@ -47,7 +47,7 @@ from pallas.tpu.chunk_tokens import (
 from pallas.tpu.decays import floored_decays
 from pallas.tpu.emission import emit
 from pallas.tpu.grid import Grid
-from pallas.tpu.launch import Arrays, launch, like
+from pallas.tpu.launch import Arrays, Blocks, launch, like
 from pallas.tpu.spec import CallSpec
 
 
@@ -58,6 +58,19 @@ def backward(
 
     lockstep, skew: of `emit`, for the way from the last chunk to the first.
     """
+    grid = Grid.of(inputs, spec, reverse=True)
+    return launch(
+        functools.partial(_kernel, spec=spec, steps=grid.steps, lockstep=lockstep, skew=skew),
+        backward_blocks(inputs, spec),
+        name="nha_backward",
+        grid=grid.shape,
+        parallel=2,
+        interpret=interpret,
+    )
+
+
+def backward_blocks(inputs: Arrays, spec: CallSpec) -> Blocks:
+    """Returns what a grid step has in VMEM; of the inputs, only shapes and dtypes are read."""
     grid = Grid.of(inputs, spec, reverse=True)
     K, V, M, heads = grid.K, grid.V, grid.M, grid.heads
     in_specs = grid.input_specs(inputs) | {
@@ -84,17 +97,8 @@ def backward(
     if spec.halo:
         sizes = (("d_entering_key", K), ("d_window_key", K), ("d_value", V), ("d_decay", M))
         scratch |= {name: pltpu.VMEM((heads, spec.halo, size), jnp.float32) for name, size in sizes}
-    return launch(
-        functools.partial(_kernel, spec=spec, steps=grid.steps, lockstep=lockstep, skew=skew),
-        (inputs, in_specs),
-        (halo, grid.halo_specs(inputs) if halo else {}),
-        name="nha_backward",
-        grid=grid.shape,
-        parallel=2,
-        outputs=outputs,
-        scratch=scratch,
-        interpret=interpret,
-    )
+    halo_specs = grid.halo_specs(inputs) if halo else {}
+    return Blocks(((inputs, in_specs), (halo, halo_specs)), outputs, scratch)
 
 
 def _kernel(

@@ -1,8 +1,11 @@
 """How the TPU kernels cut their work: a validated dataclass, with defaults for each chip."""
 
 import dataclasses
+from typing import Self
 
 from jax.experimental.pallas import tpu as pltpu
+
+LEAST_STEP_ROWS = 128  # of a grid step: as many as a register has lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +41,22 @@ class BlockSizes:
             raise ValueError(
                 f"BlockSizes: chunks_per_step must be 1, 2, 4, 8 or 16, got {self.chunks_per_step}"
             )
-        if self.chunk * self.chunks_per_step < 128:
+        if self.step_rows < LEAST_STEP_ROWS:
             raise ValueError(
-                "BlockSizes: chunk * chunks_per_step must be at least 128, "
+                f"BlockSizes: chunk * chunks_per_step must be at least {LEAST_STEP_ROWS}, "
                 f"got {self.chunk} * {self.chunks_per_step}"
             )
+
+    def with_half_the_chunks(self) -> Self | None:
+        """Halves the chunks of a grid step; None if no step may be shorter."""
+        if self.step_rows < 2 * LEAST_STEP_ROWS:
+            return None
+        return dataclasses.replace(self, chunks_per_step=self.chunks_per_step // 2)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of a grid step."""
+        return self.chunk * self.chunks_per_step
 
 
 # By chip, for one query head to a key/value head and for several: chosen by static schedules at

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
-from pallas.tpu.arithmetic import apply_feature_map, join, merge_group, rotate, split_group
+from pallas.tpu.arithmetic import LANES, apply_feature_map, join, merge_group, rotate, split_group
 from pallas.tpu.decays import floored_decays
 from pallas.tpu.segments import Segments, row_columns, where_entering
-from pallas.tpu.spec import LANES, CallSpec
+from pallas.tpu.spec import CallSpec
 
 Refs = Mapping[str, Any]  # references to a kernel's arrays, by name
 ReadChunk = Callable[[int], jax.Array]  # from a chunk's number to [C, D]

@@ -26,7 +26,6 @@ of all heads in one product, and the logits of other heads are masked. Matrix un
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,9 +37,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.constants import MASKED_LOGIT
 from pallas.decode_types import DecodeState, DecodeToken
-from pallas.tpu.arithmetic import apply_feature_map, matmul, matmul_nt, to_column
-from pallas.tpu.launch import VMEM_BYTES, in_place_semantics
-from pallas.tpu.spec import LANES
+from pallas.tpu.arithmetic import LANES, apply_feature_map, matmul, matmul_nt, to_column
+from pallas.tpu.launch import VMEM_BYTES, in_place_semantics, tiled_bytes
 
 BLOCK_BYTES = 2**20  # at most, of a block of a ring
 BUFFER_BYTES = VMEM_BYTES * 3 // 4  # at most, of all blocks twice; the rest is for values between
@@ -164,9 +162,7 @@ def _buffer_bytes(state: DecodeState) -> int:
         is_block = lambda x: isinstance(x, pl.BlockSpec)  # noqa: E731
         blocks = jax.tree.leaves(specs, is_leaf=is_block)
         for block, array in zip(blocks, jax.tree.leaves(state), strict=True):
-            *outer, rows, lanes = block.block_shape
-            rows, lanes = -(-rows // 8) * 8, -(-lanes // LANES) * LANES
-            total += 2 * math.prod((*outer, rows, lanes)) * array.dtype.itemsize
+            total += 2 * tiled_bytes(block.block_shape, array.dtype)
     return total
 
 

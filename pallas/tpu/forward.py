@@ -10,7 +10,7 @@ float32, where it does not say float32:
     token_log_decay    [B, Hkv, M, T] float32
     rotated_query      as query              with spec.rotated
     token_rotated_key  as token_key          with spec.rotated
-    rope_table         [1 or B, T, 2 K]      with spec.rope; float32, `expand_table` of the rotation
+    rope_table         [1 or B, T, K2]       with spec.rope; float32, `expand_table` of the rotation
                                              times the root of scale * log2(e)
     token_rope_table   as rope_table         with spec.rope and spec.wide_window: for the tokens
     row_segments       [B, 8, T]             with spec.segments; float32, of `pack_row_segments`
@@ -75,7 +75,7 @@ from pallas.tpu.chunk_tokens import (
 from pallas.tpu.decays import ChunkDecays
 from pallas.tpu.emission import emit
 from pallas.tpu.grid import Grid
-from pallas.tpu.launch import Arrays, Output, launch
+from pallas.tpu.launch import Arrays, Blocks, Output, launch
 from pallas.tpu.masks import Masks
 from pallas.tpu.segments import Segments
 from pallas.tpu.spec import CallSpec
@@ -88,6 +88,18 @@ def forward(
 
     lockstep, skew: of `emit`. save: return the starts, which the backward needs.
     """
+    return launch(
+        functools.partial(_kernel, spec=spec, lockstep=lockstep, skew=skew),
+        forward_blocks(inputs, spec, save=save),
+        name="nha_forward",
+        grid=Grid.of(inputs, spec).shape,
+        parallel=2,
+        interpret=interpret,
+    )
+
+
+def forward_blocks(inputs: Arrays, spec: CallSpec, *, save: bool) -> Blocks:
+    """Returns what a grid step has in VMEM; of the inputs, only shapes and dtypes are read."""
     grid = Grid.of(inputs, spec)
     B, Hkv, T, K, V, M = grid.B, grid.Hkv, grid.T, grid.K, grid.V, grid.M
     dtype, float32 = inputs["query"].dtype, jnp.float32
@@ -110,16 +122,7 @@ def forward(
                 ("decay", M, float32),
             )
         }  # fmt: skip
-    return launch(
-        functools.partial(_kernel, spec=spec, lockstep=lockstep, skew=skew),
-        (inputs, grid.input_specs(inputs)),
-        name="nha_forward",
-        grid=grid.shape,
-        parallel=2,
-        outputs=outputs,
-        scratch=scratch,
-        interpret=interpret,
-    )
+    return Blocks(((inputs, grid.input_specs(inputs)),), outputs, scratch)
 
 
 def _kernel(refs: Refs, outs: Refs, carried: Refs, *, spec: CallSpec, lockstep: int, skew: int):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas.tpu.arithmetic import (
+    LANES,
     feature_map_pullback,
     join,
     reverse_cumulative_sum,
@@ -23,7 +24,7 @@ from pallas.tpu.arithmetic import (
 from pallas.tpu.chunk_tokens import Refs, StepTokens, rows_of, write_group
 from pallas.tpu.decays import ChunkDecays, decay_floor
 from pallas.tpu.segments import Segments, where_entering
-from pallas.tpu.spec import LANES, CallSpec
+from pallas.tpu.spec import CallSpec
 
 
 class ChunkStates(NamedTuple):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas.tpu.spec import LANES, CallSpec
+from pallas.tpu.arithmetic import LANES, table_columns
+from pallas.tpu.spec import CallSpec
 
 CARRY_BYTES = 4 << 20  # of VMEM, for what a grid step leaves to the next
 
@@ -79,10 +80,9 @@ class Grid:
         return self._block((1, 1, size, self.spec.step_rows), lambda b, h, t: (b, h, 0, t))
 
     def table(self, batch: int) -> pl.BlockSpec:
-        """A step's rows of a rotation table [1 or B, T, 2 K]."""
-        return self._block(
-            (1, self.spec.step_rows, 2 * self.K), lambda b, h, t: (b if batch > 1 else 0, t, 0)
-        )
+        """A step's rows of a rotation table [1 or B, T, K2]."""
+        shape = (1, self.spec.step_rows, table_columns(self.K))
+        return self._block(shape, lambda b, h, t: (b if batch > 1 else 0, t, 0))
 
     def slots(self) -> pl.BlockSpec:
         """A head's slots [B, Hkv, M, K + V]."""
@@ -144,7 +144,8 @@ class Grid:
         if spec.rope:
             shared = inputs["rope_table"].shape[0] == 1
             specs["rope_table"] = self._block(
-                (1, rows, 2 * self.K), lambda b, h, t: (0 if shared else b, before(t, rows), 0)
+                (1, rows, table_columns(self.K)),
+                lambda b, h, t: (0 if shared else b, before(t, rows), 0),
             )
         return specs
 

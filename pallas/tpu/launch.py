@@ -1,13 +1,18 @@
 """How every kernel of a pass over the rows is launched: arrays by name, in and out."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas.tpu.arithmetic import LANES
+
 VMEM_BYTES = 64 << 20  # that a kernel may use
+SUBLANES = 8  # rows of a register of 32 bits; of narrower ones there are more, and fewer fit
 
 Arrays = dict[str, jax.Array]
 
@@ -36,20 +41,48 @@ def like(x: jax.Array, block: pl.BlockSpec) -> Output:
     return Output(x.shape, x.dtype, block)
 
 
+class Blocks(NamedTuple):
+    """What a grid step of a kernel has in VMEM, by name."""
+
+    inputs: tuple[tuple[Arrays, dict[str, pl.BlockSpec]], ...]  # arrays, and the blocks of each
+    outputs: dict[str, Output]
+    scratch: dict[str, Any]
+
+    @property
+    def vmem_bytes(self) -> int:
+        """The bytes of all blocks, twice: one is copied as another is used; and of the scratch."""
+        blocks = [
+            (specs[name].block_shape, x.dtype)
+            for arrays, specs in self.inputs
+            for name, x in arrays.items()
+        ]
+        blocks += [(x.block.block_shape, x.dtype) for x in self.outputs.values()]
+        scratch = [(x.shape, x.dtype) for x in self.scratch.values()]
+        total = 0
+        for copies, shapes in ((2, blocks), (1, scratch)):
+            total += copies * sum(tiled_bytes(shape, dtype) for shape, dtype in shapes)
+        return total
+
+
+def tiled_bytes(shape: Any, dtype: Any) -> int:
+    """The bytes of an array in VMEM, whose last two axes are whole registers."""
+    *outer, rows, lanes = shape
+    rows, lanes = -(-rows // SUBLANES) * SUBLANES, -(-lanes // LANES) * LANES
+    return math.prod((*outer, rows, lanes)) * jnp.dtype(dtype).itemsize
+
+
 def launch(
     kernel: Callable[..., None],
-    *inputs: tuple[Arrays, dict[str, pl.BlockSpec]],
+    blocks: Blocks,
+    *,
     name: str,
     grid: tuple[int, ...],
     parallel: int,
-    outputs: dict[str, Output],
-    scratch: dict[str, Any],
     interpret: bool,
 ) -> Arrays:
     """Calls kernel(*input references, output references, scratch references), dicts by name.
 
     Args:
-      inputs: one or more dicts of arrays, each with a dict of their blocks.
       parallel: how many of the grid's first axes may run in any order; the others run in order.
       interpret: run the kernel on the CPU.
 
@@ -58,6 +91,7 @@ def launch(
     semantics: list[Literal["parallel", "arbitrary"]] = [
         "parallel" if axis < parallel else "arbitrary" for axis in range(len(grid))
     ]
+    inputs, outputs, scratch = blocks
     in_names = [_in_order(arrays) for arrays, _ in inputs]
     out_names = _in_order(outputs)
     operands = [

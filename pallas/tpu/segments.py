@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas.constants import MASKED_LOGIT
-from pallas.tpu.arithmetic import join, matmul_tn
-from pallas.tpu.spec import LANES, CallSpec
+from pallas.tpu.arithmetic import LANES, join, matmul_tn
+from pallas.tpu.spec import CallSpec
 
 
 def pack_row_segments(

@@ -7,6 +7,7 @@ whose key and value later rows read. Rows are taken in grid steps of `chunks` ch
     B, T          batch rows; rows of the call, padded to whole grid steps
     Hq, Hkv, G    query heads, key/value heads, G = Hq / Hkv
     K, V          key dim, value dim, multiples of 128
+    K2            columns of a rotation table (`table_columns`): K, or 2 K
     M, W          slots, a multiple of 16; window size
     C             rows of a chunk
     g, s          log decay of a token and slot; s = 1 - exp(g), how much of the token is written
@@ -42,8 +43,8 @@ import dataclasses
 
 from pallas.tpu.arithmetic import LOG2E
 
-LANES = 128  # columns of a register
 ROW_TILE = 16  # rows of a bfloat16 register
+LARGEST_HEAD = 512  # K and V that the fused kernels serve
 
 
 @dataclasses.dataclass(frozen=True)

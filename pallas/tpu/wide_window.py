@@ -9,7 +9,7 @@ Three kernels: forward, backward of the queries, backward of the keys and values
 rows as the fused kernels have in a grid step, for all heads of a group. Inputs:
 
     query          [B, T, Hq K]              key, value     [B, T, Hkv K or V]
-    query_table    [1 or B, T, 2 K] float32  key_table      the same table; both with spec.rope
+    query_table    [1 or B, T, K2] float32   key_table      the same table; both with spec.rope
     query_segment  [B, 1, T] float32         token_segment  as that; both with spec.segments
     lse            [B, Hkv, G, T] float32    the part's in the forward, the whole's in the backward
     out            [B, T, Hq V]              the part's; the forward only
@@ -36,6 +36,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas.constants import MASKED_LOGIT
 from pallas.tpu.arithmetic import (
+    LANES,
     identity_mask,
     join,
     matmul,
@@ -43,11 +44,12 @@ from pallas.tpu.arithmetic import (
     rotate,
     rotate_back,
     scaled,
+    table_columns,
     to_row,
 )
 from pallas.tpu.chunk_tokens import Refs
-from pallas.tpu.launch import Arrays, Output, launch, like
-from pallas.tpu.spec import LANES, CallSpec
+from pallas.tpu.launch import Arrays, Blocks, launch, like
+from pallas.tpu.spec import CallSpec
 
 WhichBlock = Callable[[Any, Any], Any]  # from the last two grid indices to a block's number
 
@@ -121,9 +123,10 @@ class BlockGrid:
         }
         if self.spec.rope:
             shared = inputs["query_table"].shape[0] == 1
+            columns = table_columns(K)
             table = lambda b, h, n: (0 if shared else b, n, 0)  # noqa: E731
-            specs["query_table"] = self._block((1, rows, 2 * K), table, queries)
-            specs["key_table"] = self._block((1, rows, 2 * K), table, keys)
+            specs["query_table"] = self._block((1, rows, columns), table, queries)
+            specs["key_table"] = self._block((1, rows, columns), table, keys)
         if self.spec.segments:
             segment = lambda b, h, n: (b, 0, n)  # noqa: E731
             specs["query_segment"] = self._block((1, 1, rows), segment, queries)
@@ -151,30 +154,26 @@ class BlockGrid:
         return {"segment": pltpu.VMEM((self.spec.step_rows, LANES), jnp.float32)}
 
     def launch(
-        self,
-        kernel: Callable[..., None],
-        name: str,
-        inputs: Arrays,
-        specs: dict[str, pl.BlockSpec],
-        outputs: dict[str, Output],
-        scratch: dict[str, Any],
-        interpret: bool,
+        self, kernel: Callable[..., None], name: str, blocks: Blocks, interpret: bool
     ) -> Arrays:
         return launch(
-            functools.partial(kernel, grid=self), (inputs, specs), name=name, grid=self.shape,
-            parallel=3, outputs=outputs, scratch=scratch, interpret=interpret,
+            functools.partial(kernel, grid=self), blocks, name=f"nha_wide_window_{name}",
+            grid=self.shape, parallel=3, interpret=interpret,
         )  # fmt: skip
 
 
 def wide_window_forward(inputs: Arrays, spec: CallSpec, *, interpret: bool) -> Arrays:
     """Returns out and lse of the whole, by name; inputs as in this module's docstring."""
+    blocks = wide_window_forward_blocks(inputs, spec)
+    return BlockGrid.of(inputs, spec).launch(_forward_kernel, "forward", blocks, interpret)
+
+
+def wide_window_forward_blocks(inputs: Arrays, spec: CallSpec) -> Blocks:
+    """Returns what a grid step has in VMEM; of the inputs, only shapes and dtypes are read."""
     grid = BlockGrid.of(inputs, spec)
     specs = grid.specs(inputs, grid.staying, grid.key_block)
     outputs = {name: like(inputs[name], specs[name]) for name in ("out", "lse")}
-    scratch = grid.query_scratch(("row_max", "row_sum"), grid.V)
-    return grid.launch(
-        _forward_kernel, "nha_wide_window_forward", inputs, specs, outputs, scratch, interpret
-    )
+    return Blocks(((inputs, specs),), outputs, grid.query_scratch(("row_max", "row_sum"), grid.V))
 
 
 def _forward_kernel(refs: Refs, outs: Refs, kept: Refs, *, grid: BlockGrid):
@@ -217,12 +216,17 @@ def _forward_kernel(refs: Refs, outs: Refs, kept: Refs, *, grid: BlockGrid):
 def wide_window_backward(inputs: Arrays, spec: CallSpec, *, interpret: bool) -> Arrays:
     """Returns this part's share of d_query, d_key and d_value; inputs as in the docstring above."""
     grid = BlockGrid.of(inputs, spec)
+    of_queries, of_keys = wide_window_backward_blocks(inputs, spec)
+    d_query = grid.launch(_query_kernel, "backward_query", of_queries, interpret)
+    return d_query | grid.launch(_key_kernel, "backward_key", of_keys, interpret)
+
+
+def wide_window_backward_blocks(inputs: Arrays, spec: CallSpec) -> tuple[Blocks, Blocks]:
+    """Returns what grid steps of the two backward kernels have in VMEM: of queries, of keys."""
+    grid = BlockGrid.of(inputs, spec)
     specs = grid.specs(inputs, grid.staying, grid.key_block)
     outputs = {"d_query": like(inputs["query"], specs["query"])}
-    scratch = grid.query_scratch(("lse", "delta"), grid.K)
-    d_query = grid.launch(
-        _query_kernel, "nha_wide_window_backward_query", inputs, specs, outputs, scratch, interpret
-    )
+    of_queries = Blocks(((inputs, specs),), outputs, grid.query_scratch(("lse", "delta"), grid.K))
     specs = grid.specs(inputs, grid.query_block, grid.staying)
     outputs = {f"d_{name}": like(inputs[name], specs[name]) for name in ("key", "value")}
     scratch = {
@@ -230,9 +234,7 @@ def wide_window_backward(inputs: Arrays, spec: CallSpec, *, interpret: bool) -> 
         "d_key": pltpu.VMEM((spec.step_rows, grid.K), jnp.float32),
         "d_value": pltpu.VMEM((spec.step_rows, grid.V), jnp.float32),
     } | grid.segment_scratch()
-    return d_query | grid.launch(
-        _key_kernel, "nha_wide_window_backward_key", inputs, specs, outputs, scratch, interpret
-    )
+    return of_queries, Blocks(((inputs, specs),), outputs, scratch)
 
 
 def _query_kernel(refs: Refs, outs: Refs, kept: Refs, *, grid: BlockGrid):

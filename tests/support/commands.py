@@ -109,6 +109,8 @@ NOT_RUN = {
         "--model.preset=llama-3-8b",
         "uv run --extra tpu python benchmarks/tpu_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
+        "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --passes both "
+        "--chips v5e v5p v6e tpu7x --shapes T=2048,H=4,K=512",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e",

@@ -9,6 +9,7 @@ from nha_jax.ops.backends import Arrays
 from nha_jax.ops.kernels import attend_beyond_limits
 from nha_jax.ops.timeline import nothing_leaves
 from nha_jax.ops.types import Options
+from pallas.gpu import LARGEST_HEAD
 
 SHORTEST_OF_CUDNN = 64  # tokens; whether its backward takes fewer depends on its version
 Capability = tuple[int, ...]  # compute capability; empty: another maker's GPU, or unknown
@@ -33,7 +34,7 @@ def unsupported(
         return None
     if arrays[0].dtype != jnp.bfloat16:
         return f"its kernels multiply in bfloat16, got query of {arrays[0].dtype}"
-    return attend_beyond_limits(arrays) or not_hopper()
+    return attend_beyond_limits(arrays, LARGEST_HEAD) or not_hopper()
 
 
 def not_hopper() -> str | None:

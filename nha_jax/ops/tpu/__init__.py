@@ -15,8 +15,9 @@ from nha_jax.ops.kernels import (
 )
 from nha_jax.ops.state import NHAState, Tokens
 from nha_jax.ops.tpu.attention import tpu_attention
+from nha_jax.ops.tpu.plan import CallShape, beyond_vmem
 from nha_jax.ops.types import Options
-from pallas.tpu import BlockSizes
+from pallas.tpu import LARGEST_HEAD, BlockSizes
 from pallas.tpu.decode import decode_attention, decode_unsupported
 
 
@@ -57,11 +58,15 @@ class TPUBackend(Backend):
         query = arrays[0]
         if query.dtype not in (jnp.bfloat16, jnp.float32):
             return f"its kernels take bfloat16 and float32, got query of {query.dtype}"
-        if reason := attend_beyond_limits(arrays):
+        if reason := attend_beyond_limits(arrays, LARGEST_HEAD):
             return reason
         if options.scale < 0:
             return f"its kernels take a scale of at least 0, got {options.scale}"
-        return None
+        W = options.window_size
+        if W is None or (query.shape[1] <= W and not has_past):  # as `nothing_leaves` says
+            return None
+        shape = CallShape.of(*arrays, rope=not has_past, segments=has_segments, past=has_past)
+        return beyond_vmem(shape, options)
 
     def decode_unsupported(self, query: jax.Array, state: NHAState, options: Options) -> str | None:
         return decode_beyond_limits(query, state) or decode_unsupported(kernel_state(state))

@@ -42,7 +42,7 @@ def split_slots(slots: jax.Array, M: int, K: int, V: int) -> Slots:
 
 
 def rotation_table(rope: Rope, scale: float, padding: int) -> jax.Array:
-    """The rotation's table, [1 or B, rows + padding, 2 K'] float32.
+    """The rotation's table, [1 or B, rows + padding, K2] float32, `expand_table` of it.
 
     It is multiplied by the root of scale * log2(e). Queries and keys are both rotated by it, so
     their products are logits in units of log 2.

@@ -23,19 +23,15 @@ from nha_jax.ops.tpu.arrays import (
     rotation_table,
     split_slots,
 )
+from nha_jax.ops.tpu.plan import CallShape, plan
 from nha_jax.ops.tpu.splash import splash_full_attention
 from nha_jax.ops.types import NHAOutput, Options
 from pallas.tpu import (
-    BlockSizes,
     CallSpec,
-    default_block_sizes,
     fused_attention,
     pack_chunk_segments,
     pack_row_segments,
 )
-
-FUSED_WINDOW = 256
-"""The widest window that the fused kernels cover alone, if a grid step has as many rows."""
 
 
 class _Call(NamedTuple):
@@ -123,7 +119,12 @@ def _attend_window(call: _Call) -> NHAOutput:
     options, T, Hq = call.options, *call.query.shape[1:3]
     rows = _rows_of_call(call) if call.past is None else _rows_with_past(call)
     num_rows = rows.timeline.num_rows
-    spec, block_sizes = _plan(rows, options, call.past is not None)
+    tokens = rows.timeline.tokens
+    shape = CallShape.of(
+        rows.query, tokens.key, tokens.value, tokens.log_decay,
+        rope=rows.rope is not None, segments=rows.segments, past=call.past is not None,
+    )  # fmt: skip
+    spec, block_sizes = plan(shape, options)
     # For all tokens to enter the slots, a window that is not aligned needs some rows more.
     more = spec.halo_padding if spec.state else 0
     padding = more + -(num_rows + more) % spec.step_rows
@@ -192,33 +193,6 @@ def _rows_with_past(call: _Call) -> _Rows:
     before = ((0, 0), (timeline.rows_before, 0), (0, 0), (0, 0))
     rotated_query = jnp.pad(apply_rope(call.query, call.rope), before)
     return _Rows(jnp.pad(call.query, before), timeline, None, rotated_query, segments=True)
-
-
-def _plan(rows: _Rows, options: Options, has_past: bool) -> tuple[CallSpec, BlockSizes]:
-    W = options.window_size
-    assert W is not None
-    group = rows.query.shape[2] // rows.timeline.tokens.key.shape[2]
-    segments = rows.segments or options.return_state or not options.read_slots
-    block_sizes = options.implementation_options or default_block_sizes(group, segments)
-    chunks = -(-rows.timeline.num_rows // block_sizes.chunk)
-    spec = CallSpec(
-        group=group,
-        slots=rows.timeline.tokens.log_decay.shape[3],
-        window=W,
-        wide_window=min(FUSED_WINDOW, block_sizes.chunk * block_sizes.chunks_per_step) < W,
-        chunk=block_sizes.chunk,
-        chunks=min(block_sizes.chunks_per_step, 1 << (chunks - 1).bit_length()),
-        scale=options.scale,
-        rope=rows.rope is not None and W > 0,
-        rotated=rows.rotated_query is not None and W > 0,
-        feature_map=options.slot_feature_map,
-        mask_empty=options.empty_slots == "mask" or not options.read_slots,
-        segments=segments,
-        state=has_past or options.return_state,
-        slot_weight=options.return_slot_weight,
-        pull_slots_only=options.slot_weight_gradient == "slots",
-    )
-    return spec, block_sizes
 
 
 def _inputs(rows: _Rows, spec: CallSpec, padding: int, past: Past | None) -> dict[str, jax.Array]:

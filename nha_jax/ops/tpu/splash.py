@@ -17,6 +17,7 @@ from pallas.constants import OUT
 from pallas.tpu import LANES
 
 BLOCK = 512  # rows of a block of queries or keys, at most
+LARGEST_ROW = 1024  # bytes of a head's row, of which VMEM holds such blocks; of longer, half
 FUSED_BLOCKS = 8  # the fused backward stores the queries' gradient once for each block of keys
 
 
@@ -41,18 +42,23 @@ def splash_full_attention(
     """
     T, Hq = rotated_query.shape[1:3]
     dtype = rotated_query.dtype
-    query = _heads_first((rotated_query.astype(jnp.float32) * options.scale).astype(dtype))
-    key, value = map(_heads_first, (timeline.tokens.rotated_key, timeline.tokens.value))
-    segment_ids = splash.SegmentIds(
-        q=_pad_rows(timeline.row_segment[:, -T:], PADDING_ROW),
-        kv=_pad_rows(timeline.token_segment, NO_TOKEN),
-    )
     attend_empty = options.empty_slots == "attend" and num_slots > 0
+    ones = attend_empty and options.return_slot_weight and options.slot_weight_gradient == "all"
+    tokens = timeline.tokens
+    largest = max(tokens.rotated_key.shape[3], tokens.value.shape[3] + ones)
+    most = BLOCK if largest * dtype.itemsize <= LARGEST_ROW else BLOCK // 2
+    query = (rotated_query.astype(jnp.float32) * options.scale).astype(dtype)
+    query, key, value = (_heads_first(x, most) for x in (query, tokens.rotated_key, tokens.value))
+    segment_ids = splash.SegmentIds(
+        q=_pad_rows(timeline.row_segment[:, -T:], most, PADDING_ROW),
+        kv=_pad_rows(timeline.token_segment, most, NO_TOKEN),
+    )
     sinks = jnp.full(Hq, math.log(num_slots), jnp.float32) if attend_empty else None
 
     def attend(query, key, value, *, save_residuals=False):
         kernel = _kernel(
             (Hq, query.shape[2], key.shape[2]),
+            most,
             offset=timeline.rows_before,
             save_residuals=save_residuals,
             interpret=interpret,
@@ -67,7 +73,7 @@ def splash_full_attention(
         return out, jnp.zeros(out.shape[:3], jnp.float32)
     _, (lse,) = attend(*map(lax.stop_gradient, (query, key, value)), save_residuals=True)
     weight = rows_first(jnp.exp(math.log(num_slots) - lse))
-    if options.slot_weight_gradient == "slots":  # empty slots are constants
+    if not ones:  # empty slots are constants
         return rows_first(attend(query, key, value)), weight
     # The output of a column of ones is the weight of all but the slots. It has the gradient, but
     # not the digits, of the slot weight; those are in the softmax's denominator, which has none.
@@ -77,34 +83,36 @@ def splash_full_attention(
     return out[..., :-1], weight + lax.stop_gradient(token_weight) - token_weight
 
 
-def _heads_first(x: jax.Array) -> jax.Array:
+def _heads_first(x: jax.Array, most: int) -> jax.Array:
     """Transposes [B, rows, heads, D] to [B, heads, rows, D], rows padded to whole blocks."""
-    return _pad_rows(x, 0).swapaxes(1, 2)
+    return _pad_rows(x, most, 0).swapaxes(1, 2)
 
 
-def _pad_rows(x: jax.Array, value: int) -> jax.Array:
+def _pad_rows(x: jax.Array, most: int, value: int) -> jax.Array:
     """Pads [B, rows, ...] to whole blocks."""
     rows = x.shape[1]
-    padding = -rows % _block(rows)
+    padding = -rows % _block(rows, most)
     return jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)), constant_values=value)
 
 
-def _block(rows: int) -> int:
-    """Rows of a block: a multiple of 128."""
-    return min(BLOCK, -(-rows // LANES) * LANES)
+def _block(rows: int, most: int) -> int:
+    """Rows of a block: a multiple of 128, and at most `most`."""
+    return min(most, -(-rows // LANES) * LANES)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    shape: tuple[int, int, int], *, offset: int, save_residuals: bool, interpret: bool
+    shape: tuple[int, int, int], most: int, *, offset: int, save_residuals: bool, interpret: bool
 ) -> splash.SplashAttentionKernel:
-    """The causal kernel of (query heads, queries, keys); query t sees the keys up to t + offset.
+    """The causal kernel of (query heads, queries, keys), of blocks of at most `most` rows.
+
+    Query t sees the keys up to t + offset.
 
     Cached, because splash traces anew for every mask object. Its tables are numpy arrays, so that
     they belong to no trace and no device.
     """
     heads, queries, keys = shape
-    block_q, block_kv = _block(queries), _block(keys)
+    block_q, block_kv = _block(queries, most), _block(keys, most)
     fused = keys // block_kv <= FUSED_BLOCKS
     block_sizes = splash.BlockSizes(
         block_q=block_q,

@@ -113,6 +113,14 @@ def test_gpu_kernels_that_cannot_serve_say_why(options, why):
         gpu_program(**({"window_size": 16} | options))
 
 
+def test_tpu_kernels_that_cannot_serve_say_why():
+    q = jax.ShapeDtypeStruct((1, T, 2, 520), jnp.bfloat16)
+    attend = functools.partial(nha_attention, window_size=16, implementation="pallas_tpu")
+    why = "implementation='pallas_tpu': its kernels take heads of up to 512, got key of 520"
+    with pytest.raises(NotImplementedError, match=why):
+        jax.eval_shape(attend, q, q, q, jax.ShapeDtypeStruct((1, T, 2, M), jnp.float32))
+
+
 def test_the_gpu_interpreter_warns_of_too_few_threads(monkeypatch, recwarn):
     choose = functools.partial(backends.get("pallas_gpu").compiled_or_interpreted, "there", "here")
     monkeypatch.setenv("NPROC", "16")

@@ -31,6 +31,18 @@ KINDS = [
     Case(T=64, window="None", segments=True, M=64),
 ]  # fmt: skip
 
+# Heads of 512, whose rotation table is half as wide, over all options.
+LARGE_HEADS = [
+    Case(T=70, window="32", K=512, V=512, H=1, B=1, M=16),
+    Case(T=200, window="64", K=512, V=512, G=4, M=64, state=True, segments=True, gate="mixed"),
+    Case(T=140, window="0", K=512, V=512, M=48, empty_slots="mask", slot_feature_map="relu"),
+    Case(T=300, window="150", K=512, V=512, rope="rows", slot_feature_map="silu", segments=True),
+    Case(T=130, window="100", K=512, V=384, G=2, rope="yarn", slot_weight_gradient="slots"),
+    Case(T=130, window="16", K=384, V=512, rope=None, gate="-1000", state=True),
+    Case(T=1100, window="32", K=512, V=512, B=1, M=64, small_blocks=False),
+    Case(T=64, window="None", K=512, V=512, segments=True),
+]
+
 
 def more(*values):
     return pytest.param(*values, marks=pytest.mark.full)
@@ -44,6 +56,9 @@ def more(*values):
         *(more(case, "bfloat16") for case in KINDS[1:]),
         *(more(case, "float32") for case in SUITE),
         *(more(case, "bfloat16") for case in SUITE[::3]),
+        (LARGE_HEADS[0], "bfloat16"),
+        more(LARGE_HEADS[0], "float32"),
+        *(more(case, dtype) for case in LARGE_HEADS[1:] for dtype in ("float32", "bfloat16")),
     ],
     ids=str,
 )

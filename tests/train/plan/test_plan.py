@@ -240,9 +240,13 @@ def test_what_computes_each_kind_of_layer() -> None:
     published = load_config(
         str(CONFIGS / "nha-1.3b.yaml"), [("model.window_size", "[32, 32, 32, null]")]
     ).model
-    kinds = layer_kinds(published, "TPU v5e")
-    assert sorted(kinds.values()) == [6, 18]
-    assert all("heads of up to 256, got key of 512" in kind for kind in kinds)
+    assert layer_kinds(published, "TPU v5e") == {
+        "window 32: fused TPU kernels": 18,
+        "full attention: fused TPU kernels": 6,
+    }
+    larger = dataclasses.replace(published, window_size=32, key_dim=1024)
+    (kind,) = layer_kinds(larger, "TPU v5e")
+    assert kind == "window 32: xla: its kernels take heads of up to 512, got key of 1024"
     fused = load_config(str(CONFIGS / "nha-1.3b-long.yaml")).model
     assert layer_kinds(fused, "TPU v5e") == {"window 64: fused TPU kernels": 24}
     (kind,) = layer_kinds(fused, "NVIDIA H200")
