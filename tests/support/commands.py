@@ -102,6 +102,9 @@ NOT_RUN = {
         "uv sync --extra tpu --extra data && source .venv/bin/activate",
         "nha plan configs/nha-340m.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-340m.yaml --topology v5e:4x4",
+        "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4",
+        "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4 "
+        "--model.implementation=xla",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5p:2x2x2 "
         "--model.num_query_heads=16",
         "uv run --extra tpu nha plan configs/nha-1.3b-long.yaml --topology v5p:4x4x4",

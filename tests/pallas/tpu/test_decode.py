@@ -83,6 +83,19 @@ def test_kernel_matches_xla_with_all_options(case: Case) -> None:
     run(case)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_of_512(dtype: str) -> None:
+    """The published 1.3B model's four."""
+    state = make_state(
+        32, jnp.dtype(dtype), [0, 31, 101], heads=4, key_dim=512, value_dim=512, num_slots=64
+    )
+    arguments = (*make_token(0, 1, jnp.dtype(dtype), state), state, jnp.ones(3, bool))
+    options = dataclasses.replace(decode_options(32, "attend", "silu"), scale=512**-0.5)
+    tolerance = 2e-6 if dtype == "float32" else 2e-2
+    check_decode_step(arguments, options, tolerance, decode_in_kernel)
+
+
 def test_ring_of_several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks, read from the one with the entry on, and decays with entries innermost."""
     monkeypatch.setattr("pallas.tpu.decode.BLOCK_BYTES", 2**16)
