@@ -114,6 +114,8 @@ NOT_RUN = {
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --passes both "
         "--chips v5e v5p v6e tpu7x --shapes T=2048,H=4,K=512",
+        "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --passes both "
+        "--chips v5e --shapes T=2048,H=4,K=512,G=4",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e",
