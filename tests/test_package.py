@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nha_jax.hf.companions import TORCH_FILES
+from nha_jax.hf.files_beside import TORCH_FILES
 from tests.support.paths import ROOT
 from train.errors import ConfigError
 from train.load_config import load_config

@@ -16,13 +16,13 @@ import safetensors
 
 from nha_jax.config import ModelConfig
 from nha_jax.hf.checkpoint import INDEX_FILE, WEIGHTS_FILE, copy_array
-from nha_jax.hf.companions import companion_files, companion_names
 from nha_jax.hf.config import FREE_FIELDS, from_hf_config, to_hf_config
 from nha_jax.hf.families import PUBLISHED_FAMILY, find_hybrid
-from nha_jax.hf.native import write_native
+from nha_jax.hf.files_beside import files_beside, names_beside
+from nha_jax.hf.own_code import write_own_code_config
 from nha_jax.hf.published import published_notices, read_published, write_published
 from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hybrid
-from nha_jax.hf.tensors import Entry, hybrid_table, native_table, plain_table, published_table
+from nha_jax.hf.tensors import Entry, hybrid_table, own_code_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.sizes import Shapes
 from nha_jax.storage.json_objects import parse_object
@@ -140,9 +140,9 @@ def _plan(
 ) -> Export:
     """Plans an export of a model whose logits are the head's."""
     if format == "transformers":
-        made = companion_files(config, files, measured)
-        fields = write_native(config) | _tokens({**made, **files})
-        return Export(fields, native_table(config), (), made)
+        made = files_beside(config, files, measured)
+        fields = write_own_code_config(config) | _tokens({**made, **files})
+        return Export(fields, own_code_table(config), (), made)
     original = _original(files)
     hybrid = set(config.windows) != {None}
     if config.output_norm or config.value_activation != "identity":
@@ -340,7 +340,7 @@ def _read_object(content: bytes) -> dict[str, Any]:
 
 def _is_export(path: Path) -> bool:
     """Whether the folder is an export of ours alone; downloaded models have the same file names."""
-    own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES, *companion_names()}
+    own = {CONFIG_FILE, INDEX_FILE, *EXTRA_FILES, *names_beside()}
     weights = list(path.glob("*.safetensors"))
     if not path.is_dir() or {file.name for file in path.iterdir()} - own - {
         x.name for x in weights

@@ -132,8 +132,8 @@ PUBLISHED_FAMILY = Family(
 )  # fmt: skip
 """The architecture that the authors of Native Hybrid Attention trained from scratch."""
 
-NATIVE_FAMILY = Family(model_type="nha_jax", architecture="NHAForCausalLM", defaults={})
-"""Models of any `ModelConfig`, with code for transformers beside them (`nha_jax.hf.native`)."""
+OWN_CODE_FAMILY = Family(model_type="nha_jax", architecture="NHAForCausalLM", defaults={})
+"""Models of any `ModelConfig`, with code for transformers beside them (`nha_jax.hf.own_code`)."""
 
 
 def find_hybrid(fields: Mapping[str, Any]) -> Family | None:
@@ -153,7 +153,7 @@ def find_family(fields: Mapping[str, Any]) -> Family:
     if model_type is None and isinstance(architectures, list):
         family = next((x for x in FAMILIES.values() if x.architecture in architectures), None)
     if family is None or architectures not in ([], [family.architecture]):
-        supported = (*FAMILIES.values(), *HYBRIDS.values(), PUBLISHED_FAMILY, NATIVE_FAMILY)
+        supported = (*FAMILIES.values(), *HYBRIDS.values(), PUBLISHED_FAMILY, OWN_CODE_FAMILY)
         known = ", ".join(f"{x.model_type} ({x.architecture})" for x in supported)
         raise ValueError(
             f"config.json is of no supported model: model_type = {shown(model_type)}, "

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from nha_jax.config import DType, ModelConfig
 from nha_jax.hf.checkpoint import Checkpoint, ConvertedSource
 from nha_jax.hf.config import ImportedConfig, from_hf_config
-from nha_jax.hf.families import NATIVE_FAMILY, PUBLISHED_FAMILY, find_hybrid
-from nha_jax.hf.native import read_native
+from nha_jax.hf.families import OWN_CODE_FAMILY, PUBLISHED_FAMILY, find_hybrid
+from nha_jax.hf.own_code import read_own_code_config
 from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
@@ -76,8 +76,8 @@ def import_config(fields: Mapping[str, Any], **options: Any) -> ImportedConfig:
     """Translates the config.json of any supported model; options and errors of `from_hf_config`."""
     if fields.get("model_type") == PUBLISHED_FAMILY.model_type:
         return read_published(fields, **options)
-    if fields.get("model_type") == NATIVE_FAMILY.model_type:
-        return read_native(fields, **options)
+    if fields.get("model_type") == OWN_CODE_FAMILY.model_type:
+        return read_own_code_config(fields, **options)
     if find_hybrid(fields):
         return read_hybrid(fields, **options)
     return from_hf_config(fields, **options)

@@ -210,16 +210,16 @@ def published_table(config: ModelConfig, *, output_norm_scale: bool = True) -> t
     return tuple(entries)
 
 
-def native_table(config: ModelConfig) -> tuple[Entry, ...]:
+def own_code_table(config: ModelConfig) -> tuple[Entry, ...]:
     """Lists every parameter of any model, by the names of `nha_jax/hf/torch_files/`."""
     ours, theirs = "blocks.attention.", "model.layers.{layer}.self_attn."
-    entries = [*_converted(config, _native_gates)]
+    entries = [*_converted(config, _own_code_gates)]
     if config.output_norm:
         entries.append(Entry(name=f"{ours}o_norm.scale", template=f"{theirs}o_norm.weight"))
     return (*entries, *_convolutions(config, f"{theirs}{{part}}_conv.weight"))
 
 
-def _native_gates(config: ModelConfig, prefix: str) -> Entry:
+def _own_code_gates(config: ModelConfig, prefix: str) -> Entry:
     return _matrix("blocks.attention.f_proj", f"{prefix}f_proj")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nha_jax.hf.families import HYBRIDS, PUBLISHED_FAMILY
-from nha_jax.hf.native import write_native
+from nha_jax.hf.own_code import write_own_code_config
 from nha_jax.hf.pretrained import import_config
 from tests.support.hf.layouts import layout
 from tests.support.hf.originals import FIXTURES, NAMES
@@ -53,7 +53,7 @@ def configs() -> dict[str, dict[str, Any]]:
         }  # fmt: skip
     found["nha"] = PUBLISHED
     for name in ("a hybrid Qwen", "a hybrid with experts"):
-        found[name] = json.loads(json.dumps(write_native(layout(name))))
+        found[name] = json.loads(json.dumps(write_own_code_config(layout(name))))
     slides = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}
     found["sliding"] = found["qwen3"] | slides
     return found

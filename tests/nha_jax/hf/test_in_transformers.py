@@ -17,7 +17,7 @@ from flax import nnx
 import nha_jax
 from nha_jax.hf.export import plan_export, write_export
 from nha_jax.hf.pretrained import open_pretrained
-from nha_jax.hf.tensors import native_table
+from nha_jax.hf.tensors import own_code_table
 from nha_jax.sizes import by_name
 from tests.support.hf import layouts
 from tests.support.hf.originals import FIXTURES, NAMES
@@ -110,7 +110,7 @@ def test_gradients_are_ours(found: tuple[str, Results]) -> None:
     assert results["loss"] == pytest.approx(float(value), abs=1e-5)
     ours = {key: np.asarray(x) for key, x in by_name(gradients).items()}
     worst = 0.0
-    for entry in native_table(model.config):
+    for entry in own_code_table(model.config):
         whole = ours[entry.name]
         for indices in np.ndindex(*whole.shape[: entry.stacked_axes]):
             expected = entry.theirs(whole[indices])

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nha_jax
-from nha_jax.hf.companions import TORCH_FILES, companion_files
 from nha_jax.hf.export import plan_export, write_export
-from nha_jax.hf.native import read_native, write_native
+from nha_jax.hf.files_beside import TORCH_FILES, files_beside
+from nha_jax.hf.own_code import read_own_code_config, write_own_code_config
 from nha_jax.hf.pretrained import open_pretrained
 from nha_jax.sizes import abstract_parameters
 from nha_jax.storage.weights import Index, WeightSource
@@ -30,14 +30,16 @@ from tests.support.hf.originals import FIXTURES
 
 def written(config: nha_jax.ModelConfig) -> dict[str, Any]:
     """What config.json holds after it has been a file."""
-    return json.loads(json.dumps(write_native(config)))
+    return json.loads(json.dumps(write_own_code_config(config)))
 
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", layouts.LAYOUTS)
 def test_a_config_comes_back(name: str, param_dtype: str) -> None:
     config = layouts.layout(name, param_dtype=param_dtype)
-    imported = read_native(written(config), param_dtype=param_dtype, dtype="float32", remat="none")
+    imported = read_own_code_config(
+        written(config), param_dtype=param_dtype, dtype="float32", remat="none"
+    )
     assert imported.config == config
     assert imported.notices == ()
 
@@ -45,18 +47,18 @@ def test_a_config_comes_back(name: str, param_dtype: str) -> None:
 def test_windows_and_what_is_of_the_call_may_be_chosen() -> None:
     fields = written(layouts.layout("a window"))
     chosen = {"window_size": (3, None), "implementation": "reference", "num_slots": 4}
-    config = read_native(fields, **chosen).config
+    config = read_own_code_config(fields, **chosen).config
     assert (config.windows, config.implementation) == ((3, None), "reference")
     with pytest.raises(ValueError, match="num_slots = 5 was chosen, and the gates are of 4"):
-        read_native(fields, num_slots=5)
+        read_own_code_config(fields, num_slots=5)
     with pytest.raises(ValueError, match="hidden_size cannot be chosen"):
-        read_native(fields, hidden_size=5)
+        read_own_code_config(fields, hidden_size=5)
 
 
 def test_what_transformers_adds_is_no_news_and_the_rest_is_told() -> None:
     fields = written(layouts.layout("a window"))
     added = {"transformers_version": "5.24.0", "use_cache": True, "bos_token_id": 3, "new": 1}
-    (notice,) = read_native(fields | added).notices
+    (notice,) = read_own_code_config(fields | added).notices
     assert notice == "config.json has keys that were ignored: new"
 
 
@@ -74,7 +76,7 @@ def test_what_transformers_adds_is_no_news_and_the_rest_is_told() -> None:
 )
 def test_a_wrong_key_is_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match="cannot be imported") as error:
-        read_native(written(layouts.layout("a window")) | changes)
+        read_own_code_config(written(layouts.layout("a window")) | changes)
     assert message in str(error.value)
 
 
@@ -83,7 +85,7 @@ def test_missing_keys_are_named() -> None:
     for key in ("conv_width", "empty_slots"):
         del fields[key]
     with pytest.raises(ValueError, match="conv_width is missing; empty_slots is missing"):
-        read_native(fields)
+        read_own_code_config(fields)
 
 
 def test_files_without_the_keys_that_came_later_are_read() -> None:
@@ -91,7 +93,7 @@ def test_files_without_the_keys_that_came_later_are_read() -> None:
     fields = written(config)
     for key in ("output_norm_eps", "attention_scale", "slot_delay"):
         assert fields.pop(key) is None
-    assert read_native(fields, dtype="float32", remat="none").config == config
+    assert read_own_code_config(fields, dtype="float32", remat="none").config == config
 
 
 def test_a_field_that_the_code_does_not_compute_is_refused_by_name() -> None:
@@ -175,14 +177,14 @@ def test_the_code_imports_torch_and_transformers_alone() -> None:
 def test_the_card_has_the_numbers() -> None:
     config = layouts.layout("mixed, grouped heads")
     measured = {"held-out bits per byte": 2.16234, "training steps": "1500"}
-    card = companion_files(config, {}, measured)["README.md"].decode()
+    card = files_beside(config, {}, measured)["README.md"].decode()
     assert "| held-out bits per byte | 2.162 |\n| training steps | 1500 |" in card
     assert "| windows of the layers, in tokens | 20, full |" in card
-    assert "Measured" not in companion_files(config, {}, {})["README.md"].decode()
+    assert "Measured" not in files_beside(config, {}, {})["README.md"].decode()
 
 
 def byte_files() -> dict[str, bytes]:
-    return companion_files(layouts.layout("a window", vocab_size=257), {}, {})
+    return files_beside(layouts.layout("a window", vocab_size=257), {}, {})
 
 
 def test_a_model_of_bytes_has_a_tokenizer_that_says_where_texts_end() -> None:
@@ -193,7 +195,7 @@ def test_a_model_of_bytes_has_a_tokenizer_that_says_where_texts_end() -> None:
     config = layouts.layout("a window", vocab_size=257)
     assert plan_export(config, {}, "transformers").fields["eos_token_id"] == 256
     own = {"generation_config.json": b'{"eos_token_id": 7}'}
-    assert "generation_config.json" not in companion_files(config, own, {})
+    assert "generation_config.json" not in files_beside(config, own, {})
     assert plan_export(config, own, "transformers").fields["eos_token_id"] == 7
 
 

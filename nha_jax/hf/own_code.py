@@ -18,7 +18,7 @@ from nha_jax.hf.config import (
     computing_dtype,
     unknown_notice,
 )
-from nha_jax.hf.families import NATIVE_FAMILY
+from nha_jax.hf.families import OWN_CODE_FAMILY
 from nha_jax.hf.fields import (
     COUNT,
     DTYPE,
@@ -33,7 +33,7 @@ from nha_jax.hf.fields import (
     wrong_architecture,
 )
 from nha_jax.hf.published_windows import shortest_window_size
-from nha_jax.hf.tensors import native_table
+from nha_jax.hf.tensors import own_code_table
 from nha_jax.scalars import is_count, shown
 
 _AUTO_MAP = {
@@ -106,7 +106,7 @@ _KINDS: Required = {
 }  # fmt: skip
 
 
-def write_native(config: ModelConfig) -> dict[str, Any]:
+def write_own_code_config(config: ModelConfig) -> dict[str, Any]:
     """Writes the config.json of a model for the code beside it.
 
     Raises:
@@ -125,9 +125,9 @@ def write_native(config: ModelConfig) -> dict[str, Any]:
     if config.experts:
         experts = dataclasses.asdict(config.experts)
     return {
-        "architectures": [NATIVE_FAMILY.architecture],
+        "architectures": [OWN_CODE_FAMILY.architecture],
         "auto_map": dict(_AUTO_MAP),
-        "model_type": NATIVE_FAMILY.model_type,
+        "model_type": OWN_CODE_FAMILY.model_type,
         "dtype": config.param_dtype,
         **{key: getattr(config, field) for field, key in _KEYS.items()},
         "window_sizes": list(config.windows),
@@ -136,10 +136,10 @@ def write_native(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def read_native(
+def read_own_code_config(
     fields: Mapping[str, Any], *, param_dtype: DType = "float32", **chosen: Any
 ) -> ImportedConfig:
-    """Translates a config.json that `write_native` wrote, or transformers after it.
+    """Translates a config.json that `write_own_code_config` wrote, or transformers after it.
 
     Args:
         fields: the parsed config.json.
@@ -154,7 +154,7 @@ def read_native(
     if wrong := sorted(set(chosen) - set(FREE_FIELDS)):
         raise ValueError(f"{', '.join(wrong)} cannot be chosen: the original determines it")
     fields = {**dict.fromkeys(_LATER), **fields}
-    problems = wrong_architecture(fields, NATIVE_FAMILY.architecture)
+    problems = wrong_architecture(fields, OWN_CODE_FAMILY.architecture)
     problems += [f"{key} is missing" for key in _NEEDED if key not in fields]
     problems += refused(fields, _KINDS)
     own, asked = fields.get("num_slots"), chosen.get("num_slots")
@@ -168,7 +168,7 @@ def read_native(
         raise ValueError(listed([str(error)])) from None
     known = {*_NEEDED, *HARMLESS, "auto_map"}
     return ImportedConfig(
-        NATIVE_FAMILY, config, native_table, tuple(unknown_notice(sorted(set(fields) - known)))
+        OWN_CODE_FAMILY, config, own_code_table, tuple(unknown_notice(sorted(set(fields) - known)))
     )
 
 

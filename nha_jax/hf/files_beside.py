@@ -24,13 +24,13 @@ CARD_FILE = "README.md"
 _END_OF_BYTES = "<|endoftext|>"
 
 
-def companion_names() -> set[str]:
-    """Names the files that `companion_files` may write."""
+def names_beside() -> set[str]:
+    """Names the files that `files_beside` may write."""
     own = {CARD_FILE, GENERATION_CONFIG_FILE, TOKENIZER_FILE, TOKENIZER_CONFIG_FILE}
     return {file.name for file in TORCH_FILES.glob("*.py")} | own
 
 
-def companion_files(
+def files_beside(
     config: ModelConfig, files: Mapping[str, bytes], measured: Mapping[str, float | str]
 ) -> dict[str, bytes]:
     """Makes the files that `AutoModelForCausalLM` and `AutoTokenizer` need beside those given.
