@@ -136,7 +136,7 @@ def _plan(T: int, W: int, delay: int, *, num_slots: int, num_heads: int) -> Chun
     elif jax.default_backend() != "cpu" or (T <= 256 and num_heads <= 8):
         chunk, chunks = 32, 8 if T <= 256 else 4
     else:
-        chunk, chunks = 16, max(-(-num_slots // 32), min(4, 8 // num_heads))
+        chunk, chunks = 16, max(1, -(-num_slots // 32), min(4, 8 // num_heads))
     chunk = min(chunk, 1 << (T - 1).bit_length())
     chunks = min(chunks, -(-T // chunk))
     return ChunkPlan(W, delay, chunk, chunks, -(-T // (chunk * chunks)))

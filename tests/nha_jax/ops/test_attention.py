@@ -99,6 +99,12 @@ def test_any_shape_and_option_more(case, seed):
     check(case, "xla", "float32", make_inputs(case, seed))
 
 
+def test_many_heads_without_slots():
+    """A CPU's step is sized by heads and slots, and has a chunk whatever their numbers."""
+    case = Case(T=40, window="8", B=5, H=2, M=0, K=4, V=4, rope=None)
+    check(case, "xla", "float32", make_inputs(case))
+
+
 @pytest.mark.parametrize(("T", "window"), [(16, "8"), (32, "16"), (31, "16"), (20, "0")])
 def test_a_single_step_without_its_gradient(T, window):
     """Empty slots that were constants made XLA compute it from memory that nobody wrote."""
