@@ -75,7 +75,8 @@ def test_convolution_equals_its_definition(width, segment_ids):
     expected = convolution_by_loops(np.asarray(layer.kernel[...]), inputs, rows)
     np.testing.assert_allclose(outputs, expected, rtol=1e-5, atol=1e-6)
     if set(segment_ids) == {1}:
-        np.testing.assert_array_equal(apply(layer, inputs), outputs)
+        # Another program, which may add up its products with other roundings.
+        np.testing.assert_allclose(apply(layer, inputs), outputs, rtol=1e-6, atol=1e-7)
 
 
 def test_convolution_reads_nothing_of_padding():
