@@ -185,7 +185,7 @@ class Decoder(Ends):
         targets: jax.typing.ArrayLike,
         cache: ModelCache,
         *,
-        lengths: jax.Array,
+        lengths: jax.typing.ArrayLike,
     ) -> tuple[jax.Array, jax.Array, ModelCache]:
         """Reads the next tokens of each row, and says how likely the model found given targets.
 
@@ -196,7 +196,7 @@ class Decoder(Ends):
             tokens: [B, T] integers in [0, vocab_size); the first lengths[b] of row b are read.
             targets: [B, T] integers in [0, vocab_size), the token after each.
             cache: of the tokens before, as `init_cache`, `prefill` or this method returned it.
-            lengths: [B] int32 in [0, T].
+            lengths: [B] integers in [0, T].
 
         Returns:
             The targets' natural log-probabilities, [B, T] float32; whether each is the likeliest
@@ -204,18 +204,18 @@ class Decoder(Ends):
             tokens.
 
         Raises:
-            ValueError, TypeError: an argument has a wrong shape or dtype.
+            ValueError, TypeError: an argument has a wrong shape, dtype or value.
         """
         ids, known = check_tokens("tokens", tokens, self.config.vocab_size)
         targets, known_targets = check_tokens("targets", targets, self.config.vocab_size)
-        for name, array in {"tokens": ids, "targets": targets}.items():
-            if array.ndim != 2 or array.shape != ids.shape or not ids.shape[1]:
-                raise ValueError(
-                    f"{name} must be [batch, time], time >= 1, both alike; got shapes "
-                    f"{ids.shape} and {targets.shape}"
-                )
+        if ids.ndim != 2 or not ids.shape[1] or targets.shape != ids.shape:
+            raise ValueError(
+                "tokens and targets must be [batch, time], time >= 1, of one shape; got shapes "
+                f"{ids.shape} and {targets.shape}"
+            )
         check_cache(cache.length.shape[0], None, ids.shape[0])
-        return self._score_tokens(ids, known, targets, known_targets, cache, lengths)
+        row_lengths = check_lengths(lengths, ids.shape[0], ids.shape[1], least=0)
+        return self._score_tokens(ids, known, targets, known_targets, cache, row_lengths)
 
     @compiled()
     def _score_tokens(
@@ -232,10 +232,9 @@ class Decoder(Ends):
         hidden = self.norm(hidden)
 
         def score(hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-            logits = self.logits(hidden)
-            chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-            # A difference of two float32 numbers of about the same size: no digit is lost.
-            return chosen - jax.nn.logsumexp(logits, axis=-1), logits.argmax(axis=-1) == targets
+            every = jax.nn.log_softmax(self.logits(hidden), axis=-1)
+            chosen = jnp.take_along_axis(every, targets[..., None], axis=-1)[..., 0]
+            return chosen, every.argmax(axis=-1) == targets
 
         log_probability, greedy = jax.lax.map(
             lambda x: score(*x), (hidden.swapaxes(0, 1), targets.swapaxes(0, 1)), batch_size=16

@@ -162,7 +162,7 @@ def _score_rows(model: Model, tasks: list[_Task], cache: ModelCache, chunk: int)
     targets = _chunks([task.continuation for task in tasks], size, chunk)
     parts = []
     for (tokens, lengths), (wanted, _) in zip(inputs, targets, strict=True):
-        *scored, cache = model.score_tokens(tokens, wanted, cache, lengths=jnp.asarray(lengths))
+        *scored, cache = model.score_tokens(tokens, wanted, cache, lengths=lengths)
         parts.append(jax.device_get(scored))
     # Only a row's last chunk has places past its end, so the first n are those of its n tokens.
     log_probability, greedy = (np.concatenate(x, axis=1) for x in zip(*parts, strict=True))

@@ -65,7 +65,7 @@ def _recurrence(
     )  # [T, B, Hkv, G, R + T]
     # At step t enters the token W back, or slot_delay back; none if W is everything.
     written = (wide.key, wide.value, wide.log_decay)
-    if nothing_leaves(options.delay, T, past):
+    if nothing_leaves(options.delay, T, past is not None):
         entering = (*(x[:, -T:] for x in written), jnp.zeros((B, T), bool))
     else:
         entering = (*map(timeline.entering, written), timeline.reads_own_slots)

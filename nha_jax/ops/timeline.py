@@ -21,7 +21,7 @@ NO_TOKEN = -2
 """Stands for the segment of a row that holds no token. It is no query's segment."""
 
 
-def nothing_leaves(delay: int | None, num_tokens: int, past: Past | None) -> bool:
+def nothing_leaves(delay: int | None, num_tokens: int, has_past: bool) -> bool:
     """Whether no token of the call leaves the window: then no slot is ever written.
 
     A state of a finite window may hold as many tokens as the window, so the next one lets one go.
@@ -30,7 +30,7 @@ def nothing_leaves(delay: int | None, num_tokens: int, past: Past | None) -> boo
       delay: how many steps after its own a token leaves for the slots, `Options.delay`: the
         window's size, or a `slot_delay`, with which it stays in the window too.
     """
-    return delay is None or (delay >= num_tokens and past is None)
+    return delay is None or (delay >= num_tokens and not has_past)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +160,7 @@ def build_timeline(
         segment, real = jnp.cumsum(changed, axis=1, dtype=jnp.int32), segment_ids != 0
     if past is None:
         delay = window_size if slot_delay is None else slot_delay
-        leaves = leading_rows and not nothing_leaves(delay, T, past)
+        leaves = leading_rows and not nothing_leaves(delay, T, past is not None)
         R = window_size if leaves and window_size is not None else 0
         past_tokens = tokens.map(lambda x: jnp.zeros((B, R, *x.shape[2:]), x.dtype))
         past_real = jnp.zeros((B, R), bool)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 
 from train.errors import ConfigError
@@ -57,8 +56,6 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not output.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no folder {output.parent}")
 
-    # The harness asks for what it does not find; without a network that takes minutes.
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     from train.extras import import_extra
 
     lm_eval = import_extra("lm_eval")

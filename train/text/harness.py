@@ -5,6 +5,7 @@ The harness's own command knows the model by the name "nha" when this module sta
     python -m train.text.harness --model nha --model_args path=runs/quickstart --tasks lambada
 """
 
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +46,7 @@ class HarnessModel(TemplateLM):
         model: nha_jax.Model,
         tokenizer: Tokenizer,
         *,
-        template: ChatTemplate | None = None,
-        name: str = "nha",
+        folder: Path,
         batch_size: int = 8,
         max_gen_toks: int = 256,
     ):
@@ -55,14 +55,13 @@ class HarnessModel(TemplateLM):
         Args:
             model: the model.
             tokenizer: the model's own.
-            template: of chats; None: a task that asks for one is refused.
-            name: of the model, for the harness's tables.
+            folder: where its chat template is, if it has one.
             batch_size: rows that are read or written at once.
             max_gen_toks: tokens to write at most, where a task does not say.
         """
         super().__init__()
-        self.model, self._tokens, self._template = model, tokenizer, template
-        self._name, self._size, self._most = name, batch_size, max_gen_toks
+        self.model, self._tokens, self._folder = model, tokenizer, folder
+        self._size, self._most = batch_size, max_gen_toks
         self._chats = False  # whether texts come from the template
 
     @classmethod
@@ -93,11 +92,7 @@ class HarnessModel(TemplateLM):
                 model = model.with_windows(read_windows(windows, "windows"))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        try:
-            template = ChatTemplate.of(Path(path))
-        except ConfigError:  # most models have none
-            template = None
-        return cls(model, tokenizer, template=template, name=str(path), **options)
+        return cls(model, tokenizer, folder=Path(path), **options)
 
     @classmethod
     def create_from_arg_obj(
@@ -132,16 +127,18 @@ class HarnessModel(TemplateLM):
     @property
     def prefix_token_id(self) -> int:
         """The token before a document, after which a text without a context is scored."""
-        return (*self._tokens.begin_tokens, self._known_end())[0]
+        return self._begin()[-1]
 
-    def _known_end(self) -> int:
-        end = self._tokens.end_token
-        if end >= self.model.config.vocab_size:
+    def _begin(self) -> list[int]:
+        """Lists the tokens before a document; the end of the one before, if it has none."""
+        if self._tokens.begin_tokens:
+            return [*self._tokens.begin_tokens]
+        if self.eot_token_id >= self.model.config.vocab_size:
             raise ConfigError(
-                f"{self._name}: its vocabulary has no token that ends or begins a document, which "
-                "scoring a text without a context needs"
+                f"{self._folder}: its vocabulary has no token that ends or begins a document, "
+                "which scoring a text without a context needs"
             )
-        return end
+        return [self.eot_token_id]
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
@@ -164,7 +161,7 @@ class HarnessModel(TemplateLM):
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
         """Computes each text's log-probability, as a document."""
-        begin = [*self._tokens.begin_tokens] or [self._known_end()]
+        begin = self._begin()
         texts = [self._tokens.encode(request.args[0]).tolist() for request in requests]
         found = self._score([(begin, text) for text in texts], disable_tqdm)
         return [log_probability for log_probability, _ in found]
@@ -233,9 +230,13 @@ class HarnessModel(TemplateLM):
         """Names the tokenizer, for the harness's cache of requests."""
         return self._tokens.name
 
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate.of(self._folder)
+
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """Gives the harness the template's text, which it keeps with the results."""
-        return self._template.source if self._template and chat_template else None
+        return self._template.source if chat_template else None
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -245,8 +246,6 @@ class HarnessModel(TemplateLM):
         Raises:
             ConfigError: the model has no chat template.
         """
-        if self._template is None:
-            raise ConfigError(f"{self._name}: the model has no chat template")
         self._chats = True
         return self._template.render_messages(
             chat_history, add_generation_prompt=add_generation_prompt

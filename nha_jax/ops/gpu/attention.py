@@ -79,7 +79,7 @@ def _describe(
     """Says in the kernels' terms what is asked for."""
     T, W, has_past = query.shape[1], options.window_size, past is not None
     M = timeline.tokens.log_decay.shape[3]
-    full = nothing_leaves(W, T, past)
+    full = nothing_leaves(W, T, past is not None)
     has_slots = M > 0 and not full
     return CallSpec(
         group=query.shape[2] // timeline.tokens.value.shape[2],

@@ -61,7 +61,7 @@ def served_by_cudnn(
     largest = 256 if capability == HOPPER else 128
     if capability < AMPERE or max(key.shape[3], value.shape[3]) > largest:
         return False
-    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.window_size, T, None)
+    return T >= SHORTEST_OF_CUDNN and nothing_leaves(options.window_size, T, False)
 
 
 def compiling_for_gpus() -> bool:

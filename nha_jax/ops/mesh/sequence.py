@@ -83,7 +83,7 @@ def attend_in_context(
     """
     B, T = query.shape[:2]
     W = options.window_size
-    if nothing_leaves(options.delay, devices.count * T, None):
+    if nothing_leaves(options.delay, devices.count * T, False):
         W = None
     ids = jnp.ones((B, T), jnp.int32) if segment_ids is None else segment_ids
     tokens = Tokens(key, apply_rope(key, rope), value, log_decay.astype(compute_dtype(query)))

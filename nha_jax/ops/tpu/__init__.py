@@ -14,6 +14,7 @@ from nha_jax.ops.kernels import (
     kernel_state,
 )
 from nha_jax.ops.state import NHAState, Tokens
+from nha_jax.ops.timeline import nothing_leaves
 from nha_jax.ops.tpu.attention import tpu_attention
 from nha_jax.ops.tpu.plan import CallShape, beyond_vmem
 from nha_jax.ops.types import Options
@@ -62,8 +63,7 @@ class TPUBackend(Backend):
             return reason
         if options.scale < 0:
             return f"its kernels take a scale of at least 0, got {options.scale}"
-        W = options.window_size
-        if W is None or (query.shape[1] <= W and not has_past):  # as `nothing_leaves` says
+        if nothing_leaves(options.window_size, query.shape[1], has_past):
             return None
         shape = CallShape.of(*arrays, rope=not has_past, segments=has_segments, past=has_past)
         return beyond_vmem(shape, options)

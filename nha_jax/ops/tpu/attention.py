@@ -73,7 +73,7 @@ def tpu_attention(
       interpret: run the kernels on the CPU.
     """
     call = _Call(query, key, value, log_decay, rope, segment_ids, past, options, interpret)
-    if nothing_leaves(options.window_size, query.shape[1], past):
+    if nothing_leaves(options.window_size, query.shape[1], past is not None):
         out, state, weight = _attend_full(call)
     elif log_decay.shape[3]:
         out, state, weight = _attend_window(call)

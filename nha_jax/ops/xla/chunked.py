@@ -100,7 +100,7 @@ def chunked_attention(
     rotated_query = apply_rope(query, rope)
     timeline = build_timeline(tokens, segment_ids, past, W, slot_delay=options.slot_delay)
     slots = empty_slots(key, value, M)
-    if nothing_leaves(options.delay, T, past):
+    if nothing_leaves(options.delay, T, past is not None):
         out, weight = full_attention(rotated_query, timeline, num_slots=M, options=options)
     else:
         assert W is not None

@@ -108,6 +108,21 @@ def test_lengths_share_programs():
 
 
 @pytest.mark.parametrize(
+    ("tokens", "targets", "lengths", "message"),
+    [
+        ([[1, 2]], [[1]], [2], r"of one shape; got shapes \(1, 2\) and \(1, 1\)"),
+        ([1], [1], [1], r"\[batch, time\]"),
+        ([[1, 2]], [[1, 2]], [3], r"lengths must be within \[0, 2\], got \[3\]"),
+        ([[1, 2]], [[1, 2]], [1, 1], r"lengths must be \[batch\]"),
+    ],
+)
+def test_what_is_wrong_with_a_chunk_is_named(tokens, targets, lengths, message):
+    model = model_of(0)
+    with pytest.raises(ValueError, match=message):
+        model.score_tokens(tokens, targets, model.init_cache(1), lengths=lengths)
+
+
+@pytest.mark.parametrize(
     ("contexts", "continuations", "options", "message"),
     [
         ([[1]], [[1], [2]], {}, "equally many, got 1 and 2"),

@@ -130,7 +130,7 @@ def test_the_harness_itself_says_the_same(found: dict) -> None:
         (["--tasks=no_such_task"], "there is no task 'no_such_task'"),
         (["--tasks=,"], "--tasks = ','"),
         (["--tasks=nha_choice", "--limit=0"], "--limit = 0"),
-        (["--tasks=nha_choice", "--chat"], "the model has no chat template"),
+        (["--tasks=nha_choice", "--chat"], "no chat template; expected chat_template.jinja"),
         (["--tasks=nha_choice", "--windows=3,3,3"], "pattern"),
     ],
 )
