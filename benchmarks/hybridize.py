@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 import nha_jax
-from nha_jax.storage.saved_model import WEIGHTS_FILE
+from nha_jax.storage.folder import WEIGHTS_FILE
 from nha_jax.storage.weights import Index, SafetensorsSource, WeightSource, build_model
 from train.cli import main as nha
 from train.config import TrainConfig

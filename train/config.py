@@ -6,24 +6,12 @@ The `Attributes` part of each docstring is what `nha train --help` prints.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from nha_jax import ModelConfig
 from nha_jax.config import DType
+from train.errors import require, require_at_least
 from train.optimizers import find_optimizer
-
-
-def require(condition: bool, key: str, value: Any, expected: str) -> None:
-    """Raises ValueError `key = value: expected ...` unless `condition` holds."""
-    if not condition:
-        raise ValueError(f"{key} = {value!r}: expected {expected}")
-
-
-def require_at_least(section: Any, minimum: int, *keys: str) -> None:
-    """Raises ValueError unless each of these keys of a section is at least `minimum`."""
-    for key in keys:
-        value = getattr(section, key)
-        require(value >= minimum, key, value, f"at least {minimum}")
 
 
 @dataclass(frozen=True, kw_only=True)

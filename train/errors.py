@@ -42,6 +42,19 @@ class TrainingError(UserError):
     """Training cannot go on, e.g. because the loss stays non-finite."""
 
 
+def require(condition: bool, key: str, value: Any, expected: str) -> None:
+    """Raises ValueError `key = value: expected ...` unless `condition` holds."""
+    if not condition:
+        raise ValueError(f"{key} = {value!r}: expected {expected}")
+
+
+def require_at_least(section: Any, minimum: int, *keys: str) -> None:
+    """Raises ValueError unless each of these keys of a section is at least `minimum`."""
+    for key in keys:
+        value = getattr(section, key)
+        require(value >= minimum, key, value, f"at least {minimum}")
+
+
 @contextlib.contextmanager
 def explain_refusal() -> Iterator[None]:
     """Turns the refusal of an implementation that `model.implementation` names into a ConfigError.

@@ -25,13 +25,9 @@ from nha_jax.hf.published_hybrid import hybrid_notices, without_gates, write_hyb
 from nha_jax.hf.tensors import Entry, hybrid_table, own_code_table, plain_table, published_table
 from nha_jax.model import Model
 from nha_jax.sizes import Shapes
+from nha_jax.storage.folder import CONFIG_FILE, EXTRA_FILES, ORIGINAL_CONFIG_FILE
 from nha_jax.storage.json_objects import parse_object
-from nha_jax.storage.saved_model import (
-    CONFIG_FILE,
-    EXTRA_FILES,
-    ORIGINAL_CONFIG_FILE,
-    replacing_folder,
-)
+from nha_jax.storage.saved_model import replacing_folder
 from nha_jax.storage.weights import (
     Index,
     ModelSource,
@@ -89,7 +85,7 @@ def save_pretrained(
             and for pretrained models one such as llama_nha. "transformers": any model, windows,
             gates and all, with code of ours beside it, which transformers runs if it is told to
             (trust_remote_code=True), and a model card. None: "family" where it fits, else "nha".
-        files: name and content of extra files (`nha_jax.storage.saved_model.EXTRA_FILES`). That of
+        files: name and content of extra files (`nha_jax.storage.folder.EXTRA_FILES`). That of
             an imported model, `original_config.json`, decides the family and those keys of
             config.json that the model itself does not.
         measured: what the model card says was measured, by name, such as a held-out loss.

@@ -14,8 +14,8 @@ from nha_jax.hf.own_code import read_own_code_config
 from nha_jax.hf.published import read_published
 from nha_jax.hf.published_hybrid import read_hybrid
 from nha_jax.model import Model
+from nha_jax.storage.folder import CONFIG_FILE, ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.json_objects import parse_object
-from nha_jax.storage.saved_model import CONFIG_FILE, ORIGINAL_CONFIG_FILE, extra_files_of
 from nha_jax.storage.weights import Shardings, WeightSource, build_model
 
 WindowSize = int | tuple[int | None, ...] | None

@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from nha_jax.config import ModelConfig
 from nha_jax.model import Model
+from nha_jax.storage.folder import CONFIG_FILE, EXTRA_FILES, WEIGHTS_FILE
 from nha_jax.storage.json_objects import parse_object
 from nha_jax.storage.weights import (
     ModelSource,
@@ -21,24 +22,6 @@ from nha_jax.storage.weights import (
     weight_bytes,
     write_weights,
 )
-
-CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
-ORIGINAL_CONFIG_FILE = "original_config.json"
-"""The config.json that an imported model came with, kept beside our own."""
-
-EXTRA_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-    ORIGINAL_CONFIG_FILE,
-)
-"""Names of the extra files: what may lie beside a model's weights, such as its tokenizer.
-
-They travel with the model byte for byte. All but the last are named as Hugging Face names them.
-"""
 
 
 def save(
@@ -189,12 +172,6 @@ def _read_config(file: Path) -> ModelConfig:
         return ModelConfig.from_dict(fields)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def extra_files_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Reads those of EXTRA_FILES that lie in a folder: name and content, as `save` takes them."""
-    paths = (Path(folder) / name for name in EXTRA_FILES)
-    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 def _replace(path: Path, new: Path, *, backup: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nha_jax.extras import import_extra
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE, open_saved
+from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE
 from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
 from nha_jax.tokenizer.files import (
     TOKENIZER_CONFIG_FILE,
@@ -206,6 +206,8 @@ def load_tokenizer(
 def _check_bytes(folder: Path) -> None:
     """Raises ValueError if the folder's model was imported and has another vocabulary."""
     if (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists():
+        from nha_jax.storage.saved_model import open_saved  # takes jax, which no tokenizer needs
+
         size = open_saved(folder)[0].vocab_size
         if size != BYTE_VOCABULARY:
             raise ValueError(

@@ -68,7 +68,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf.export import check_exportable, plan_export, write_export
-    from nha_jax.storage.saved_model import extra_files_of
+    from nha_jax.storage.folder import extra_files_of
     from nha_jax.storage.weights import weight_bytes
     from train.report.bytes_bar import bytes_bar
     from train.windows import read_windows
@@ -105,7 +105,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 def _open(path: Path) -> "tuple[ModelConfig, WeightSource]":
     """Opens a saved model on the disk, or loads a run's newest checkpoint."""
     from nha_jax.sizes import abstract_parameters
-    from nha_jax.storage.saved_model import WEIGHTS_FILE, open_saved
+    from nha_jax.storage.folder import WEIGHTS_FILE
+    from nha_jax.storage.saved_model import open_saved
     from nha_jax.storage.weights import ModelSource, check_weights
     from train.text.loading import load_model
 
@@ -146,7 +147,7 @@ def _read_size(text: str) -> int:
 
 def _summary(config: "ModelConfig", export: "Export", files: dict[str, bytes]) -> str:
     """Describes the folder in a few lines, with what the user should know about it."""
-    from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
+    from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE
     from train.windows import format_windows
 
     written = {**files, **export.made}

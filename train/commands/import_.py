@@ -118,7 +118,7 @@ def _summary(pretrained: "Pretrained") -> str:
     """Describes the model in a few lines, with what the user should know about it."""
     from nha_jax.hf.families import FAMILIES
     from nha_jax.sizes import num_parameters
-    from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE
+    from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE
     from nha_jax.storage.weights import weight_bytes
     from train.windows import format_windows
 

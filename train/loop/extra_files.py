@@ -4,8 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+from nha_jax.storage.folder import extra_files_of
 from nha_jax.storage.json_objects import parse_object
-from nha_jax.storage.saved_model import extra_files_of
 from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.config import TrainConfig

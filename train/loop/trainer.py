@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 import nha_jax
-from nha_jax.storage.saved_model import extra_files_of
+from nha_jax.storage.folder import extra_files_of
 from train.checkpoint.checkpoints import Checkpoints, Progress
 from train.config import TrainConfig
 from train.data.batches import Sequences, training_batches

@@ -7,7 +7,7 @@ from typing import Protocol
 import jax.numpy as jnp
 
 from nha_jax import ModelConfig
-from train.config import require
+from train.errors import require
 from train.windows import Window, Windows, format_windows, width
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 import nha_jax
-from train.config import DataConfig, EvaluationConfig, require
+from train.config import DataConfig, EvaluationConfig
 from train.data.batches import Sequences, evaluation_batches
 from train.data.corpus import Corpus, load_corpus
-from train.errors import ConfigError
+from train.errors import ConfigError, require
 from train.paths import user_path
 from train.report.metrics import ProgressBar
 from train.search.budgets import Budget, CacheBytes, FullLayers

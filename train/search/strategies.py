@@ -9,7 +9,7 @@ is one that has.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from train.config import require
+from train.errors import require
 from train.search.budgets import Budget
 from train.windows import Window, Windows, format_windows, width
 

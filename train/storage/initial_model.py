@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from nha_jax import ModelConfig
 from nha_jax.sizes import abstract_parameters
-from nha_jax.storage.saved_model import CONFIG_FILE, WEIGHTS_FILE
+from nha_jax.storage.folder import CONFIG_FILE, WEIGHTS_FILE
 from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig
 from train.errors import ConfigError

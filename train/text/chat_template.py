@@ -8,7 +8,7 @@ from pathlib import Path
 from reprlib import repr as shown
 from typing import Any, NoReturn, Self
 
-from nha_jax.storage.saved_model import extra_files_of
+from nha_jax.storage.folder import extra_files_of
 from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
 from train.data.tokenizers import tokenizer_errors
 from train.errors import ConfigError, DataError

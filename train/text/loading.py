@@ -7,7 +7,7 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.model import abstract_model
-from nha_jax.storage.saved_model import WEIGHTS_FILE
+from nha_jax.storage.folder import WEIGHTS_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.checkpoint.checkpoints import load_model_state, load_parts
 from train.data.tokenizers import load_tokenizer

@@ -15,7 +15,7 @@ from flax import nnx
 import nha_jax
 from nha_jax.hf.export import plan_export, write_export
 from nha_jax.hf.pretrained import Pretrained, from_pretrained, open_pretrained
-from nha_jax.storage.saved_model import ORIGINAL_CONFIG_FILE, extra_files_of
+from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE, extra_files_of
 from tests.support.hf import published
 from tests.support.hf.originals import FIXTURES, NAMES
 

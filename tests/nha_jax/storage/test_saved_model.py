@@ -14,7 +14,7 @@ from flax import nnx
 
 from nha_jax import Model, ModelConfig, load, save
 from nha_jax.storage import saved_model, weights
-from nha_jax.storage.saved_model import EXTRA_FILES, extra_files_of
+from nha_jax.storage.folder import EXTRA_FILES, extra_files_of
 from tests.support.paths import FIXTURES
 
 

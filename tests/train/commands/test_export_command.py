@@ -11,7 +11,7 @@ import safetensors.numpy
 from flax import nnx
 
 import nha_jax
-from nha_jax.storage.saved_model import extra_files_of
+from nha_jax.storage.folder import extra_files_of
 from tests.support.hf.originals import FIXTURES
 from tests.support.train.tiny_run import Nha
 from train.cli import main

@@ -98,6 +98,14 @@ def test_the_number_of_workers_does_not_matter(
     assert manifest.totals["documents"] == 10_000
 
 
+@pytest.mark.parametrize("module", ["folder", "workers"])
+def test_neither_the_command_nor_its_workers_load_jax(module: str) -> None:
+    """Loading it takes seconds of every process."""
+    code = f"import sys, train.data.prepare.{module}; print({{'jax', 'flax'}} & set(sys.modules))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
 @pytest.mark.parametrize(("workers", "shards"), [(1, 3), (2, 8)])
 def test_killed_and_run_again_it_is_the_same(
     big: Path,

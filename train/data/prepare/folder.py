@@ -18,7 +18,6 @@ from tqdm import tqdm
 from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
-from train.config import require
 from train.data.input_files import find_files
 from train.data.packed_files import is_packed, naming
 from train.data.prepare.documents import RECORD_FORMATS, RecordFormat
@@ -36,7 +35,7 @@ from train.data.prepared_folder import (
 )
 from train.data.token_shards import ShardRecord
 from train.data.tokenizers import load_tokenizer, tokenizer_of_file
-from train.errors import ConfigError, DataError, describe_differences
+from train.errors import ConfigError, DataError, describe_differences, require
 from train.paths import check_ends, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
