@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nha_jax.tokenizer.interface import Decoder
+from nha_jax.tokenizer.interface import Decoder, TokenizedSpans
 
 END_OF_DOCUMENT = 256
 """The token after each document; tokens below it are byte values."""
@@ -29,6 +29,12 @@ class ByteTokenizer:
 
     def encode_prompt(self, text: str, *, chat: bool = False) -> np.ndarray:
         return self.encode(text)
+
+    def encode_with_spans(self, text: str, *, chat: bool = False) -> TokenizedSpans:
+        tokens = self.encode(text)
+        is_first_byte = (tokens & 0xC0) != 0x80  # UTF-8: the others of a character are 10xxxxxx
+        characters = np.cumsum(is_first_byte, dtype=np.int64)
+        return TokenizedSpans(tokens, characters - 1, characters, np.zeros(len(tokens), bool))
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return join_documents([text.encode() for text in texts])

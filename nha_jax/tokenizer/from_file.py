@@ -1,10 +1,11 @@
 """A tokenizer that a Hugging Face `tokenizer.json` and the files beside it define."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nha_jax.tokenizer.files import (
     read_objects,
     special_token,
 )
-from nha_jax.tokenizer.interface import Decoder, Tokenizer
+from nha_jax.tokenizer.interface import Decoder, TokenizedSpans, Tokenizer
 
 END_TOKENS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>")
 """Names to look for, in this order, where nothing says which token ends a document."""
@@ -66,6 +67,8 @@ class FileTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = [number for number, token in added.items() if token.special]
         settings = read_objects(files, Path(where).parent)
         stated = special_token(settings, "eos_token")
         name, self.end_token = self._find_end_token(end_token, stated, where, option)
@@ -118,9 +121,26 @@ class FileTokenizer:
     def encode_prompt(self, text: str, *, chat: bool = False) -> np.ndarray:
         if not chat:
             return np.concatenate([np.array(self.begin_tokens, np.int32), self.encode(text)])
+        with self._names_are_tokens():
+            return self.encode(text)
+
+    def encode_with_spans(self, text: str, *, chat: bool = False) -> TokenizedSpans:
+        with self._names_are_tokens() if chat else contextlib.nullcontext():
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        tokens = np.array(encoding.ids, np.int32)
+        special = np.isin(tokens, self._special)
+        starts, stops = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        # Some tokenizers leave the space out that a token begins with, and have it all the same.
+        before = np.concatenate([[0], np.maximum.accumulate(stops)[:-1]])[: len(stops)]
+        starts = np.where(special, starts, np.minimum(starts, before))
+        return TokenizedSpans(tokens, starts, stops, special)
+
+    @contextlib.contextmanager
+    def _names_are_tokens(self) -> Iterator[None]:
+        """Lets the names of special tokens in a text become these."""
         self._tokenizer.encode_special_tokens = False
         try:
-            return self.encode(text)
+            yield
         finally:
             self._tokenizer.encode_special_tokens = True
 

@@ -1,7 +1,7 @@
 """What is known of every tokenizer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,6 +15,23 @@ class Decoder(Protocol):
 
     def finish(self) -> str:
         """Returns the rest; an incomplete character comes out as the replacement character."""
+
+
+class TokenizedSpans(NamedTuple):
+    """A text's tokens, and where each of them is from.
+
+    Attributes:
+        tokens: [N] int32.
+        starts, stops: [N] int64, the range of characters that a token is from. Tokens that share a
+            character each have all of it; one that is from none, as a space that the tokenizer puts
+            before a text, has an empty range.
+        special: [N] bool, whether a token is a special one, which stands for its name.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    stops: np.ndarray
+    special: np.ndarray
 
 
 class Tokenizer(Protocol):
@@ -45,6 +62,12 @@ class Tokenizer(Protocol):
 
         With `chat` the text comes from a chat template, which has written every special token by
         its name, those at the beginning included: the names become the tokens, and none is added.
+        """
+
+    def encode_with_spans(self, text: str, *, chat: bool = False) -> TokenizedSpans:
+        """Returns the text's tokens and their places in it; with `chat`, as in `encode_prompt`.
+
+        The text has no lone surrogates. `begin_tokens` are not among the tokens.
         """
 
     def encode_documents(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

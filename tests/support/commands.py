@@ -77,6 +77,10 @@ NOT_RUN = {
         "nha import downloads/Meta-Llama-3-8B models/llama-3-8b",
         "nha data prepare data/slimpajama-llama-3 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer models/llama-3-8b",
+        "nha data prepare data/chats chats.jsonl --chat --tokenizer models/llama-3-8b "
+        "--max-tokens 4096",
+        "nha data prepare data/answers answers.parquet --prompt-field question "
+        "--completion-field answer",
         'nha generate models/llama-3-8b --prompt "The capital of France is"',
         "nha search models/llama-3-8b --base 64 --full-layers 4 "
         "--corpus data/slimpajama-llama-3 --sequence-length 2048 --sequences 64",

@@ -23,6 +23,8 @@ INPUT is a file, a folder or a glob (** goes through all folders below); there m
                          their .idx beside them, or llm.c's
   .tar                   files of text and JSON lines
   any other              UTF-8 text, one document a file
+With --chat a record is a dialogue, and with --prompt-field and --completion-field a prompt and what
+follows it: both are read of JSON lines and tables, and only answers are learned.
 Text, JSON lines and archives may be packed as .gz or .zst. Empty documents and files are left out.
 A packed file, a table or an archive that is cut stops the command, whatever the options.
 
@@ -38,6 +40,7 @@ examples:
   nha data prepare corpora/books books/*.txt
   nha data prepare corpora/web --tokenizer tokenizer.json 'SlimPajama/train/**/*.jsonl.zst'
   nha data prepare corpora/code --tokenizer tokenizer.json --text-key content code/*.parquet
+  nha data prepare corpora/chats --chat --tokenizer models/llama-3-8b chats.jsonl
 then
   nha train CONFIG --data.corpus=corpora/web
   nha train CONFIG --data.corpus='{corpora/web: 0.8, corpora/code: 0.2}'"""
@@ -78,6 +81,31 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "tf.train.Examples with the text under --text-key",
     )  # fmt: skip
     add(
+        "--chat", action="store_true",
+        help="documents are dialogues: lists of messages with role and content, or with from and "
+        "value, written by the model's chat template; what the assistant writes is learned",
+    )  # fmt: skip
+    add(
+        "--messages-field", metavar="KEY",
+        help="key or column of a dialogue's messages (default: messages)",
+    )  # fmt: skip
+    add(
+        "--chat-template", metavar="FILE",
+        help="the Jinja template that dialogues are written by (default: that of the folder "
+        "--tokenizer)",
+    )  # fmt: skip
+    add("--prompt-field", metavar="KEY", help="key or column of a prompt, which is not learned")
+    add("--completion-field", metavar="KEY", help="key or column of what follows it, which is")
+    add(
+        "--max-tokens", type=int, metavar="N",
+        help="most tokens of a dialogue, or of a prompt and its completion (default: any number)",
+    )  # fmt: skip
+    add(
+        "--too-long", choices=["cut", "drop"],
+        help="what to do with longer dialogues: cut them behind an answer, and drop those whose "
+        "first does not fit, or drop all (default: cut; a completion is dropped)",
+    )  # fmt: skip
+    add(
         "--held-out-fraction", type=float, default=0.005, metavar="SHARE",
         help="share of the documents kept for evaluation (default: 0.005)",
     )  # fmt: skip
@@ -98,7 +126,8 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    from train.data.prepare.folder import PrepareOptions, prepare
+    from train.data.prepare.folder import prepare
+    from train.data.prepare.options import PrepareOptions
     from train.data.prepared_folder import PreparedFolder
 
     fields = [field.name for field in dataclasses.fields(PrepareOptions)]
@@ -115,6 +144,8 @@ def _summary(out: str, prepared: "PreparedFolder") -> str:
     totals, tokenizer = prepared.manifest.totals, prepared.tokenizer
     parts = (("training", prepared.training), ("held out", prepared.held_out))
     lines = [f"{name} {x.num_documents:,} documents, {len(x):,} tokens" for name, x in parts]
+    if "targets" in totals:
+        lines.append(f"targets  {totals['targets']:,} tokens, which are learned")
     per_token = totals["text_bytes"] / totals["tokens"]
     lines.append(
         f"tokens   of {tokenizer.vocabulary_size:,} (model.vocab_size: at least that), "
@@ -122,4 +153,8 @@ def _summary(out: str, prepared: "PreparedFolder") -> str:
     )
     if totals["bad_documents"]:
         lines.append(f"left out {totals['bad_documents']:,} documents that cannot be read")
+    if totals.get("cut_documents"):
+        lines.append(f"cut      {totals['cut_documents']:,} documents longer than --max-tokens")
+    if totals.get("dropped_documents"):
+        lines.append(f"left out {totals['dropped_documents']:,} documents longer than --max-tokens")
     return "\n".join([*lines, f"\nIn {out} (data.corpus)"])

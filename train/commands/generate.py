@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nha_jax import Engine, Model, SamplingOptions
     from nha_jax.tokenizer.interface import Tokenizer
-    from train.text.chat_template import ChatTemplate
+    from train.data.chat_template import ChatTemplate
     from train.text.continuation import WrittenToken
 
 SAMPLING = {
@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
 
     from nha_jax.argument_checks import check_prompt
-    from train.text.chat_template import ChatTemplate
+    from train.data.chat_template import ChatTemplate
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
 

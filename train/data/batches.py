@@ -14,7 +14,7 @@ Batch = dict[str, np.ndarray]
 - `tokens` int32: the model's input.
 - `targets` int32: the token after each token.
 - `segment_ids` int32: 1, 2, ... for the documents of a sequence; 0 is padding.
-- `loss_mask` bool: whether the target is in the same document as the token.
+- `loss_mask` bool: whether the target is marked, and in the same document as the token.
 """
 
 # Batches to read ahead: enough that a slow disk does not delay a step, for little memory.
@@ -23,34 +23,73 @@ _THREADS = 4
 
 
 class SourceSequences:
-    """A token stream cut into sequences of T inputs and their targets.
+    """A token stream cut into sequences of T inputs and their targets; the rest of one is padding.
 
-    A sequence holds T + 1 tokens, and its last token is the next sequence's first, so that every
-    token but a document's first is a target exactly once. The last sequence is padded.
+    A sequence holds up to T + 1 tokens. Where all tokens are marked it holds as many, whatever the
+    documents, and its last token is the next sequence's first, so that every token but a document's
+    first is a target exactly once. Where only some are, such as the answers of dialogues, it holds
+    the documents that follow each other and fit whole: an answer whose question is in another
+    sequence would teach to guess. Only a document longer than T + 1 tokens is cut, as above.
     """
 
     def __init__(self, source: TokenSource, sequence_length: int):
+        """Cuts the stream; DataError if its documents have to be known and a file is damaged."""
         self._source = source
         self._length = sequence_length
+        self._ranges = None
+        if source.has_mask:
+            self._ranges = _ranges_of_whole_documents(source.document_ends(), sequence_length)
 
     def __len__(self) -> int:
+        if self._ranges is not None:
+            return len(self._ranges)
         return -(-(len(self._source) - 1) // self._length)
 
     def __getitem__(self, index: int) -> Batch:
         """Returns sequence `index`, arrays [T] as in `Batch`; DataError if a file is damaged."""
-        start = int(index) * self._length
-        stop = min(start + self._length + 1, len(self._source))
+        start, stop = self._range(int(index))
         tokens = self._source.read(start, stop).astype(np.int32)
         document = self._source.documents(start, stop)
         padding = self._length + 1 - len(tokens)
         segment_ids = np.pad(document - document[0] + 1, (0, padding)).astype(np.int32)
         tokens = np.pad(tokens, (0, padding))
+        marks = np.pad(self._source.marks(start, stop), (0, padding))
         return {
             "tokens": tokens[:-1],
             "targets": tokens[1:],
             "segment_ids": segment_ids[:-1],
-            "loss_mask": (segment_ids[1:] == segment_ids[:-1]) & (segment_ids[1:] > 0),
+            "loss_mask": (segment_ids[1:] == segment_ids[:-1]) & (segment_ids[1:] > 0) & marks[1:],
         }
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """Returns the range of the tokens of a sequence."""
+        if self._ranges is not None:
+            start, stop = self._ranges[index]
+            return int(start), int(stop)
+        start = index * self._length
+        return start, min(start + self._length + 1, len(self._source))
+
+
+def _ranges_of_whole_documents(ends: np.ndarray, length: int) -> np.ndarray:
+    """Packs documents, in their order, into ranges of at most length + 1 tokens.
+
+    Args:
+        ends: [documents], where each ends, exclusive.
+        length: inputs of a sequence.
+
+    Returns:
+        [sequences, 2] int64. A longer document is cut into ranges that share a token.
+    """
+    ranges = []
+    start, total = 0, int(ends[-1]) if len(ends) else 0
+    while start < total:
+        limit = start + length + 1
+        fitting = int(np.searchsorted(ends, limit, side="right"))
+        whole = int(ends[fitting - 1]) if fitting else 0
+        stop = whole if whole > start else limit
+        ranges.append((start, stop))
+        start = stop if stop == whole else stop - 1
+    return np.array(ranges, np.int64).reshape(-1, 2)
 
 
 class Sequences:

@@ -35,6 +35,7 @@ class Corpus:
         held_out: what the model is measured on.
         tokenizer: what turned the text into tokens.
         fingerprint: a hash of every name and byte, which tells one corpus from another.
+        chat_template: chat_template.jinja of its dialogues; None: it has none.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Corpus:
     held_out: Split
     tokenizer: Tokenizer
     fingerprint: str
+    chat_template: bytes | None = None
 
     @property
     def bytes_per_target(self) -> float:
@@ -120,12 +122,17 @@ def _from_prepared(
     """Makes a corpus of prepared folders; see `Split` of their weights and the schedule."""
     for prepared in folders:
         for split, purpose in ((prepared.training, "training"), (prepared.held_out, "evaluation")):
-            # All tokens but a document's first are targets.
-            if len(split) <= split.num_documents or not split.text_bytes:
+            if not split.num_targets or not split.target_bytes:
                 raise ConfigError(
                     f"data.corpus = {name}: {prepared.folder} has no token to predict "
                     f"for {purpose}; prepare more text or another --held-out-fraction"
                 )
+    templates = {prepared.chat_template for prepared in folders} - {None}
+    if len(templates) > 1:
+        raise ConfigError(
+            f"data.corpus = {name}: its dialogues are written by {len(templates)} chat templates, "
+            "and a model has one; prepare them by the same --chat-template"
+        )
     fingerprints = "\0".join(prepared.manifest.fingerprint for prepared in folders)
     return Corpus(
         name,
@@ -133,6 +140,7 @@ def _from_prepared(
         Split(tuple(prepared.held_out for prepared in folders), weights),
         folders[0].tokenizer,
         hashlib.sha256(fingerprints.encode()).hexdigest()[:16],
+        next(iter(templates), None),
     )
 
 

@@ -13,7 +13,9 @@ import numpy as np
 
 from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
-from train.data.token_shards import TOKENS_SUFFIX, OpenFile, ShardReader, ShardRecord
+from train.data.chat_template import TEMPLATE_FILE
+from train.data.checked_blocks import OpenFile
+from train.data.token_shards import TOKENS_SUFFIX, ShardReader, ShardRecord
 from train.data.tokenizers import load_tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
@@ -23,7 +25,9 @@ MANIFEST_FILE = "manifest.json"
 WORK_FOLDER = ".prepare"
 """A folder inside it while it is made: the settings, a lock, and what each finished job wrote."""
 
-FORMAT = 1
+FORMAT, FORMAT_WITH_MASKS = 1, 2
+"""Versions of the format. An older version of this library, which knows no masks, refuses 2."""
+
 SPLITS = ("training", "held_out")
 
 _OPEN_FILES = 256
@@ -42,7 +46,8 @@ class Manifest:
         dtype: of the tokens, "uint16" or "uint32".
         settings: the inputs and options that it was made from; only `nha data prepare` reads them.
         totals: "tokens", "documents" and "text_bytes" of both splits together, and
-            "bad_documents", which were left out.
+            "bad_documents", which were left out; with masks also "targets", and of documents that
+            were too long "cut_documents" and "dropped_documents".
         shards: records of the shards of each of SPLITS, in order.
         format: version of the format.
     """
@@ -59,11 +64,23 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """A hash of the manifest; its checksums make it depend on every token."""
-        return hashlib.sha256(_canonical(dataclasses.asdict(self))).hexdigest()
+        return hashlib.sha256(_canonical(self._content())).hexdigest()
+
+    def _content(self) -> dict[str, Any]:
+        """What is written; records of shards without masks are as they were before there were."""
+        content = dataclasses.asdict(self)
+        content["shards"] = {
+            split: [
+                {name: value for name, value in record.items() if value is not None}
+                for record in records
+            ]
+            for split, records in content["shards"].items()
+        }
+        return content
 
     def write(self, folder: Path) -> None:
         """Writes manifest.json, whole or not at all."""
-        content = {**dataclasses.asdict(self), "sha256": self.fingerprint}
+        content = {**self._content(), "sha256": self.fingerprint}
         write_atomically(folder / MANIFEST_FILE, json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -83,7 +100,7 @@ class Manifest:
         stored = content.pop("sha256", None)
         if hashlib.sha256(_canonical(content)).hexdigest() != stored:
             raise DataError(f"{path}: damaged: its checksum is another; {_AGAIN}")
-        if content["format"] != FORMAT:
+        if content["format"] not in (FORMAT, FORMAT_WITH_MASKS):
             raise DataError(f"{path}: format {content['format']}, which this version cannot read")
         shards = {
             split: tuple(ShardRecord(**record) for record in records)
@@ -110,12 +127,14 @@ class PreparedFolder:
         folder: its path.
         manifest: what it holds.
         tokenizer: what turned its text into tokens.
+        chat_template: chat_template.jinja of its dialogues; None: it is of other text.
         training, held_out: the tokens of its splits.
     """
 
     folder: Path
     manifest: Manifest
     tokenizer: Tokenizer
+    chat_template: bytes | None
     training: "ShardedTokens"
     held_out: "ShardedTokens"
 
@@ -137,7 +156,7 @@ class PreparedFolder:
         splits = (
             ShardedTokens(folder, manifest.shards[split], dtype, tokenizer) for split in SPLITS
         )
-        return cls(folder, manifest, tokenizer, *splits)
+        return cls(folder, manifest, tokenizer, _read_template(folder, manifest), *splits)
 
 
 class ShardedTokens:
@@ -158,6 +177,9 @@ class ShardedTokens:
         self._tokenizer = tokenizer
         self._dtype = dtype
         self.text_bytes = sum(record.text_bytes for record in records)
+        self.has_mask = any(record.has_mask for record in records)
+        self.num_targets = sum(record.num_targets for record in records)
+        self.target_bytes = sum(record.bytes_of_targets for record in records)
         self._open: Callable[[Path], OpenFile] = functools.lru_cache(_OPEN_FILES)(OpenFile)
 
     def __len__(self) -> int:
@@ -176,6 +198,23 @@ class ShardedTokens:
 
         return self._collect(start, stop, read)
 
+    def marks(self, start: int, stop: int) -> np.ndarray:
+        """Returns which of these tokens are marked; raises DataError like `read`."""
+
+        def read(number: int, start: int, stop: int) -> np.ndarray:
+            shard = self._shards[number]
+            if shard.mask_path is None:
+                return np.ones(stop - start, bool)
+            return shard.marks(self._open(shard.mask_path), start, stop)
+
+        return self._collect(start, stop, read)
+
+    def document_ends(self) -> np.ndarray:
+        """Returns where each document ends, exclusive; raises DataError like `read`."""
+        parts = zip(self._shards, self._starts[:-1], strict=True)
+        ends = [shard.ends() + start for shard, start in parts]
+        return np.concatenate(ends) if ends else np.zeros(0, np.int64)
+
     def documents(self, start: int, stop: int) -> np.ndarray:
         """Returns the number of each token's document; raises DataError like `read`."""
         return self._collect(
@@ -183,8 +222,11 @@ class ShardedTokens:
         )
 
     def text(self, limit: int) -> bytes:
-        """Returns the text of the first `limit` tokens; raises DataError like `read`."""
-        return self._tokenizer.decode(self.read(0, min(limit, len(self)))).encode()
+        """Returns what is marked of the first `limit` tokens' text; DataError like `read`."""
+        stop = min(limit, len(self))
+        tokens = self.read(0, stop)
+        marked = tokens[self.marks(0, stop)] if self.has_mask else tokens
+        return self._tokenizer.decode(marked).encode()
 
     def _collect(
         self, start: int, stop: int, read: Callable[[int, int, int], np.ndarray]
@@ -199,6 +241,21 @@ class ShardedTokens:
         if not arrays:
             return np.zeros(0, self._dtype)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _read_template(folder: Path, manifest: Manifest) -> bytes | None:
+    """Reads the chat template of a folder of dialogues; DataError if it is another or missing."""
+    expected = (manifest.settings.get("instructions") or {}).get("chat_template")
+    if expected is None:
+        return None
+    path = folder / TEMPLATE_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+    if hashlib.sha256(content).hexdigest() != expected:
+        raise DataError(f"{path}: damaged: its checksum is another")
+    return content
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -4,24 +4,38 @@ A shard is two files. NAME.tokens holds the tokens, little-endian, one document 
 NAME.index holds where each document ends (int64, exclusive) and then a checksum (CRC-32, uint32) of
 every block, which is BLOCK_BYTES of the tokens. The checksum of the index itself is in the record
 that a manifest keeps.
+
+Where not every token is to be learned there is a third, NAME.mask: a byte for each token, 1 if the
+token is marked and else 0. The checksums of its blocks follow those of the tokens in the index.
 """
 
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
+from train.data.checked_blocks import BlockReader, BlockWriter, OpenFile, block_count
 from train.errors import DataError
-from train.storage.atomic import Replacement, write_atomically
+from train.storage.atomic import write_atomically
 
-BLOCK_BYTES = 1 << 16
-"""Bytes of tokens with one checksum. A sequence of a few thousand tokens lies in one or two blocks,
-so that reading it for the first time costs little more than reading it again."""
+TOKENS_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX = ".tokens", ".index", ".mask"
 
-TOKENS_SUFFIX, INDEX_SUFFIX = ".tokens", ".index"
+_MASK_DTYPE = np.dtype(np.uint8)
+
+
+class Marks(NamedTuple):
+    """Which tokens of documents are to be learned.
+
+    Attributes:
+        mask: [N] bool.
+        target_bytes: bytes of the text that the marked tokens stand for, without that of a token
+            which is a document's first and so no target.
+    """
+
+    mask: np.ndarray
+    target_bytes: int
 
 
 @dataclass(frozen=True)
@@ -34,6 +48,8 @@ class ShardRecord:
         documents: number of documents.
         text_bytes: bytes of the documents' text as UTF-8.
         index_crc32: checksum of the index.
+        targets: of a shard with a mask, number of marked tokens that are not a document's first.
+        target_bytes: of a shard with a mask, see `Marks`.
     """
 
     name: str
@@ -41,15 +57,31 @@ class ShardRecord:
     documents: int
     text_bytes: int
     index_crc32: int
+    targets: int | None = None
+    target_bytes: int | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        return self.targets is not None
+
+    @property
+    def num_targets(self) -> int:
+        """Number of tokens that are targets: all but the first of a document, without a mask."""
+        return self.tokens - self.documents if self.targets is None else self.targets
+
+    @property
+    def bytes_of_targets(self) -> int:
+        """Bytes of the text that the targets stand for."""
+        return self.text_bytes if self.target_bytes is None else self.target_bytes
 
     def sizes(self, dtype: np.dtype) -> dict[str, int]:
-        """Returns the size in bytes of each of the two files, by name."""
-        token_bytes = self.tokens * dtype.itemsize
-        blocks = -(-token_bytes // BLOCK_BYTES)
-        return {
-            self.name + TOKENS_SUFFIX: token_bytes,
-            self.name + INDEX_SUFFIX: 8 * self.documents + 4 * blocks,
-        }
+        """Returns the size in bytes of each of the two or three files, by name."""
+        files = {TOKENS_SUFFIX: self.tokens * dtype.itemsize}
+        if self.has_mask:
+            files[MASK_SUFFIX] = self.tokens * _MASK_DTYPE.itemsize
+        blocks = sum(map(block_count, files.values()))
+        files[INDEX_SUFFIX] = 8 * self.documents + 4 * blocks
+        return {self.name + suffix: size for suffix, size in files.items()}
 
     def check_sizes(self, folder: Path, dtype: np.dtype) -> None:
         """Raises DataError if a file is missing or has another size."""
@@ -64,81 +96,68 @@ class ShardRecord:
 
 
 class ShardWriter:
-    """Writes one shard. Use it with `with`; unless `close` is called, no file is left."""
+    """Writes one shard. Use it with `with`; unless `close` is called, no file is left.
 
-    def __init__(self, folder: Path, name: str, dtype: np.dtype):
+    with ShardWriter(folder, "training-00000", np.dtype(np.uint16), with_mask=True) as writer:
+        writer.add(tokens, ends, text_bytes, Marks(mask, target_bytes))
+        record = writer.close()
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, *, with_mask: bool = False):
         self._name = name
-        self._dtype = dtype.newbyteorder("<")
         self._index_path = folder / (name + INDEX_SUFFIX)
-        self._tokens_file = Replacement(folder / (name + TOKENS_SUFFIX))
-        self._pending = bytearray()
-        self._checksums: list[int] = []
+        self._tokens_file = BlockWriter(folder / (name + TOKENS_SUFFIX), dtype)
+        self._mask_file = (
+            BlockWriter(folder / (name + MASK_SUFFIX), _MASK_DTYPE) if with_mask else None
+        )
         self._ends: list[np.ndarray] = []
-        self._tokens = self._text_bytes = 0
+        self._tokens = self._text_bytes = self._targets = self._target_bytes = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._tokens_file.close()
+        self._tokens_file.__exit__(*exception)
+        if self._mask_file is not None:
+            self._mask_file.__exit__(*exception)
 
-    def add(self, tokens: np.ndarray, ends: np.ndarray, text_bytes: int) -> None:
-        """Appends documents: tokens [N], their ends [documents], and the bytes of their text."""
+    def add(
+        self, tokens: np.ndarray, ends: np.ndarray, text_bytes: int, marks: Marks | None = None
+    ) -> None:
+        """Appends documents, none of which is without a token.
+
+        Args:
+            tokens: [N], those of all documents.
+            ends: [documents], where each document ends in them, exclusive.
+            text_bytes: bytes of the documents' text.
+            marks: of a shard with a mask, which of the tokens are marked.
+        """
+        assert (marks is None) == (self._mask_file is None)
         self._ends.append(ends + self._tokens)
         self._tokens += len(tokens)
         self._text_bytes += text_bytes
-        self._pending += tokens.astype(self._dtype).tobytes()
-        self._write(len(self._pending) - len(self._pending) % BLOCK_BYTES)
+        self._tokens_file.add(tokens)
+        if marks is not None and self._mask_file is not None:
+            self._mask_file.add(marks.mask)
+            is_first = np.zeros(len(tokens), bool)
+            is_first[np.concatenate([[0], ends[:-1]]).astype(np.int64)] = True
+            self._targets += int((marks.mask & ~is_first).sum())
+            self._target_bytes += marks.target_bytes
 
     def close(self) -> ShardRecord | None:
-        """Puts both files in place; returns None, and leaves no files, if no document was added."""
+        """Puts all files in place; returns None, and leaves no files, if no document was added."""
         if not self._tokens:
             return None
-        self._write(len(self._pending))
-        self._tokens_file.commit()
         ends = np.concatenate(self._ends).astype("<i8")
-        index = ends.tobytes() + np.array(self._checksums, "<u4").tobytes()
+        parts = [ends, self._tokens_file.commit()]
+        if self._mask_file is not None:
+            parts.append(self._mask_file.commit())
+        index = b"".join(part.tobytes() for part in parts)
         write_atomically(self._index_path, index)
-        return ShardRecord(self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index))
-
-    def _write(self, size: int) -> None:
-        """Writes the first `size` pending bytes: whole blocks, or at the end all that is left."""
-        for start in range(0, size, BLOCK_BYTES):
-            block = bytes(self._pending[start : min(start + BLOCK_BYTES, size)])
-            self._checksums.append(zlib.crc32(block))
-            self._tokens_file.file.write(block)
-        del self._pending[:size]
-
-
-class OpenFile:
-    """An open file that threads may share; it is closed when nothing refers to it any more."""
-
-    def __init__(self, path: Path):
-        """Opens the file; raises DataError if it cannot be opened."""
-        self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: cannot read it: {error.strerror}") from None
-
-    def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Returns bytes `start` to `stop`; raises DataError if the file ends before `stop`."""
-        parts = []
-        try:
-            while start < stop:
-                # A memory map would kill the process with SIGBUS if the file was truncated.
-                part = os.pread(self._descriptor, stop - start, start)
-                if not part:
-                    raise DataError(f"{self.path}: damaged: it ends at byte {start}")
-                parts.append(part)
-                start += len(part)
-        except OSError as error:
-            raise DataError(f"{self.path}: cannot read it: {error.strerror}") from None
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        marked = (self._targets, self._target_bytes) if self._mask_file is not None else ()
+        return ShardRecord(
+            self._name, self._tokens, len(ends), self._text_bytes, zlib.crc32(index), *marked
+        )
 
 
 class ShardReader:
@@ -149,17 +168,29 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path, record: ShardRecord, dtype: np.dtype):
-        self._record, self._dtype = record, dtype.newbyteorder("<")
-        self._tokens_path = folder / (record.name + TOKENS_SUFFIX)
+        self._record, self._dtype = record, dtype
+        self._tokens = BlockReader(folder / (record.name + TOKENS_SUFFIX), dtype, record.tokens)
+        self._mask = BlockReader(folder / (record.name + MASK_SUFFIX), _MASK_DTYPE, record.tokens)
         self._index_path = folder / (record.name + INDEX_SUFFIX)
-        self._size = record.tokens * dtype.itemsize
-        self._verified = bytearray(-(-self._size // BLOCK_BYTES))
         self._index: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
     def path(self) -> Path:
         """The file of the tokens."""
-        return self._tokens_path
+        return self._tokens.path
+
+    @property
+    def mask_path(self) -> Path | None:
+        """The file of the mask, if there is one."""
+        return self._mask.path if self._record.has_mask else None
+
+    def ends(self) -> np.ndarray:
+        """Returns where each document ends, exclusive: [documents] int64.
+
+        Raises:
+            DataError: the index is missing or damaged.
+        """
+        return self._load_index()[0]
 
     def documents(self, start: int, stop: int) -> np.ndarray:
         """Returns the number, within the shard, of each token's document: [stop - start] int64.
@@ -167,8 +198,7 @@ class ShardReader:
         Raises:
             DataError: the index is missing or damaged.
         """
-        ends, _ = self._load_index()
-        return np.searchsorted(ends, np.arange(start, stop), side="right")
+        return np.searchsorted(self.ends(), np.arange(start, stop), side="right")
 
     def read(self, file: OpenFile, start: int, stop: int) -> np.ndarray:
         """Returns tokens `start` to `stop`, [stop - start] of the shard's dtype.
@@ -176,29 +206,23 @@ class ShardReader:
         Raises:
             DataError: a file is missing, too short, or has another content than was written.
         """
-        width = self._dtype.itemsize
-        first, last = start * width, stop * width
-        blocks = range(first // BLOCK_BYTES, -(-last // BLOCK_BYTES))
-        if all(self._verified[block] for block in blocks):
-            return np.frombuffer(file.read(first, last), self._dtype)
-        offset = blocks.start * BLOCK_BYTES
-        content = file.read(offset, min(blocks.stop * BLOCK_BYTES, self._size))
-        _, checksums = self._load_index()
-        for block in blocks:
-            begin = block * BLOCK_BYTES - offset
-            if zlib.crc32(memoryview(content)[begin : begin + BLOCK_BYTES]) != checksums[block]:
-                raise DataError(
-                    f"{self._tokens_path}: damaged: the checksum of bytes {offset + begin} to "
-                    f"{min(offset + begin + BLOCK_BYTES, self._size)} is another"
-                )
-            self._verified[block] = 1
-        return np.frombuffer(content, self._dtype)[start - offset // width : stop - offset // width]
+        return self._tokens.read(file, start, stop, lambda: self._load_index()[1])
+
+    def marks(self, file: OpenFile, start: int, stop: int) -> np.ndarray:
+        """Returns which of tokens `start` to `stop` are marked, [stop - start] bool.
+
+        Raises:
+            DataError: like `read`.
+        """
+        tokens_blocks = block_count(self._record.tokens * self._dtype.itemsize)
+        checksums = lambda: self._load_index()[1][tokens_blocks:]  # noqa: E731
+        return self._mask.read(file, start, stop, checksums) != 0
 
     def _load_index(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the ends of documents and the checksums of blocks."""
         if self._index is None:
             documents = 8 * self._record.documents
-            size = documents + 4 * len(self._verified)
+            size = self._record.sizes(self._dtype)[self._index_path.name]
             content = OpenFile(self._index_path).read(0, size)
             if zlib.crc32(content) != self._record.index_crc32:
                 raise DataError(f"{self._index_path}: damaged: its checksum is another")

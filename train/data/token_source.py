@@ -10,22 +10,45 @@ from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 
 
 class TokenSource(Protocol):
-    """A stream of documents, each followed by the end-of-document token. Its `len` is in tokens.
+    """A stream of documents. Its `len` is in tokens.
 
     Attributes:
         num_documents: number of documents.
         text_bytes: bytes of the documents' text as UTF-8.
+        has_mask: whether only some tokens are marked, which are to be learned.
+        num_targets: number of tokens that are targets: marked, and not a document's first.
+        target_bytes: bytes of the text that the targets stand for.
     """
 
     @property
     def num_documents(self) -> int: ...
     @property
     def text_bytes(self) -> int: ...
+    @property
+    def has_mask(self) -> bool: ...
+    @property
+    def num_targets(self) -> int: ...
+    @property
+    def target_bytes(self) -> int: ...
 
     def __len__(self) -> int: ...
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns tokens `start` to `stop`, [stop - start] integers.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+
+    def marks(self, start: int, stop: int) -> np.ndarray:
+        """Returns which of these tokens are marked, as bool.
+
+        Raises:
+            DataError: a file is missing or damaged.
+        """
+
+    def document_ends(self) -> np.ndarray:
+        """Returns where each document ends, exclusive: [documents] int64.
 
         Raises:
             DataError: a file is missing or damaged.
@@ -39,12 +62,12 @@ class TokenSource(Protocol):
         """
 
     def text(self, limit: int) -> bytes:
-        """Returns the text of the first `limit` tokens, one document after the other."""
+        """Returns what is marked of the text of the first `limit` tokens, one after the other."""
 
 
 @dataclass(frozen=True)
 class TokensInMemory:
-    """A `TokenSource` of bytes that are held in memory.
+    """A `TokenSource` of bytes that are held in memory, all of which are marked.
 
     Attributes:
         names: the documents' names.
@@ -56,6 +79,8 @@ class TokensInMemory:
     tokens: np.ndarray
     ends: np.ndarray
 
+    has_mask = False
+
     @property
     def num_documents(self) -> int:
         return len(self.ends)
@@ -64,11 +89,25 @@ class TokensInMemory:
     def text_bytes(self) -> int:
         return len(self.tokens) - len(self.ends)
 
+    @property
+    def num_targets(self) -> int:
+        return len(self.tokens) - len(self.ends)
+
+    @property
+    def target_bytes(self) -> int:
+        return self.text_bytes
+
     def __len__(self) -> int:
         return len(self.tokens)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         return self.tokens[start:stop]
+
+    def marks(self, start: int, stop: int) -> np.ndarray:
+        return np.ones(stop - start, bool)
+
+    def document_ends(self) -> np.ndarray:
+        return self.ends
 
     def documents(self, start: int, stop: int) -> np.ndarray:
         return np.searchsorted(self.ends, np.arange(start, stop), side="right")
@@ -101,11 +140,20 @@ class Split:
         return sum(source.num_documents for source in self.sources)
 
     @property
+    def has_mask(self) -> bool:
+        """Whether only some tokens of a source are marked."""
+        return any(source.has_mask for source in self.sources)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(source.num_targets for source in self.sources)
+
+    @property
     def bytes_per_target(self) -> float:
         """The mean number of bytes of text that a target stands for; 1 if tokens are bytes.
 
-        All tokens but the first of a document are targets. Bits per target divided by this are
-        bits per byte.
+        All marked tokens but the first of a document are targets. Bits per target divided by this
+        are bits per byte, of the marked text alone.
         """
         return self._bytes_per_target(self.weights)
 
@@ -115,10 +163,13 @@ class Split:
         return self._bytes_per_target(phases[-1] if phases else self.weights)
 
     def _bytes_per_target(self, weights: Sequence[float]) -> float:
-        return sum(
-            weight * source.text_bytes / max(len(source) - source.num_documents, 1)
-            for weight, source in zip(weights, self.sources, strict=True)
-        )
+        total = targets = 0.0
+        for weight, source in zip(weights, self.sources, strict=True):
+            # Sources are drawn by sequences, so one of which little is marked has fewer targets.
+            marked = weight * source.num_targets / max(len(source) - source.num_documents, 1)
+            total += marked * source.target_bytes / max(source.num_targets, 1)
+            targets += marked
+        return total / targets if targets else 0.0
 
     def text(self, limit: int) -> bytes:
         """Returns the text of about the first `limit` tokens, from every source by its weight."""

@@ -9,6 +9,7 @@ from nha_jax.storage.json_objects import parse_object
 from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.config import TrainConfig
+from train.data.chat_template import TEMPLATE_FILE
 from train.data.corpus import Corpus
 from train.data.tokenizers import tokenizer_errors
 from train.errors import ConfigError
@@ -44,6 +45,8 @@ def write_extra_files(
         files = merge_extra_files(initial, corpus.tokenizer)
     elif config.initial_model is None:  # otherwise they are there since the run began
         files = corpus.tokenizer.files
+    if corpus.chat_template is not None:  # what it learns to answer in
+        files = {**files, TEMPLATE_FILE: corpus.chat_template}
     for name, content in files.items():
         write_if_changed(folder.path / name, content)
 

@@ -311,6 +311,8 @@ class Trainer:
             ("held out", self._corpus.held_out),
         ):
             amount = f"{part.num_tokens:,} tokens in {part.num_documents:,} documents"
+            if part.has_mask:
+                amount += f" ({part.num_targets:,} tokens to learn)"
             print(f"{name} {amount} of {data.corpus}")
         print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step >= self._config.steps:

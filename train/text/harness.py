@@ -20,8 +20,8 @@ from tqdm import tqdm
 import nha_jax
 from nha_jax.prompt_lengths import chunk_for, room_for
 from nha_jax.tokenizer.interface import Tokenizer
+from train.data.chat_template import ChatTemplate
 from train.errors import ConfigError
-from train.text.chat_template import ChatTemplate
 from train.text.continuation import continue_texts
 from train.text.loading import load_model, load_tokenizer_of
 from train.windows import read_windows

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.train.pretrained_tokenizer import CONFIG, END, TEMPLATE, tokenizer_json
+from train.data.chat_template import ChatTemplate
 from train.data.tokenizers import load_tokenizer
-from train.text.chat_template import ChatTemplate
 
 pytestmark = pytest.mark.hf
 

@@ -21,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT, ByteTokenizer
 from train.cli import main
-from train.data.prepare.documents import Document, Reading
+from train.data.prepare.documents import Document, PlainText, Reading
 from train.data.prepare.raw_files import divide_file, read_documents
 
 TEXTS = [
@@ -187,8 +187,9 @@ FORMATS = [
 def read_raw(path: Path, part_bytes: int = 1000, **rules: Any) -> tuple[list[Document], list[str]]:
     """The documents of a file and what is wrong with others, as `--skip-bad` reads them."""
     bad: list[str] = []
+    form = PlainText(rules.pop("text_key", "text"))
     reading = Reading(
-        **{"text_key": "text", "tokenizer": ByteTokenizer(), **rules},
+        **{"form": form, "tokenizer": ByteTokenizer(), **rules},
         bad=lambda error: bad.append(str(error)),
         progress=lambda size: None,
     )

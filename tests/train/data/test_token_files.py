@@ -15,10 +15,11 @@ from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from train.cli import main
 from train.config import DataConfig
 from train.data.batches import Sequences, training_batches
+from train.data.checked_blocks import BLOCK_BYTES
 from train.data.corpus import load_corpus
 from train.data.prepare.folder import PrepareOptions, prepare
 from train.data.prepared_folder import MANIFEST_FILE, Manifest, PreparedFolder, ShardedTokens
-from train.data.token_shards import BLOCK_BYTES, ShardWriter
+from train.data.token_shards import ShardWriter
 from train.errors import ConfigError, DataError
 
 TEXTS = [f"document {n}: " + "word " * (n * 37 % 800) for n in range(300)]
@@ -200,8 +201,8 @@ def test_damage_stops_a_run_with_one_line(
 
 def test_a_manifest_of_another_version_is_refused(prepared: Path) -> None:
     manifest = Manifest.read(prepared)
-    Manifest(**{**vars(manifest), "format": 2}).write(prepared)
-    with pytest.raises(DataError, match="format 2, which this version cannot read"):
+    Manifest(**{**vars(manifest), "format": 3}).write(prepared)
+    with pytest.raises(DataError, match="format 3, which this version cannot read"):
         Manifest.read(prepared)
 
 

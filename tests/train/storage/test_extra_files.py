@@ -22,10 +22,10 @@ from tests.support.train.pretrained_tokenizer import (
 )
 from tests.support.train.raw_files import json_lines, prepare
 from train.cli import main
+from train.data.chat_template import ChatTemplate
 from train.data.prepared_folder import PreparedFolder
 from train.data.tokenizers import load_tokenizer
 from train.errors import ConfigError, DataError
-from train.text.chat_template import ChatTemplate
 
 
 def write(folder: Path, **files: Any) -> Path:

@@ -10,9 +10,9 @@ import pytest
 from nha_jax import SamplingOptions
 from tests.support.train.pretrained_tokenizer import tokenizer_json
 from tests.train.storage.test_extra_files import write
+from train.data.chat_template import ChatTemplate
 from train.data.tokenizers import load_tokenizer
 from train.errors import ConfigError, DataError, UserError
-from train.text.chat_template import ChatTemplate
 from train.text.generation_defaults import GenerationDefaults
 
 OF_ANY_TYPE = [

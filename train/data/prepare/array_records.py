@@ -11,12 +11,13 @@ from train.data.packed_files import naming, reason
 from train.data.prepare.documents import (
     PACKED_RATIO,
     BadDocumentError,
+    Document,
     FileFormat,
     FilePart,
     Reading,
 )
-from train.data.prepare.json_lines import load_json, text_of_object
-from train.data.prepare.tf_examples import text_of_example
+from train.data.prepare.json_lines import document_of_object, load_json
+from train.data.prepare.tf_examples import document_of_example
 from train.errors import DataError
 
 _RECORDS_AT_ONCE = 256
@@ -38,28 +39,28 @@ def _divide(path: Path, part_bytes: int) -> list[FilePart]:
     return parts
 
 
-def _read(part: FilePart, reading: Reading) -> Iterator[str]:
+def _read(part: FilePart, reading: Reading) -> Iterator[Document | None]:
     start, stop = part.range
     with _opened(part.path) as reader:
         for first in range(start, stop, _RECORDS_AT_ONCE):
             records = reader.read(first, min(first + _RECORDS_AT_ONCE, stop))
             for number, record in zip(itertools.count(first + 1), records, strict=False):
                 try:
-                    yield _text(record, reading)
+                    yield _document(record, reading)
                 except BadDocumentError as error:
                     reading.bad(BadDocumentError(f"{part.path}, record {number}: {error}"))
     reading.progress(part.size)
 
 
-def _text(record: bytes, reading: Reading) -> str:
-    """Returns a record's text; raises BadDocumentError if it has none."""
+def _document(record: bytes, reading: Reading) -> Document | None:
+    """Returns a record's document; raises BadDocumentError if it has none."""
     match reading.record_format:
         case "json":
-            return text_of_object(load_json(record), reading.text_key)
+            return document_of_object(load_json(record), reading.form)
         case "example":
-            return text_of_example(record, reading.text_key)
+            return document_of_example(record, reading.form)
     try:
-        return record.decode()
+        return reading.form.document_of_text(record.decode())
     except UnicodeDecodeError:
         raise BadDocumentError("not UTF-8 text") from None
 

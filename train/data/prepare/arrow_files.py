@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from train.data.packed_files import naming
-from train.data.prepare.columns import check_column, texts_of_rows
-from train.data.prepare.documents import FileFormat, FilePart, Reading, whole_file
+from train.data.prepare.columns import check_columns, documents_of_rows
+from train.data.prepare.documents import Document, FileFormat, FilePart, Reading, whole_file
 from train.errors import DataError
 from train.extras import import_extra
 
@@ -22,12 +22,12 @@ def _divide(path: Path, part_bytes: int) -> list[FilePart]:
         return whole_file(path)
 
 
-def _read(part: FilePart, reading: Reading) -> Iterator[str]:
+def _read(part: FilePart, reading: Reading) -> Iterator[Document | None]:
     rows = 0
     with _opened(part.path) as (schema, batches):
-        check_column(part.path, schema, reading.text_key)
+        check_columns(part.path, schema, reading.form)
         for batch in batches:
-            yield from texts_of_rows(batch, part.path, rows, reading)
+            yield from documents_of_rows(batch, part.path, rows, reading)
             rows += batch.num_rows
     reading.progress(part.size)
 

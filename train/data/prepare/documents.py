@@ -1,9 +1,9 @@
 """What the readers of raw files share: parts of files, documents, and what is wrong with one."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, NamedTuple, get_args
+from typing import BinaryIO, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 
@@ -49,26 +49,6 @@ class BadDocumentError(Exception):
     """Says which document cannot be used, and why."""
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are read.
-
-    Attributes:
-        text_key: the text's key in JSON, its column in tables, its feature in a tf.train.Example;
-            a.b is b inside of a, unless there is one of that name.
-        tokenizer: whose tokens are in files of tokens.
-        bad: called for each document that cannot be used; it may raise.
-        progress: called with the bytes of the file read since the last call.
-        record_format: what the records of ArrayRecord files are; None: there are none.
-    """
-
-    text_key: str
-    tokenizer: Tokenizer
-    bad: Callable[[BadDocumentError], None]
-    progress: Callable[[int], None]
-    record_format: RecordFormat | None = None
-
-
 class TokenizedText(NamedTuple):
     """A document that came as tokens: its text, and the tokens [N] without the end token."""
 
@@ -76,10 +56,90 @@ class TokenizedText(NamedTuple):
     tokens: np.ndarray
 
 
-Document = str | TokenizedText
+class MarkedTokens(NamedTuple):
+    """A document of which some tokens are marked, which are to be learned.
+
+    Attributes:
+        identity: what decides whether it is held out.
+        tokens: [N] int32, all of them.
+        mask: [N] bool, which are marked.
+        text_bytes: bytes of its text.
+        target_bytes: see `train.data.token_shards.Marks`.
+    """
+
+    identity: str
+    tokens: np.ndarray
+    mask: np.ndarray
+    text_bytes: int
+    target_bytes: int
 
 
-ReadStream = Callable[[BinaryIO, str, Reading], Iterator[str]]
+Document = str | TokenizedText | MarkedTokens
+
+
+class Form(Protocol):
+    """How records become documents.
+
+    Attributes:
+        options: the fields that are read of a record, and the option that names each. A field is a
+            key in JSON, a column in tables, a feature in a tf.train.Example; a.b is b inside of a,
+            unless there is one of that name.
+    """
+
+    @property
+    def options(self) -> Mapping[str, str]: ...
+
+    def document(self, values: Sequence[object]) -> Document | None:
+        """Returns the document of a record; None if it is left out.
+
+        Args:
+            values: what is in each of the fields.
+
+        Raises:
+            BadDocumentError: it cannot be used.
+        """
+
+    def document_of_text(self, text: str) -> Document:
+        """Returns the document of a file or record that is text; BadDocumentError if it is none."""
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """The form of records of which one field is the text."""
+
+    text_key: str
+
+    @property
+    def options(self) -> Mapping[str, str]:
+        return {self.text_key: "--text-key"}
+
+    def document(self, values: Sequence[object]) -> Document:
+        return checked_text(values[0], self.text_key)
+
+    def document_of_text(self, text: str) -> Document:
+        return text
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How documents are read.
+
+    Attributes:
+        form: how records become documents.
+        tokenizer: whose tokens are in files of tokens.
+        bad: called for each document that cannot be used; it may raise.
+        progress: called with the bytes of the file read since the last call.
+        record_format: what the records of ArrayRecord files are; None: there are none.
+    """
+
+    form: Form
+    tokenizer: Tokenizer
+    bad: Callable[[BadDocumentError], None]
+    progress: Callable[[int], None]
+    record_format: RecordFormat | None = None
+
+
+ReadStream = Callable[[BinaryIO, str, Reading], Iterator[Document | None]]
 """A function that reads the documents of an open file, whose name in messages is given."""
 
 
@@ -88,12 +148,13 @@ class FileFormat(NamedTuple):
 
     Attributes:
         divide: returns the parts of a file, of about so many bytes of text each.
-        read: reads the documents of a part in order; those without text may be among them.
+        read: reads the documents of a part in order; those without text, and None for those that
+            are left out, may be among them.
         read_stream: of text, plain or in lines, reads the documents of an open file.
     """
 
     divide: Callable[[Path, int], list[FilePart]]
-    read: Callable[[FilePart, Reading], Iterator[Document]]
+    read: Callable[[FilePart, Reading], Iterator[Document | None]]
     read_stream: ReadStream | None = None
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,18 @@ from tqdm import tqdm
 from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
+from train.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from train.data.input_files import find_files
 from train.data.packed_files import is_packed, naming
-from train.data.prepare.documents import RECORD_FORMATS, RecordFormat
+from train.data.prepare.documents import RECORD_FORMATS
 from train.data.prepare.file_groups import gather
-from train.data.prepare.raw_files import divide_file, holds_records, is_text
+from train.data.prepare.options import PrepareOptions
+from train.data.prepare.raw_files import divide_file, holds_records, is_text, may_hold_records
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
 from train.data.prepare.workers import run_jobs
 from train.data.prepared_folder import (
+    FORMAT,
+    FORMAT_WITH_MASKS,
     MANIFEST_FILE,
     SPLITS,
     WORK_FOLDER,
@@ -35,7 +39,7 @@ from train.data.prepared_folder import (
 )
 from train.data.token_shards import ShardRecord
 from train.data.tokenizers import load_tokenizer, tokenizer_of_file
-from train.errors import ConfigError, DataError, describe_differences, require
+from train.errors import ConfigError, DataError, describe_differences
 from train.paths import check_ends, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
@@ -46,32 +50,6 @@ MAX_SHARDS = 100_000
 """How many shards a folder may be divided into: each costs files, and time whenever it is read."""
 
 _WORKERS_PER_CORE = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrepareOptions:
-    """The options of `nha data prepare`; its help describes them."""
-
-    out: str
-    inputs: Sequence[str]
-    tokenizer: str | None = None
-    end_token: str | None = None
-    text_key: str = "text"
-    record_format: RecordFormat | None = None
-    held_out_fraction: float = 0.005
-    shard_bytes: int = 64 << 20
-    skip_bad: bool = False
-    workers: int | None = None
-
-    def __post_init__(self) -> None:
-        fraction = self.held_out_fraction
-        require(0 <= fraction < 1, "--held-out-fraction", fraction, "0 or more, below 1")
-        require(self.shard_bytes >= 1, "--shard-bytes", self.shard_bytes, "at least 1")
-        require(self.workers is None or self.workers >= 1, "--workers", self.workers, "at least 1")
-        require(
-            self.end_token is None or self.tokenizer is not None,
-            "--end-token", self.end_token, "--tokenizer with it; of bytes it is fixed",
-        )  # fmt: skip
 
 
 def prepare(options: PrepareOptions) -> Manifest:
@@ -87,6 +65,9 @@ def prepare(options: PrepareOptions) -> Manifest:
     records = next(filter(holds_records, files), None)
     if records is not None and options.record_format is None:
         raise ConfigError(f"{records}: --record-format is needed: {', '.join(RECORD_FORMATS)}")
+    if options.has_marks:
+        _check_records(files)
+    template = _chat_template(options)
     _check_sizes(files, options.shard_bytes)
     parts = [part for path in files for part in divide_file(path, options.shard_bytes)]
     jobs = divide_into_jobs(parts, options.shard_bytes)
@@ -96,6 +77,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         skip_bad=options.skip_bad,
         dtype="uint16" if tokenizer.vocabulary_size <= 1 << 16 else "uint32",
         record_format=options.record_format if records else None,
+        instructions=options.instructions(template),
     )
     settings = {
         "inputs": _describe(files),
@@ -107,7 +89,8 @@ def prepare(options: PrepareOptions) -> Manifest:
     }
     with _opened(out, options.out, settings):
         if _finished_manifest(out) is None:
-            for name, content in tokenizer.files.items():
+            files_beside = {**tokenizer.files, **({TEMPLATE_FILE: template} if template else {})}
+            for name, content in files_beside.items():
                 write_atomically(out / name, content)
             written = _run_missing_jobs(out, jobs, tokenizer, rules, options.workers)
             if _describe(files) != settings["inputs"]:
@@ -134,6 +117,25 @@ def _tokenizer(options: PrepareOptions) -> Tokenizer:
     return tokenizer_of_file(path, options.end_token)
 
 
+def _chat_template(options: PrepareOptions) -> bytes | None:
+    """Reads the chat template of dialogues: that of a file, or else of the tokenizer's folder."""
+    if not options.chat:
+        return None
+    if options.chat_template is not None:
+        path = user_path(options.chat_template, "--chat-template")
+        with naming(path, ConfigError, "--chat-template: cannot read it"):
+            content = path.read_bytes()
+        ChatTemplate.decode(content, {}, path)
+        return content
+    folder = None if options.tokenizer is None else user_path(options.tokenizer, "--tokenizer")
+    if folder is None or not folder.is_dir():
+        raise ConfigError(
+            "--chat: no chat template; expected --chat-template FILE, or a folder that has one as "
+            "--tokenizer"
+        )
+    return ChatTemplate.of(folder, "Give one by --chat-template FILE").source.encode()
+
+
 def _files(inputs: Sequence[str], out: Path) -> list[Path]:
     """Finds the files of all inputs; lists each once, in order, but none that was prepared."""
     files: dict[Path, None] = {}
@@ -146,6 +148,16 @@ def _files(inputs: Sequence[str], out: Path) -> list[Path]:
         files |= dict.fromkeys(path.absolute() for _, path in found)
     begun = is_prepared(out) or is_unfinished(out)  # maybe in a folder that is an input
     return gather([path for path in files if not (begun and path.is_relative_to(out))])
+
+
+def _check_records(files: Sequence[Path]) -> None:
+    """Raises ConfigError if a file has no records, whose fields marked text is in."""
+    for path in files:
+        if not may_hold_records(path):
+            raise ConfigError(
+                f"{path}: it has no fields; --chat and --prompt-field read JSON lines, tables, "
+                "ArrayRecord files and archives of JSON lines"
+            )
 
 
 def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:
@@ -330,12 +342,19 @@ def _manifest(
     everything = [shard for split in shards.values() for shard in split]
     if not everything:
         raise DataError("no text in all of the inputs")
+    with_masks = rules.instructions is not None
     totals = {
         "tokens": sum(shard.tokens for shard in everything),
         "documents": sum(shard.documents for shard in everything),
         "text_bytes": sum(shard.text_bytes for shard in everything),
         "bad_documents": sum(job.bad for job in written),
     }
+    if with_masks:
+        totals |= {
+            "targets": sum(shard.num_targets for shard in everything),
+            "cut_documents": sum(job.cut for job in written),
+            "dropped_documents": sum(job.dropped for job in written),
+        }
     return Manifest(
         tokenizer=tokenizer.name,
         vocabulary_size=tokenizer.vocabulary_size,
@@ -344,4 +363,5 @@ def _manifest(
         settings=settings,
         totals=totals,
         shards=shards,
+        format=FORMAT_WITH_MASKS if with_masks else FORMAT,
     )

@@ -9,10 +9,11 @@ from typing import BinaryIO
 from train.data.packed_files import is_packed, open_unpacked, reason
 from train.data.prepare.documents import (
     BadDocumentError,
+    Document,
     FileFormat,
     FilePart,
+    Form,
     Reading,
-    checked_text,
     look_up,
     whole_file,
 )
@@ -32,7 +33,7 @@ def _divide(path: Path, part_bytes: int) -> list[FilePart]:
     return [FilePart(path, stop - start, stop - start, start, stop) for start, stop in parts]
 
 
-def _read(part: FilePart, reading: Reading) -> Iterator[str]:
+def _read(part: FilePart, reading: Reading) -> Iterator[Document | None]:
     start = part.start or 0
 
     def where(number: int) -> str:
@@ -46,7 +47,7 @@ def _read(part: FilePart, reading: Reading) -> Iterator[str]:
         reading.progress(part.size)
 
 
-def _read_stream(file: BinaryIO, name: str, reading: Reading) -> Iterator[str]:
+def _read_stream(file: BinaryIO, name: str, reading: Reading) -> Iterator[Document | None]:
     return _documents(file, lambda number: f"{name}, line {1 + number}", reading)
 
 
@@ -73,14 +74,14 @@ def _lines(file: BinaryIO, part: FilePart, progress: Callable[[int], None]) -> I
 
 def _documents(
     lines: Iterable[bytes], where: Callable[[int], str], reading: Reading
-) -> Iterator[str]:
+) -> Iterator[Document | None]:
     """Reads the documents of lines; `where(n)` names line n of them, from 0."""
     for number, line in enumerate(lines):
         line = line.removeprefix(codecs.BOM_UTF8)  # joined files may have several
         if not line.strip():
             continue
         try:
-            yield _text_of_line(line, reading.text_key)
+            yield _document_of_line(line, reading.form)
         except _ArrayError as error:
             raise DataError(f"{where(number)}: {error}") from None
         except BadDocumentError as error:
@@ -91,8 +92,8 @@ class _ArrayError(Exception):
     """Says that a JSON array begins, whose documents are not left out as if they were one."""
 
 
-def _text_of_line(line: bytes, text_key: str) -> str:
-    """Returns the text of a line of JSON; raises BadDocumentError or _ArrayError if it has none."""
+def _document_of_line(line: bytes, form: Form) -> Document | None:
+    """Returns the document of a line of JSON; BadDocumentError or _ArrayError if it has none."""
     try:
         record = load_json(line)
     except _NotJsonError as error:
@@ -102,7 +103,7 @@ def _text_of_line(line: bytes, text_key: str) -> str:
         raise BadDocumentError(f"{error}{cut}") from None
     if isinstance(record, list) and any(isinstance(item, dict) for item in record):
         raise _ArrayError(_ARRAY)
-    return text_of_object(record, text_key)
+    return document_of_object(record, form)
 
 
 class _NotJsonError(BadDocumentError):
@@ -129,14 +130,17 @@ def load_json(content: bytes) -> object:
         raise _NotJsonError(f"not JSON: {reason(error)}") from None
 
 
-def text_of_object(record: object, text_key: str) -> str:
-    """Returns the text of an object that was JSON; raises BadDocumentError if it has none."""
-    try:
-        if isinstance(record, dict):
-            return checked_text(look_up(record, text_key), text_key)
-    except KeyError:
-        pass
-    raise BadDocumentError(f"no key {text_key!r} (--text-key names it)")
+def document_of_object(record: object, form: Form) -> Document | None:
+    """Returns the document of an object that was JSON; raises BadDocumentError if it has none."""
+    values = []
+    for key, option in form.options.items():
+        try:
+            if not isinstance(record, dict):
+                raise KeyError(key)
+            values.append(look_up(record, key))
+        except KeyError:
+            raise BadDocumentError(f"no key {key!r} ({option} names it)") from None
+    return form.document(values)
 
 
 def _lines_before(path: Path, start: int) -> int:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from train.data.packed_files import naming, reason
-from train.data.prepare.columns import check_column, texts_of_rows
-from train.data.prepare.documents import FileFormat, FilePart, Reading
+from train.data.prepare.columns import check_columns, documents_of_rows
+from train.data.prepare.documents import Document, FileFormat, FilePart, Reading
 from train.errors import DataError
 from train.extras import import_extra
 
@@ -28,17 +28,17 @@ def _divide(path: Path, part_bytes: int) -> list[FilePart]:
     return parts
 
 
-def _read(part: FilePart, reading: Reading) -> Iterator[str]:
+def _read(part: FilePart, reading: Reading) -> Iterator[Document | None]:
     start, stop = part.range
     with _opened(part.path) as file:
-        check_column(part.path, file.schema_arrow, reading.text_key)
+        check_columns(part.path, file.schema_arrow, reading.form)
         groups = [file.metadata.row_group(group) for group in range(stop)]
         rows = sum(group.num_rows for group in groups[:start])
         for index in range(start, stop):
             # The name of a field inside of a struct is one of parquet's columns, too.
-            columns = [reading.text_key]
+            columns = list(reading.form.options)
             for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[index], columns=columns):
-                yield from texts_of_rows(batch, part.path, rows, reading)
+                yield from documents_of_rows(batch, part.path, rows, reading)
                 rows += batch.num_rows
             reading.progress(groups[index].total_byte_size)
 

@@ -45,6 +45,11 @@ def is_text(path: PurePath) -> bool:
     return kind_of(path) not in OTHER_PACKINGS and format_of(path).read_stream is not None
 
 
+def may_hold_records(path: PurePath) -> bool:
+    """Says whether a file is a table, an archive, or of records that may have fields."""
+    return format_of(path) not in (TEXT, TOKENS, INDEX)
+
+
 def holds_records(path: PurePath) -> bool:
     """Says whether a file is one whose records may be of any of several formats."""
     return format_of(path) is ARRAY_RECORD

@@ -1,5 +1,6 @@
 """The jobs that preparing a corpus is divided into, each of which writes one shard a split."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -16,13 +17,15 @@ from train.data.prepare.documents import (
     BadDocumentError,
     Document,
     FilePart,
+    MarkedTokens,
     Reading,
     RecordFormat,
     TokenizedText,
 )
+from train.data.prepare.instructions import Instructions, TooLongCounts, make_form
 from train.data.prepare.raw_files import read_documents
 from train.data.prepared_folder import SPLITS
-from train.data.token_shards import ShardRecord, ShardWriter
+from train.data.token_shards import Marks, ShardRecord, ShardWriter
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 from train.storage.small_json import read_whole
@@ -44,11 +47,12 @@ class ShardRules:
     """What the tokens of a shard depend on besides its text and the tokenizer.
 
     Attributes:
-        text_key: see `Reading`.
+        text_key: the field of a text, see `train.data.prepare.documents.Form`.
         held_out_fraction: share of the documents that are held out.
         skip_bad: whether to count documents that cannot be used, instead of stopping at one.
         dtype: of the tokens, "uint16" or "uint32".
         record_format: see `Reading`.
+        instructions: which fields are marked text instead; None: no text is.
     """
 
     text_key: str
@@ -56,6 +60,7 @@ class ShardRules:
     skip_bad: bool
     dtype: str
     record_format: RecordFormat | None = None
+    instructions: Instructions | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,14 @@ class WrittenShards:
         shards: the record of a split's shard, for each of SPLITS that got a document.
         bad: number of documents that were left out.
         first_bad: what was wrong with the first of them.
+        cut, dropped: number of documents that were too long, and cut or left out.
     """
 
     shards: dict[str, ShardRecord] = field(default_factory=dict)
     bad: int = 0
     first_bad: str = ""
+    cut: int = 0
+    dropped: int = 0
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -132,21 +140,17 @@ def write_shards(
         nonlocal read
         read += size
 
-    dtype = np.dtype(rules.dtype)
+    too_long = TooLongCounts()
+    form = make_form(rules.text_key, rules.instructions, tokenizer, folder, too_long)
+    reading = Reading(form, tokenizer, note, count, rules.record_format)
     try:
-        with (
-            ShardWriter(folder, f"{SPLITS[0]}-{number:05}", dtype) as training,
-            ShardWriter(folder, f"{SPLITS[1]}-{number:05}", dtype) as held_out,
-        ):
-            writers = dict(zip(SPLITS, (training, held_out), strict=True))
-            reading = Reading(rules.text_key, tokenizer, note, count, rules.record_format)
+        with _writers(number, folder, rules) as writers:
             for batch in _batches(job, reading):
                 tokens = 0
                 for split, documents in _by_split(batch, rules.held_out_fraction).items():
-                    encoded, ends = _encode(tokenizer, documents)
-                    size = sum(len(_text(document).encode()) for document in documents)
-                    writers[split].add(encoded, ends, size)
-                    tokens += len(encoded)
+                    encoded = _encode(tokenizer, documents)
+                    writers[split].add(*encoded)
+                    tokens += len(encoded[0])
                 progress(read, tokens)
                 read = 0
             progress(read, 0)
@@ -154,7 +158,21 @@ def write_shards(
     except OSError as error:
         raise DataError(f"{folder}: cannot write there: {error.strerror}") from None
     shards = {split: record for split, record in closed.items() if record}
-    return WrittenShards(shards, len(bad), bad[0] if bad else "")
+    first_bad = bad[0] if bad else ""
+    return WrittenShards(shards, len(bad), first_bad, too_long.cut, too_long.dropped)
+
+
+@contextlib.contextmanager
+def _writers(number: int, folder: Path, rules: ShardRules) -> Iterator[dict[str, ShardWriter]]:
+    """Opens the shard of a job for each of SPLITS."""
+    dtype, with_mask = np.dtype(rules.dtype), rules.instructions is not None
+    with contextlib.ExitStack() as stack:
+        yield {
+            split: stack.enter_context(
+                ShardWriter(folder, f"{split}-{number:05}", dtype, with_mask=with_mask)
+            )
+            for split in SPLITS
+        }
 
 
 def _batches(job: ShardJob, reading: Reading) -> Iterator[list[Document]]:
@@ -164,7 +182,7 @@ def _batches(job: ShardJob, reading: Reading) -> Iterator[list[Document]]:
     for part in job:
         for document in read_documents(part, reading):
             batch.append(document)
-            size += len(_text(document))
+            size += _size(document)
             if size >= _BATCH_BYTES or len(batch) >= _BATCH_DOCUMENTS:
                 yield batch
                 batch, size = [], 0
@@ -172,20 +190,54 @@ def _batches(job: ShardJob, reading: Reading) -> Iterator[list[Document]]:
         yield batch
 
 
-def _text(document: Document) -> str:
+def _text(document: str | TokenizedText) -> str:
     return document.text if isinstance(document, TokenizedText) else document
+
+
+def _identity(document: Document) -> str:
+    """Returns what decides whether a document is held out."""
+    return document.identity if isinstance(document, MarkedTokens) else _text(document)
+
+
+def _size(document: Document) -> int:
+    return document.text_bytes if isinstance(document, MarkedTokens) else len(_text(document))
 
 
 def _by_split(documents: Sequence[Document], held_out_fraction: float) -> dict[str, list[Document]]:
     """Divides documents into the splits that get any."""
     splits: dict[str, list[Document]] = {split: [] for split in SPLITS}
     for document in documents:
-        held_out = is_document_held_out(_text(document), held_out_fraction)
+        held_out = is_document_held_out(_identity(document), held_out_fraction)
         splits[SPLITS[held_out]].append(document)
     return {split: chosen for split, chosen in splits.items() if chosen}
 
 
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> tuple[np.ndarray, np.ndarray]:
+Encoded = tuple[np.ndarray, np.ndarray, int, Marks | None]
+"""What `ShardWriter.add` takes."""
+
+
+def _encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> Encoded:
+    """Makes tokens of documents of one form; marked ones have theirs."""
+    marked = [document for document in documents if isinstance(document, MarkedTokens)]
+    if not marked:
+        texts = [x for x in documents if not isinstance(x, MarkedTokens)]
+        size = sum(len(_text(document).encode()) for document in texts)
+        return *_encode_texts(tokenizer, texts), size, None
+    assert len(marked) == len(documents)
+    return (
+        np.concatenate([document.tokens for document in marked]),
+        np.cumsum([len(document.tokens) for document in marked], dtype=np.int64),
+        sum(document.text_bytes for document in marked),
+        Marks(
+            np.concatenate([document.mask for document in marked]),
+            sum(document.target_bytes for document in marked),
+        ),
+    )
+
+
+def _encode_texts(
+    tokenizer: Tokenizer, documents: Sequence[str | TokenizedText]
+) -> tuple[np.ndarray, np.ndarray]:
     """Returns what `Tokenizer.encode_documents` does; documents that have tokens keep them."""
     arrays: list[np.ndarray] = []
     lengths: list[int] = []

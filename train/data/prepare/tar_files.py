@@ -9,6 +9,7 @@ from typing import BinaryIO, Self, cast
 from train.data.packed_files import kind_of, naming, open_unpacked, unpacked
 from train.data.prepare.documents import (
     BadDocumentError,
+    Document,
     FileFormat,
     FilePart,
     Reading,
@@ -23,7 +24,7 @@ _READ_BYTES = 1 << 16
 def tar_format(reader_of: Callable[[PurePosixPath], ReadStream | None]) -> FileFormat:
     """Makes the format of archives, whose files are read by what `reader_of` finds by name."""
 
-    def read(part: FilePart, reading: Reading) -> Iterator[str]:
+    def read(part: FilePart, reading: Reading) -> Iterator[Document | None]:
         with naming(part.path, DataError), open_unpacked(part.path) as file:
             for name, content in _files(file, str(part.path), reading):
                 where = f"{part.path}, file {name} in it"

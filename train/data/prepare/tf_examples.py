@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from train.data.prepare.documents import BadDocumentError, checked_text
+from train.data.prepare.documents import BadDocumentError, Document, Form
 
 # What of tensorflow/core/example/*.proto holds texts; other fields are passed over.
 _SCHEMA = """
@@ -47,23 +47,24 @@ message_type {
 """
 
 
-def text_of_example(record: bytes, text_key: str) -> str:
-    """Returns the text of a feature; raises BadDocumentError if there is not one text in it."""
+def document_of_example(record: bytes, form: Form) -> Document | None:
+    """Returns the document of features; BadDocumentError unless there is one text in each."""
     from google.protobuf.message import DecodeError
 
     try:
         features = _example_type().FromString(record).features.feature
     except DecodeError:
         raise BadDocumentError("no tf.train.Example (--record-format)") from None
-    if text_key not in features:
-        there = ", ".join(sorted(features)[:10]) or "none"
-        raise BadDocumentError(
-            f"no feature {text_key!r} (--text-key names it); it has {there:.100}"
-        )
-    values = features[text_key].bytes_list.value
-    if len(values) != 1:
-        raise BadDocumentError(f"{text_key!r} holds {len(values)} texts; expected one")
-    return checked_text(values[0], text_key)
+    texts: list[object] = []
+    for key, option in form.options.items():
+        if key not in features:
+            there = ", ".join(sorted(features)[:10]) or "none"
+            raise BadDocumentError(f"no feature {key!r} ({option} names it); it has {there:.100}")
+        values = features[key].bytes_list.value
+        if len(values) != 1:
+            raise BadDocumentError(f"{key!r} holds {len(values)} texts; expected one")
+        texts.append(values[0])
+    return form.document(texts)
 
 
 @functools.cache

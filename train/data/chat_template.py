@@ -1,12 +1,13 @@
-"""A model's chat template, which writes a user's message as the model saw messages in training."""
+"""A model's chat template, which writes messages as the model saw them in training."""
 
 import contextlib
 import datetime
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from reprlib import repr as shown
-from typing import Any, NoReturn, Self
+from typing import Any, NamedTuple, NoReturn, Self
 
 from nha_jax.storage.folder import extra_files_of
 from nha_jax.tokenizer.files import TOKENIZER_CONFIG_FILE, read_objects, special_token
@@ -16,9 +17,32 @@ from train.extras import import_extra
 
 TEMPLATE_FILE = "chat_template.jinja"
 
+NO_CHAT = "Leave --chat out for a model that was not trained to chat"
+
+Messages = Sequence[Mapping[str, Any]]
+"""A conversation: each message has its "role" ("system", "user", "assistant", ...), its "content",
+a text, and what else the template reads of it."""
+
+
+class MarkedText(NamedTuple):
+    """A text of which parts are marked.
+
+    Attributes:
+        text: the text.
+        spans: ranges of its characters, ascending, none of them empty.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
 
 class ChatTemplate:
-    """A Jinja template as Hugging Face's tokenizers carry it; it is run in a sandbox."""
+    """A Jinja template as Hugging Face's tokenizers carry it; it is run in a sandbox.
+
+    Attributes:
+        source: the template's text.
+        has_marks: whether it says what an assistant writes, by {% generation %}.
+    """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], where: str):
         """Compiles the template.
@@ -32,22 +56,40 @@ class ChatTemplate:
             ConfigError: the text is no template, or the package jinja2 is not installed.
         """
         sandbox = import_extra("jinja2.sandbox")
+        from train.data.generation_tag import GenerationTag, has_tag
+
         self._where = where
         self.source = source
         # Templates are written for these settings: a line that only holds a statement leaves no
         # empty line behind.
         environment = sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", GenerationTag],
         )
         environment.filters["tojson"] = _to_json
         environment.globals |= special_tokens
         environment.globals |= {"raise_exception": _raise, "strftime_now": _now}
         with self._errors():
             self._template = environment.from_string(source)
+            self.has_marks = has_tag(environment, source)
 
     @classmethod
-    def of(cls, folder: Path) -> Self:
+    def decode(cls, content: bytes, special_tokens: Mapping[str, str], where: Path) -> Self:
+        """Does what the constructor does, of a file's content; ConfigError if it is no UTF-8."""
+        try:
+            source = content.decode()
+        except UnicodeDecodeError:
+            raise ConfigError(f"{where}: cannot use the chat template: no UTF-8") from None
+        return cls(source, special_tokens, str(where))
+
+    @classmethod
+    def of(cls, folder: Path, instead: str = NO_CHAT) -> Self:
         """Reads a folder's template, from chat_template.jinja or else tokenizer_config.json.
+
+        Args:
+            folder: of a run, a model, or prepared dialogues.
+            instead: what an error says to do if the folder has none.
 
         Raises:
             ConfigError: the folder has no template, or what it has is none.
@@ -56,17 +98,12 @@ class ChatTemplate:
         files = extra_files_of(folder)
         with tokenizer_errors():
             settings = read_objects(files, folder)
-        where, source = folder / TEMPLATE_FILE, ""
-        if TEMPLATE_FILE in files:
-            try:
-                source = files[TEMPLATE_FILE].decode()
-            except UnicodeDecodeError:
-                raise ConfigError(f"{where}: cannot use the chat template: no UTF-8") from None
-        else:
-            where = folder / TOKENIZER_CONFIG_FILE
-            source = _named_template(settings.get(TOKENIZER_CONFIG_FILE, {}), where)
         names = ("bos_token", "eos_token")
         tokens = {kind: name for kind in names if (name := special_token(settings, kind))}
+        if TEMPLATE_FILE in files:
+            return cls.decode(files[TEMPLATE_FILE], tokens, folder / TEMPLATE_FILE)
+        where = folder / TOKENIZER_CONFIG_FILE
+        source = _named_template(settings.get(TOKENIZER_CONFIG_FILE, {}), where, instead)
         return cls(source, tokens, str(where))
 
     def render(self, message: str) -> str:
@@ -77,25 +114,35 @@ class ChatTemplate:
         """
         return self.render_messages([{"role": "user", "content": message}])
 
-    def render_messages(
-        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
-    ) -> str:
+    def render_messages(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """Writes a conversation.
 
         Args:
-            messages: each with its "role" ("system", "user", "assistant") and its "content".
+            messages: its messages.
             add_generation_prompt: whether it ends where the model's answer begins.
 
         Raises:
             ConfigError: the template cannot be filled in.
         """
+        return self._render(messages, add_generation_prompt).text
+
+    def render_marked(self, messages: Messages) -> MarkedText:
+        """Writes a conversation without a generation prompt, and marks what {% generation %} holds.
+
+        Raises:
+            ConfigError: the template cannot be filled in.
+        """
+        return self._render(messages, add_generation_prompt=False)
+
+    def _render(self, messages: Messages, add_generation_prompt: bool) -> MarkedText:
         with self._errors():
-            return self._template.render(
+            rendered = self._template.render(
                 messages=messages,
                 add_generation_prompt=add_generation_prompt,
                 tools=None,
                 documents=None,
             )
+        return _take_marks(rendered)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -106,7 +153,27 @@ class ChatTemplate:
             raise ConfigError(f"{self._where}: cannot use the chat template: {reason}") from None
 
 
-def _named_template(settings: Mapping[str, Any], where: Path) -> str:
+def _take_marks(rendered: str) -> MarkedText:
+    """Takes the marks of the tag out of a rendered text; a span in another is a part of it."""
+    from train.data.generation_tag import CLOSING, OPENING
+
+    parts = re.split(f"([{OPENING}{CLOSING}])", rendered)
+    spans: list[tuple[int, int]] = []
+    position = depth = start = 0
+    for part in parts:
+        if part == OPENING:
+            start = start if depth else position
+            depth += 1
+        elif part == CLOSING:
+            depth -= 1
+            if not depth and position > start:
+                spans.append((start, position))
+        else:
+            position += len(part)
+    return MarkedText("".join(parts[::2]), tuple(spans))
+
+
+def _named_template(settings: Mapping[str, Any], where: Path, instead: str) -> str:
     """Finds the template in tokenizer_config.json: a text, or of several that named "default"."""
     template = settings.get("chat_template")
     try:
@@ -124,7 +191,7 @@ def _named_template(settings: Mapping[str, Any], where: Path) -> str:
     if template is None:
         raise ConfigError(
             f"{where.parent}: no chat template; expected {TEMPLATE_FILE}, or chat_template in "
-            f"{TOKENIZER_CONFIG_FILE}. Leave --chat out for a model that was not trained to chat"
+            f"{TOKENIZER_CONFIG_FILE}. {instead}"
         )
     return template
 
