@@ -12,8 +12,10 @@ from nha_jax.lazy import lazy_names
 __version__ = version("nha_jax")
 
 if TYPE_CHECKING:
+    from nha_jax.adapters import add_adapter, merge_adapter
     from nha_jax.cache import ModelCache
     from nha_jax.config import ModelConfig
+    from nha_jax.config_parts import Adapter
     from nha_jax.generation.engine import Engine, Event
     from nha_jax.generation.generate import Generated, generate
     from nha_jax.generation.prefixes import Prefix, PrefixStatistics
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from nha_jax.ops.state import NHAState
     from nha_jax.ops.types import NHAOutput
     from nha_jax.sizes import flops_per_token, num_parameters, training_flops_per_token
+    from nha_jax.storage.saved_adapter import load_adapter, save_adapter
     from nha_jax.storage.saved_model import load, save
     from nha_jax.tokenizer.from_file import load_tokenizer
     from nha_jax.tokenizer.interface import Tokenizer
@@ -38,6 +41,7 @@ else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "Adapter": "nha_jax.config_parts",
             "Diagnostics": "nha_jax.layers.diagnostics",
             "Engine": "nha_jax.generation.engine",
             "Event": "nha_jax.generation.engine",
@@ -54,15 +58,19 @@ else:
             "Score": "nha_jax.generation.score",
             "Tokenizer": "nha_jax.tokenizer.interface",
             "UnstackedModel": "nha_jax.unstacked",
+            "add_adapter": "nha_jax.adapters",
             "flops_per_token": "nha_jax.sizes",
             "from_pretrained": "nha_jax.hf.pretrained",
             "generate": "nha_jax.generation.generate",
             "load": "nha_jax.storage.saved_model",
+            "load_adapter": "nha_jax.storage.saved_adapter",
             "load_tokenizer": "nha_jax.tokenizer.from_file",
+            "merge_adapter": "nha_jax.adapters",
             "muon_dimension_numbers": "nha_jax.muon",
             "nha_attention": "nha_jax.ops.api",
             "num_parameters": "nha_jax.sizes",
             "save": "nha_jax.storage.saved_model",
+            "save_adapter": "nha_jax.storage.saved_adapter",
             "save_pretrained": "nha_jax.hf.export",
             "scale_by_mup": "nha_jax.mup_steps",
             "score": "nha_jax.generation.score",
@@ -73,6 +81,7 @@ else:
     )
 
 __all__ = [
+    "Adapter",
     "Diagnostics",
     "Engine",
     "Event",
@@ -89,15 +98,19 @@ __all__ = [
     "Score",
     "Tokenizer",
     "UnstackedModel",
+    "add_adapter",
     "flops_per_token",
     "from_pretrained",
     "generate",
     "load",
+    "load_adapter",
     "load_tokenizer",
+    "merge_adapter",
     "muon_dimension_numbers",
     "nha_attention",
     "num_parameters",
     "save",
+    "save_adapter",
     "save_pretrained",
     "scale_by_mup",
     "score",

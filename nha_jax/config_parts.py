@@ -1,4 +1,4 @@
-"""Parts of a `ModelConfig` with fields of their own: stretched rotations, and experts."""
+"""Stretched rotations and experts, the parts of a `ModelConfig`, and what an adapter is."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -98,12 +98,48 @@ class Experts:
         _require(self, "normalize", isinstance(self.normalize, bool), "true or false")
 
 
-def _make_plain(part: RopeScaling | Experts) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Low-rank updates beside frozen projections (LoRA, Hu et al., arXiv 2106.09685).
+
+    A projection becomes x kernel + (alpha / rank) (x lora_a) lora_b. The first factor is
+    [in, rank] and drawn at random, the second is [rank, out] and begins as 0, so that at first
+    nothing is changed. Only the factors are trained.
+
+    Fields:
+        rank: how many directions an update has, at most the smaller size of each kernel.
+        alpha: the updates are multiplied by alpha / rank, so that one learning rate serves ranks
+            that differ.
+        targets: patterns of names of the projections that get an update, as a shell matches file
+            names, e.g. blocks.mlp.*; by default those of query, key, value and output.
+
+    Raises:
+        ValueError: a field is out of its range; one line names it, its value and what is expected.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("blocks.attention.[qkvo]_proj",)
+
+    def __post_init__(self) -> None:
+        _make_plain(self)
+        _require(self, "rank", is_count(self.rank), "an integer of at least 1 and below 2**31")
+        _require(self, "alpha", is_positive(self.alpha), "a finite number above 0")
+        listed = isinstance(self.targets, list | tuple)
+        fits = listed and bool(self.targets) and all(isinstance(x, str) for x in self.targets)
+        _require(self, "targets", fits, "a pattern at least, such as ('blocks.attention.*',)")
+        object.__setattr__(self, "targets", tuple(self.targets))
+
+
+_Part = RopeScaling | Experts | Adapter
+
+
+def _make_plain(part: _Part) -> None:
     for field in dataclasses.fields(part):
         object.__setattr__(part, field.name, plain(getattr(part, field.name)))
 
 
-def _require(part: RopeScaling | Experts, name: str, condition: bool, expected: str) -> None:
+def _require(part: _Part, name: str, condition: bool, expected: str) -> None:
     assert name in {field.name for field in dataclasses.fields(part)}
     if not condition:
         raise ValueError(f"{name}={shown(getattr(part, name))} must be {expected}")

@@ -1,9 +1,8 @@
 """The decoder-only language model: `Model`, with its forward pass over whole sequences."""
 
 import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from nha_jax.compiled import compiled
 from nha_jax.config import ModelConfig
 from nha_jax.decoder import Decoder
 from nha_jax.layers import Block, LayerDiagnostics
+from nha_jax.layers.attention_core import AttentionCore
 from nha_jax.layers.diagnostics import Diagnostics
 from nha_jax.layers.layer_stack import (
     block_of_layer,
@@ -24,7 +24,8 @@ from nha_jax.layers.layer_stack import (
     scan_blocks,
     stacked_blocks,
 )
-from nha_jax.layers.parameters import linear, normal, rms_norm
+from nha_jax.layers.parameters import normal, rms_norm
+from nha_jax.layers.projection import linear
 from nha_jax.ops import SlotWeightGradient
 from nha_jax.ops.mesh.division import shard_tokens
 from nha_jax.ops.mesh.explicit import with_auto_axes
@@ -245,7 +246,13 @@ class Model(Decoder):
     def _with_config(self, **changes: Any) -> Self:
         """Returns a model of a changed config, under which it has the same parameters: these."""
         config = dataclasses.replace(self.config, **changes)
-        return cast(Self, nnx.merge(_graph(config, type(self)), nnx.state(self)))
+        model = nnx.merge(*nnx.split(self))
+        for _, module in nnx.iter_modules(model):
+            if isinstance(module, AttentionCore):
+                module.config = config.layer
+            elif hasattr(module, "config"):
+                module.config = config
+        return model
 
     def _forward(
         self,
@@ -296,13 +303,6 @@ class Model(Decoder):
         )
         hidden = self._end(hidden, known, segment_ids)
         return hidden, None if diagnose is None else in_layer_order(layers)
-
-
-@functools.lru_cache
-def _graph(config: ModelConfig, kind: type[Model]) -> nnx.GraphDef[Model]:
-    """Describes the structure of a model of a config: to build one by tracing takes a second."""
-    graph, _ = abstract_model(config, kind)
-    return graph
 
 
 def abstract_model(

@@ -10,6 +10,8 @@ width_ratio = hidden_size / mup_base_width:
 | hidden: projections, gates, SwiGLUs, experts | sqrt(width_ratio) | width_ratio | its root |
 | router of experts: its outputs do not grow | width_ratio | width_ratio | width_ratio |
 | embedding, head, norms, biases, convolutions | 1 | 1 | |
+| adapter: lora_a, which reads the width | (its own) | width_ratio | its root |
+| adapter: lora_b, which reads its rank | (0) | 1 | 1 |
 
 and the head's logits by width_ratio. An entry of Adam's step is as large at any width, and the
 steps of a matrix line up with its input, so that their sum over the input's width has to be divided
@@ -53,4 +55,5 @@ def step_factor(
 
 def _is_of_layers(axes: Sequence[str | None]) -> bool:
     """Whether a parameter is a matrix, or a stack of them, that reads a layer's width."""
-    return len([name for name in axes if name != "layers"]) >= 2 and not {"vocab", "conv"} & {*axes}
+    own = [name for name in axes if name != "layers"]
+    return len(own) >= 2 and own[-2] != "rank" and not {"vocab", "conv"} & {*own}

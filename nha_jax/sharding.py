@@ -26,6 +26,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "kv_heads": ("tensor",),
     "mlp": ("tensor",),
     "experts": (),
+    "rank": (),
     "conv": (),
     "norm": (),
 }

@@ -7,6 +7,7 @@ from flax import nnx
 from nha_jax.ends import Ends
 from nha_jax.layers import Block
 from nha_jax.layers.layer_stack import block_of_layer
+from nha_jax.layers.projection import projections
 from nha_jax.model import Model, abstract_model
 from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.sharding import hidden_specs, logits_specs
@@ -60,14 +61,14 @@ class UnstackedModel(Ends):
 def unstack(model: Model) -> UnstackedModel:
     """Makes each layer of a model a module of its own; the layers' parameters are copied.
 
-    LoRA by qwix on every projection, whose parameters are `nnx.LoRAParam`; `nnx.jit` compiles the
-    call:
+    Tools that change modules then see each of them, such as qwix's LoRA (that of the library,
+    `nha_jax.add_adapter`, needs no unstacking); `nnx.jit` compiles the call:
 
         provider = qwix.LoraProvider(module_path=".*_proj", rank=8, alpha=16.0)
         unstacked = nha_jax.unstack(model)
         lora = qwix.apply_lora_to_model(unstacked, provider, tokens, rngs=nnx.Rngs(0))
 
-    Once trained it is merged, and stacked to generate with or to save:
+    What they put beside a kernel is merged before layers are stacked, to generate with or to save:
 
         for _, module in nnx.iter_modules(lora):
             if hasattr(module, "kernel_lora_a"):
@@ -80,7 +81,15 @@ def unstack(model: Model) -> UnstackedModel:
 
         rule = qwix.QuantizationRule(module_path=".*_proj", weight_qtype="int8")
         quantized = qwix.quantize_model(unstacked, qwix.PtqProvider([rule]), tokens)
+
+    Raises:
+        ValueError: the model has an adapter, or kernels of 8 bits.
     """
+    if not all(projection.is_plain for projection in projections(model).values()):
+        raise ValueError(
+            "model has more than kernels in its projections: merge it first, with "
+            "nha_jax.merge_adapter(model)"
+        )
     return UnstackedModel(model)
 
 

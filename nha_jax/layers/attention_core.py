@@ -14,7 +14,8 @@ from flax import nnx
 
 from nha_jax.layer_config import LayerConfig
 from nha_jax.layers.convolution import ShortConvolution
-from nha_jax.layers.parameters import linear, rms_norm
+from nha_jax.layers.parameters import rms_norm
+from nha_jax.layers.projection import linear
 from nha_jax.ops import (
     NHAState,
     Rope,

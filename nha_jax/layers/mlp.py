@@ -4,7 +4,7 @@ import jax
 from flax import nnx
 
 from nha_jax.config import ModelConfig
-from nha_jax.layers.parameters import linear
+from nha_jax.layers.projection import linear
 from nha_jax.ops.mesh.division import shard_tokens
 
 

@@ -14,6 +14,7 @@ LOGICAL_AXES = (
     "kv_heads",  # key/value heads x their key, value or slot count, heads outermost
     "mlp",  # the inner width of the SwiGLU
     "experts",  # the SwiGLUs of a mixture
+    "rank",  # between the two factors of an adapter
     "conv",  # the taps of the short convolution
     "norm",  # the scale of a norm over the residual stream, or over one head's query or key
 )
@@ -44,39 +45,6 @@ def normal(config: LayerFields, *names: str):
 def logical_axes(variable: nnx.Variable) -> tuple[str | None, ...]:
     """The logical names of a variable's axes, e.g. ("layers", "embed", "mlp"); () without any."""
     return tuple(variable.get_metadata().get("out_sharding") or ())
-
-
-def linear(
-    config: LayerFields,
-    in_features: int,
-    out_features: int,
-    names: tuple[str, str],
-    *,
-    rngs: nnx.Rngs,
-    use_bias: bool = False,
-    preferred_element_type: jax.typing.DTypeLike | None = None,
-) -> nnx.Linear:
-    """Makes a projection: [..., in_features] -> [..., out_features], computed in config.dtype.
-
-    Args:
-        config: dtypes, and the standard deviation of the kernel at the start.
-        in_features, out_features: sizes.
-        names: the logical axes of the kernel [in_features, out_features].
-        rngs: random numbers for the kernel.
-        use_bias: whether it has a bias, which starts at 0.
-        preferred_element_type: dtype of the result; None: config.dtype.
-    """
-    return nnx.Linear(
-        in_features,
-        out_features,
-        use_bias=use_bias,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        preferred_element_type=preferred_element_type,
-        kernel_init=normal(config, *names),
-        bias_init=partitioned(jax.nn.initializers.zeros, names[1]),
-        rngs=rngs,
-    )
 
 
 def rms_norm(

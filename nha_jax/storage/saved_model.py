@@ -39,7 +39,8 @@ def save(
 
     Args:
         path: the folder to create; its parents are created too.
-        model: the model; its parameters are written in its config's param_dtype.
+        model: the model; its parameters are written in its config's param_dtype, and an adapter as
+            a part of its kernels (`save_adapter` writes it alone).
         overwrite: replace a saved model that is there already.
         files: name and content of extra files; the names are among EXTRA_FILES.
 

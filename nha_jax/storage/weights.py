@@ -19,6 +19,7 @@ import safetensors
 from flax import nnx
 
 from nha_jax.config import ModelConfig
+from nha_jax.layers.projection import BESIDE_KERNEL, merged_kernel, projections
 from nha_jax.model import Model, abstract_model
 from nha_jax.sizes import Shapes, by_name
 
@@ -78,27 +79,66 @@ class SafetensorsSource:
             return file.get_slice(name)[index]
 
 
+class ArraySource:
+    """Arrays in memory, under the names and in the dtypes that they are given."""
+
+    def __init__(self, name: str, arrays: Mapping[str, jax.Array]):
+        self.name = name
+        self._arrays = arrays
+        self.shapes: Shapes = {
+            name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()
+        }
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        return np.asarray(_slice(self._arrays[name], index))
+
+
 class ModelSource:
     """The parameters of a model in memory, read in its config's param_dtype.
 
-    A model that is being trained may hold some of them in another dtype.
+    A model that is being trained may hold some of them in another dtype. What lies beside the
+    kernels of projections, such as an adapter, is merged into each part as it is read.
     """
 
     def __init__(self, model: Model):
         self.name = "the model"
-        self._arrays = {name: jnp.asarray(x) for name, x in by_name(nnx.state(model)).items()}
+        held = {name: jnp.asarray(x) for name, x in by_name(nnx.state(model)).items()}
+        self._beside = {name: held.pop(name) for name in [*held] if _last(name) in BESIDE_KERNEL}
+        self._alphas = {
+            f"{name}.kernel": projection.alpha
+            for name, projection in projections(model).items()
+            if not projection.is_plain
+        }
+        self._arrays = held
         self._dtype = jnp.dtype(model.config.param_dtype)
         self.shapes: Shapes = {
             name: jax.ShapeDtypeStruct(x.shape, self._dtype) for name, x in self._arrays.items()
         }
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        array = self._arrays[name]
-        bounds = [part.indices(length)[:2] for part, length in zip(index, array.shape, strict=True)]
-        # A dynamic slice, so that all parts of one size share a compiled program.
-        starts, sizes = [low for low, _ in bounds], [high - low for low, high in bounds]
-        part = np.asarray(jax.lax.dynamic_slice(array, starts, sizes))
-        return part.astype(self._dtype, copy=False)
+        part = _slice(self._arrays[name], index)
+        if name in self._alphas:
+            *stack, inputs, outputs = index
+            every = slice(None)
+            indices = ((*stack, inputs, every), (*stack, every, outputs), (*stack, outputs))
+            beside = []
+            for other, of_other in zip(BESIDE_KERNEL, indices, strict=True):
+                array = self._beside.get(f"{name.removesuffix('kernel')}{other}")
+                beside.append(None if array is None else _slice(array, of_other))
+            part = merged_kernel(part, *beside, alpha=self._alphas[name])
+        return np.asarray(part).astype(self._dtype, copy=False)
+
+
+def _slice(array: jax.Array, index: Index) -> jax.Array:
+    """Cuts a part by a dynamic slice, so that all parts of one size share a compiled program."""
+    bounds = [part.indices(length)[:2] for part, length in zip(index, array.shape, strict=True)]
+    return jax.lax.dynamic_slice(
+        array, [low for low, _ in bounds], [high - low for low, high in bounds]
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def differences(expected: Shapes, found: Shapes) -> list[str]:
@@ -166,7 +206,7 @@ def read_state(source: WeightSource, abstract: nnx.State, shardings: Any) -> nnx
         name: _read_to_devices(source, name, destinations[name], leaf.dtype)
         for name, leaf in by_name(state).items()
     }
-    nnx.replace_by_pure_dict(state, _nested(arrays))
+    nnx.replace_by_pure_dict(state, nested(arrays))
     return state
 
 
@@ -242,7 +282,7 @@ def _default_device() -> jax.Device:
     return chosen if isinstance(chosen, jax.Device) else jax.local_devices()[0]
 
 
-def _nested(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
+def nested(arrays: Mapping[str, jax.Array]) -> dict[str, Any]:
     """Makes nested dictionaries of dotted names: the inverse of `by_name`."""
     tree: dict[str, Any] = {}
     for name, array in arrays.items():

@@ -14,6 +14,7 @@ import nha_jax
 from nha_jax import ModelConfig
 from nha_jax.layers import Block
 from nha_jax.model import abstract_model
+from nha_jax.mup import step_factor
 from nha_jax.sizes import by_name
 
 WIDTH_RATIO = 4  # a power of two whose root is one too, so that nothing is rounded
@@ -78,6 +79,16 @@ def test_its_matrices_make_smaller_steps(orthogonal: bool, hidden: Fraction) -> 
     scaled, _ = scale.update(ones, scale.init(ones), ones)
     for name, step in by_name(scaled).items():
         np.testing.assert_array_equal(step, np.full(step.shape, float(expected[name])), name)
+
+
+@pytest.mark.parametrize(("orthogonal", "first"), [(False, 1 / 4), (True, 1 / 2)])
+def test_of_an_adapter_the_first_factor_reads_the_width(orthogonal: bool, first: float) -> None:
+    for axes, expected in (
+        (("layers", "embed", "rank"), first),
+        (("layers", "rank", "heads"), 1.0),
+        (("layers", "mlp", "rank"), first),
+    ):
+        assert step_factor(WIDTH_RATIO, axes, orthogonal=orthogonal) == expected
 
 
 def test_its_ends_start_as_they_would() -> None:
