@@ -10,6 +10,7 @@ from typing import Literal
 
 from nha_jax import ModelConfig
 from nha_jax.config import DType
+from nha_jax.config_parts import Adapter
 from train.errors import require, require_at_least
 from train.optimizers import find_optimizer
 
@@ -306,12 +307,18 @@ class TrainConfig:
             Its parameters are trained, and saved at the end, in float32 whatever the file holds,
             unless model.param_dtype is given
         trainable: patterns of names of the parameters to train, e.g. blocks.attention.*; the
-            others stay as they are, and have no gradient and no optimizer state
+            others stay as they are, and have no gradient and no optimizer state; null for all or,
+            with an adapter, for none but its factors. Kernels that the adapter is beside stay
+            frozen whatever is given here
         frozen_dtype: dtype of the parameters that are not trained, while training; null for
             model.param_dtype or, if that is not given, for the dtype that initial_model has. If
             model.dtype is bfloat16, then bfloat16 here changes nothing but the scales of norms and
-            the choice of experts, which are computed in float32
+            the choice of experts, which are computed in float32. With int8 the frozen projections
+            of the layers are integers of 8 bits with a scale for each output, and what else is
+            frozen is bfloat16
         model: the network, see nha_jax.ModelConfig; `preset` names a published size
+        adapter: low-rank updates beside frozen projections, which are trained in their place; null
+            for none
         data: the text to learn, and how it is cut
         optimizer: an optimizer with clipping, a warm-up and a decay
         loss: what is added to the cross-entropy
@@ -337,8 +344,9 @@ class TrainConfig:
     head_parts: int = 1
     seed: int = 0
     initial_model: str | None = None
-    trainable: tuple[str, ...] = ("*",)
-    frozen_dtype: DType | None = None
+    trainable: tuple[str, ...] | None = None
+    frozen_dtype: DType | Literal["int8"] | None = None
+    adapter: Adapter | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -362,7 +370,10 @@ class TrainConfig:
             warmup,
             f"at most steps, which is {self.steps}",
         )
-        require(bool(self.trainable), "trainable", list(self.trainable), "a pattern at least")
+        if self.trainable is None:
+            object.__setattr__(self, "trainable", ("*",) if self.adapter is None else ())
+        elif self.adapter is None:
+            require(bool(self.trainable), "trainable", [], "a pattern at least without an adapter")
         require(
             not self.loss.distillation or self.initial_model is not None,
             "loss.distillation",

@@ -88,6 +88,10 @@ NOT_RUN = {
         "nha export runs/llama-3-8b-hybrid exported/llama-hybrid --format transformers",
         "nha export runs/llama-3-8b-hybrid exported/llama-nha",
         "nha export runs/llama-3-8b-hybrid exported/llama --windows none",
+        "nha export runs/llama-3-8b-lora exported/llama-lora --format transformers",
+        "nha export runs/llama-3-8b-lora exported/llama-adapter --format peft",
+        "nha export models/llama-3-8b exported/llama-base --format transformers "
+        "--windows 64,64,64,64,64,64,64,none",
         'nha generate runs/llama-3-8b-hybrid --prompt "The capital of France is"',
     ),
     "it trains on many chips": (
@@ -101,6 +105,7 @@ NOT_RUN = {
         "nha train configs/hybridize.yaml --run=runs/searched "
         "--model.window_size=models/search.json",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-distilled --loss.distillation=1.0",
+        "nha train configs/hybridize.yaml --run=runs/llama-3-8b-lora --adapter.rank=16",
     ),
     "it needs libtpu, which is no part of the default environment": (
         "uv sync --extra tpu --extra data && source .venv/bin/activate",

@@ -25,18 +25,21 @@ Writes a model as a folder for PyTorch: config.json, .safetensors and the files 
                          slots and all. AutoModelForCausalLM.from_pretrained(HF_DIR,
                          trust_remote_code=True) opens it; the numbers of a finished run go into its
                          model card.
+  --format peft          for PEFT: the adapter of a finished run alone, with what was trained whole
+                         beside it, to be put on an export of the model that the run began with.
   --format nha           for the code of the authors of Native Hybrid Attention (JusenD/NHA): a
                          pretrained model made hybrid, with its gates, or one of the published
                          architecture.
 The default is family where every layer has full attention, else nha. If RUN is a saved model, its
-weights are read a piece at a time."""
+weights are read a piece at a time. All but peft write the model of a run with an adapter merged."""
 
 _EXAMPLES = """\
 examples:
   nha export models/llama exported/llama
   nha export runs/quickstart exported/quickstart --format transformers
   nha export runs/hybrid exported/hybrid --shard-size 2GB
-  nha export runs/hybrid exported/original-attention --windows none"""
+  nha export runs/hybrid exported/original-attention --windows none
+  nha export runs/lora exported/adapter --format peft"""
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -53,7 +56,7 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser.add_argument("run", metavar="RUN", help="folder of a run or of a saved model")
     parser.add_argument("out", metavar="HF_DIR", help="folder to make")
     add = parser.add_argument
-    add("--format", choices=("family", "transformers", "nha"), help="see above")
+    add("--format", choices=("family", "transformers", "nha", "peft"), help="see above")
     add(
         "--windows", metavar="WINDOWS",
         help="other windows than the model's: none, a pattern such as 64,64,64,none, or a result "
@@ -79,6 +82,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     named = user_path(options.run, "RUN")
     if out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
+    if options.format == "peft":
+        return _export_adapter(named, out, options)
     with refusals_are_config_errors():
         check_exportable(out, overwrite=options.overwrite)
         config, source = _open(named)
@@ -98,6 +103,26 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
                 overwrite=options.overwrite,
                 on_written=bar.update,
             )
+    print(f"wrote {out}")
+    return 0
+
+
+def _export_adapter(named: Path, out: Path, options: argparse.Namespace) -> int:
+    """Writes the adapter of a finished run, or one that was saved, for PEFT."""
+    from nha_jax.hf.peft import save_peft
+    from nha_jax.storage.saved_adapter import ADAPTER_FILE
+    from train.storage.run_folder import RunFolder
+
+    if options.windows is not None:
+        raise ConfigError(f"--windows {options.windows}: an adapter has no windows; leave it out")
+    folder = named if (named / ADAPTER_FILE).is_file() else RunFolder(named).adapter
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{named}: no adapter to export; expected a finished run with one, or what "
+            "nha_jax.save_adapter wrote"
+        )
+    with refusals_are_config_errors():
+        save_peft(out, folder, overwrite=options.overwrite)
     print(f"wrote {out}")
     return 0
 

@@ -60,7 +60,7 @@ def _train(config: TrainConfig) -> int:
     corpus = load_corpus(config.data)
     corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
-    Trainable.match(config.trainable, config.model)
+    Trainable.of(config)
     _check_implementation(config, mesh)
     _check_sample(config.sample.prompt, corpus.tokenizer)
     folder = RunFolder(config.run)
@@ -99,7 +99,8 @@ def _train(config: TrainConfig) -> int:
         print(result)
         print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
         averaged = ", model_ema" if config.optimizer.ema_decay is not None else ""
-        print(f"tensorboard, checkpoints, model{averaged}")
+        adapter = ", adapter" if config.adapter is not None else ""
+        print(f"tensorboard, checkpoints, model{averaged}{adapter}")
     return 0
 
 

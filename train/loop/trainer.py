@@ -23,6 +23,7 @@ from train.loop.profiling import Profiler
 from train.report.metrics import Row
 from train.report.reporting import Reporting, fetch, plot_run, row_without_evaluation
 from train.step.evaluation import HeldOut, gzip_references, measure_held_out
+from train.step.trainable import Trainable
 from train.step.update import TrainingFunctions, TrainState
 from train.storage.initial_model import InitialModel, teacher_config
 from train.storage.result import Result
@@ -169,8 +170,11 @@ class Trainer:
         return held_out
 
     def _save_models(self, evaluated: Any, averaged: Any) -> nha_jax.Model:
-        """Saves the model and, if there is one, its moving average; returns the model."""
+        """Saves the model, merged, its adapter and its moving average; returns the model."""
         model = self._save_model(self._folder.model, evaluated)
+        if self._config.adapter is not None:
+            whole = Trainable.of(self._config).whole
+            nha_jax.save_adapter(self._folder.adapter, model, whole=whole, overwrite=True)
         if averaged is not None:
             self._save_model(self._folder.model_ema, averaged)
         return model

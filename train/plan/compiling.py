@@ -100,7 +100,7 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         compiled, refusal = _compile(lowered)
     parameters = _device_bytes(functions.abstract_state.model, functions.shardings.model)
     if functions.abstract_teacher is not None:
-        parameters += _device_bytes(functions.abstract_teacher, functions.trained_shardings)
+        parameters += _device_bytes(functions.abstract_teacher, functions.teacher_shardings)
     state = {
         "parameters": parameters,
         "optimizer": _device_bytes(

@@ -10,7 +10,6 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import nha_jax
-from nha_jax.model import abstract_model
 from nha_jax.sharding import named_shardings
 from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
@@ -19,8 +18,8 @@ from train.devices.mesh import batch_sharding, cut_rows, to_devices
 from train.optimizers import find_optimizer
 from train.step.average import average_of
 from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
+from train.step.model_parts import ModelParts, without_factors
 from train.step.optimizer import NamedOptimizer, learning_rate_schedule, make_optimizer
-from train.step.trainable import Trainable
 
 DeviceBatch = dict[str, jax.Array]
 """A batch as arrays [B, T] that are divided over the mesh."""
@@ -63,8 +62,9 @@ class TrainingFunctions:
         learning_rate: the schedule, step -> learning rate.
         abstract_state: shapes and dtypes of the state, as a `TrainState`.
         shardings: where each array of the state lies, in the same structure.
-        trained_shardings: likewise of the trained parameters, their gradients and the teacher's.
+        trained_shardings: likewise of the trained parameters and their gradients.
         abstract_teacher: shapes and dtypes of what `read_teacher` gives; None without a teacher.
+        teacher_shardings: where its arrays lie.
     """
 
     def __init__(self, config: TrainConfig, mesh: Mesh, teacher: nha_jax.ModelConfig | None = None):
@@ -76,25 +76,28 @@ class TrainingFunctions:
             teacher: the configuration of the model that distillation learns from.
 
         Raises:
-            ConfigError: a pattern of `trainable` matches no parameter.
+            ConfigError: a pattern of `trainable` matches no parameter, or the adapter does not fit
+                the model.
         """
         self.learning_rate = learning_rate_schedule(config.optimizer, config.steps)
         self._config = config
         self._mesh = mesh
-        self._trainable = Trainable.match(config.trainable, config.model)
-        self._frozen_dtype = jnp.dtype(config.frozen_dtype or config.model.param_dtype)
+        self._parts = ModelParts(config)
+        self._trainable, self._split = self._parts.trainable, self._parts.split
         # jax's, not nnx's, eval_shape: that one would look for the logical axes in the mesh.
         abstract = jax.eval_shape(lambda: tuple(nnx.split(node) for node in self._create()))
         (self._model_graph, model_state), (self._optimizer_graph, optimizer_state) = abstract
+        self._abstract_base = jax.eval_shape(lambda: nnx.state(self._parts.base()))
         self.abstract_state = TrainState(model_state, optimizer_state)
         self.shardings = TrainState(
             named_shardings(model_state, mesh), named_shardings(optimizer_state, mesh)
         )
         self.trained_shardings, _ = self._split(self.shardings.model)
+        self.teacher_shardings = without_factors(self.trained_shardings)
         self.abstract_teacher = None
         if teacher is not None:
-            self._teacher_graph, _ = abstract_model(teacher)
-            self.abstract_teacher = self._make_abstract_teacher()
+            self._teacher_graph = self._parts.teacher_graph(teacher)
+            self.abstract_teacher = self._parts.abstract_teacher(self.abstract_state.model)
         replicated = NamedSharding(mesh, PartitionSpec())
         self._update = jax.jit(
             self._update_function,
@@ -116,18 +119,22 @@ class TrainingFunctions:
         """Makes parameters and an empty optimizer, each array on its own devices.
 
         Args:
-            source: where the parameters are read from; None: they are drawn by the seed.
+            source: where the parameters are read from, an adapter's factors excepted; None: they
+                are drawn by the seed.
         """
 
-        def create() -> TrainState:
-            model, optimizer = self._create()
+        def create(base: nnx.State | None = None) -> TrainState:
+            model, optimizer = self._create(base)
             return TrainState(nnx.state(model), nnx.state(optimizer))
 
         if source is None:
             return jax.jit(create, out_shardings=self.shardings)()
-        parameters = read_state(source, self.abstract_state.model, self.shardings.model)
-        optimizer = jax.jit(lambda: create().optimizer, out_shardings=self.shardings.optimizer)()
-        return TrainState(parameters, optimizer)
+        base = read_state(
+            source, self._abstract_base, named_shardings(self._abstract_base, self._mesh)
+        )
+        # Kernels that become integers cannot lie where they were.
+        donated = () if self._parts.quantizes else 0
+        return jax.jit(create, out_shardings=self.shardings, donate_argnums=donated)(base)
 
     def read_teacher(self, source: WeightSource) -> nnx.State:
         """Reads the teacher's own version of the trained parameters; it shares the frozen ones.
@@ -136,14 +143,14 @@ class TrainingFunctions:
             source: the teacher's weights.
 
         Returns:
-            A state like `abstract_teacher`, in frozen_dtype.
+            A state like `abstract_teacher`, in frozen_dtype; with an adapter alone an empty one.
 
         Raises:
             ValueError: no teacher was given to the constructor.
         """
         if self.abstract_teacher is None:
             raise ValueError("teacher was not given: there is no model to learn from")
-        return read_state(source, self.abstract_teacher, self.trained_shardings)
+        return read_state(source, self.abstract_teacher, self.teacher_shardings)
 
     def update(
         self, state: TrainState, batch: Batch, teacher: nnx.State | None = None
@@ -184,7 +191,7 @@ class TrainingFunctions:
         state = jax.tree.map(place, self.abstract_state, self.shardings, is_leaf=is_variable)
         teacher = self.abstract_teacher
         if teacher is not None:
-            teacher = jax.tree.map(place, teacher, self.trained_shardings, is_leaf=is_variable)
+            teacher = jax.tree.map(place, teacher, self.teacher_shardings, is_leaf=is_variable)
         shape = self._config.batch_size, self._config.data.sequence_length
         integers, booleans = (jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, jnp.bool_))
         batch = dict.fromkeys(("tokens", "targets", "segment_ids"), integers)
@@ -223,12 +230,11 @@ class TrainingFunctions:
         """Makes the model that has these parameters."""
         return nnx.merge(self._model_graph, model_state)
 
-    def _create(self) -> tuple[nha_jax.Model, nnx.Optimizer]:
-        model = nha_jax.Model(self._config.model, rngs=nnx.Rngs(self._config.seed))
-        trained, frozen = self._split(nnx.state(model))
-        nnx.update(model, jax.tree.map(lambda x: x.astype(self._frozen_dtype), frozen))
+    def _create(self, base: nnx.State | None = None) -> tuple[nha_jax.Model, nnx.Optimizer]:
+        config, model = self._config, self._parts.model(base)
+        trained, _ = self._split(nnx.state(model))
         transform = make_optimizer(
-            self._config.optimizer, self.learning_rate, trained, self._config.model.width_ratio
+            config.optimizer, self.learning_rate, trained, config.model.width_ratio
         )
         return model, NamedOptimizer(model, transform, wrt=self._trainable)
 
@@ -239,17 +245,6 @@ class TrainingFunctions:
         parameters = nnx.as_pure(nnx.state(model, self._trainable))
         nnx.update(model, choose(nnx.as_pure(optimizer.opt_state), parameters))
         return nnx.state(model)
-
-    def _split(self, state: Any) -> tuple[nnx.State, nnx.State]:
-        """Splits a model's state, or a tree like it, into what is trained and what is frozen."""
-        trained, frozen = nnx.split_state(state, self._trainable, ...)
-        return trained, frozen
-
-    def _make_abstract_teacher(self) -> nnx.State:
-        trained, _ = self._split(self.abstract_state.model)
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self._frozen_dtype), trained
-        )
 
     def _update_function(
         self, state: TrainState, teacher: nnx.State | None, batch: DeviceBatch

@@ -57,6 +57,7 @@ class RunFolder:
         wandb: folder of Weights & Biases, with the identity of its run.
         model: folder of the finished model, for `nha_jax.load`.
         model_ema: likewise of the moving average of the model, if there is one.
+        adapter: folder of the finished adapter, for `nha_jax.load_adapter`, if there is one.
         result: what the finished run reached, as JSON.
         record: what run.json holds, in the process that opened the folder.
     """
@@ -72,6 +73,7 @@ class RunFolder:
         self.wandb = self.path / "wandb"
         self.model = self.path / "model"
         self.model_ema = self.path / "model_ema"
+        self.adapter = self.path / "adapter"
         self.result = self.path / "result.json"
         self._record = self.path / RECORD_FILE
         self.record = ""

@@ -6,6 +6,7 @@ import jax
 from flax import nnx
 
 import nha_jax
+from nha_jax.adapters import merge_adapter
 from nha_jax.model import abstract_model
 from nha_jax.storage.folder import WEIGHTS_FILE
 from nha_jax.tokenizer.interface import Tokenizer
@@ -33,23 +34,28 @@ def load_model(path: str | Path) -> nha_jax.Model:
             return nha_jax.load(named)
     folder = RunFolder(named)
     model_config = folder.model_config()
-    optimizer = (folder.config() or {}).get("optimizer", {}).get("name", "adamw")
+    stored = folder.config() or {}
+    optimizer = stored.get("optimizer", {}).get("name", "adamw")
     with refusals_are_config_errors():
         evaluated = find_optimizer(optimizer).evaluated
-    if evaluated is not None:
-        return _load_evaluated(folder)
+    plain = stored.get("adapter") is None and stored.get("frozen_dtype") != "int8"
+    if evaluated is not None or not plain:
+        return _load_trained(folder)
     graph, state = abstract_model(nha_jax.ModelConfig.from_dict(model_config))
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
 
 
-def _load_evaluated(folder: RunFolder) -> nha_jax.Model:
-    """Loads the model that an optimizer makes of its own state, which is in the checkpoint."""
+def _load_trained(folder: RunFolder) -> nha_jax.Model:
+    """Loads the model that a run makes of what is in its checkpoint, and merges an adapter."""
     config = validate(folder.config() or {})
     mesh = single_device_mesh(jax.devices()[0])
     with jax.set_mesh(mesh):
         functions = TrainingFunctions(config, mesh)
+        if find_optimizer(config.optimizer.name).evaluated is None:
+            state = functions.abstract_state.model
+            return merge_adapter(functions.model(load_model_state(folder.checkpoints, state)))
         parts = load_parts(folder.checkpoints, functions.abstract_state._asdict())
-        return functions.model(functions.evaluated(TrainState(**parts)))
+        return merge_adapter(functions.model(functions.evaluated(TrainState(**parts))))
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer:

@@ -37,32 +37,6 @@ from train.storage.initial_model import InitialModel, teacher_config
 from train.text.loading import load_model
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model of two layers with full attention, as an import leaves it."""
-    config = nha_jax.ModelConfig(
-        vocab_size=257,
-        num_layers=2,
-        hidden_size=32,
-        num_query_heads=2,
-        num_kv_heads=1,
-        num_slots=8,
-        window_size=None,
-        mlp_size=48,
-        conv_width=0,
-        value_activation="identity",
-        output_norm=False,
-        empty_slots="mask",
-        initializer_range=0.3,
-        dtype="float32",
-        remat="none",
-    )
-    folder = tmp_path_factory.mktemp("original") / "model"
-    files = {"generation_config.json": b'{"temperature": 0.5}'}
-    nha_jax.save(folder, nha_jax.Model(config, rngs=nnx.Rngs(0)), files=files)
-    return folder
-
-
 @pytest.fixture
 def hybrid(tmp_path: Path, tiny_values: dict[str, Any], original: Path) -> Nha:
     """The tiny run, from the original, with windows and without what is not attention."""
@@ -76,17 +50,6 @@ def hybrid(tmp_path: Path, tiny_values: dict[str, Any], original: Path) -> Nha:
         "checkpoint": {"every": 100},
     }
     return Nha(tmp_path, values)
-
-
-@pytest.fixture
-def batch() -> Batch:
-    tokens = np.random.default_rng(0).integers(0, 256, (8, 33), np.int32)
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": np.ones((8, 32), np.int32),
-        "loss_mask": np.ones((8, 32), bool),
-    }
 
 
 def make_functions(config: TrainConfig) -> tuple[TrainingFunctions, InitialModel]:
@@ -189,6 +152,18 @@ def test_nothing_to_learn_from_the_model_that_it_is(hybrid: Nha, batch: Batch) -
     metrics, _ = follow(config, batch, 1)
     assert abs(metrics[0]["distillation"]) < 1e-7
     assert metrics[0]["loss"] > 1
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_averages_begins_at_the_initial_model(hybrid: Nha) -> None:
+    config = hybrid.config(optimizer__name="schedule_free_adamw", optimizer__schedule=None)
+    functions, initial = make_functions(config)
+    state = functions.initial_state(initial.source(config.model))
+    parameters, optimizer = by_name(state.model), by_name(state.optimizer)
+    averaged = {name: x for name, x in optimizer.items() if ".z." in name}
+    assert len(averaged) == sum(name.startswith("blocks.attention.") for name in parameters)
+    for name, array in averaged.items():
+        np.testing.assert_array_equal(array, parameters[name.partition(".z.")[2]])
 
 
 def test_divergence_is_that_of_its_definition() -> None:
@@ -383,7 +358,7 @@ def test_the_shipped_configuration() -> None:
     assert config.steps * config.batch_size * config.data.sequence_length == 5368709120
     assert config.optimizer.learning_rate == 3e-5
     assert config.model.windows.count(None) == 4
-    names = Trainable.match(config.trainable, config.model).names
+    names = Trainable.of(config).names
     assert {name.split(".")[-2] for name in names} == {f"{x}_proj" for x in "qkvfo"}
     other = teacher_config(config)
     assert other is not None
