@@ -73,7 +73,7 @@ SEGMENT_IDS = jnp.repeat(
 @pytest.mark.parametrize(
     ("num_layers", "window_size", "implementation"),
     [
-        pytest.param(2, (4, None), "reference", id="mixed-reference"),
+        pytest.param(2, (4, None), "reference", id="mixed-reference", marks=pytest.mark.slow),
         pytest.param(1, 4, "xla", id="window-xla", marks=pytest.mark.slow),
     ],
 )
@@ -141,11 +141,12 @@ def test_positions_only_matter_through_their_differences():
     assert jnp.abs(stretched - expected).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sizes",
     [
         {"num_layers": 4, "window_size": (8, None)},
-        pytest.param({"num_layers": 2, "experts": CONVERTED["experts"]}, marks=pytest.mark.slow),
+        {"num_layers": 2, "experts": CONVERTED["experts"]},
     ],
     ids=["groups-of-two", "experts"],
 )

@@ -49,7 +49,7 @@ def texts(engine: Engine, requests: list[int]) -> dict[int, list[int]]:
         pytest.param(4, id="window", marks=pytest.mark.slow),
         pytest.param(0, id="slots", marks=pytest.mark.slow),
         pytest.param(None, id="full", marks=pytest.mark.slow),
-        pytest.param((4, None), id="mixed"),
+        pytest.param((4, None), id="mixed", marks=pytest.mark.slow),
     ],
 )
 def test_greedy_equals_recomputation_for_512_tokens(window_size):
@@ -81,7 +81,7 @@ some_requests = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests=some_requests, seed=st.integers(0, 99))
 def test_a_text_does_not_depend_on_the_others(model, requests, seed):
     rng = np.random.default_rng(seed)

@@ -22,7 +22,8 @@ CHUNK = 4
 SHAPE = {"batch_size": 3, "max_length": 64, "prefill_rows": 2, "prefill_chunk": CHUNK}
 LAYOUTS = {"window": 3, "full": None, "mixed": (3, None)}
 EVERY_LAYOUT = pytest.mark.parametrize(
-    "layout", ["window", "full", pytest.param("mixed", marks=pytest.mark.slow)]
+    "layout",
+    ["window", *(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "mixed"))],
 )
 
 

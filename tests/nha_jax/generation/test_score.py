@@ -45,7 +45,7 @@ some_lengths = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_s
     "window_size",
     [
         pytest.param(0, id="slots"),
-        pytest.param(None, id="full"),
+        pytest.param(None, id="full", marks=pytest.mark.slow),
         pytest.param((4, None), id="mixed", marks=pytest.mark.slow),
     ],
 )

@@ -65,7 +65,7 @@ def layer_by_layer(
 
 @pytest.mark.parametrize(
     ("empty_slots", "segment_ids"),
-    [("mask", None), ("attend", SEGMENT_IDS)],
+    [pytest.param("mask", None, marks=pytest.mark.slow), ("attend", SEGMENT_IDS)],
     ids=["mask-one-segment", "attend-packed"],
 )
 def test_diagnostics_equal_those_of_the_layers_one_by_one(empty_slots, segment_ids):
@@ -115,6 +115,7 @@ def test_padding_and_other_documents_leave_no_trace_in_the_slot_weight():
     np.testing.assert_array_equal(packed[:, 0, 20:], 0)
 
 
+@pytest.mark.slow
 def test_slot_weight_can_be_trained():
     """Its gradient, through the scan and rematerialisation, is that of the layers one by one."""
     model = tiny_model(num_layers=2, window_size=4, remat="operator")

@@ -45,8 +45,8 @@ def plain_mixture(layer: MixtureOfExperts, x: jax.Array) -> jax.Array:
     [
         (4, 2, True, 2, 9),
         (4, 2, False, 2, 9),
-        (4, 1, False, 2, 9),
-        (3, 3, True, 2, 9),
+        pytest.param(4, 1, False, 2, 9, marks=pytest.mark.slow),
+        pytest.param(3, 3, True, 2, 9, marks=pytest.mark.slow),
         (16, 2, True, 3, 1),
     ],
     ids=["two", "two-by-their-shares", "one", "all", "decode-with-idle-experts"],

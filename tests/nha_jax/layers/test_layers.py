@@ -121,7 +121,11 @@ def test_swiglu_equals_its_formula():
     chex.assert_trees_all_close(layer(x), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("conv_width", [0, 4], ids=["no-convolution", "convolution"])
+@pytest.mark.parametrize(
+    "conv_width",
+    [pytest.param(0, marks=pytest.mark.slow), 4],
+    ids=["no-convolution", "convolution"],
+)
 def test_attention_layer_equals_its_formula(conv_width):
     layer = attention(conv_width=conv_width, window_size=2)
     x = jax.random.normal(jax.random.key(0), (2, 7, CONFIG.hidden_size))
@@ -227,7 +231,11 @@ def test_without_a_window_a_converted_layer_is_softmax_attention(implementation)
     assert all(jnp.any(leaf[...]) for leaf in used)
 
 
-@pytest.mark.parametrize("window_size", [3, 0, None], ids=["window", "slots-only", "full"])
+@pytest.mark.parametrize(
+    "window_size",
+    [3, pytest.param(0, marks=pytest.mark.slow), None],
+    ids=["window", "slots-only", "full"],
+)
 def test_what_a_biased_layer_makes_of_padding_reaches_no_token(window_size):
     layer = converted_layer(window_size=window_size)
     x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))

@@ -44,7 +44,9 @@ def gradient(model: Model, tokens: jax.Array) -> Model:
 @pytest.mark.parametrize(
     "implementation", ["xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("window_size", [8, None], ids=["window", "full-attention"])
+@pytest.mark.parametrize(
+    "window_size", [8, pytest.param(None, marks=pytest.mark.slow)], ids=["window", "full-attention"]
+)
 def test_the_operators_forward_runs_once_if_its_residuals_are_kept(window_size, implementation):
     tokens = jnp.zeros((1, 300), jnp.int32)
 

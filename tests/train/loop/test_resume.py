@@ -74,7 +74,7 @@ def test_a_mixture_whose_weights_change_goes_on_after_a_kill_bit_for_bit(
     "number",
     [
         pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
     ],
 )
 def test_signal_saves_and_resumes(nha: Nha, undisturbed: Nha, number: signal.Signals) -> None:

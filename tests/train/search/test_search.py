@@ -120,7 +120,7 @@ def test_a_windows_file_that_cannot_be_used(
 
 
 def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list[Batch]) -> None:
-    proposals: list[Windows] = [(None, 4, 0), (None, 4, 7), (None, 4, 7), (0, None, 4)]
+    proposals: list[Windows] = [(None, 4, 0), (0, 4, None), (None, 4, 0)]
 
     def loss(windows: Windows) -> float:
         forward = jax.jit(model.with_windows(windows).__call__)
@@ -129,7 +129,7 @@ def test_layerwise_losses_are_the_models_own(model: nha_jax.Model, batches: list
     found = list(LayerwiseLoss(model, batches).bits_per_byte(proposals))
     wanted = {windows: loss(windows) for windows in set(proposals)}
     np.testing.assert_allclose(found, [wanted[windows] for windows in proposals], rtol=1e-6)
-    assert len({round(loss, 5) for loss in found}) == 3
+    assert len({round(loss, 5) for loss in found}) == 2
 
 
 def test_a_layer_is_compiled_once_for_each_window(
