@@ -77,7 +77,8 @@ NOT_RUN = {
         "nha import downloads/Meta-Llama-3-8B models/llama-3-8b",
         "nha data prepare data/slimpajama-llama-3 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
         "--tokenizer models/llama-3-8b",
-        "nha data prepare data/chats chats.jsonl --chat --tokenizer models/llama-3-8b "
+        "nha import downloads/Meta-Llama-3-8B-Instruct models/llama-3-8b-instruct",
+        "nha data prepare data/chats chats.jsonl --chat --tokenizer models/llama-3-8b-instruct "
         "--max-tokens 4096",
         "nha data prepare data/answers answers.parquet --prompt-field question "
         "--completion-field answer",
@@ -104,12 +105,16 @@ NOT_RUN = {
         "nha train CONFIG --mesh.data=1 --mesh.fsdp=-1 --mesh.tensor=2 --mesh.context=8",
         "nha train configs/hybridize.yaml --run=runs/searched "
         "--model.window_size=models/search.json",
+        "nha train configs/sft.yaml",
+        "nha train configs/sft.yaml --run=runs/llama-3-8b-hybrid-chat "
+        "--initial_model=runs/llama-3-8b-hybrid",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-distilled --loss.distillation=1.0",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-lora --adapter.rank=16",
     ),
     "it needs libtpu, which is no part of the default environment": (
         "uv sync --extra tpu --extra data && source .venv/bin/activate",
         "nha plan configs/nha-340m.yaml --topology v5e:4x4",
+        "nha plan configs/sft.yaml --topology v5p:2x2x4 --model.preset=llama-3-8b",
         "uv run --extra tpu nha plan configs/nha-340m.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4 "
@@ -118,6 +123,8 @@ NOT_RUN = {
         "--model.num_query_heads=16",
         "uv run --extra tpu nha plan configs/nha-1.3b-long.yaml --topology v5p:4x4x4",
         "uv run --extra tpu nha plan configs/hybridize.yaml --topology v5p:2x2x4 "
+        "--model.preset=llama-3-8b",
+        "uv run --extra tpu nha plan configs/sft.yaml --topology v5p:2x2x4 "
         "--model.preset=llama-3-8b",
         "uv run --extra tpu python benchmarks/tpu_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
@@ -242,7 +249,7 @@ def _check_nha(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if options.command in ("train", "plan"):
         path = "configs/quickstart.yaml" if options.config == "CONFIG" else options.config
         overrides = [(k, "64" if v.endswith(".json") else v) for k, v in parse_overrides(rest)]
-        if path == "configs/hybridize.yaml":  # its model is not there
+        if path in ("configs/hybridize.yaml", "configs/sft.yaml"):  # their models are not there
             overrides.append(("model.preset", "llama-3-8b"))
         load_config(path, overrides)
 

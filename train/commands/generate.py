@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from nha_jax import Engine, Model, SamplingOptions
     from nha_jax.tokenizer.interface import Tokenizer
     from train.data.chat_template import ChatTemplate
-    from train.text.continuation import WrittenToken
+    from train.text.continuation import Prompted
 
 SAMPLING = {
     "max_new_tokens": "how many tokens to write at most",
@@ -40,7 +39,10 @@ Prints what the model writes after each prompt. Of one prompt the text appears a
 --prompt is repeated before its text, but not with --chat.
 
 Prompts come from --prompt, --prompt-file and --prompt-tokens, each of which may be given several
-times, or else from standard input. Tokens are drawn as the options say; where they say nothing, as
+times, or else from standard input. With --chat and none of these it holds a conversation: each line
+of standard input is what the user says next, blank ones are passed over, and its end ends it.
+
+Tokens are drawn as the options say; where they say nothing, as
 RUN's generation_config.json says; and else by the defaults."""
 
 
@@ -72,8 +74,10 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         add(option, type=kinds.get(name, float), metavar=letters.get(name, "X"), help=shown)
     add(
         "--chat", action="store_true", default=False,
-        help="take each prompt as what a user says, and put it into the model's chat template",
+        help="take each prompt as what a user says, and put it into the model's chat template; "
+        "without a prompt, hold a conversation",
     )  # fmt: skip
+    add("--system", metavar="TEXT", help="with --chat, what the system says first")
     add(
         "--stop", action="append", default=[], metavar="TEXT",
         help="end a text where TEXT occurs; may be given several times",
@@ -127,10 +131,16 @@ class _Prompt(argparse.Action):
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if "" in options.stop:
         raise ConfigError("--stop='': expected at least one character")
-    given = getattr(options, "prompts", None) or [("--prompt-file", "-")]
+    system = getattr(options, "system", None)
+    if system is not None and not options.chat:
+        raise ConfigError(f"--system={system!r}: expected --chat with it")
+    prompts = getattr(options, "prompts", None)
+    converses = options.chat and not prompts
+    given = prompts or ([] if converses else [("--prompt-file", "-")])
 
     from nha_jax.argument_checks import check_prompt
     from train.data.chat_template import ChatTemplate
+    from train.text.continuation import Prompted
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
 
@@ -138,7 +148,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     tokenizer = load_tokenizer_of(options.folder)
     template = ChatTemplate.of(options.folder) if options.chat else None
     read = [
-        (option, value, _read_prompt(option, value, tokenizer, template)) for option, value in given
+        (option, value, _read_prompt(option, value, tokenizer, template, system))
+        for option, value in given
     ]
     given_windows = getattr(options, "windows", None)
     windows = None if given_windows is None else read_windows(given_windows, "--windows")
@@ -148,7 +159,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         if given_windows is not None:
             model = model.with_windows(windows)
         prompts = [
-            _Prompted(
+            Prompted(
                 option,
                 value,
                 check_prompt(tokens, model.config.vocab_size, option),
@@ -156,7 +167,10 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             )
             for option, value, tokens in read
         ]
-        chosen = _choose_sampling(options, tokenizer, model.config.vocab_size)
+        chosen = _choose_sampling(options, tokenizer, template, model.config.vocab_size)
+        if template is not None and converses:
+            _converse(options, model, tokenizer, template, chosen)
+            return 0
         engine = _make_engine(options, model, [prompt.tokens for prompt in prompts], chosen)
         _write(engine, tokenizer, prompts, chosen, options)
     except (NotImplementedError, ValueError) as error:
@@ -204,10 +218,15 @@ def _max_length(
 
 
 def _choose_sampling(
-    options: argparse.Namespace, tokenizer: "Tokenizer", vocab_size: int
-) -> "SamplingOptions":
-    """Takes what the options say, or else the model's authors, and prints what is theirs."""
+    options: argparse.Namespace, tokenizer: "Tokenizer", template: "ChatTemplate | None",
+    vocab_size: int,
+) -> "SamplingOptions":  # fmt: skip
+    """Takes what the options say, or else the model's authors, and prints what is theirs.
+
+    An answer also ends as the template ends its turn; where that is a text, it joins --stop.
+    """
     from nha_jax import SamplingOptions
+    from train.text.conversation import ends_of_turn
     from train.text.generation_defaults import GenerationDefaults
 
     for token in options.stop_token:
@@ -223,13 +242,18 @@ def _choose_sampling(
     stop = [*defaults.stop_tokens, *options.stop_token]
     if tokenizer.end_token < vocab_size:  # else the model cannot write it
         stop = [tokenizer.end_token, *stop]
+    if template is not None:
+        tokens, texts = ends_of_turn(template, tokenizer)
+        stop += [token for token in tokens if token < vocab_size]
+        options.stop = [*options.stop, *texts]
     sampling: dict[str, Any] = {**DEFAULTS, **defaults.sampling, **given}
     return SamplingOptions(**sampling, stop_tokens=stop)
 
 
 def _read_prompt(
-    option: str, value: str, tokenizer: "Tokenizer", template: "ChatTemplate | None"
-) -> "np.ndarray | list[int]":
+    option: str, value: str, tokenizer: "Tokenizer", template: "ChatTemplate | None",
+    system: str | None,
+) -> "np.ndarray | list[int]":  # fmt: skip
     from train.text.user_texts import read_text
 
     if option == "--prompt-tokens":
@@ -246,14 +270,16 @@ def _read_prompt(
     if not text:
         raise ConfigError("--prompt: the text is empty")
     chat = template is not None
-    encoded = tokenizer.encode_prompt(template.render(text) if template else text, chat=chat)
+    encoded = tokenizer.encode_prompt(
+        template.render(text, system) if template else text, chat=chat
+    )
     if not len(encoded):
         raise ConfigError(f"{option}={value!r}: the model's tokenizer makes no token of this text")
     return encoded
 
 
 def _write(
-    engine: "Engine", tokenizer: "Tokenizer", prompts: "list[_Prompted]",
+    engine: "Engine", tokenizer: "Tokenizer", prompts: "list[Prompted]",
     sampling: "SamplingOptions", options: argparse.Namespace,
 ) -> None:  # fmt: skip
     """Prints one text as it is written, or several in the order of the prompts; then the speed."""
@@ -293,6 +319,28 @@ def _write(
     )
 
 
+def _converse(
+    options: argparse.Namespace, model: "Model", tokenizer: "Tokenizer",
+    template: "ChatTemplate", sampling: "SamplingOptions",
+) -> None:  # fmt: skip
+    """Answers each line of standard input, with what the options say of the engine."""
+    from train.text.conversation import CHUNK, Conversation, EngineOptions, converse
+    from train.text.user_texts import read_turns
+
+    conversation = Conversation(
+        model,
+        tokenizer,
+        template,
+        EngineOptions(
+            prefill_chunk=getattr(options, "prefill_chunk", CHUNK),
+            prefix_bytes=getattr(options, "prefix_bytes", _PREFIX_BYTES),
+            max_length=getattr(options, "max_length", None),
+        ),
+        getattr(options, "system", None),
+    )
+    converse(conversation, read_turns(), sampling, options.stop, as_json=options.json)
+
+
 def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
     """Compiles all that the texts need, by writing two tokens or one; returns the seconds."""
     start = time.perf_counter()
@@ -301,35 +349,3 @@ def _warm_up(engine: "Engine", sampling: "SamplingOptions") -> float:
     for _ in engine.run():
         pass
     return time.perf_counter() - start
-
-
-class _Prompted:
-    """A prompt and what came after it."""
-
-    def __init__(self, option: str, value: str, tokens: "np.ndarray", *, repeated: bool):
-        self.option, self.value, self.tokens = option, value, tokens
-        self.shown = value if repeated else ""
-        self.written: list[int] = []
-        self.log_probabilities: list[float] = []
-        self.text = ""
-        self.finished: str | None = None
-
-    def add(self, token: "WrittenToken") -> None:
-        self.written.append(token.token)
-        self.log_probabilities.append(round(token.log_probability, 6))
-        self.text, self.finished = self.text + token.text, token.finished
-
-    def show(self, index: int, *, as_json: bool) -> str:
-        if as_json:
-            record = {
-                "prompt": self.value,
-                "from": self.option,
-                "text": self.text,
-                "tokens": self.written,
-                "log_probabilities": self.log_probabilities,
-                "finished": self.finished,
-            }
-            readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-            return json.dumps(record, ensure_ascii=not readable)
-        name = "" if self.shown else f": {self.value}"
-        return f"{'\n' * (index > 0)}=== prompt {index + 1}{name} ===\n{self.shown}{self.text}"

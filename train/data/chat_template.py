@@ -36,6 +36,11 @@ class MarkedText(NamedTuple):
     spans: tuple[tuple[int, int], ...]
 
 
+def first_messages(system: str | None) -> list[dict[str, Any]]:
+    """Returns what a conversation begins with: the system's message, if there is one."""
+    return [] if system is None else [{"role": "system", "content": system}]
+
+
 class ChatTemplate:
     """A Jinja template as Hugging Face's tokenizers carry it; it is run in a sandbox.
 
@@ -106,13 +111,24 @@ class ChatTemplate:
         source = _named_template(settings.get(TOKENIZER_CONFIG_FILE, {}), where, instead)
         return cls(source, tokens, str(where))
 
-    def render(self, message: str) -> str:
+    def render(self, message: str, system: str | None = None) -> str:
         """Writes a conversation of one user message, up to where the model's answer begins.
+
+        Args:
+            message: what the user says.
+            system: what the system says before.
 
         Raises:
             ConfigError: the template cannot be filled in.
         """
-        return self.render_messages([{"role": "user", "content": message}])
+        return self.render_messages([*first_messages(system), {"role": "user", "content": message}])
+
+    def end_of_turn(self) -> str:
+        """Writes what follows an answer; ConfigError if the template cannot be filled in."""
+        answer = "ANSWER"
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        text = self.render_messages(messages, add_generation_prompt=False)
+        return text.rpartition(answer)[2] if answer in text else ""
 
     def render_messages(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
         """Writes a conversation.

@@ -1,5 +1,7 @@
 """A model's continuations of prompts, token by token and as text."""
 
+import json
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -29,6 +31,45 @@ class WrittenToken(NamedTuple):
     log_probability: float
     text: str
     finished: Finish | None
+
+
+class Prompted:
+    """A prompt and what came after it.
+
+    Attributes:
+        tokens: of the prompt.
+        shown: what is repeated of it before its text.
+        written, log_probabilities, text: what came after it.
+        finished: why the text ended; None: it goes on.
+    """
+
+    def __init__(self, option: str, value: str, tokens: np.ndarray, *, repeated: bool):
+        self.option, self.value, self.tokens = option, value, tokens
+        self.shown = value if repeated else ""
+        self.written: list[int] = []
+        self.log_probabilities: list[float] = []
+        self.text = ""
+        self.finished: str | None = None
+
+    def add(self, token: WrittenToken) -> None:
+        self.written.append(token.token)
+        self.log_probabilities.append(round(token.log_probability, 6))
+        self.text, self.finished = self.text + token.text, token.finished
+
+    def show(self, index: int, *, as_json: bool) -> str:
+        if as_json:
+            record = {
+                "prompt": self.value,
+                "from": self.option,
+                "text": self.text,
+                "tokens": self.written,
+                "log_probabilities": self.log_probabilities,
+                "finished": self.finished,
+            }
+            readable = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+            return json.dumps(record, ensure_ascii=not readable)
+        name = "" if self.shown else f": {self.value}"
+        return f"{'\n' * (index > 0)}=== prompt {index + 1}{name} ===\n{self.shown}{self.text}"
 
 
 def continue_texts(

@@ -1,6 +1,7 @@
 """Texts that a user names: files, or standard input."""
 
 import sys
+from collections.abc import Iterator
 from typing import BinaryIO
 
 import numpy as np
@@ -61,6 +62,22 @@ def read_text(path: str, limit: int | None = None, name: str = "--prompt-file") 
     if not content:
         raise ConfigError(f"{path}: the text is empty")
     return content.decode(errors="surrogateescape")
+
+
+def read_turns() -> Iterator[str]:
+    """Reads standard input a line at a time, as it is written, but for blank ones.
+
+    A terminal is shown that a line is waited for. Bytes that are not UTF-8 become lone surrogates.
+    """
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
+    while True:
+        print("> " if asks else "", end="", flush=True)
+        line = sys.stdin.buffer.readline()
+        if not line:
+            print(end="\n" if asks else "")
+            return
+        if text := line.decode(errors="surrogateescape").strip():
+            yield text
 
 
 def _read(file: BinaryIO, limit: int | None) -> bytes:
