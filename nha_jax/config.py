@@ -177,12 +177,7 @@ class ModelConfig(LayerFields):
     @property
     def window_period(self) -> tuple[int | None, ...]:
         """The shortest pattern that, repeated, gives `windows`; its length divides num_layers."""
-        windows = self.windows
-        for length in range(1, self.num_layers + 1):
-            pattern = windows[:length]
-            if self.num_layers % length == 0 and pattern * (self.num_layers // length) == windows:
-                return pattern
-        raise AssertionError("unreachable: the whole of `windows` is a pattern of itself")
+        return shortest_pattern(self.windows)
 
     @property
     def width_ratio(self) -> float:
@@ -261,6 +256,13 @@ class ModelConfig(LayerFields):
         if missing:
             raise ValueError(f"ModelConfig: missing {', '.join(missing)}")
         return cls(**fields)
+
+
+def shortest_pattern[Entry](entries: tuple[Entry, ...]) -> tuple[Entry, ...]:
+    """Gives the shortest tuple that, repeated, gives all entries."""
+    lengths = (n for n in range(1, len(entries) + 1) if len(entries) % n == 0)
+    patterns = (entries[:length] for length in lengths)
+    return next(x for x in patterns if x * (len(entries) // len(x)) == entries)
 
 
 def _without_old_names(fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from nha_jax import ModelConfig
 from nha_jax.config import DType
 from nha_jax.config_parts import Adapter
 from train.errors import require, require_at_least
-from train.optimizers import find_optimizer
+from train.stage_config import LossConfig, OptimizerConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,127 +54,6 @@ class DataConfig:
         require_at_least(self, 2, "sequence_length")
         fraction = self.held_out_fraction
         require(0 < fraction < 1, "held_out_fraction", fraction, "a share between 0 and 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """An optimizer with clipping, a linear warm-up and a decay.
-
-    A key that is null by default has a default for each optimizer that takes it; one that does not
-    take it refuses it.
-
-    Attributes:
-        name: adamw, muon, adafactor, lion, schedule_free_adamw, or one that an installed package
-            adds
-        learning_rate: peak learning rate
-        warmup_steps: steps of linear warm-up from 0
-        schedule: shape of the decay from the peak to the last step, cosine by default;
-            warmup_stable_decay stays at the peak and decays linearly at the end, so a run that has
-            not begun to decay can be given more steps, and goes on as if it had had them from the
-            start; schedule_free_adamw takes none, and stays at the peak
-        decay_fraction: share of all steps that the decay of warmup_stable_decay takes
-        final_fraction: learning rate at the last step as a share of the peak
-        beta1: decay of the gradient's running mean, 0.9 by default; of schedule_free_adamw, the
-            share of the averaged parameters in those whose gradient is taken; of lion, the share of
-            the running mean in the step
-        beta2: decay of the squared gradient's running mean, 0.95 by default; of lion, decay of the
-            gradient's running mean, 0.99
-        epsilon: added to the root of the squared gradient's mean, 1e-8 by default
-        momentum: of muon, decay of the running mean of the matrices' gradients, 0.95 by default
-        moment_dtype: dtype of the gradient's running mean; null for that of the parameters
-        weight_decay: decoupled weight decay, of matrices only (not of biases and norms)
-        clip_norm: largest global norm of the gradient; null for no clipping
-        ema_decay: decay of a moving average of the parameters, e.g. 0.999, which is measured
-            beside them, and saved as `model_ema` in the run's folder; null for none
-        max_skipped_updates: stop after this many non-finite updates in a row
-    """
-
-    name: str = "adamw"
-    learning_rate: float = 3e-4
-    warmup_steps: int = 0
-    schedule: Literal["cosine", "linear", "constant", "warmup_stable_decay"] | None = None
-    decay_fraction: float = 0.1
-    final_fraction: float = 0.1
-    beta1: float | None = None
-    beta2: float | None = None
-    epsilon: float | None = None
-    momentum: float | None = None
-    moment_dtype: DType | None = None
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
-    ema_decay: float | None = None
-    max_skipped_updates: int = 10
-
-    def __post_init__(self) -> None:
-        self._fill_in_defaults()
-        rate, clip = self.learning_rate, self.clip_norm
-        require(0 < rate < math.inf, "learning_rate", rate, "a finite number above 0")
-        require_at_least(self, 0, "warmup_steps")
-        require_at_least(self, 1, "max_skipped_updates")
-        for key in ("beta1", "beta2", "momentum", "ema_decay"):
-            decay = getattr(self, key)
-            require(decay is None or 0 <= decay < 1, key, decay, "0 or more, below 1")
-        for key in ("weight_decay", "epsilon"):
-            value = getattr(self, key)
-            require(
-                value is None or 0 <= value < math.inf, key, value, "a finite number, 0 or more"
-            )
-        for key in ("final_fraction", "decay_fraction"):
-            fraction = getattr(self, key)
-            require(0 <= fraction <= 1, key, fraction, "a share from 0 to 1")
-        require(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a number above 0 or null")
-
-    def _fill_in_defaults(self) -> None:
-        """Gives keys that are null the optimizer's defaults, and refuses those it does not take."""
-        optimizer = find_optimizer(self.name)
-        defaults = optimizer.defaults
-        require(
-            self.ema_decay is None or optimizer.evaluated is None,
-            "ema_decay",
-            self.ema_decay,
-            f"null, as the optimizer {self.name} averages the parameters itself",
-        )
-        for key in ("schedule", "beta1", "beta2", "epsilon", "momentum", "moment_dtype"):
-            value = getattr(self, key)
-            if key not in defaults:
-                expected = f"null, as the optimizer {self.name} takes no such key"
-                require(value is None, key, value, expected)
-            elif value is None:
-                object.__setattr__(self, key, defaults[key])
-            elif key in optimizer.positive:
-                require(value > 0, key, value, f"above 0 for the optimizer {self.name}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LossConfig:
-    """What is added to the cross-entropy, per target; a weight of 0 adds nothing.
-
-    Attributes:
-        z_loss: weight of the squared log of the softmax's denominator, which keeps logits small
-        slot_loss: weight of the published auxiliary loss, the binary cross-entropy of each head's
-            slot weight (the slots' share of its softmax) towards slot_target; its gradient reaches
-            the slots' logits only
-        slot_target: the slot weight to aim at, between 0 and 1
-        distillation: weight of the KL divergence from the distribution of the teacher, which is
-            initial_model as it was, under its own windows
-        temperature: divides the logits of model and teacher in the divergence, which is then
-            multiplied by its square
-    """
-
-    z_loss: float = 0.0
-    slot_loss: float = 0.0
-    slot_target: float = 0.5
-    distillation: float = 0.0
-    temperature: float = 1.0
-
-    def __post_init__(self) -> None:
-        for key in ("z_loss", "slot_loss", "distillation"):
-            value = getattr(self, key)
-            require(0 <= value < math.inf, key, value, "a finite number, 0 or more")
-        warmth = self.temperature
-        require(0 < warmth < math.inf, "temperature", warmth, "a finite number above 0")
-        target = self.slot_target
-        require(0 < target < 1, "slot_target", target, "a share between 0 and 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +200,13 @@ class TrainConfig:
             for none
         data: the text to learn, and how it is cut
         optimizer: an optimizer with clipping, a warm-up and a decay
-        loss: what is added to the cross-entropy
+        loss: what is minimised
+        stages: parts of the run that follow each other, a list of sections with a name, steps, and
+            what differs in them of `optimizer`, `loss` and `trainable`; `steps` is then their sum,
+            and may be left out
+        window_schedule: the least window of the layers that have one, by the number of steps after
+            which they have it, e.g. {0: null, 100: 64, 200: 16}, null being full attention; the
+            last one must be no wider than any window of the model, whose own it then has
         evaluation: how often and on how much held-out text the model is measured
         checkpoint: when the whole state is saved, and what is kept
         logging: metrics and traces
@@ -349,6 +234,10 @@ class TrainConfig:
     adapter: Adapter | None = None
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    stages: tuple[StageConfig, ...] = ()
+    window_schedule: dict[int, int | None] | None = field(
+        default=None, metadata={"key": "model.window_schedule"}
+    )
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -374,12 +263,12 @@ class TrainConfig:
             object.__setattr__(self, "trainable", ("*",) if self.adapter is None else ())
         elif self.adapter is None:
             require(bool(self.trainable), "trainable", [], "a pattern at least without an adapter")
-        require(
-            not self.loss.distillation or self.initial_model is not None,
-            "loss.distillation",
-            self.loss.distillation,
-            "0 without an initial_model, which is the one to learn from",
-        )
+        for term in ("distillation", "attention_transfer"):
+            weight, expected = getattr(self.loss, term), "0 without an initial_model to learn from"
+            require(not weight or self.initial_model is not None, f"loss.{term}", weight, expected)
+        narrow = any(window is not None for window in self.model.windows)
+        weight, expected = self.loss.attention_transfer, "0, as all layers have full attention"
+        require(not weight or narrow, "loss.attention_transfer", weight, expected)
         parts, length = self.head_parts, self.data.sequence_length
         expected = f"a divisor of data.sequence_length, which is {length}"
         require(length % parts == 0, "head_parts", parts, expected)
@@ -390,3 +279,35 @@ class TrainConfig:
             self.loss.slot_loss,
             "0, as no layer of the model has both slots and a window",
         )
+        self._check_stages()
+        self._check_window_schedule()
+
+    def _check_stages(self) -> None:
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            require(names.count(name) == 1, "stages", names, "a name of its own for each")
+        total = sum(stage.steps for stage in self.stages)
+        expected = f"the sum of the stages' steps, which is {total}; or leave it out"
+        require(not names or total == self.steps, "steps", self.steps, expected)
+
+    def _check_window_schedule(self) -> None:
+        if self.window_schedule is None:
+            return
+        key, schedule = "model.window_schedule", dict(sorted(self.window_schedule.items()))
+        finite = [window for window in self.model.windows if window is not None]
+        require(bool(finite), key, schedule, "null, as all layers have full attention")
+        delay = self.model.slot_delay
+        require(delay is None, key, schedule, f"null with model.slot_delay = {delay}")
+        require(0 in schedule, key, schedule, "the window from step 0 on among them")
+        for step, window in schedule.items():
+            good = 0 <= step < self.steps
+            expected = f"a number of steps below steps, which is {self.steps}, before it"
+            require(good, f"{key}.{step}", window, expected)
+            expected = "an integer of at least 0, or null for full attention"
+            require(window is None or window >= 0, f"{key}.{step}", window, expected)
+        widths = [math.inf if window is None else window for window in schedule.values()]
+        shrinking = widths == sorted(widths, reverse=True)
+        require(shrinking, key, schedule, "windows that get no wider from step to step")
+        narrowest = min(finite)
+        expected = f"{narrowest} or less at last, the narrowest window of model.window_size"
+        require(widths[-1] <= narrowest, key, schedule, expected)

@@ -3,68 +3,38 @@
 Every mistake is a `ConfigError` of one line: the dotted key, the value, what was expected.
 """
 
-import dataclasses
 import difflib
 import functools
-import inspect
-import itertools
 import json
 import re
 import sys
-import textwrap
-import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pydantic
 
 from nha_jax import ModelConfig
 from train.config import TrainConfig
+from train.config_keys import describe, keys
 from train.errors import ConfigError, cut
 from train.paths import hide_bytes, show_bytes
+from train.phases import phases_of
 from train.renamed_keys import RENAMED_KEYS, rename_key, rename_keys
 from train.shipped_configs import find_config
+from train.stage_config import StageConfig
 from train.storage.initial_model import has_config, read_config
 from train.storage.run_folder import RunFolder
 from train.windows import WINDOWS_KEY, read_windows
-from train.yaml_text import members, read_yaml, type_hints
+from train.yaml_text import read_yaml
 
 PRESET_KEY = "preset"
 INITIAL_MODEL_KEY = "initial_model"
+_SCHEDULE_KEY = "window_schedule"  # in the section of the model, though no part of a model
 _PARAM_DTYPE, _FROZEN_DTYPE = "param_dtype", "frozen_dtype"
 _BITS = {"seed": 32, "model.num_layers": 16}  # of integers that are not counts of 31 bits
 _BITS_OF_PERIODS = 63  # "never" may be written as a large number
 _MOST_BYTES = 1 << 20
-_ATTRIBUTE_HEADINGS = ("Attributes:", "Fields:")
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """One key of the configuration.
-
-    Attributes:
-        name: its dotted name, e.g. `optimizer.learning_rate`
-        annotation: its Python type
-        default: its default, or dataclasses.MISSING
-        help: what its section's docstring says of it, on one line; empty if nothing
-    """
-
-    name: str
-    annotation: Any
-    default: Any
-    help: str
-
-    @property
-    def is_section(self) -> bool:
-        """Whether the key holds further keys."""
-        return self.section is not None
-
-    @property
-    def section(self) -> type | None:
-        """The dataclass of the keys that it holds, for a section; such a key may also be null."""
-        is_section = lambda x: isinstance(x, type) and dataclasses.is_dataclass(x)  # noqa: E731
-        return next(filter(is_section, members(self.annotation)), None)
 
 
 def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainConfig:
@@ -91,71 +61,13 @@ def load_config(path: str, overrides: Sequence[tuple[str, str]] = ()) -> TrainCo
     _check_names(values, TrainConfig, "")
     _check_integers(values, "")
     values = {key: value for key, value in values.items() if value is not None}
-    return validate(_fill_model(_read_windows_file(values)))
-
-
-def keys(section: type = TrainConfig, prefix: str = "") -> Iterator[Key]:
-    """Yields every key below a section: its own in order, then those of the sections it holds."""
-    hints = type_hints(section)
-    descriptions = _attribute_lines(section.__doc__ or "")
-    found = []
-    for entry in dataclasses.fields(section):
-        if not entry.init:
-            continue
-        default = entry.default
-        if entry.default_factory is not dataclasses.MISSING:
-            default = entry.default_factory()
-        annotation = hints[entry.name]
-        found.append(
-            Key(prefix + entry.name, annotation, default, descriptions.get(entry.name, ""))
-        )
-    yield from (key for key in found if not key.is_section)
-    for key in found:
-        if key.section:
-            yield key
-            yield from keys(key.section, f"{key.name}.")
-
-
-def describe(annotation: Any) -> str:
-    """Puts a type in words, e.g. `an integer or null`."""
-    words = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-    if annotation in words:
-        return words[annotation]
-    if annotation in (None, types.NoneType):
-        return "null"
-    if dataclasses.is_dataclass(annotation):
-        return "a section of keys"
-    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
-    if len(members(annotation)) > 1:
-        return " or ".join(describe(argument) for argument in members(annotation))
-    if origin is typing.Literal:
-        return "one of " + ", ".join(str(argument) for argument in arguments)
-    if origin is dict:
-        return f"a mapping of {describe(arguments[0])} to {describe(arguments[1])}"
-    if origin in (tuple, list):
-        return f"a list (each {describe(arguments[0])})"
-    return str(annotation)
-
-
-def _attribute_lines(docstring: str) -> dict[str, str]:
-    """Reads what a docstring's `Attributes:` or `Fields:` part says of each name, as one line.
-
-    An entry is `name: text` or `name, name: text`; deeper indented lines continue it.
-    """
-    lines = inspect.cleandoc(docstring).splitlines()
-    heading = next((n for n, line in enumerate(lines) if line in _ATTRIBUTE_HEADINGS), None)
-    if heading is None:
-        return {}
-    part = itertools.takewhile(lambda line: line.startswith(" "), lines[heading + 1 :])
-    entries: list[tuple[list[str], str]] = []
-    for line in textwrap.dedent("\n".join(part)).splitlines():
-        names, _, text = line.partition(": ")
-        if not line.startswith(" "):
-            entries.append((names.split(", "), text))
-        else:
-            names_before, text_before = entries[-1]
-            entries[-1] = (names_before, f"{text_before} {line.strip()}")
-    return {name: text for names, text in entries for name in names}
+    values = _fill_model(_take_schedule(_read_windows_file(values)))
+    config = validate(_fill_stages(values))
+    try:
+        phases_of(config)
+    except ValueError as error:  # the stages have been checked, under the windows of the end
+        raise ConfigError(f"model.{_SCHEDULE_KEY}: {error}") from None
+    return config
 
 
 def _read(path: str) -> dict[str, Any]:
@@ -217,11 +129,11 @@ def _check_names(values: Mapping[str, Any], section: type, prefix: str) -> None:
     """Raises ConfigError if a value, at any depth, has a key that the section has not."""
     known = {key.name.removeprefix(prefix): key for key in keys(section, prefix)}
     for name, value in values.items():
-        if prefix == "model." and name == PRESET_KEY:
+        if prefix == "model." and name in (PRESET_KEY, _SCHEDULE_KEY):
             continue
         key = known.get(name) if "." not in str(name) else None
         if key is None:
-            raise _unknown_key(f"{prefix}{name}", value)
+            raise _unknown_key(f"{prefix}{name}", value, [prefix + name for name in known])
         if key.section and isinstance(value, dict):
             _check_names(value, key.section, f"{key.name}.")
 
@@ -251,10 +163,16 @@ def _check_integers(value: Any, name: str, bits: int | None = None) -> None:
         raise ConfigError(f"{name} = {_show(value)}: expected an integer below 2**{bits}")
 
 
-def _unknown_key(name: str, value: Any) -> ConfigError:
-    """Words the error of a key that does not exist, with the closest key that does."""
+def _unknown_key(name: str, value: Any, beside: Sequence[str] = ()) -> ConfigError:
+    """Words the error of a key that does not exist, with the closest key that does.
+
+    Args:
+        name: the dotted name.
+        value: what was given for it.
+        beside: keys of the same section, if that is one of those that may be repeated.
+    """
     known = [key.name for key in keys() if not (key.is_section and "." in name)]
-    known.append(f"model.{PRESET_KEY}")
+    known += [f"model.{PRESET_KEY}", *(key for key in beside if key not in known)]
     parent, _, last = name.rpartition(".")
     by_last = {key.rpartition(".")[2]: key for key in known}
     close = [by_last[last]] if last in by_last else []
@@ -280,6 +198,49 @@ def _read_windows_file(values: dict[str, Any]) -> dict[str, Any]:
         return values
     windows = read_windows(path, f"model.{WINDOWS_KEY}")
     return {**values, "model": {**model, WINDOWS_KEY: windows}}
+
+
+def _take_schedule(values: dict[str, Any]) -> dict[str, Any]:
+    """Takes `model.window_schedule` out of the section `model`, whose other keys are a model's."""
+    model = values.get("model")
+    if not isinstance(model, dict) or _SCHEDULE_KEY not in model:
+        return values
+    rest = {key: value for key, value in model.items() if key != _SCHEDULE_KEY}
+    return {**values, "model": rest, _SCHEDULE_KEY: model[_SCHEDULE_KEY]}
+
+
+def _fill_stages(values: dict[str, Any]) -> dict[str, Any]:
+    """Completes each stage's sections by the run's, and `steps` by the sum of theirs.
+
+    Raises:
+        ConfigError: a stage would not be valid as a run of its own; the line names it.
+    """
+    stages = values.get("stages")
+    if not stages:
+        return values
+    if not isinstance(stages, list):
+        raise ConfigError(f"stages = {_show(stages)}: expected a list, each a section of keys")
+    filled, total = [], 0
+    for number, stage in enumerate(stages):
+        if not isinstance(stage, dict) or not isinstance(stage.get("name"), str):
+            raise ConfigError(f"stages.{number} = {_show(stage)}: expected keys, a name among them")
+        where = f"stages.{stage['name']}"
+        _check_names(stage, StageConfig, f"{where}.")
+        stage = {key: value for key, value in stage.items() if value is not None}
+        for section in ("optimizer", "loss"):
+            own, general = stage.get(section), values.get(section)
+            if isinstance(own, dict) and isinstance(general, dict):
+                stage[section] = general | own
+        filled.append(stage)
+        alone = {**values, **stage}
+        for key in ("name", "stages", _SCHEDULE_KEY) + (() if "steps" in stage else ("steps",)):
+            alone.pop(key, None)
+        try:
+            _check_integers(alone, "")
+            total += validate(alone).steps
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+    return {"steps": total, **values, "stages": filled}
 
 
 def _fill_model(values: dict[str, Any]) -> dict[str, Any]:
@@ -367,6 +328,7 @@ def _explain(error: Any, values: Mapping[str, Any]) -> ConfigError:
     value: Any = values
     for part in error["loc"]:
         deeper = f"{name}.{part}".lstrip(".")
+        deeper = f"model.{deeper}" if deeper == _SCHEDULE_KEY else deeper
         if deeper not in known:  # an index, or the member of a union that did not fit
             break
         name = deeper

@@ -73,8 +73,12 @@ class Block(nnx.Module):
             segment_ids=segment_ids,
             diagnose=diagnose,
         )
+        return self.after_attention(hidden, attended), diagnostics
+
+    def after_attention(self, hidden: jax.Array, attended: jax.Array) -> jax.Array:
+        """Does the rest of `forward`: adds what the attention gave, and then the mlp's outputs."""
         hidden = shard_tokens(hidden + attended)
-        return shard_tokens(hidden + self.mlp(self.mlp_norm(hidden))), diagnostics
+        return shard_tokens(hidden + self.mlp(self.mlp_norm(hidden)))
 
     def prefill(
         self,

@@ -18,8 +18,10 @@ from nha_jax.layers.attention_core import LayerCache
 from nha_jax.layers.block import Block
 from nha_jax.layers.remat import remat_policy
 
-LayerStep = Callable[[Block, jax.Array, Any, Any, int | None], tuple[jax.Array, Any]]
+LayerStep = Callable[[Block, jax.Array, Any, Any, Any], tuple[jax.Array, Any]]
 """step(block, hidden, cache, shared, window_size) -> (hidden, new cache or other results of it).
+
+window_size may be whatever tells layers apart, such as a layer's windows in two models.
 
 It closes over no arrays: `jax.checkpoint` keeps what it is given, after the trace that it is of.
 """
@@ -54,7 +56,7 @@ def scan_blocks(
     step: LayerStep,
     blocks: Block,
     hidden: jax.Array,
-    windows: Sequence[int | None],
+    windows: Sequence[Any],
     caches: tuple[Any, ...] | None = None,
     *,
     shared: Any = None,
@@ -82,7 +84,7 @@ def scan_blocks(
     )  # [num_layers, ...] -> [repetitions, period, ...]
 
     def run(
-        parameters: nnx.State, hidden: jax.Array, cache: Any, shared: Any, window_size: int | None
+        parameters: nnx.State, hidden: jax.Array, cache: Any, shared: Any, window_size: Any
     ) -> tuple[jax.Array, Any]:
         return step(nnx.merge(graph, parameters), hidden, cache, shared, window_size)
 

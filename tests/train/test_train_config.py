@@ -12,9 +12,10 @@ from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.commands.train import parse_overrides
 from train.config import EvaluationConfig, TrainConfig
+from train.config_keys import keys
 from train.devices.mesh import make_mesh
 from train.errors import ConfigError
-from train.load_config import keys, load_config
+from train.load_config import load_config
 from train.renamed_keys import RENAMED_KEYS
 
 # (arguments, what the line must contain)

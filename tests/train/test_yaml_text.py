@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config import TrainConfig
+from train.config_keys import keys
 from train.errors import ConfigError
-from train.load_config import keys, load_config
+from train.load_config import load_config
 from train.yaml_text import read_yaml
 
 WIDE_1 = "\N{FULLWIDTH DIGIT ONE}"  # int() takes it for 1

@@ -153,14 +153,25 @@ class Checkpoints:
     def restore(
         self, abstract: TrainState, shardings: TrainState
     ) -> tuple[TrainState, Progress] | None:
+        """Does what `restore_stage` does, where all steps have the same state.
+
+        Args:
+            abstract: shapes and dtypes of the state.
+            shardings: a sharding for each variable, in the same structure.
+        """
+        return self.restore_stage(lambda _: (abstract, shardings))
+
+    def restore_stage(
+        self, placed: Callable[[int], tuple[TrainState, TrainState]]
+    ) -> tuple[TrainState, Progress] | None:
         """Loads the newest undamaged checkpoint onto the devices.
 
         Damaged ones that are newer are set aside as `damaged-STEP`, so that their steps can be
         saved again, and reported on stderr.
 
         Args:
-            abstract: shapes and dtypes of the state.
-            shardings: a sharding for each variable, in the same structure.
+            placed: number of a step -> shapes and dtypes of the state after it, and a sharding for
+                each variable in the same structure.
 
         Returns:
             The state and the progress; None if there is no checkpoint.
@@ -169,12 +180,12 @@ class Checkpoints:
             ConfigError: the stored parts have other names or shapes; all of them are named.
             CheckpointError: there are checkpoints, and all are damaged; nothing is changed.
         """
-        targets = {
-            part: _abstract_arrays(getattr(abstract, part), getattr(shardings, part))
-            for part in TrainState._fields
-        }
 
         def load(step: int) -> dict[str, Any]:
+            targets = {
+                part: _abstract_arrays(abstract, shardings)
+                for part, abstract, shardings in zip(TrainState._fields, *placed(step), strict=True)
+            }
             stored = self._checkpointer.checkpointables_metadata(step).metadata
             for part, target in targets.items():
                 _check_shapes(part, stored[part], target)
@@ -188,10 +199,11 @@ class Checkpoints:
         processes.on_first(lambda: self._set_aside(damaged))
         if damaged:
             self._checkpointer.reload()
+        step, skipped = int(loaded["step"]["step"]), int(loaded["step"]["skipped"])
+        abstract, _ = placed(step)
         state = TrainState(
             *(_fill(getattr(abstract, part), loaded[part]) for part in TrainState._fields)
         )
-        step, skipped = int(loaded["step"]["step"]), int(loaded["step"]["skipped"])
         return state, Progress(step, int(loaded["data"]["next_batch"]), skipped)
 
     def _finish(self, response: Any, step: int) -> None:
@@ -231,10 +243,10 @@ def load_model_state(folder: Path, abstract: Any) -> Any:
         folder: the folder of the run's checkpoints.
         abstract: the state's shapes and dtypes.
     """
-    return load_parts(folder, {"model": abstract})["model"]
+    return load_parts(folder, lambda _: {"model": abstract})["model"]
 
 
-def load_parts(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
+def load_parts(folder: Path, abstract: Callable[[int], Mapping[str, Any]]) -> dict[str, Any]:
     """Loads `model`, `optimizer` or both from a run's newest undamaged checkpoint.
 
     They come onto the default device. Damaged checkpoints that are newer are reported on stderr and
@@ -242,10 +254,11 @@ def load_parts(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: the folder of the run's checkpoints.
-        abstract: the states' shapes and dtypes, by the names of the parts.
+        abstract: number of a step -> the states' shapes and dtypes after it, by the names of the
+            parts.
 
     Returns:
-        The states, by the same names.
+        The states, by the same names, and the `step` that they are after.
 
     Raises:
         ConfigError: there is no finished checkpoint.
@@ -254,19 +267,22 @@ def load_parts(folder: Path, abstract: Mapping[str, Any]) -> dict[str, Any]:
     if not folder.is_dir():  # which a Checkpointer would create
         raise ConfigError(f"{folder.parent}: the run has no checkpoint yet")
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    targets = {
-        part: _abstract_arrays(state, jax.tree.map(lambda _: device, state))
-        for part, state in abstract.items()
-    }
+
+    def load(step: int) -> dict[str, Any]:
+        targets = {
+            part: _abstract_arrays(state, jax.tree.map(lambda _: device, state))
+            for part, state in abstract(step).items()
+        }
+        return {**checkpointer.load_checkpointables(step, targets), "step": step}
+
     with ocp.training.Checkpointer(folder) as checkpointer:
-        loaded, damaged = _newest_undamaged(
-            folder, lambda step: checkpointer.load_checkpointables(step, targets)
-        )
+        loaded, damaged = _newest_undamaged(folder, load)
     if loaded is None:
         raise ConfigError(f"{folder.parent}: the run has no finished checkpoint yet")
     for damage in damaged.values():
         print(f"nha: {damage}; reading the one before it", file=sys.stderr)
-    return {part: _fill(state, loaded[part]) for part, state in abstract.items()}
+    step = loaded["step"]
+    return {part: _fill(x, loaded[part]) for part, x in abstract(step).items()} | {"step": step}
 
 
 def _raises_nothing(record: logging.LogRecord) -> bool:

@@ -76,7 +76,7 @@ def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _config_help() -> str:
     """Lists every key of the configuration with its type, default and meaning."""
-    from train.load_config import describe, keys
+    from train.config_keys import describe, keys
 
     lines = [
         "Keys of CONFIG. --key=value replaces the one in the file; the value is read as YAML.",

@@ -11,7 +11,9 @@ from train.config import TrainConfig
 from train.devices.chips import GIB
 from train.errors import TrainingError, cut, one_line
 from train.failures import is_out_of_memory
+from train.phases import phases_of
 from train.plan.advice import as_arguments, untried_advice
+from train.step.phase_functions import functions_of
 from train.step.update import TrainingFunctions
 
 
@@ -33,7 +35,8 @@ def explain_memory(config: TrainConfig, mesh: Mesh) -> Iterator[None]:
 
 def _describe(error: Exception, config: TrainConfig, mesh: Mesh) -> str:
     reason = cut(one_line(str(error)) or "of the host", 200).rstrip(". ")
-    state = _state_bytes(TrainingFunctions(config, mesh)) / GIB
+    phases = phases_of(config)
+    state = max(_state_bytes(functions_of(phase, phases, mesh)) for phase in phases) / GIB
     tries = ", ".join(map(as_arguments, untried_advice(config, mesh.shape)))
     less = (
         f"less is needed with {tries}" if tries else "less is needed with a smaller model or batch"

@@ -20,10 +20,10 @@ from train.loop.interruption import Interruption
 from train.loop.memory import explain_memory
 from train.loop.profiling import check_profile
 from train.loop.trainer import Trainer
+from train.phases import phases_of
 from train.report.wandb_reporter import check_wandb
-from train.step.trainable import Trainable
-from train.step.update import TrainingFunctions
-from train.storage.initial_model import InitialModel, teacher_config
+from train.step.phase_functions import ever_trained, functions_of
+from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 from train.storage.run_folder import RECORD_FILE, RunFolder
 
@@ -60,7 +60,7 @@ def _train(config: TrainConfig) -> int:
     corpus = load_corpus(config.data)
     corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
-    Trainable.of(config)
+    ever_trained(phases_of(config))
     _check_implementation(config, mesh)
     _check_sample(config.sample.prompt, corpus.tokenizer)
     folder = RunFolder(config.run)
@@ -131,16 +131,19 @@ def _check_sample(prompt: str, tokenizer: Tokenizer) -> None:
 def _check_implementation(config: TrainConfig, mesh: Mesh) -> None:
     """Raises ConfigError if an implementation is named that cannot serve step or evaluation."""
     if config.model.implementation is not None:
+        phases = phases_of(config)
         with jax.set_mesh(mesh), explain_refusal():
-            functions = TrainingFunctions(config, mesh, teacher_config(config))
-            functions.trace_update()
-            functions.trace_evaluate()
+            for phase in phases:
+                functions = functions_of(phase, phases, mesh)
+                functions.trace_update()
+                functions.trace_evaluate()
 
 
 def _initial_model(config: TrainConfig, corpus: Corpus, folder: RunFolder) -> InitialModel | None:
     """Opens the model that the run starts or learns from; None if none is needed any more."""
     name = config.initial_model
-    if name is None or (folder.has_checkpoint and not config.loss.distillation):
+    has_teacher = any(phase.config.loss.has_teacher for phase in phases_of(config))
+    if name is None or (folder.has_checkpoint and not has_teacher):
         return None
     initial = InitialModel.open(name)
     initial.source(config.model)

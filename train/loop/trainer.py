@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 import nha_jax
@@ -20,12 +21,13 @@ from train.devices.mesh import rows_of_process, single_device_mesh
 from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
+from train.phases import Phase, phase_at, phases_of
 from train.report.metrics import Row
 from train.report.reporting import Reporting, fetch, plot_run, row_without_evaluation
 from train.step.evaluation import HeldOut, gzip_references, measure_held_out
-from train.step.trainable import Trainable
-from train.step.update import TrainingFunctions, TrainState
-from train.storage.initial_model import InitialModel, teacher_config
+from train.step.phase_functions import ever_trained, functions_of
+from train.step.update import TrainState
+from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder
 from train.text.continuation import complete
@@ -59,8 +61,8 @@ class Trainer:
             mesh: the devices.
             folder: the run's folder, open.
             checkpoints: the run's checkpoints, open.
-            initial: the model to start from, and for distillation to learn from; None: the
-                parameters are drawn by the seed, or come from a checkpoint.
+            initial: the model to start from, and to learn from if a term of the loss compares;
+                None: the parameters are drawn by the seed, or come from a checkpoint.
         """
         self._config = config
         self._corpus = corpus
@@ -70,15 +72,18 @@ class Trainer:
         self._held_out = Sequences(corpus.held_out, config.data.sequence_length)
         self._rows = rows_of_process(mesh, config.batch_size)
         self._initial = initial
-        self._functions = TrainingFunctions(config, mesh, teacher_config(config))
-        self.state: TrainState
-        source = None if initial is None else initial.source(config.model)
-        restored = checkpoints.restore(self._functions.abstract_state, self._functions.shardings)
-        self.state, self.progress = restored or (self._functions.initial_state(source), Progress())
-        self._teacher = None
-        if config.loss.distillation and source is not None:
-            self._teacher = self._functions.read_teacher(source)
         self._mesh = mesh
+        self._phases = phases_of(config)
+        self._phase = self._phases[0]
+        self._functions = functions_of(self._phase, self._phases, mesh)
+        self._teacher: nnx.State | None = None
+        self.state: TrainState
+        restored = checkpoints.restore_stage(self._placed_state)
+        if restored is None:
+            source = None if initial is None else initial.source(config.model)
+            restored = self._functions.initial_state(source), Progress()
+        self.state, self.progress = restored
+        self._read_teacher()
         self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
         if processes.is_first():
@@ -110,6 +115,11 @@ class Trainer:
                 reporting.complete(missing, caught_up)
             unreported: dict[int, Metrics] = {}
             for step in range(first + 1, config.steps + 1):
+                if step > self._phase.last:
+                    self._report_steps(unreported, reporting)
+                    unreported = {}
+                    self._enter(phase_at(self._phases, step))
+                    reporting.clock.stop()
                 profiler.before(step)
                 self.state, metrics = self._functions.update(
                     self.state, next(batches), self._teacher
@@ -142,6 +152,29 @@ class Trainer:
             plot_run(self._folder, self._references)
         return self._vote.last(interruption.signal)
 
+    def _placed_state(self, step: int) -> tuple[TrainState, TrainState]:
+        """Turns to the phase of a step; gives its state's shapes and dtypes, and its shardings."""
+        phase = phase_at(self._phases, step)
+        if phase is not self._phase:
+            self._phase, self._functions = phase, functions_of(phase, self._phases, self._mesh)
+        return self._functions.abstract_state, self._functions.shardings
+
+    def _enter(self, phase: Phase) -> None:
+        """Goes on to the next phase; what a stage leaves behind are the parameters alone."""
+        before, functions = self._phase, self._functions
+        self._phase, self._functions = phase, functions_of(phase, self._phases, self._mesh)
+        if phase.stage != before.stage:
+            self.state = self._functions.begin(functions.evaluated(self.state))
+        self._read_teacher()
+
+    def _read_teacher(self) -> None:
+        """Holds the teacher's parameters if the phase has one, and lets go of them if not."""
+        config = self._phase.config
+        if not config.loss.has_teacher:
+            self._teacher = None
+        elif self._teacher is None and self._initial is not None:
+            self._teacher = self._functions.read_teacher(self._initial.source(config.model))
+
     def finish(self) -> Result | None:
         """Saves the finished model for `nha_jax.load`, measures it, and lets it write a sample.
 
@@ -173,7 +206,7 @@ class Trainer:
         """Saves the model, merged, its adapter and its moving average; returns the model."""
         model = self._save_model(self._folder.model, evaluated)
         if self._config.adapter is not None:
-            whole = Trainable.of(self._config).whole
+            whole = ever_trained(self._phases).whole
             nha_jax.save_adapter(self._folder.adapter, model, whole=whole, overwrite=True)
         if averaged is not None:
             self._save_model(self._folder.model_ema, averaged)
@@ -259,7 +292,7 @@ class Trainer:
             return
         raise TrainingError(
             f"stopped at step {self.progress.step}: the last {self._skipped_in_row} updates were "
-            f"not finite and were skipped (loss {metrics['loss']}, gradient norm "
+            f"not finite and were skipped (loss {metrics.get('loss')}, gradient norm "
             f"{metrics['gradient_norm']}); try a lower optimizer.learning_rate, a longer "
             "optimizer.warmup_steps or model.dtype=float32 in another run folder"
         )
@@ -318,6 +351,9 @@ class Trainer:
             if part.has_mask:
                 amount += f" ({part.num_targets:,} tokens to learn)"
             print(f"{name} {amount} of {data.corpus}")
+        if self._config.stages:
+            stages = (f"{stage.name} {stage.steps} steps" for stage in self._config.stages)
+            print(f"stages   {', '.join(stages)}")
         print(f"devices  {self._mesh.devices.flat[0].device_kind}, {shape}")
         if self.progress.step >= self._config.steps:
             print(f"trained  {self.progress.step} steps: only the result is missing")

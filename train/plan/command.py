@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from train.load_config import load_config
 from train.plan.advice import Overrides, as_arguments, find_advice
-from train.plan.compiling import CompiledStep, compile_step
-from train.plan.report import as_json, table
+from train.plan.compiling import CompiledStep, compile_steps, dearest
+from train.plan.report import as_json, stages_as_json, stages_table, table
 from train.plan.topology import find_topology
 
 DOES_NOT_FIT = 1
@@ -38,6 +38,9 @@ class PlanOptions:
 def run_plan(options: PlanOptions) -> int:
     """Prints the plan; returns 0 if the step fits, `DOES_NOT_FIT` if not.
 
+    Of a run with several phases it is the plan of the one that needs the most memory, after a line
+    for each.
+
     Raises:
         ConfigError: there is no such machine, or the configuration is wrong or does not suit it.
     """
@@ -45,12 +48,20 @@ def run_plan(options: PlanOptions) -> int:
     topology = find_topology(options.topology)
 
     def compile_with(overrides: Overrides) -> CompiledStep:
+        return dearest(steps_with(overrides))
+
+    def steps_with(overrides: Overrides) -> tuple[CompiledStep, ...]:
         added = [(key, json.dumps(value)) for key, value in overrides.items()]
-        return compile_step(load_config(options.config, [*options.overrides, *added]), topology)
+        return compile_steps(load_config(options.config, [*options.overrides, *added]), topology)
 
     _progress(f"compiling for {topology.name}")
-    compiled = compile_with({})
+    steps = steps_with({})
+    compiled = dearest(steps)
     figures = as_json(compiled, options.mfu)
+    if len(steps) > 1:
+        figures["stages"] = stages_as_json(steps, options.mfu)
+        if not options.json:
+            print(f"{stages_table(steps, options.mfu)}\n\nthe step that needs the most memory:")
     if not options.json:
         print(table(compiled, options.mfu), flush=True)
     if not compiled.fits and options.advice:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ from nha_jax.ops import backends
 from nha_jax.ops.types import Options
 from train.config import TrainConfig
 from train.devices.mesh import make_mesh
+from train.phases import Phase, phases_of
 from train.plan.costs import Costs, KernelCost, count_costs
 from train.plan.hlo import Program
 from train.plan.kernels import calls_of_jaxpr
 from train.plan.topology import Topology, needed_memory
-from train.step.update import TrainingFunctions
-from train.storage.initial_model import teacher_config
+from train.step.phase_functions import functions_of
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,15 @@ class CompiledStep:
     """The training step of a configuration on a machine.
 
     Attributes:
-        config: the configuration.
+        config: the configuration, of a phase of the run (`train.phases`) if it has several.
         topology: the machine.
         mesh: number of devices along each axis of the mesh.
         memory: what it needs of one device's memory.
         fits: whether that is there.
         costs: what one device does; None if the compiler gave no program because of its memory.
         seconds: how long compiling took.
+        stage: the name of the stage that it is of; None without stages.
+        steps: how many such steps the run makes.
     """
 
     config: TrainConfig
@@ -82,18 +84,34 @@ class CompiledStep:
     fits: bool
     costs: Costs | None
     seconds: float
+    stage: str | None
+    steps: int
 
 
-def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
+def compile_steps(config: TrainConfig, topology: Topology) -> tuple[CompiledStep, ...]:
     """Compiles `train.step.update.TrainingFunctions.update`, as `nha train` would run it there.
+
+    Returns:
+        The step of each phase of the run; one in a run without stages and schedules.
 
     Raises:
         ConfigError: the mesh does not fit the machine, or the configuration does not fit the mesh.
         jax.errors.JaxRuntimeError: the step does not compile, and memory is not the reason.
     """
+    phases = phases_of(config)
+    return tuple(_compile_phase(phase, phases, topology) for phase in phases)
+
+
+def dearest(steps: Sequence[CompiledStep]) -> CompiledStep:
+    """Gives the step that needs the most memory."""
+    return max(steps, key=lambda step: step.memory.total - step.memory.available)
+
+
+def _compile_phase(phase: Phase, phases: Sequence[Phase], topology: Topology) -> CompiledStep:
+    config = phase.config
     mesh = make_mesh(config, topology.devices)
     with jax.set_mesh(mesh):
-        functions = TrainingFunctions(config, mesh, teacher_config(config))
+        functions = functions_of(phase, phases, mesh)
         traced = functions.trace_update()
         start = time.perf_counter()
         lowered = traced.lower()
@@ -121,6 +139,8 @@ def compile_step(config: TrainConfig, topology: Topology) -> CompiledStep:
         fits=memory.headroom >= 0,
         costs=costs,
         seconds=time.perf_counter() - start,
+        stage=phase.stage,
+        steps=phase.steps,
     )
 
 

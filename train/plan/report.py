@@ -1,12 +1,14 @@
 """Shows a plan as a table and as JSON."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import nha_jax
 from train.devices.chips import GIB
 from train.plan.compiling import CompiledStep, layer_kinds
 from train.step.flops import training_flops_per_token
+from train.windows import format_windows
 
 SECONDS_A_DAY = 86400
 
@@ -26,7 +28,7 @@ class Speed:
         mfu: the share of the peak that is assumed for the rest.
         step: seconds a step takes at that share.
         tokens_a_day: tokens that all devices train on in a day at that share.
-        days: days that the configuration's steps take at that share.
+        days: days that so many steps as the run makes take at that share.
     """
 
     model_flops: float
@@ -56,7 +58,7 @@ def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
         mfu=mfu,
         step=step,
         tokens_a_day=SECONDS_A_DAY / step * tokens,
-        days=config.steps * step / SECONDS_A_DAY,
+        days=compiled.steps * step / SECONDS_A_DAY,
     )
 
 
@@ -100,9 +102,40 @@ def table(compiled: CompiledStep, mfu: float) -> str:
     speed = speed_of(compiled, mfu)
     if speed is not None:
         rows += _work_rows(compiled, speed)
-        rows += _speed_rows(config.steps, tokens, speed)
+        rows += _speed_rows(compiled.steps, tokens, speed)
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}".rstrip() for label, text in rows)
+
+
+def stages_as_json(steps: Sequence[CompiledStep], mfu: float) -> list[dict[str, Any]]:
+    """Returns the figures of every phase of a run in stages, or whose windows shrink."""
+    return [
+        {
+            "stage": step.stage,
+            "steps": step.steps,
+            "windows": list(step.config.model.window_period),
+            **as_json(step, mfu),
+        }
+        for step in steps
+    ]
+
+
+def stages_table(steps: Sequence[CompiledStep], mfu: float) -> str:
+    """Writes a line for each phase of a run: its steps, memory, time a step and days."""
+    lines, days = [], 0.0
+    for step in steps:
+        windows = format_windows(step.config.model.window_period)
+        verdict = "" if step.fits else ", DOES NOT FIT"
+        speed = speed_of(step, mfu)
+        pace = "" if speed is None else f", {speed.step:.3f} s a step, {speed.days:.2f} days"
+        days += 0.0 if speed is None else speed.days
+        name = "" if step.stage is None else f"{step.stage}, "
+        lines.append(
+            f"  {name}windows {windows}: {step.steps:,} steps, "
+            f"{_gib(step.memory.total)}{verdict}{pace}"
+        )
+    total = sum(step.steps for step in steps)
+    return "\n".join([f"the run: {total:,} steps, {days:.2f} days at an MFU of {mfu:.0%}", *lines])
 
 
 def _memory_rows(compiled: CompiledStep) -> list[tuple[str, str]]:

@@ -18,6 +18,10 @@ class Clock:
         if self._start is None:
             self._start = (time.perf_counter(), step)
 
+    def stop(self) -> None:
+        """Stops the clock, as the step that follows compiles."""
+        self._start = None
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves out the time spent inside the `with`."""

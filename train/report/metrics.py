@@ -18,7 +18,7 @@ from train.errors import do_without
 from train.storage.atomic import write_if_changed
 
 Row = dict[str, Any]
-"""The metrics of one step: `step`, and numbers or lists of a number a layer, by name."""
+"""The metrics of one step: `step`, and numbers, lists of a number a layer, or text, by name."""
 
 _RENAMED = {"slot_share": "slot_weight"}
 """Metrics as rows of an earlier version call them -> as they are called now."""
@@ -144,7 +144,12 @@ def scalars(row: Row) -> dict[str, float]:
             flat |= {f"{name}/layer_{layer}": entry for layer, entry in enumerate(value)}
         elif name != "step":
             flat[name] = value
-    return {name: value for name, value in flat.items() if math.isfinite(value)}
+    return {name: value for name, value in flat.items() if _is_finite(value)}
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number, and a finite one; text and None are not."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -208,7 +213,7 @@ def _to_line(row: Row) -> str:
     def finite(value: Any) -> Any:
         if isinstance(value, list):
             return list(map(finite, value))
-        return None if value is None or not math.isfinite(value) else value
+        return value if isinstance(value, str) or _is_finite(value) else None
 
     numbers = {name: finite(value) for name, value in row.items()}
     return json.dumps(numbers, allow_nan=False) + "\n"

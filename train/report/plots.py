@@ -20,7 +20,7 @@ def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -
         return
     figure, axes = _figure("bits per byte", "Native Hybrid Attention: training")
     steps = [row["step"] for row in rows]
-    losses = [math.nan if row["loss"] is None else row["bits_per_byte"] for row in rows]
+    losses = [math.nan if row.get("loss") is None else row["bits_per_byte"] for row in rows]
     axes.plot(steps, losses, color="C0", alpha=0.25, linewidth=0.8)
     axes.plot(steps, _smooth(losses), color="C0", label="training (smoothed)")
     held_out = [row for row in rows if "held_out_bits_per_byte" in row]

@@ -11,6 +11,7 @@ from train.config import TrainConfig
 from train.devices import processes
 from train.devices.chips import chip_of
 from train.errors import do_without
+from train.phases import phase_at, phases_of
 from train.report.clock import Clock
 from train.report.metrics import Dispensable, MetricsLog, ProgressBar, Reporter, Row, read_rows
 from train.report.plots import plot_loss_curve, plot_slot_weight
@@ -50,7 +51,10 @@ class Reporting:
         self._config = config
         self._devices = mesh.devices.size
         self._chip = chip_of(mesh.devices.flat[0].device_kind)
-        self._flops = training_flops_per_token(config)
+        self._phases = phases_of(config)
+        self._flops = {
+            phase.after: training_flops_per_token(phase.config) for phase in self._phases
+        }
         self._bytes_per_target = bytes_per_target
         more: list[Reporter] = []
         project = config.logging.wandb
@@ -88,7 +92,8 @@ class Reporting:
             held_out: the evaluation after the step, if there was one.
             always: whether to log it in any case.
         """
-        shown = {"loss": f"{metrics['loss']:.3f}"}
+        term = "loss" if "loss" in metrics else "attention_transfer"
+        shown = {term: f"{metrics[term]:.3f}"}
         if held_out is not None:
             shown["held-out bits/byte"] = f"{held_out.bits_per_byte:.3f}"
             shown["perplexity"] = f"{held_out.perplexity:.4g}"
@@ -110,18 +115,23 @@ class Reporting:
             self._log.write({**row, **_held_out_values(held_out)})
 
     def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
-        names = ("z_loss", "slot_loss", "distillation")
-        terms = {name: metrics[name] for name in names if name in metrics}
-        row: Row = {
-            "step": step,
-            "loss": metrics["loss"],
-            "bits_per_byte": metrics["loss"] / math.log(2) / self._bytes_per_target(step - 1),
-            **terms,
-            "gradient_norm": metrics["gradient_norm"],
-            "learning_rate": metrics["learning_rate"],
-        }
+        row: Row = {"step": step}
+        phase = phase_at(self._phases, step)
+        if phase.stage is not None:
+            row["stage"] = phase.stage
+        if "loss" in metrics:
+            bits = metrics["loss"] / math.log(2)
+            row |= {
+                "loss": metrics["loss"],
+                "bits_per_byte": bits / self._bytes_per_target(step - 1),
+            }
+        names = ("z_loss", "slot_loss", "distillation", "attention_transfer")
+        row |= {name: metrics[name] for name in names if name in metrics}
+        row |= {name: metrics[name] for name in ("gradient_norm", "learning_rate")}
         if held_out is not None:
             row |= _held_out_values(held_out)
+            if self._config.window_schedule is not None:
+                row["window_size"] = list(phase.config.model.windows)
         return row
 
     def _speed(self, step: int) -> dict[str, float]:
@@ -131,7 +141,8 @@ class Reporting:
             return {}
         speed = {"tokens_per_second": rate, "tokens_per_second_per_chip": rate / self._devices}
         if self._chip is not None:
-            speed["mfu"] = rate * self._flops / (self._devices * self._chip.flops)
+            flops = self._flops[phase_at(self._phases, step).after]
+            speed["mfu"] = rate * flops / (self._devices * self._chip.flops)
         return speed
 
 

@@ -13,6 +13,7 @@ import nha_jax
 from nha_jax.argument_checks import check_tokens, default_positions
 from nha_jax.ops.mesh.division import shard_tokens
 from nha_jax.ops.padding import zero_unless
+from nha_jax.transfer import attention_transfer
 from train.config import LossConfig
 
 LEAST_WEIGHT = 1e-30
@@ -32,15 +33,16 @@ class LossSum(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """A model whose distribution is learned, and what it made of the batch.
+    """A model that is learned from, and what it made of the batch.
 
     Attributes:
         model: the model.
-        hidden: its `hidden_states` of the batch, [B, T, hidden_size].
+        hidden: its `hidden_states` of the batch, [B, T, hidden_size]; None where its layers are
+            learned from too, on whose way they are found.
     """
 
     model: nha_jax.Model
-    hidden: jax.Array
+    hidden: jax.Array | None = None
 
 
 class Counts(NamedTuple):
@@ -50,10 +52,12 @@ class Counts(NamedTuple):
         targets: the targets that `loss_mask` admits.
         slot_weights: the slot weights of tokens that have both slots and a window to read, over
             layers, rows, tokens and query heads.
+        sequences: the rows that are not all padding.
     """
 
     targets: jax.Array
     slot_weights: jax.Array
+    sequences: jax.Array
 
 
 def loss_sum(model: Callable[..., jax.Array], batch: Mapping[str, jax.Array]) -> LossSum:
@@ -88,6 +92,7 @@ def counts(model: nha_jax.ModelConfig, batch: Mapping[str, jax.Array]) -> Counts
     return Counts(
         batch["loss_mask"].sum(dtype=jnp.int32),
         _reads_both(model, batch["segment_ids"]).sum(dtype=jnp.int32) * model.num_query_heads,
+        (batch["segment_ids"] > 0).any(axis=1).sum(dtype=jnp.int32),
     )
 
 
@@ -106,14 +111,38 @@ def losses(
         batch: one part of the whole batch, or all of it.
         config: the weights of the terms.
         total: the counts of the whole batch; the results of its parts add up to its losses.
-        teacher: what distillation learns from; None without distillation.
+        teacher: what is learned from; None if no term compares.
         head_parts: a divisor of T; the logits of this many parts of the tokens are made in turn.
 
     Returns:
-        loss + z_loss weight * z_loss + slot_loss weight * slot_loss + distillation weight *
-        distillation, and these terms by name, float32 scalars; those with a weight of 0 are
-        neither computed nor named.
+        The sum of the terms, each times its weight, and the terms by name, float32 scalars: `loss`,
+        the cross-entropy, and those that `LossConfig` names. Of the latter those with a weight of 0
+        are neither computed nor named, nor is the former if no other term needs logits either.
     """
+    terms: dict[str, jax.Array] = {}
+    if config.attention_transfer:
+        assert teacher is not None
+        found = attention_transfer(model, teacher.model, batch["tokens"], batch["segment_ids"])
+        teacher = teacher._replace(hidden=found.hidden)
+        count = jnp.maximum(total.sequences, 1) * max(found.layers, 1)
+        terms["attention_transfer"] = found.error / count
+    if config.reads_outputs:
+        terms |= _terms_of_outputs(model, batch, config, total, teacher, head_parts)
+    weights = {
+        name: config.cross_entropy if name == "loss" else getattr(config, name) for name in terms
+    }
+    return sum((weights[name] * term for name, term in terms.items()), jnp.float32(0)), terms
+
+
+def _terms_of_outputs(
+    model: nha_jax.Model,
+    batch: Mapping[str, jax.Array],
+    config: LossConfig,
+    total: Counts,
+    teacher: Teacher | None,
+    head_parts: int,
+) -> dict[str, jax.Array]:
+    """Computes the terms of `losses` that are of the model's own way through its layers."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
     if config.slot_loss:
         seen = model.diagnose(tokens, segment_ids, slot_weight_gradient="slots")
@@ -121,7 +150,9 @@ def losses(
     else:
         hidden = model.hidden_states(tokens, segment_ids)
     per_token = {name: batch[name] for name in ("targets", "loss_mask")} | {"hidden": hidden}
-    if teacher is not None:
+    if config.distillation:
+        assert teacher is not None
+        assert teacher.hidden is not None
         per_token["teacher_hidden"] = teacher.hidden
     teacher_model = None if teacher is None else teacher.model
     add_up = functools.partial(_target_sums, model, config, teacher_model)
@@ -135,8 +166,7 @@ def losses(
         entropy = slot_weight_cross_entropy(slot_weight, config.slot_target)
         count = jnp.maximum(total.slot_weights, 1)
         terms["slot_loss"] = jnp.where(reads_both, entropy, 0.0).sum() / count
-    weights = {name: 1.0 if name == "loss" else getattr(config, name) for name in terms}
-    return sum((weights[name] * term for name, term in terms.items()), jnp.float32(0)), terms
+    return terms
 
 
 def cross_entropy_of_hidden(

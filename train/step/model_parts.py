@@ -21,13 +21,19 @@ class ModelParts:
         quantizes: whether the frozen projections of the layers are of 8 bits.
     """
 
-    def __init__(self, config: TrainConfig):
-        """Reads from a run's configuration what is trained.
+    def __init__(self, config: TrainConfig, ever_trained: Trainable | None = None):
+        """Reads from the configuration of a run, or of a phase of it, what is trained.
+
+        Args:
+            config: the configuration.
+            ever_trained: what some phase of the run trains, which is never held in another dtype,
+                nor shared with a teacher; None: what this one trains.
 
         Raises:
             ConfigError: as `Trainable.of`.
         """
         self.trainable = Trainable.of(config)
+        self._ever_trained = ever_trained or self.trainable
         self.quantizes = config.frozen_dtype == "int8"
         self._config = config
         frozen = "bfloat16" if self.quantizes else config.frozen_dtype
@@ -42,7 +48,7 @@ class ModelParts:
         """Draws the model without adapter or integers; frozen parameters have their dtype."""
         config = self._config
         model = nha_jax.Model(config.model, rngs=rngs or nnx.Rngs(config.seed))
-        _, frozen = self.split(nnx.state(model))
+        _, frozen = nnx.split_state(nnx.state(model), self._ever_trained, ...)
         nnx.update(model, jax.tree.map(lambda x: x.astype(self._frozen_dtype), frozen))
         return model
 
@@ -73,11 +79,19 @@ class ModelParts:
 
     def abstract_teacher(self, model: nnx.State) -> nnx.State:
         """Describes what the teacher has of its own, from the run's abstract model."""
-        trained, _ = self.split(model)
         return jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self._frozen_dtype),
-            without_factors(trained),
+            self.of_teacher(model),
         )
+
+    def of_teacher(self, state: nnx.State) -> nnx.State:
+        """Picks what the teacher has of its own out of a model's state, or a tree like it."""
+        own, _ = nnx.split_state(state, self._ever_trained, ...)
+        return nnx.filter_state(own, nnx.Not(is_factor))
+
+    def shared_with_teacher(self, frozen: nnx.State) -> nnx.State:
+        """Picks what the teacher shares out of what is frozen."""
+        return nnx.filter_state(frozen, nnx.Not(self._ever_trained))
 
     def _quantize(self, model: nha_jax.Model) -> nha_jax.Model:
         if not self.quantizes:
@@ -85,11 +99,6 @@ class ModelParts:
         frozen = {
             name
             for name in projections(model)
-            if name.startswith("blocks.") and f"{name}.kernel" not in self.trainable.names
+            if name.startswith("blocks.") and f"{name}.kernel" not in self._ever_trained.names
         }
         return quantize_projections(model, frozen)
-
-
-def without_factors(state: nnx.State) -> nnx.State:
-    """Leaves the factors of an adapter, which no teacher has, out of a state or a tree like it."""
-    return nnx.filter_state(state, nnx.Not(is_factor))

@@ -18,8 +18,9 @@ from train.devices.mesh import batch_sharding, cut_rows, to_devices
 from train.optimizers import find_optimizer
 from train.step.average import average_of
 from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
-from train.step.model_parts import ModelParts, without_factors
+from train.step.model_parts import ModelParts
 from train.step.optimizer import NamedOptimizer, learning_rate_schedule, make_optimizer
+from train.step.trainable import Trainable
 
 DeviceBatch = dict[str, jax.Array]
 """A batch as arrays [B, T] that are divided over the mesh."""
@@ -64,16 +65,24 @@ class TrainingFunctions:
         shardings: where each array of the state lies, in the same structure.
         trained_shardings: likewise of the trained parameters and their gradients.
         abstract_teacher: shapes and dtypes of what `read_teacher` gives; None without a teacher.
-        teacher_shardings: where its arrays lie.
+        teacher_shardings: where it lies, in the same structure.
     """
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, teacher: nha_jax.ModelConfig | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        teacher: nha_jax.ModelConfig | None = None,
+        ever_trained: Trainable | None = None,
+    ):
         """Traces shapes only; nothing is allocated or compiled.
 
         Args:
-            config: the run's configuration.
+            config: the run's configuration, or that of a phase of it (`train.phases`).
             mesh: its devices.
-            teacher: the configuration of the model that distillation learns from.
+            teacher: the configuration of the model that is learned from.
+            ever_trained: the parameters that some phase of the run trains: all phases hold them in
+                model.param_dtype, and a teacher has its own. None: those that this one trains.
 
         Raises:
             ConfigError: a pattern of `trainable` matches no parameter, or the adapter does not fit
@@ -82,7 +91,7 @@ class TrainingFunctions:
         self.learning_rate = learning_rate_schedule(config.optimizer, config.steps)
         self._config = config
         self._mesh = mesh
-        self._parts = ModelParts(config)
+        self._parts = ModelParts(config, ever_trained)
         self._trainable, self._split = self._parts.trainable, self._parts.split
         # jax's, not nnx's, eval_shape: that one would look for the logical axes in the mesh.
         abstract = jax.eval_shape(lambda: tuple(nnx.split(node) for node in self._create()))
@@ -93,7 +102,7 @@ class TrainingFunctions:
             named_shardings(model_state, mesh), named_shardings(optimizer_state, mesh)
         )
         self.trained_shardings, _ = self._split(self.shardings.model)
-        self.teacher_shardings = without_factors(self.trained_shardings)
+        self.teacher_shardings = self._parts.of_teacher(self.shardings.model)
         self.abstract_teacher = None
         if teacher is not None:
             self._teacher_graph = self._parts.teacher_graph(teacher)
@@ -136,8 +145,22 @@ class TrainingFunctions:
         donated = () if self._parts.quantizes else 0
         return jax.jit(create, out_shardings=self.shardings, donate_argnums=donated)(base)
 
+    def begin(self, model_state: Any) -> TrainState:
+        """Makes the state of a stage that begins with these parameters.
+
+        Args:
+            model_state: nnx state of the model, on the devices.
+        """
+
+        def create(model_state: Any) -> Any:
+            model = nnx.merge(self._model_graph, model_state)
+            return nnx.state(self._make_optimizer(model))
+
+        optimizer = jax.jit(create, out_shardings=self.shardings.optimizer)(model_state)
+        return TrainState(model_state, optimizer)
+
     def read_teacher(self, source: WeightSource) -> nnx.State:
-        """Reads the teacher's own version of the trained parameters; it shares the frozen ones.
+        """Reads the teacher's own version of what is ever trained; it shares all other parameters.
 
         Args:
             source: the teacher's weights.
@@ -160,11 +183,11 @@ class TrainingFunctions:
         Args:
             state: the run's state.
             batch: what to learn from.
-            teacher: what `read_teacher` gave, if there is distillation.
+            teacher: what `read_teacher` gave, if there is a teacher.
 
         Returns:
-            The new state, and float32 scalars: `loss` (nats a target), `z_loss`, `slot_loss` and
-            `distillation` if they have a weight (each before it is weighted), `learning_rate`,
+            The new state, and float32 scalars: the terms that `train.step.losses.losses` names,
+            among them `loss` (nats a target), each before it is weighted, `learning_rate`,
             `gradient_norm` of the trained parameters before clipping, and `skipped`: 1 if loss,
             gradient or new state were not finite, in which case the state returned is the old one.
         """
@@ -208,6 +231,11 @@ class TrainingFunctions:
         """Measures loss and slot weights on a batch, with no update."""
         return self._evaluate(model_state, self.place(batch))
 
+    @property
+    def evaluates_optimizer(self) -> bool:
+        """Whether `evaluated` reads the optimizer's state."""
+        return find_optimizer(self._config.optimizer.name).evaluated is not None
+
     def evaluated(self, state: TrainState) -> Any:
         """Gives the model's state that is to be measured, and saved when the run is finished.
 
@@ -231,12 +259,16 @@ class TrainingFunctions:
         return nnx.merge(self._model_graph, model_state)
 
     def _create(self, base: nnx.State | None = None) -> tuple[nha_jax.Model, nnx.Optimizer]:
-        config, model = self._config, self._parts.model(base)
+        model = self._parts.model(base)
+        return model, self._make_optimizer(model)
+
+    def _make_optimizer(self, model: nha_jax.Model) -> nnx.Optimizer:
         trained, _ = self._split(nnx.state(model))
+        config = self._config
         transform = make_optimizer(
             config.optimizer, self.learning_rate, trained, config.model.width_ratio
         )
-        return model, NamedOptimizer(model, transform, wrt=self._trainable)
+        return NamedOptimizer(model, transform, wrt=self._trainable)
 
     def _choose_function(self, state: TrainState, choose: Callable[[Any, Any], Any]) -> Any:
         """Puts what `choose` makes of optimizer and trained parameters in place of these."""
@@ -284,9 +316,11 @@ class TrainingFunctions:
         def of_part(part: DeviceBatch) -> Any:
             teacher = None
             if teacher_state is not None:
-                teacher_model = nnx.merge(self._teacher_graph, teacher_state, frozen)
-                hidden = teacher_model.hidden_states(part["tokens"], part["segment_ids"])
-                teacher = Teacher(teacher_model, hidden)
+                shared = self._parts.shared_with_teacher(frozen)
+                teacher = Teacher(nnx.merge(self._teacher_graph, teacher_state, shared))
+                if not config.loss.attention_transfer:
+                    hidden = teacher.model.hidden_states(part["tokens"], part["segment_ids"])
+                    teacher = teacher._replace(hidden=hidden)
 
             def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
                 model = nnx.merge(self._model_graph, trained, frozen)

@@ -1,4 +1,4 @@
-"""The folder of the model that a run starts from, and that distillation learns from."""
+"""The folder of the model that a run starts from, and may learn from."""
 
 import dataclasses
 import hashlib
@@ -114,7 +114,7 @@ class InitialModel:
 
 
 def teacher_config(config: TrainConfig) -> ModelConfig | None:
-    """Gives the configuration of the model that distillation learns from; None without it.
+    """Gives the configuration of the model that a run, or a phase, learns from; None without one.
 
     It is the initial model's, computed as the run's model is. For a plan the folder need not be
     there: it is then the run's model with full attention.
@@ -123,7 +123,7 @@ def teacher_config(config: TrainConfig) -> ModelConfig | None:
         ConfigError: the folder's configuration is not valid.
     """
     name, model = config.initial_model, config.model
-    if name is None or not config.loss.distillation:
+    if name is None or not config.loss.has_teacher:
         return None
     if not has_config(name):
         return dataclasses.replace(model, window_size=None, empty_slots="mask")

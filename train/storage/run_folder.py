@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import re
@@ -36,6 +37,14 @@ CHANGEABLE = (
 updates already made."""
 
 RECORD_FILE = "run.json"
+
+# Keys that are written down only where they are set.
+_RARE: dict[str, Any] = {
+    "stages": [],
+    "window_schedule": None,
+    "loss.cross_entropy": 1.0,
+    "loss.attention_transfer": 0.0,
+}
 
 # What a process killed while it made the folder leaves behind.
 _UNFINISHED = re.compile(r"\.lock|\.run\.json\..*tmp")
@@ -238,7 +247,13 @@ class RunFolder:
 def config_values(config: TrainConfig) -> dict[str, Any]:
     """The configuration by sections, as JSON gives it back: lists for tuples."""
     # default: the model's kernel options are a mapping, but no dict.
-    return json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    values = json.loads(json.dumps(dataclasses.asdict(config), default=dict))
+    for name, default in _RARE.items():
+        *sections, key = name.split(".")
+        section = functools.reduce(dict.__getitem__, sections, values)
+        if section[key] == default:
+            del section[key]
+    return values
 
 
 def _record(config: TrainConfig, fingerprint: str) -> dict[str, Any]:

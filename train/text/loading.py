@@ -1,6 +1,8 @@
 """The model and the tokenizer of a folder that a user names: a run's, or a saved model's."""
 
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 from flax import nnx
@@ -17,6 +19,8 @@ from train.errors import ConfigError, refusals_are_config_errors
 from train.load_config import validate
 from train.optimizers import find_optimizer
 from train.paths import user_path
+from train.phases import phase_at, phases_of
+from train.step.phase_functions import functions_of
 from train.step.update import TrainingFunctions, TrainState
 from train.storage.run_folder import RunFolder
 
@@ -35,11 +39,12 @@ def load_model(path: str | Path) -> nha_jax.Model:
     folder = RunFolder(named)
     model_config = folder.model_config()
     stored = folder.config() or {}
-    optimizer = stored.get("optimizer", {}).get("name", "adamw")
+    sections = [stored, *stored.get("stages", ())]
+    names = {(section.get("optimizer") or {}).get("name", "adamw") for section in sections}
     with refusals_are_config_errors():
-        evaluated = find_optimizer(optimizer).evaluated
+        evaluated = any(find_optimizer(name).evaluated for name in names)
     plain = stored.get("adapter") is None and stored.get("frozen_dtype") != "int8"
-    if evaluated is not None or not plain:
+    if evaluated or not plain:
         return _load_trained(folder)
     graph, state = abstract_model(nha_jax.ModelConfig.from_dict(model_config))
     return nnx.merge(graph, load_model_state(folder.checkpoints, state))
@@ -47,15 +52,24 @@ def load_model(path: str | Path) -> nha_jax.Model:
 
 def _load_trained(folder: RunFolder) -> nha_jax.Model:
     """Loads the model that a run makes of what is in its checkpoint, and merges an adapter."""
-    config = validate(folder.config() or {})
+    phases = phases_of(validate(folder.config() or {}))
     mesh = single_device_mesh(jax.devices()[0])
+
+    @functools.cache
+    def functions_at(step: int) -> TrainingFunctions:
+        return functions_of(phase_at(phases, step), phases, mesh)
+
     with jax.set_mesh(mesh):
-        functions = TrainingFunctions(config, mesh)
-        if find_optimizer(config.optimizer.name).evaluated is None:
-            state = functions.abstract_state.model
-            return merge_adapter(functions.model(load_model_state(folder.checkpoints, state)))
-        parts = load_parts(folder.checkpoints, functions.abstract_state._asdict())
-        return merge_adapter(functions.model(functions.evaluated(TrainState(**parts))))
+        parts = load_parts(folder.checkpoints, lambda step: _needed(functions_at(step)))
+        functions = functions_at(parts.pop("step"))
+        state = TrainState(parts["model"], parts.get("optimizer"))
+        return merge_adapter(functions.model(functions.evaluated(state)))
+
+
+def _needed(functions: TrainingFunctions) -> dict[str, Any]:
+    """Describes the parts of a checkpoint that the evaluated model is made of."""
+    parts = functions.abstract_state._asdict()
+    return parts if functions.evaluates_optimizer else {"model": parts["model"]}
 
 
 def load_tokenizer_of(path: str | Path) -> Tokenizer:

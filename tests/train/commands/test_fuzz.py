@@ -29,7 +29,7 @@ from train import failures
 from train.cli import main
 from train.commands import COMMANDS, generate
 from train.commands.parser import Parser
-from train.load_config import keys
+from train.config_keys import keys
 
 COUNT = 2000
 EXIT_CODES = {0, 1, 2}

@@ -132,6 +132,10 @@ def test_frozen_parameters_cost_no_gradient(hybrid: Nha) -> None:
     learning = hybrid.config(loss__distillation=1)
     full = nha_jax.flops_per_token(dataclasses.replace(config.model, window_size=None), 32)
     assert training_flops_per_token(learning) == model - spared + full
+    # Layer by layer, neither the head nor a SwiGLU of the model itself is run.
+    layers = hybrid.config(loss__cross_entropy=0, loss__attention_transfer=1)
+    attention = 3 * (nha_jax.flops_per_token(config.model, 32) - spared)
+    assert training_flops_per_token(layers) == attention + full
 
 
 def test_a_token_meets_few_of_the_frozen_experts(hybrid: Nha) -> None:

@@ -20,9 +20,9 @@ from train.errors import ConfigError
 from train.load_config import load_config
 from train.plan import compiling
 from train.plan.advice import MOST_TRIES, Overrides, as_arguments, find_advice
-from train.plan.compiling import CompiledStep, Memory, layer_kinds
+from train.plan.compiling import CompiledStep, Memory, dearest, layer_kinds
 from train.plan.costs import Collective, Costs
-from train.plan.report import as_json, speed_of, table
+from train.plan.report import as_json, speed_of, stages_as_json, stages_table, table
 from train.plan.topology import Topology, needed_memory
 
 # config -> billions of tokens
@@ -143,7 +143,8 @@ def compiled_step(nha: Nha, **overrides: Any) -> CompiledStep:
         kernels={"nha_forward": 3},
     )
     fits = memory.headroom >= 0
-    return CompiledStep(config, topology, mesh, memory, fits, costs if fits else None, 1.0)
+    found = costs if fits else None
+    return CompiledStep(config, topology, mesh, memory, fits, found, 1.0, None, config.steps)
 
 
 def advice(nha: Nha, **overrides: Any) -> tuple[list[str], str | None]:
@@ -220,6 +221,24 @@ def test_the_table_says_whether_it_fits_and_by_how_much(nha: Nha) -> None:
     assert as_json(too_large, 0.4)["speed"] is None
 
 
+def test_a_run_in_stages_is_planned_by_all_and_shown_by_the_dearest(nha: Nha) -> None:
+    small = dataclasses.replace(compiled_step(nha, batch_size=4), stage="layers", steps=30)
+    large = dataclasses.replace(compiled_step(nha, batch_size=8), stage="text", steps=90)
+    assert dearest([small, large]) is large
+    assert small.fits
+    assert not large.fits
+    text = stages_table([small, large], 0.4)
+    assert re.search(r"the run: 120 steps, \d+\.\d\d days at an MFU of 40%", text)
+    assert "  layers, windows 8: 30 steps, 3.50 GiB, " in text
+    assert "  text, windows 8: 90 steps, 6.00 GiB, DOES NOT FIT" in text
+    figures = stages_as_json([small, large], 0.4)
+    assert [(x["stage"], x["steps"], x["windows"]) for x in figures] == [
+        ("layers", 30, [8]),
+        ("text", 90, [8]),
+    ]
+    assert figures[0]["memory"]["total"] == small.memory.total
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_state_of_the_optimizer_is_counted(
     optimizer: str, nha: Nha, monkeypatch: pytest.MonkeyPatch
@@ -227,7 +246,7 @@ def test_the_state_of_the_optimizer_is_counted(
     monkeypatch.setattr(compiling, "_compile", lambda lowered: (None, (GIB, GIB // 2)))
     topology = Topology("one", "cpu", tuple(jax.devices()[:1]), CHIPS["TPU v5e"], GIB // 2)
     config = nha.config(optimizer__name=optimizer)
-    memory = compiling.compile_step(config, topology).memory
+    memory = compiling.compile_steps(config, topology)[0].memory
     # q, k, v and o of 32 x 32, f of 32 x 16, and three of 32 x 128, in one layer.
     matrices = 4 * 32 * 32 + 32 * 16 + 3 * 32 * 128
     parameters = nha_jax.num_parameters(config.model)

@@ -223,7 +223,7 @@ def test_slot_loss_pulls_the_slots_logits_only() -> None:
 
 def test_terms_without_a_weight_are_not_computed() -> None:
     model, batch = model_and_batch()
-    total = Counts(jnp.int32(1), jnp.int32(1))
+    total = Counts(jnp.int32(1), jnp.int32(1), jnp.int32(1))
 
     def program(config: LossConfig) -> str:
         return str(jax.make_jaxpr(lambda: losses(model, batch, config, total)[0])())
