@@ -47,6 +47,9 @@ NOT_RUN = {
     "it takes what a longer run of another command has made": (
         'uv run nha generate runs/quickstart --prompt "class " --prompt "def " '
         "--top-p 0.95 --seed 1",
+        "nha generate runs/llama-3-8b-chat --chat",
+        'nha generate runs/llama-3-8b-chat --chat --system "Answer in one sentence."',
+        "cat questions.txt | nha generate runs/llama-3-8b-chat --chat --json",
         "uv run nha generate runs/quickstart --prompt-file FILE --max-new-tokens 100",
         "uv run nha search runs/quickstart --base 32 --full-layers 1",
         "uv run nha search runs/full --base 32 --full-layers 1",

@@ -207,7 +207,7 @@ def test_fine_tuning_on_dialogues_is_valid() -> None:
     """All parameters are trained, in float32; a sequence has room for the longest dialogue."""
     path = str(ROOT / "configs" / "sft.yaml")
     config = load_config(path, [("model.preset", "llama-3-8b")])
-    assert (config.trainable, config.model.param_dtype) == (None, "float32")
+    assert (config.trainable, config.model.param_dtype) == (("*",), "float32")
     assert f"--max-tokens {config.data.sequence_length}" in Path(path).read_text()
     assert config.optimizer.warmup_steps == 0.03 * config.steps
 
