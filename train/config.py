@@ -21,8 +21,8 @@ class DataConfig:
 
     Attributes:
         corpus: a folder that `nha data prepare` wrote; a folder or glob of text files; `stdlib`,
-            which is Python's own source; or several prepared folders with their weights, e.g.
-            {web: 0.8, code: 0.2}
+            which is Python's own source; several prepared folders with their weights, e.g.
+            {web: 0.8, code: 0.2}; or mqar, e.g. mqar:pairs=16, which is a task to draw
         mixture_schedule: other weights of the folders of corpus, by the number of steps after which
             training has them, e.g. {0: {web: 1}, 1000: {web: 0.5, code: 0.5}}; what is left out has
             none. Evaluations keep the weights of corpus

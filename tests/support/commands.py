@@ -43,8 +43,12 @@ NOT_RUN = {
         "uv run nha train configs/quickstart.yaml --run runs/mup --model.mup_base_width=128 "
         "--model.hidden_size=512 --model.num_query_heads=8",
         "uv run python benchmarks/hybridize.py",
+        "uv run nha train configs/mqar.yaml",
+        "uv run nha train configs/mqar.yaml --run runs/mqar-32 --data.corpus=mqar:pairs=32 "
+        "--data.sequence_length=256",
     ),
     "it takes what a longer run of another command has made": (
+        "uv run nha eval runs/mqar --tasks mqar --lengths 64,128 --pairs 4,8,16",
         'uv run nha generate runs/quickstart --prompt "class " --prompt "def " '
         "--top-p 0.95 --seed 1",
         "nha generate runs/llama-3-8b-chat --chat",

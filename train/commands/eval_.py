@@ -1,23 +1,31 @@
-"""`nha eval`: a model on the tasks of lm-evaluation-harness."""
+"""`nha eval`: a model on tasks that are drawn here, and on those of lm-evaluation-harness."""
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from train.errors import ConfigError
 from train.paths import user_path
 
+DRAWN_TASK = "mqar"
+
 _DESCRIPTION = """\
-Runs tasks of lm-evaluation-harness (the extra eval) on a model, prints the harness's table, and
-writes the numbers as JSON. The harness's own tasks take downloads; those of --include-path need
-none if their data is local: a folder of YAML files in the harness's format. All other options of
-the harness are those of its own command: python -m train.text.harness --model nha --help."""
+Measures a model on tasks, prints tables, and writes the numbers as JSON.
+
+The task mqar (multi-query associative recall) is drawn here, over --lengths and --pairs; it is for
+models that were trained with data.corpus=mqar, and also draws a heat map beside the JSON. All other
+tasks are those of lm-evaluation-harness (the extra eval). The harness's own take downloads; those
+of --include-path need none if their data is local: a folder of YAML files in the harness's format.
+All other options of the harness are those of its own command:
+python -m train.text.harness --model nha --help."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "eval",
-        help="run a model on tasks of lm-evaluation-harness",
+        help="measure a model on tasks: recall, and those of lm-evaluation-harness",
         usage="nha eval RUN --tasks TASK,... [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -27,8 +35,16 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--tasks", required=True, metavar="TASK,...", help="names of tasks, or of groups of them")
     add("--include-path", metavar="DIR", help="a folder with tasks of one's own")
     add("--num-fewshot", type=int, metavar="N", help="examples before each (default: the task's)")
-    add("--limit", type=int, metavar="N", help="only the first N examples of each task")
+    add("--limit", type=int, metavar="N", help="only N examples of each task (mqar: 256)")
     add("--chat", action="store_true", help="put examples into the model's chat template")
+    add(
+        "--lengths", default="64,128,256,512", metavar="N,...",
+        help="tokens of an example of mqar (default: 64,128,256,512)",
+    )  # fmt: skip
+    add(
+        "--pairs", default="4,8,16,32,64", metavar="N,...",
+        help="pairs of key and value in it (default: 4,8,16,32,64; those that fit are measured)",
+    )  # fmt: skip
     add("--windows", metavar="WINDOWS", help="other windows than the model's, e.g. 32,32,none")
     add("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: 8)")
     add("--output", metavar="FILE.json", help="where the numbers go (default: eval.json in RUN)")
@@ -49,13 +65,79 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     folder = user_path(options.folder, "RUN")
     if not folder.is_dir():
         raise ConfigError(f"{options.folder}: no such folder; expected a run or a saved model")
-    include = options.include_path and user_path(options.include_path, "--include-path")
-    if include and not include.is_dir():
-        raise ConfigError(f"--include-path = {options.include_path!r}: no such folder")
     output = user_path(options.output, "--output") if options.output else folder / "eval.json"
     if not output.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no folder {output.parent}")
 
+    others = [name for name in tasks if name != DRAWN_TASK]
+    numbers: dict[str, Any] = {"model": str(folder)}
+    # The harness says first what it does not know, before anything is measured.
+    measure = _harness(others, folder, options) if others else None
+    if len(others) < len(tasks):
+        numbers["mqar"] = _measure_recall(folder, output.with_suffix(".png"), options)
+    if measure is not None:
+        numbers |= measure()
+    from train.storage.atomic import write_atomically
+
+    write_atomically(output, (json.dumps(numbers, indent=2, default=str) + "\n").encode())
+    print(output)
+    return 0
+
+
+def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Prints how often a model recalls, draws it, and returns the numbers."""
+    lengths = _read_numbers(options.lengths, "--lengths")
+    pairs = _read_numbers(options.pairs, "--pairs")
+    if all(4 * number > length for length in lengths for number in pairs):
+        raise ConfigError(
+            f"--lengths = {options.lengths!r}: expected one of at least {4 * min(pairs)}, 4 tokens "
+            "for each of --pairs"
+        )
+    from train.text.loading import load_model, load_tokenizer_of
+    from train.text.recall_grid import as_table, measure_recall, task_of, write_picture
+    from train.windows import read_windows
+
+    task = task_of(load_tokenizer_of(folder))
+    model = load_model(folder).with_implementation(None)
+    if options.windows is not None:
+        windows = read_windows(options.windows, "--windows")
+        try:
+            model = model.with_windows(windows)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+    count = 256 if options.limit is None else options.limit
+    found = measure_recall(model, task, lengths, pairs, count, options.batch_size)
+    print(f"{as_table(found)}\n")
+    write_picture(found, picture)
+    print(picture)
+    return {"vocabulary": task.vocabulary, "examples": count, "accuracy": found}
+
+
+def _read_numbers(text: str, option: str) -> list[int]:
+    """Reads even or odd numbers such as 64,128; lengths are even."""
+    try:
+        numbers = [int(word) for word in text.split(",")]
+    except ValueError:
+        numbers = []
+    even = option == "--lengths"
+    if not numbers or not all(1 <= n < 2**31 and not (even and n % 2) for n in numbers):
+        raise ConfigError(
+            f"{option} = {text!r}: expected {'even ' if even else ''}numbers, e.g. 64,128"
+        )
+    return numbers
+
+
+def _harness(
+    tasks: Sequence[str], folder: Path, options: argparse.Namespace
+) -> Callable[[], dict[str, Any]]:
+    """Finds tasks of lm-evaluation-harness; returns what runs them, prints and gives the numbers.
+
+    Raises:
+        ConfigError: the harness is not installed, or does not know a task.
+    """
+    include = options.include_path and user_path(options.include_path, "--include-path")
+    if include and not include.is_dir():
+        raise ConfigError(f"--include-path = {options.include_path!r}: no such folder")
     from train.extras import import_extra
 
     lm_eval = import_extra("lm_eval")
@@ -66,24 +148,25 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if unknown:
         raise ConfigError(
             f"--tasks: there is no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists "
-            "those of the harness, and --include-path adds others"
+            f"those of the harness, --include-path adds others, and {DRAWN_TASK} is drawn here"
         )
-    from train.storage.atomic import write_atomically
-    from train.text.harness import HarnessModel
 
-    model = HarnessModel.of(folder, windows=options.windows, batch_size=options.batch_size)
-    found = lm_eval.simple_evaluate(
-        model=model,
-        tasks=tasks,
-        num_fewshot=options.num_fewshot,
-        limit=options.limit,
-        apply_chat_template=options.chat,
-        task_manager=manager,
-        log_samples=False,
-    )
-    print(import_extra("lm_eval.utils").make_table(found))
-    kept = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
-    numbers = {"model": str(folder)} | {name: found[name] for name in kept if name in found}
-    write_atomically(output, (json.dumps(numbers, indent=2, default=str) + "\n").encode())
-    print(output)
-    return 0
+    def measure() -> dict[str, Any]:
+        from train.text.harness import HarnessModel
+
+        found = lm_eval.simple_evaluate(
+            model=HarnessModel.of(folder, windows=options.windows, batch_size=options.batch_size),
+            tasks=list(tasks),
+            num_fewshot=options.num_fewshot,
+            limit=options.limit,
+            apply_chat_template=options.chat,
+            task_manager=manager,
+            log_samples=False,
+        )
+        print(import_extra("lm_eval.utils").make_table(found))
+        kept = (
+            "results", "groups", "versions", "n-shot", "n-samples", "higher_is_better", "configs"
+        )  # fmt: skip
+        return {name: found[name] for name in kept if name in found}
+
+    return measure

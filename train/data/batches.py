@@ -1,18 +1,21 @@
 """Token streams cut into sequences, and batches of them as a pure function of the step."""
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import grain
 import numpy as np
 
 from train.data.mixture import Mixture, MixtureInPhases
-from train.data.token_source import Split, TokenSource
+from train.data.recall import DrawnExamples
+from train.data.token_source import Source, Split, TokenSource
+from train.errors import require
 
 Batch = dict[str, np.ndarray]
 """One batch [B, T] (or one sequence [T]) of each of:
 
 - `tokens` int32: the model's input.
-- `targets` int32: the token after each token.
+- `targets` int32: the token after each token; of a task, what it asks there.
 - `segment_ids` int32: 1, 2, ... for the documents of a sequence; 0 is padding.
 - `loss_mask` bool: whether the target is marked, and in the same document as the token.
 """
@@ -92,6 +95,37 @@ def _ranges_of_whole_documents(ends: np.ndarray, length: int) -> np.ndarray:
     return np.array(ranges, np.int64).reshape(-1, 2)
 
 
+class ExampleSequences:
+    """Drawn examples, each of which is a sequence."""
+
+    def __init__(self, source: DrawnExamples):
+        self._source = source
+
+    def __len__(self) -> int:
+        return self._source.count
+
+    def __getitem__(self, index: int) -> Batch:
+        """Returns sequence `index`, arrays [T] as in `Batch`; its targets are not the next tokens.
+
+        What is asked at a place is not what stands behind it.
+        """
+        tokens, targets, asked = self._source.example(int(index))
+        return {
+            "tokens": tokens,
+            "targets": targets,
+            "segment_ids": np.ones_like(tokens),
+            "loss_mask": asked,
+        }
+
+
+def _cut(source: Source, length: int) -> SourceSequences | ExampleSequences:
+    """Makes the sequences of a source."""
+    if isinstance(source, DrawnExamples):
+        require(length == source.length, "sequence_length", length, f"{source.length}, as drawn")
+        return ExampleSequences(source)
+    return SourceSequences(cast(TokenSource, source), length)
+
+
 class Sequences:
     """The sequences of a split of a corpus, source by source.
 
@@ -101,7 +135,7 @@ class Sequences:
     """
 
     def __init__(self, split: Split, sequence_length: int):
-        self.sources = tuple(SourceSequences(source, sequence_length) for source in split.sources)
+        self.sources = tuple(_cut(source, sequence_length) for source in split.sources)
         self.weights, self.schedule = split.weights, split.schedule
         self.bytes_per_target = split.bytes_per_target
 

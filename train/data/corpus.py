@@ -1,4 +1,4 @@
-"""The corpus that `data.corpus` names: text files, a prepared folder, or a mixture of folders."""
+"""The corpus that `data.corpus` names: text files, prepared folders, or a task to draw."""
 
 import hashlib
 import os
@@ -15,6 +15,7 @@ from train.data.input_files import find_files, walk
 from train.data.packed_files import naming, open_unpacked
 from train.data.prepare.raw_files import is_text
 from train.data.prepared_folder import PreparedFolder, is_prepared, is_unfinished
+from train.data.recall import Mqar, fingerprint, is_drawn, splits, tokenizer_of
 from train.data.token_source import Split, TokensInMemory
 from train.errors import ConfigError
 from train.paths import user_path
@@ -71,6 +72,8 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     if isinstance(config.corpus, dict):
         return _load_mixture(config.corpus, config.mixture_schedule or {})
+    if is_drawn(config.corpus):
+        return _drawn(config.corpus, config.sequence_length)
     folder = user_path(config.corpus, "data.corpus")
     if is_unfinished(folder):
         raise ConfigError(
@@ -80,6 +83,13 @@ def load_corpus(config: DataConfig) -> Corpus:
     if is_prepared(folder):
         return _from_prepared(repr(config.corpus), [PreparedFolder.open(folder)])
     return _load_text(config.corpus, config.held_out_fraction)
+
+
+def _drawn(corpus: str, length: int) -> Corpus:
+    """Makes a corpus of examples that are drawn when they are needed."""
+    task = Mqar.parse(corpus)
+    training, held_out = (Split((examples,)) for examples in splits(task, length))
+    return Corpus(corpus, training, held_out, tokenizer_of(task), fingerprint(task, length))
 
 
 def _load_mixture(weights: dict[str, float], schedule: dict[int, dict[str, float]]) -> Corpus:

@@ -9,8 +9,8 @@ import numpy as np
 from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 
 
-class TokenSource(Protocol):
-    """A stream of documents. Its `len` is in tokens.
+class Source(Protocol):
+    """A part of a corpus, which is made of documents. Its `len` is in tokens.
 
     Attributes:
         num_documents: number of documents.
@@ -32,6 +32,13 @@ class TokenSource(Protocol):
     def target_bytes(self) -> int: ...
 
     def __len__(self) -> int: ...
+
+    def text(self, limit: int) -> bytes:
+        """Returns what is marked of the text of the first `limit` tokens, one after the other."""
+
+
+class TokenSource(Source, Protocol):
+    """A `Source` that is a stream of tokens, whatever they are cut into."""
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns tokens `start` to `stop`, [stop - start] integers.
@@ -60,9 +67,6 @@ class TokenSource(Protocol):
         Raises:
             DataError: a file is missing or damaged.
         """
-
-    def text(self, limit: int) -> bytes:
-        """Returns what is marked of the text of the first `limit` tokens, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -119,15 +123,15 @@ class TokensInMemory:
 
 @dataclass(frozen=True)
 class Split:
-    """The training or the held-out split of a corpus: one token source, or several with weights.
+    """The training or the held-out split of a corpus: one source, or several with weights.
 
     Attributes:
-        sources: the token sources.
+        sources: the sources.
         weights: the share of sequences that is drawn from each; they add up to 1.
         schedule: batches, ascending, from which on training draws other shares, and these.
     """
 
-    sources: tuple[TokenSource, ...]
+    sources: tuple[Source, ...]
     weights: tuple[float, ...] = (1.0,)
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
 

@@ -111,10 +111,14 @@ def gzip_bits_per_byte(text: bytes, piece_bytes: int | None = None) -> float:
 def gzip_references(split: Split) -> dict[str, float]:
     """Measures gzip on the text of at most REFERENCE_TOKENS tokens: label -> bits per byte.
 
+    Where there is no text, nothing is measured.
+
     A thousand bytes are about what a small model sees at once, and too few for gzip to find
     many repeats; all the text at once is the other extreme.
     """
     text = split.text(REFERENCE_TOKENS)
+    if not text:
+        return {}
     return {
         "gzip -9, 1000 bytes at a time": gzip_bits_per_byte(text, 1000),
         "gzip -9, all of it at once": gzip_bits_per_byte(text),
