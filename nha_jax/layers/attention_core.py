@@ -277,10 +277,10 @@ class AttentionCore(nnx.Module):
         return self._output(attended), LayerCache(state, convolution)
 
     def _projections(self, inputs: jax.Array) -> Projections:
-        heads = self.config.num_kv_heads
-        query, key, value = (
-            shard_tokens(project(inputs), heads=heads)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
+        query = shard_tokens(self.q_proj(inputs), heads=self.config.num_heads)
+        key, value = (
+            shard_tokens(project(inputs), heads=self.config.num_kv_heads)
+            for project in (self.k_proj, self.v_proj)
         )
         return query, key, value
 

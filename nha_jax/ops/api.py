@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from nha_jax.ops import backends
 from nha_jax.ops.derivatives import reverse_mode_only, without_derivative
-from nha_jax.ops.mesh.division import decode_over_mesh, divide_over_mesh, over_mesh
+from nha_jax.ops.mesh.division import decode_over_mesh, divide_call, divide_over_mesh, over_mesh
 from nha_jax.ops.mesh.explicit import with_auto_axes
 from nha_jax.ops.rope import Rope, apply_rope
 from nha_jax.ops.state import NHAState, Tokens, compute_dtype
@@ -39,8 +39,8 @@ def _result_specs(
     **__: Any,
 ) -> Any:
     """Says how the result of `nha_attention`, called with these arguments, is divided."""
-    whole = return_state or initial_state is not None
-    division = divide_over_mesh(query.shape[0], key.shape[2], None if whole else query.shape[1])
+    has_state = return_state or initial_state is not None
+    division = divide_call(query, key, has_state=has_state)
     if not isinstance(result, NHAOutput):
         return division.tokens
     state = None if result.state is None else division.state

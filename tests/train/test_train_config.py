@@ -251,7 +251,7 @@ def test_generate_names_a_folder_without_a_model(
             {"mesh__fsdp": 8, "model__hidden_size": 36},
             "model.hidden_size = 36: expected a multiple of mesh.fsdp",
         ),
-        ({"mesh__tensor": 4}, "model.num_kv_heads = 2: expected a multiple of mesh.tensor"),
+        ({"mesh__tensor": 4}, "model.num_query_heads = 2: expected a multiple of mesh.tensor"),
         (
             {"mesh__context": 8, "data__sequence_length": 20},
             "data.sequence_length = 20: expected a multiple of mesh.context, which is 8",

@@ -130,7 +130,7 @@ def _check_divisions(config: TrainConfig, sizes: Mapping[str, int]) -> None:
         (per_row, rows, BATCH_AXES),
         (per_part, config.data.sequence_length // config.head_parts, (SEQUENCE_AXIS,)),
         ("model.hidden_size", model.hidden_size, RULES["embed"]),
-        ("model.num_kv_heads", model.num_kv_heads, RULES["kv_heads"]),
+        ("model.num_query_heads", model.num_query_heads, RULES["heads"]),
         (f"model.{mlp[0]}", mlp[1], RULES["mlp"]),
     ]
     for name, length, axes in divided:

@@ -2,7 +2,8 @@
 
 XLA cannot divide a kernel's call, so every device makes a call of its own, inside `jax.shard_map`.
 Rows of the batch, and key/value heads with the query heads they serve, need nothing of each other;
-the parts of a sequence do: see `nha_jax.ops.mesh.sequence`.
+the parts of a sequence do: see `nha_jax.ops.mesh.sequence`. Where there are more devices than
+key/value heads, several devices have the same one, each for a part of its query heads.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -65,13 +67,15 @@ class Division:
     """Which axes of the mesh divide a call's rows, its heads and its tokens.
 
     `rows` is the spec of arrays [B, ...], `tokens` that of [B, T, heads, ...] and
-    [B, T, heads * size], `state` that of an `NHAState`.
+    [B, T, heads * size], `state` that of an `NHAState`. Each key/value head is on `copies` devices,
+    each of which has a part of its query heads.
     """
 
     sizes: dict[str, int]  # of all axes of `AxisType.Auto`
     batch: tuple[str, ...]
     heads: tuple[str, ...]
     sequence: tuple[str, ...] = ()
+    copies: int = 1
 
     @property
     def rows(self) -> Any:
@@ -137,7 +141,9 @@ class Division:
         return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
 
 
-def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = None) -> Division:
+def divide_over_mesh(
+    batch_size: int, num_heads: int, num_tokens: int | None = None, group_size: int = 1
+) -> Division:
     """Finds the division of a call of B rows, Hkv heads and T tokens over the mesh in force.
 
     Only axes of `AxisType.Auto` count: manual ones (inside a `jax.shard_map`) have been divided
@@ -146,14 +152,32 @@ def divide_over_mesh(batch_size: int, num_heads: int, num_tokens: int | None = N
 
     Args:
       num_tokens: None: a sequence is not divided.
+      group_size: query heads of a key/value head that may be on several devices; 1: they stay
+        together.
     """
     sizes, axes = _auto_axes(jax.sharding.get_abstract_mesh()), _mesh_axes.value
+    heads = _dividing(axes.heads, sizes, num_heads * group_size)
+    devices = math.prod(sizes[name] for name in heads)
     return Division(
         sizes,
         _dividing(axes.batch, sizes, batch_size),
-        _dividing(axes.heads, sizes, num_heads),
+        heads,
         () if num_tokens is None else _dividing(axes.sequence, sizes, num_tokens),
+        devices // math.gcd(devices, num_heads),
     )
+
+
+def divide_call(query: jax.Array, key: jax.Array, *, has_state: bool) -> Division:
+    """Finds the division of a call of the operator with this query [B, T, Hq, K] and key.
+
+    Args:
+      has_state: whether a state is given or asked for, which is of whole sequences and of whole
+        groups of query heads.
+    """
+    B, T, Hkv = key.shape[:3]
+    if has_state:
+        return divide_over_mesh(B, Hkv)
+    return divide_over_mesh(B, Hkv, T, query.shape[2] // Hkv)
 
 
 def shard_tokens(x: jax.Array, *, heads: int = 1) -> jax.Array:
@@ -197,7 +221,7 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
     Of padding it gets zeros, and what it makes of them is cleared again: see `without_padding`.
 
     `attend` takes what came before as `past`, the result as `initial_state`. With a state, given or
-    asked for, sequences stay whole.
+    asked for, sequences stay whole, and so do groups of query heads.
     """
 
     def attend_over_mesh(
@@ -211,9 +235,12 @@ def over_mesh(attend: Callable[..., NHAOutput]) -> Callable[..., NHAOutput]:
         initial_state: NHAState | None,
         options: Options,
     ) -> NHAOutput:
-        whole = options.return_state or initial_state is not None
-        B, T, H = key.shape[:3]
-        division = divide_over_mesh(B, H, None if whole else T)
+        has_state = options.return_state or initial_state is not None
+        division = divide_call(query, key, has_state=has_state)
+        if division.copies > 1:
+            key, value, log_decay = (
+                jnp.repeat(x, division.copies, axis=2) for x in (key, value, log_decay)
+            )
 
         def local(arrays, rope, segment_ids, initial_state):
             rest = {"rope": rope, "segment_ids": segment_ids, "options": options}

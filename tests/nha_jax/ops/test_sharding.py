@@ -29,3 +29,7 @@ def test_decoding_on_eight_devices_agrees_with_one(index: int) -> None:
 
 def test_a_divided_batch_exchanges_nothing() -> None:
     check("communication")
+
+
+def test_query_heads_are_divided_where_key_heads_are_fewer_than_devices() -> None:
+    check("more devices than heads")

@@ -56,9 +56,11 @@ CASES = [
         segments=True,
         state=True,
     ),
-    # Neither four rows over eight devices, nor one head over two.
+    # Neither two rows over eight devices, nor two query heads over four.
     Case({"data": 2, "fsdp": 4}, PartitionSpec("data"), B=2, rope="tokens"),
-    Case({"data": 4, "tensor": 2}, PartitionSpec("data"), Hkv=1, rope=None, segments=True),
+    Case({"data": 2, "tensor": 4}, PartitionSpec("data"), Hkv=1, rope=None, segments=True),
+    # Two devices have the same key/value head, each for one of its two query heads.
+    Case({"data": 2, "tensor": 4}, PartitionSpec("data", None, "tensor"), gate="mixed"),
     Case(
         {"replica": 4, "data": 2},
         PartitionSpec("replica", None, "data"),
@@ -237,10 +239,31 @@ def check_no_communication() -> None:
     assert not re.search(rf" ({exchanges})", program)
 
 
+def check_more_devices_than_heads() -> None:
+    """Two key/value heads on eight devices: each device has one, and two of 16 query heads."""
+    shapes = [(16, K), (2, K), (2, V), (2, M)]
+    arrays = [jnp.zeros((2, T, *shape)) for shape in shapes]
+    options = Options(W, 0.5, "identity", "attend", return_state=False, return_slot_weight=False)
+    seen = []
+
+    def attend(*arrays, **rest):
+        seen.append([x.shape[2] for x in arrays])
+        return chunked_attention(*arrays, **rest)
+
+    with jax.set_mesh(jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,))):
+        result = over_mesh(attend)(
+            *arrays, rope=None, segment_ids=None, initial_state=None, options=options
+        )
+    assert seen == [[2, 1, 1, 1]]
+    assert result.out.shape == (2, T, 16, V)
+    assert result.out.sharding.spec == PartitionSpec((), None, "tensor")
+
+
 CHECKS = {
     "case": lambda index: check(CASES[int(index)]),
     "decode": lambda index: check_decode(DECODE_WINDOWS[int(index)]),
     "communication": check_no_communication,
+    "more devices than heads": check_more_devices_than_heads,
 }
 
 

@@ -30,6 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "empty_slots": "mask",
         "experts": {"count": 5, "per_token": 2, "size": 24},
     },
+    "two-key-heads": {"num_kv_heads": 2},
 }
 
 

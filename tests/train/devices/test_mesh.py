@@ -38,6 +38,11 @@ def test_all_kinds_of_division_at_once(kind: str) -> None:
 
 
 @pytest.mark.slow
+def test_more_devices_than_key_heads() -> None:
+    check([{"tensor": 8}, {"tensor": 4, "context": 2}, {"fsdp": 2, "tensor": 4}], "two-key-heads")
+
+
+@pytest.mark.slow
 @KINDS
 def test_every_axis_alone(kind: str) -> None:
     check(ALONE, kind)
