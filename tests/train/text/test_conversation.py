@@ -28,21 +28,26 @@ TURNS = ["What is the first of these numbers?", "And the second?", "Thank you."]
     scope="module",
     params=[pytest.param(4, id="window"), pytest.param(None, id="full", marks=pytest.mark.slow)],
 )
-def model(request: pytest.FixtureRequest) -> nha_jax.Model:
-    return make_model(request.param)
+def model(request: pytest.FixtureRequest, folder: Path) -> nha_jax.Model:
+    model = nha_jax.load(folder).with_windows(request.param)
+    return model.with_implementation("reference")  # which is compiled soonest
 
 
-def make_model(window: int | None) -> nha_jax.Model:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved model of bytes with a chat template."""
     config = nha_jax.ModelConfig.preset(
         "nha-tiny",
         num_layers=1,
         hidden_size=16,
         num_slots=2,
-        window_size=window,
+        window_size=4,
         dtype="float32",
-        implementation="reference",
     )
-    return nha_jax.Model(config, rngs=nnx.Rngs(0))
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    files = {"chat_template.jinja": template("qwen2").source.encode()}
+    nha_jax.save(folder, nha_jax.Model(config, rngs=nnx.Rngs(0)), files=files)
+    return folder
 
 
 def converse(
@@ -115,15 +120,6 @@ def test_an_answer_ends_as_its_turn_does(source: str, tokens: list[int], texts: 
         assert ends_of_turn(chat, ByteTokenizer()) == ([], texts)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A saved model with a chat template."""
-    folder = tmp_path_factory.mktemp("chat") / "model"
-    files = {"chat_template.jinja": template("qwen2").source.encode()}
-    nha_jax.save(folder, make_model(4), files=files)
-    return folder
-
-
 @pytest.fixture
 def chat(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """Runs `nha generate --chat` with a standard input; returns the exit code, output, errors."""
@@ -131,6 +127,7 @@ def chat(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     def run(text: bytes, *arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text)))
         options = ["--chat", "--max-new-tokens=6", "--temperature=0.7", "--prefill-chunk=16"]
+        options.append("--implementation=reference")
         code = main(["generate", str(folder), *options, *arguments])
         return code, *capsys.readouterr()
 

@@ -28,6 +28,7 @@ from train.data.prepare.documents import (
     PlainText,
     checked_text,
 )
+from train.errors import ConfigError
 
 TooLong = Literal["cut", "drop"]
 
@@ -81,7 +82,7 @@ class Dialogues:
         identity = write_out(messages)
         try:
             return self._fitting(messages, identity)
-        except BadDocumentError as error:
+        except (BadDocumentError, ConfigError) as error:
             raise BadDocumentError(f"{self._field!r}: {error}") from None
 
     def document_of_text(self, text: str) -> Document:
@@ -89,15 +90,26 @@ class Dialogues:
 
     def _fitting(self, messages: list[Message], identity: str) -> MarkedTokens | None:
         """Makes the document of as many messages as --max-tokens has room for."""
-        answers = [n + 1 for n, x in enumerate(messages) if x["role"] == ASSISTANT]
-        shorter = [n for n in reversed(answers) if n < len(messages)]
-        for count in [len(messages), *(shorter if self._rules.too_long == "cut" else ())]:
-            document = self._encode(messages[:count], identity)
-            if _fits(document, self._rules):
-                self._counts.cut += count < len(messages)
-                return document
+        document = self._encode(messages, identity)
+        if _fits(document, self._rules):
+            return document
+        if self._rules.too_long == "cut":
+            answers = [n for n, x in enumerate(messages) if x["role"] == ASSISTANT]
+            for last in reversed(answers):
+                shorter = messages[: last + 1]
+                if len(shorter) < len(messages) and self._may_fit(shorter):
+                    document = self._encode(shorter, identity)
+                    if _fits(document, self._rules):
+                        self._counts.cut += 1
+                        return document
         self._counts.dropped += 1
         return None
+
+    def _may_fit(self, messages: list[Message]) -> bool:
+        """Says whether a dialogue may be short enough; costs less than to find its answers."""
+        most = self._rules.max_tokens
+        text = self._template.render_messages(messages, add_generation_prompt=False)
+        return most is None or len(self._tokenizer.encode_prompt(text, chat=True)) <= most
 
     def _encode(self, messages: list[Message], identity: str) -> MarkedTokens:
         marked = mark_answers(self._template, messages)
