@@ -69,6 +69,7 @@ class CompiledStep:
         config: the configuration, of a phase of the run (`train.phases`) if it has several.
         topology: the machine.
         mesh: number of devices along each axis of the mesh.
+        trained: how many entries the trained parameters have, an adapter's factors included.
         memory: what it needs of one device's memory.
         fits: whether that is there.
         costs: what one device does; None if the compiler gave no program because of its memory.
@@ -80,6 +81,7 @@ class CompiledStep:
     config: TrainConfig
     topology: Topology
     mesh: Mapping[str, int]
+    trained: int
     memory: Memory
     fits: bool
     costs: Costs | None
@@ -135,6 +137,7 @@ def _compile_phase(phase: Phase, phases: Sequence[Phase], topology: Topology) ->
         config=config,
         topology=topology,
         mesh=dict(mesh.shape),
+        trained=functions.num_trained,
         memory=memory,
         fits=memory.headroom >= 0,
         costs=costs,

@@ -70,6 +70,7 @@ def as_json(compiled: CompiledStep, mfu: float) -> dict[str, Any]:
         "chip": compiled.topology.chip.name,
         "devices": len(compiled.topology.devices),
         "mesh": dict(compiled.mesh),
+        "trained": compiled.trained,
         "layers": layer_kinds(compiled.config.model, compiled.topology.chip.name),
         "fits": compiled.fits,
         "memory": dataclasses.asdict(memory) | {"total": memory.total, "headroom": memory.headroom},
@@ -93,6 +94,8 @@ def table(compiled: CompiledStep, mfu: float) -> str:
             f"{nha_jax.num_parameters(model) / 1e6:,.0f}M parameters, {model.num_layers} layers",
         ),
     ]
+    if compiled.trained != nha_jax.num_parameters(model):
+        rows += [("  trained", f"{compiled.trained / 1e6:,.1f}M parameters")]
     kinds = layer_kinds(model, topology.chip.name)
     rows += [(f"  {count} layers", kind) for kind, count in kinds.items()]
     rows += [("  remat", model.remat)]

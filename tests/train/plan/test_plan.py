@@ -144,7 +144,10 @@ def compiled_step(nha: Nha, **overrides: Any) -> CompiledStep:
     )
     fits = memory.headroom >= 0
     found = costs if fits else None
-    return CompiledStep(config, topology, mesh, memory, fits, found, 1.0, None, config.steps)
+    trained = nha_jax.num_parameters(config.model)
+    return CompiledStep(
+        config, topology, mesh, trained, memory, fits, found, 1.0, None, config.steps
+    )
 
 
 def advice(nha: Nha, **overrides: Any) -> tuple[list[str], str | None]:
@@ -219,6 +222,14 @@ def test_the_table_says_whether_it_fits_and_by_how_much(nha: Nha) -> None:
     assert "DOES NOT FIT: 2.00 GiB too much" in table(too_large, 0.4)
     assert as_json(too_large, 0.4)["memory"]["headroom"] == -2 * GIB
     assert as_json(too_large, 0.4)["speed"] is None
+
+
+def test_the_table_says_how_much_is_trained_if_not_all(nha: Nha) -> None:
+    whole = compiled_step(nha, batch_size=4)
+    assert not re.search(r"^  trained ", table(whole, 0.4), re.M)
+    part = dataclasses.replace(whole, trained=4_200_000)
+    assert re.search(r"^  trained +4.2M parameters$", table(part, 0.4), re.M)
+    assert as_json(part, 0.4)["trained"] == 4_200_000
 
 
 def test_a_run_in_stages_is_planned_by_all_and_shown_by_the_dearest(nha: Nha) -> None:
