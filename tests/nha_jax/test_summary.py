@@ -59,5 +59,5 @@ def test_a_subclass_has_its_own_name_and_the_modules_of_a_model_print_as_ever(ca
     model = abstract(ModelConfig.preset("nha-tiny"), Mine)
     nnx.display(model)
     assert capsys.readouterr().out.startswith("Mine: 702,336 parameters")
-    assert "q_proj=Linear(" in repr(model.blocks)
-    assert "q_proj=Linear(" in treescope.render_to_text(model)
+    assert "q_proj=Projection(" in repr(model.blocks)
+    assert "q_proj=Projection(" in treescope.render_to_text(model)
