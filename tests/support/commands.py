@@ -49,6 +49,7 @@ NOT_RUN = {
     ),
     "it takes what a longer run of another command has made": (
         "uv run nha eval runs/mqar --tasks mqar --lengths 64,128 --pairs 4,8,16",
+        "uv run nha eval runs/quickstart --tasks extrapolate",
         'uv run nha generate runs/quickstart --prompt "class " --prompt "def " '
         "--top-p 0.95 --seed 1",
         "nha generate runs/llama-3-8b-chat --chat",

@@ -1,23 +1,29 @@
-"""`nha eval`: a model on tasks that are drawn here, and on those of lm-evaluation-harness."""
+"""`nha eval`: a model on tasks that are made here, and on those of lm-evaluation-harness."""
 
 import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
 from train.paths import user_path
 
-DRAWN_TASK = "mqar"
+if TYPE_CHECKING:
+    from nha_jax import Model
+
+RECALL, EXTRAPOLATE = "mqar", "extrapolate"
 
 _DESCRIPTION = """\
 Measures a model on tasks, prints tables, and writes the numbers as JSON.
 
-The task mqar (multi-query associative recall) is drawn here, over --lengths and --pairs; it is for
-models that were trained with data.corpus=mqar, and also draws a heat map beside the JSON. All other
-tasks are those of lm-evaluation-harness (the extra eval). The harness's own take downloads; those
-of --include-path need none if their data is local: a folder of YAML files in the harness's format.
+Two tasks are made here, and draw a picture beside the JSON. mqar is multi-query associative recall,
+over --lengths and --pairs, for models that were trained with data.corpus=mqar. extrapolate is the
+held-out bits per byte of a run by position, up to 16 times the length that it was trained with.
+
+All other tasks are those of lm-evaluation-harness (the extra eval). The harness's own take
+downloads; those of --include-path need none if their data is local: a folder of YAML files in the
+harness's format.
 All other options of the harness are those of its own command:
 python -m train.text.harness --model nha --help."""
 
@@ -25,7 +31,7 @@ python -m train.text.harness --model nha --help."""
 def add_parser(commands: "argparse._SubParsersAction") -> None:
     parser = commands.add_parser(
         "eval",
-        help="measure a model on tasks: recall, and those of lm-evaluation-harness",
+        help="measure a model: recall, long texts, tasks of lm-evaluation-harness",
         usage="nha eval RUN --tasks TASK,... [options]",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -35,7 +41,12 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
     add("--tasks", required=True, metavar="TASK,...", help="names of tasks, or of groups of them")
     add("--include-path", metavar="DIR", help="a folder with tasks of one's own")
     add("--num-fewshot", type=int, metavar="N", help="examples before each (default: the task's)")
-    add("--limit", type=int, metavar="N", help="only N examples of each task (mqar: 256)")
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="only N examples of each task (default: all; mqar: 256; extrapolate: 64)",
+    )
     add("--chat", action="store_true", help="put examples into the model's chat template")
     add(
         "--lengths", default="64,128,256,512", metavar="N,...",
@@ -69,12 +80,15 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if not output.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no folder {output.parent}")
 
-    others = [name for name in tasks if name != DRAWN_TASK]
+    made_here = {RECALL: _measure_recall, EXTRAPOLATE: _measure_extrapolation}
+    others = [name for name in tasks if name not in made_here]
     numbers: dict[str, Any] = {"model": str(folder)}
     # The harness says first what it does not know, before anything is measured.
     measure = _harness(others, folder, options) if others else None
-    if len(others) < len(tasks):
-        numbers["mqar"] = _measure_recall(folder, output.with_suffix(".png"), options)
+    for name in dict.fromkeys(tasks):
+        if name in made_here:
+            picture = output.with_name(f"{output.stem}_{name}.png")
+            numbers[name] = made_here[name](folder, picture, options)
     if measure is not None:
         numbers |= measure()
     from train.storage.atomic import write_atomically
@@ -93,18 +107,11 @@ def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) ->
             f"--lengths = {options.lengths!r}: expected one of at least {4 * min(pairs)}, 4 tokens "
             "for each of --pairs"
         )
-    from train.text.loading import load_model, load_tokenizer_of
+    from train.text.loading import load_tokenizer_of
     from train.text.recall_grid import as_table, measure_recall, task_of, write_picture
-    from train.windows import read_windows
 
     task = task_of(load_tokenizer_of(folder))
-    model = load_model(folder).with_implementation(None)
-    if options.windows is not None:
-        windows = read_windows(options.windows, "--windows")
-        try:
-            model = model.with_windows(windows)
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
+    model = _load_model(folder, options)
     count = 256 if options.limit is None else options.limit
     found = measure_recall(model, task, lengths, pairs, count, options.batch_size)
     print(f"{as_table(found)}\n")
@@ -113,8 +120,53 @@ def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) ->
     return {"vocabulary": task.vocabulary, "examples": count, "accuracy": found}
 
 
+def _measure_extrapolation(
+    folder: Path, picture: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Prints held-out bits per byte by position, draws them, and returns the numbers."""
+    from train.data.corpus import load_corpus
+    from train.load_config import validate
+    from train.storage.run_folder import RunFolder
+    from train.text.extrapolation import (
+        as_table,
+        find_long_texts,
+        measure_by_position,
+        write_picture,
+    )
+
+    stored = RunFolder(str(folder)).config()
+    if stored is None:
+        raise ConfigError(f"--tasks=extrapolate: {folder} is no run, which would say the corpus")
+    data = validate(stored).data
+    corpus = load_corpus(data)
+    texts = find_long_texts(corpus, data, 64 if options.limit is None else options.limit)
+    model = _load_model(folder, options)
+    count, tokens = texts.rows.shape
+    print(f"{count} held-out documents, the first {tokens - 1} tokens of each\n", flush=True)
+    parts = measure_by_position(model, texts, corpus.bytes_per_target, options.batch_size)
+    print(f"{as_table(parts)}\n")
+    write_picture(parts, texts.length, picture)
+    print(picture)
+    by_position = [part._asdict() for part in parts]
+    return {"documents": count, "trained_length": texts.length, "by_position": by_position}
+
+
+def _load_model(folder: Path, options: argparse.Namespace) -> "Model":
+    """Loads the model, with what the options say of it."""
+    from train.text.loading import load_model
+    from train.windows import read_windows
+
+    model = load_model(folder).with_implementation(None)
+    if options.windows is None:
+        return model
+    try:
+        return model.with_windows(read_windows(options.windows, "--windows"))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
 def _read_numbers(text: str, option: str) -> list[int]:
-    """Reads even or odd numbers such as 64,128; lengths are even."""
+    """Reads numbers such as 64,128; lengths are even."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
@@ -148,7 +200,8 @@ def _harness(
     if unknown:
         raise ConfigError(
             f"--tasks: there is no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists "
-            f"those of the harness, --include-path adds others, and {DRAWN_TASK} is drawn here"
+            f"those of the harness, --include-path adds others, and {RECALL} and {EXTRAPOLATE} are "
+            "made here"
         )
 
     def measure() -> dict[str, Any]:

@@ -61,7 +61,7 @@ def test_the_command_prints_writes_and_draws(
     assert found["vocabulary"] == 16
     assert found["examples"] == 3
     assert list(found["accuracy"]["8"]) == ["1", "2"]
-    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "found_mqar.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
