@@ -65,9 +65,11 @@ def options_of(command: str) -> tuple[list[str], list[argparse.Action]]:
 
 GRAMMAR = {command: options_of(command) for command in COMMANDS}
 USUAL = {"train": ["config.yaml"], "plan": ["config.yaml"], "generate": ["model"],
-         "search": ["model"], "inspect": ["model"], "data": ["out/new", "corpus"],
+         "search": ["model"], "eval": ["model"], "inspect": ["model"],
+         "data": ["out/new", "corpus"],
          "import": ["hf", "out/new", "--num-slots=8"], "export": ["hybrid", "out/new"]}  # fmt: skip
 NEEDED = {"plan": ["--topology=v5e:4x4"], "inspect": ["--text=corpus/a.txt"],
+          "eval": ["--tasks=lambada_openai"],
           "search": ["--full-layers=1", "--corpus=prepared", "--sequence-length=16"],
           "generate": ["--prompt=a"]}  # fmt: skip
 
