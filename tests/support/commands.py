@@ -114,6 +114,8 @@ NOT_RUN = {
         "nha train configs/hybridize.yaml --run=runs/searched "
         "--model.window_size=models/search.json",
         "nha train configs/sft.yaml",
+        "nha train configs/sft.yaml --run=runs/llama-3-8b-chat-lora --adapter.rank=16 "
+        "--frozen_dtype=bfloat16 --optimizer.learning_rate=1e-4",
         "nha train configs/sft.yaml --run=runs/llama-3-8b-hybrid-chat "
         "--initial_model=runs/llama-3-8b-hybrid",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-distilled --loss.distillation=1.0",
