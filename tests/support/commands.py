@@ -152,6 +152,8 @@ NOT_RUN = {
     "it needs CUDA's libraries, which are no part of the default environment": (
         "uv run --extra cuda nha plan configs/hybridize.yaml --topology cuda:8xH200 "
         "--model.preset=llama-3-8b",
+        "uv run --extra cuda nha plan configs/hybridize.yaml --topology cuda:1xH200 "
+        "--model.preset=llama-3-8b --adapter.rank=16 --micro_batches=16",
         "uv run --extra cuda python benchmarks/gpu_static.py --groups 1",
         "uv run --extra cuda python benchmarks/gpu_decode_static.py",
         "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests/pallas/gpu",
@@ -201,6 +203,7 @@ NOT_RUN = {
         "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests",
         "uv run --extra cuda pytest -m gpu -n 12 tests/pallas/gpu",
         "uv run --isolated --group hf pytest -m hf tests/nha_jax/hf",
+        "uv run --isolated --group hf --with peft pytest -m hf tests/nha_jax/hf/test_peft.py",
         "uv run --isolated --group notebooks pytest -n 2 -m slow tests/test_notebooks.py",
         "uv run --isolated --group qwix pytest -m slow tests/nha_jax/test_qwix.py",
         'uv run pytest -m "slow or not slow" tests/train/devices/test_mesh.py '

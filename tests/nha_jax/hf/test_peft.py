@@ -10,11 +10,16 @@ import safetensors.numpy
 import nha_jax
 from nha_jax.hf.peft import save_peft
 from tests.nha_jax.test_adapters import adapted_model
-from tests.nha_jax.test_model import tiny_model
+from tests.nha_jax.test_model import random_tokens, tiny_model
 
 LINEAR = nha_jax.Adapter(
     rank=2, alpha=3.0, targets=("blocks.attention.[qkvo]_proj", "blocks.mlp.*", "head")
 )
+# What a model converted from a pretrained one is.
+CONVERTED = {
+    "conv_width": 0, "value_activation": "identity", "output_norm": False,
+    "empty_slots": "mask", "window_size": None, "value_dim": 8,
+}  # fmt: skip
 WHOLE = ("blocks.attention.f_proj.kernel", "blocks.attention_norm.scale", "norm.scale")
 
 
@@ -27,11 +32,7 @@ def tensors(folder: Path, name: str = "model.safetensors") -> dict[str, np.ndarr
     [pytest.param(False, id="a family's", marks=pytest.mark.slow), pytest.param(True, id="any's")],
 )
 def test_updates_are_those_of_the_exports_weights(tmp_path, published):
-    converted = {
-        "conv_width": 0, "value_activation": "identity", "output_norm": False,
-        "empty_slots": "mask", "window_size": None, "value_dim": 8,
-    }  # fmt: skip
-    base = tiny_model(num_layers=2, **({} if published else converted))
+    base = tiny_model(num_layers=2, **({} if published else CONVERTED))
     format = "transformers" if published else "family"
     adapted = adapted_model(base, LINEAR)
     nha_jax.save_adapter(tmp_path / "adapter", adapted, whole=WHOLE)
@@ -76,3 +77,31 @@ def test_a_bias_beside_an_adapter_has_no_place(tmp_path):
     with pytest.raises(ValueError, match=r"both an adapter of self_attn\.q_proj and its bias"):
         save_peft(tmp_path / "peft", tmp_path / "a")
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.hf
+@pytest.mark.parametrize("format", ["family", "transformers"])
+def test_peft_puts_it_on_the_export_of_the_base(tmp_path: Path, format: str) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    base = tiny_model(num_layers=2, **(CONVERTED if format == "family" else {}))
+    adapted = adapted_model(base, LINEAR)
+    attention, whole = adapted.blocks.attention, WHOLE[1:]
+    if format == "transformers":  # a family has no gates
+        attention.f_proj.kernel[...] = 1.5 * attention.f_proj.kernel[...]
+        whole = WHOLE
+    for norm in (adapted.norm, adapted.blocks.attention_norm):
+        norm.scale[...] = 1.5 * norm.scale[...]
+    nha_jax.save_adapter(tmp_path / "adapter", adapted, whole=whole)
+    save_peft(tmp_path / "peft", tmp_path / "adapter")
+    nha_jax.save_pretrained(tmp_path / "base", base, format=format)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", trust_remote_code=True, dtype=torch.float32
+    )
+    tokens = random_tokens(2, 20)
+    with torch.no_grad():
+        model = peft.PeftModel.from_pretrained(theirs, tmp_path / "peft")
+        found = model(torch.tensor(np.asarray(tokens)).long()).logits.numpy()
+    expected = np.asarray(adapted(tokens))
+    assert np.abs(base(tokens) - expected).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
