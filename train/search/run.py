@@ -155,6 +155,7 @@ def _data(options: SearchOptions) -> tuple[DataConfig, int]:
     """
     stored = RunFolder(options.run).config() or {}
     fields = dict(stored.get("data", {}))
+    fields.pop("mixture_schedule", None)  # of training alone; evaluations keep the weights
     for name in ("corpus", "sequence_length"):
         given = getattr(options, name)
         if given is not None:

@@ -376,6 +376,18 @@ def test_a_mistake_is_one_line_and_nothing_is_written(
     assert list(saved_model.parent.iterdir()) == [saved_model]
 
 
+def test_a_mixture_is_measured_by_its_weights_whatever_its_schedule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = {"a": 1.0, "b": 3.0}
+    # As a run's record has it: JSON's keys are texts.
+    data = {"corpus": weights, "sequence_length": 8, "mixture_schedule": {"100": {"a": 1.0}}}
+    monkeypatch.setattr(run.RunFolder, "config", lambda folder: {"data": data})
+    found, _ = run._data(run.SearchOptions(run=str(tmp_path)))
+    assert found.corpus == weights
+    assert found.mixture_schedule is None
+
+
 def test_a_saved_model_alone_does_not_say_the_data(
     saved_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
