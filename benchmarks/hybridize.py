@@ -4,15 +4,20 @@
 
 It trains the original on the quick start's corpus, exports it in the Hugging Face format, and
 imports it again, so that its gates start from its keys. Then it gives three layers in four a short
-window, and fine-tunes the attention alone for a tenth of the steps. It prints held-out bits per
-byte as a Markdown table. If it is stopped in any way, the same command goes on: everything is in
---folder.
+window, or all of them, and fine-tunes the attention alone for a tenth of the steps, at once or in
+stages. It prints held-out bits per byte as Markdown tables, with what each fine-tune took: CPU
+seconds of all cores, start and evaluation included (of the last start, if it was stopped), and the
+memory of its dearest step, by the compiler. If it is stopped in any way, the same command goes on:
+everything is in --folder.
 """
 
 import argparse
 import dataclasses
+import json
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -26,13 +31,16 @@ from train.data.batches import Sequences
 from train.data.corpus import load_corpus
 from train.devices.mesh import make_mesh
 from train.load_config import load_config
+from train.phases import phases_of
 from train.step.evaluation import measure_held_out
+from train.step.phase_functions import functions_of
 from train.step.update import TrainingFunctions
 from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 
 QUICK_START = str(Path(__file__).parents[1] / "configs" / "quickstart.yaml")
 HYBRID = "[16, 16, 16, null]"
+NONE_FULL = "16"
 FULL = "null"
 
 # What an import would make: the attention of a Llama, and gates.
@@ -57,6 +65,41 @@ FINE_TUNE = {
 }
 
 Overrides = dict[str, str]
+DISTILLED: Overrides = {"loss.distillation": "1.0"}
+ADAPTED: Overrides = {"adapter.rank": "16", "trainable": "[blocks.attention.f_proj.*]"}
+
+
+class Tuned(NamedTuple):
+    """What a fine-tune reached, in held-out bits per byte, and what it took."""
+
+    bits_per_byte: float
+    seconds: float
+    mebibytes: float
+
+
+def in_stages(steps: int) -> Overrides:
+    """The transfer: layer by layer for a fifth of the steps, then logits and text together."""
+    first = max(steps // 5, 1)
+    layers = {
+        "name": "layers",
+        "steps": first,
+        "loss": {"cross_entropy": 0, "attention_transfer": 1},
+        "optimizer": {"learning_rate": 5e-3, "warmup_steps": first // 12},
+    }
+    rest = steps - first
+    whole = {
+        "name": "logits and text",
+        "steps": rest,
+        "loss": {"distillation": 1},
+        "optimizer": {"name": "muon", "learning_rate": 2e-3, "warmup_steps": rest // 24},
+    }
+    return {"stages": json.dumps([layers, whole])}
+
+
+def shrinking(steps: int) -> str:
+    """Windows that are halved four times within the first stage, from 256 to 16 tokens."""
+    first = max(steps // 5, 1)
+    return json.dumps({first * part // 5: 256 >> part for part in range(5)})
 
 
 def train(run: Path, steps: int, overrides: Overrides) -> float:
@@ -73,6 +116,20 @@ def measure(model: Path, overrides: Overrides) -> float:
     """Returns the held-out bits per byte of a saved model as it is."""
     values = _run(Path("unused"), 1, FINE_TUNE | overrides | {"initial_model": str(model)})
     return _held_out(load_config(QUICK_START, list(values.items())))
+
+
+def dearest_step(run: Path, steps: int, overrides: Overrides) -> float:
+    """Gives the MiB that the dearest step of a run takes, by the compiler: arrays and all else."""
+    config = load_config(QUICK_START, list(_run(run, steps, overrides).items()))
+    mesh, phases = make_mesh(config), phases_of(config)
+    needed = []
+    for phase in phases:
+        with jax.set_mesh(mesh):
+            compiled = functions_of(phase, phases, mesh).trace_update().lower().compile()
+        found = compiled.memory_analysis()
+        results = found.output_size_in_bytes - found.alias_size_in_bytes
+        needed.append(found.argument_size_in_bytes + found.temp_size_in_bytes + results)
+    return max(needed) / 2**20
 
 
 def _run(run: Path, steps: int, overrides: Overrides) -> Overrides:
@@ -137,22 +194,30 @@ def main() -> None:
     imported = through_hugging_face(folder / "original" / "model", folder)
     window_only = without_slots(imported, folder)
     # These replace the quick start's whole section `model`: all else is the initial model's.
-    hybrid, full = ({"model": f"{{window_size: {windows}}}"} for windows in (HYBRID, FULL))
-    learning = {"loss.distillation": "1.0"}
+    full, hybrid, none_full = (
+        {"model": f"{{window_size: {x}}}"} for x in (FULL, HYBRID, NONE_FULL)
+    )
+    staged = in_stages(tenth)
+    schedule = {"model.window_schedule": shrinking(tenth)}
 
-    def tuned(name: str, start: Path, overrides: Overrides) -> float:
+    def tuned(name: str, start: Path, overrides: Overrides) -> Tuned:
         values = FINE_TUNE | overrides | {"initial_model": str(start)}
-        return train(folder / name, tenth, values)
+        began = time.process_time()
+        bits = train(folder / name, tenth, values)
+        cost = folder / f"{name}.json"
+        if not cost.exists():
+            seconds = time.process_time() - began
+            found = {"seconds": seconds, "mebibytes": dearest_step(folder / name, tenth, values)}
+            cost.write_text(json.dumps(found))
+        return Tuned(bits, **json.loads(cost.read_text()))
 
+    as_long = tuned("full", imported, full)
+    text = tuned("hybrid", imported, hybrid)
+    distilled = tuned("distilled", imported, hybrid | DISTILLED)
     rows = [
-        ("original, full attention", original, tuned("full", imported, full), None),
+        ("original, full attention", original, as_long, None),
         ("exported, imported again", measure(imported, full), None, None),
-        (
-            f"hybrid {HYBRID}",
-            measure(imported, hybrid),
-            tuned("hybrid", imported, hybrid),
-            tuned("distilled", imported, hybrid | learning),
-        ),
+        (f"hybrid {HYBRID}", measure(imported, hybrid), text, distilled),
         (
             "the same without slots",
             measure(window_only, hybrid),
@@ -163,9 +228,29 @@ def main() -> None:
     print(f"\nHeld-out bits per byte; {options.steps} steps, fine-tunes of {tenth}\n")
     print("| model | as it is | attention fine-tuned | and distilled |")
     print("| --- | --- | --- | --- |")
-    for name, *values in rows:
-        cells = ("" if value is None else f"{value:.3f}" for value in values)
+    for name, before, *tunes in rows:
+        cells = (
+            f"{before:.3f}",
+            *("" if tune is None else f"{tune.bits_per_byte:.3f}" for tune in tunes),
+        )
         print(f"| {name} | {' | '.join(cells)} |")
+
+    recipes = [
+        ("original, text", as_long),
+        ("1 full layer in 4, text", text),
+        ("1 in 4, text and logits", distilled),
+        ("1 in 4, in stages", tuned("staged", imported, hybrid | staged)),
+        ("1 in 4, in stages, shrinking", tuned("shrinking", imported, hybrid | schedule | staged)),
+        ("1 in 4, in stages, adapters", tuned("adapted", imported, hybrid | ADAPTED | staged)),
+        ("none, text and logits", tuned("none-full", imported, none_full | DISTILLED)),
+        ("none, in stages", tuned("none-full-staged", imported, none_full | staged)),
+    ]
+    print("\n| recipe | bits per byte | to the original | CPU seconds | MiB of a step |")
+    print("| --- | --- | --- | --- | --- |")
+    for name, tune in recipes:
+        behind = tune.bits_per_byte - as_long.bits_per_byte
+        took = f"{tune.seconds:.0f} | {tune.mebibytes:.0f}"
+        print(f"| {name} | {tune.bits_per_byte:.3f} | {behind:+.3f} | {took} |")
 
 
 if __name__ == "__main__":

@@ -120,6 +120,9 @@ NOT_RUN = {
         "--initial_model=runs/llama-3-8b-hybrid",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-distilled --loss.distillation=1.0",
         "nha train configs/hybridize.yaml --run=runs/llama-3-8b-lora --adapter.rank=16",
+        "nha train configs/hybridize-staged.yaml",
+        "nha train configs/hybridize-staged.yaml --run=runs/shrinking "
+        "--model.window_schedule='{0: 512, 700: 256, 1400: 64}'",
     ),
     "it needs libtpu, which is no part of the default environment": (
         "uv sync --extra tpu --extra data && source .venv/bin/activate",
@@ -262,7 +265,7 @@ def _check_nha(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     if options.command in ("train", "plan"):
         path = "configs/quickstart.yaml" if options.config == "CONFIG" else options.config
         overrides = [(k, "64" if v.endswith(".json") else v) for k, v in parse_overrides(rest)]
-        if path in ("configs/hybridize.yaml", "configs/sft.yaml"):  # their models are not there
+        if "hybridize" in path or path == "configs/sft.yaml":  # their models are not there
             overrides.append(("model.preset", "llama-3-8b"))
         load_config(path, overrides)
 

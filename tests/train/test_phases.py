@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 
+from tests.support.paths import CONFIGS
 from tests.support.train.tiny_run import Nha
 from train.cli import main
+from train.load_config import load_config, validate
 from train.phases import phase_at, phases_of, windows_at
 from train.storage.run_folder import config_values
 
@@ -64,10 +66,20 @@ def test_what_a_step_does_follows_from_the_configuration_and_its_number(staged: 
 
 
 def test_a_configuration_in_stages_is_read_as_it_was_written(staged: Nha) -> None:
-    from train.load_config import validate
-
     config = staged.config()
     assert validate(json.loads(json.dumps(config_values(config)))) == config
+
+
+def test_the_shipped_stages_take_the_steps_of_the_published_fine_tune() -> None:
+    preset = [("model.preset", "llama-3-8b")]
+    config = load_config(str(CONFIGS / "hybridize-staged.yaml"), preset)
+    published = load_config(str(CONFIGS / "hybridize.yaml"), preset)
+    assert config.steps == published.steps
+    assert (config.model, config.data) == (published.model, published.data)
+    layers, whole = phases_of(config)
+    assert not layers.config.loss.reads_outputs
+    assert whole.config.loss.distillation
+    assert whole.config.optimizer.learning_rate == published.optimizer.learning_rate
 
 
 # name -> (arguments, what the line must contain)

@@ -34,7 +34,8 @@ class Recorded:
 
 def main(config_file: str, what: str) -> None:
     mesh_sizes = [("mesh.data", "1"), ("mesh.fsdp", "8")]
-    config = load_config(config_file, [*mesh_sizes, ("loss.distillation", "1")])
+    learning = [("loss.distillation", "1"), ("loss.attention_transfer", "1")]
+    config = load_config(config_file, [*mesh_sizes, *learning])
     mesh = make_mesh(config)
     assert mesh.devices.size == 8
     with jax.set_mesh(mesh):

@@ -72,7 +72,7 @@ def follow(
     functions, initial = make_functions(config)
     source = initial.source(config.model)
     state = functions.initial_state(source)
-    teacher = functions.read_teacher(source) if config.loss.distillation else None
+    teacher = functions.read_teacher(source) if config.loss.has_teacher else None
     metrics = []
     for _ in range(count):
         state, arrays = functions.update(state, batch, teacher)
@@ -92,8 +92,17 @@ def follow(
             "micro_batches": 2,
             "optimizer__weight_decay": 0.5,
         },
+        pytest.param(
+            {
+                "optimizer__learning_rate": 1e-2,
+                "loss__cross_entropy": 0,
+                "loss__attention_transfer": 1,
+                "micro_batches": 2,
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["cross-entropy", "distillation, bfloat16, micro-batches, decay"],
+    ids=["cross-entropy", "distillation, bfloat16, micro-batches, decay", "layer by layer"],
 )
 def test_only_what_is_trainable_changes(hybrid: Nha, batch: Batch, changes: dict[str, Any]) -> None:
     config = hybrid.config(**changes)
@@ -109,9 +118,9 @@ def test_only_what_is_trainable_changes(hybrid: Nha, batch: Batch, changes: dict
     moments = [name for name in by_name(state.optimizer) if ".mu." in name or ".nu." in name]
     assert len(moments) == 2 * sum(name.startswith("blocks.attention.") for name in before)
     assert all(".blocks.attention." in name for name in moments)
-    for name in ("distillation",) if config.loss.distillation else ("loss",):
-        values = [row[name] for row in metrics]
-        assert values[-1] < 0.9 * values[0]
+    terms = ("distillation", "attention_transfer", "loss")
+    values = [row[next(name for name in terms if name in row)] for row in metrics]
+    assert values[-1] < 0.9 * values[0]
     assert [row["skipped"] for row in metrics] == [0] * 12
 
 
@@ -196,9 +205,9 @@ def test_same_losses_on_eight_devices(hybrid: Nha, batch: Batch) -> None:
     done = run_on_eight_devices("tests.support.train.hybridize_on_a_mesh", *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    alone, _ = follow(hybrid.config(loss__distillation=1.0), batch, 3)
+    alone, _ = follow(hybrid.config(loss__distillation=1, loss__attention_transfer=1), batch, 3)
     for row, expected in zip(found, alone, strict=True):
-        for name in ("loss", "distillation", "gradient_norm"):
+        for name in ("loss", "distillation", "attention_transfer", "gradient_norm"):
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, err_msg=name)
 
 
