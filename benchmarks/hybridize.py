@@ -65,6 +65,7 @@ FINE_TUNE = {
 }
 
 Overrides = dict[str, str]
+MUON: Overrides = {"optimizer.name": "muon"}
 DISTILLED: Overrides = {"loss.distillation": "1.0"}
 ADAPTED: Overrides = {"adapter.rank": "16", "trainable": "[blocks.attention.f_proj.*]"}
 
@@ -77,8 +78,11 @@ class Tuned(NamedTuple):
     mebibytes: float
 
 
-def in_stages(steps: int) -> Overrides:
-    """The transfer: layer by layer for a fifth of the steps, then logits and text together."""
+def in_stages(steps: int, optimizer: str = "muon") -> Overrides:
+    """The transfer: layer by layer for a fifth of the steps, then logits and text together.
+
+    `optimizer` is that of the second stage.
+    """
     first = max(steps // 5, 1)
     layers = {
         "name": "layers",
@@ -91,7 +95,7 @@ def in_stages(steps: int) -> Overrides:
         "name": "logits and text",
         "steps": rest,
         "loss": {"distillation": 1},
-        "optimizer": {"name": "muon", "learning_rate": 2e-3, "warmup_steps": rest // 24},
+        "optimizer": {"name": optimizer, "learning_rate": 2e-3, "warmup_steps": rest // 24},
     }
     return {"stages": json.dumps([layers, whole])}
 
@@ -197,7 +201,7 @@ def main() -> None:
     full, hybrid, none_full = (
         {"model": f"{{window_size: {x}}}"} for x in (FULL, HYBRID, NONE_FULL)
     )
-    staged = in_stages(tenth)
+    staged, by_adamw = in_stages(tenth), in_stages(tenth, "adamw")
     schedule = {"model.window_schedule": shrinking(tenth)}
 
     def tuned(name: str, start: Path, overrides: Overrides) -> Tuned:
@@ -237,8 +241,10 @@ def main() -> None:
 
     recipes = [
         ("original, text", as_long),
+        ("original, text, by Muon", tuned("full-muon", imported, full | MUON)),
         ("1 full layer in 4, text", text),
         ("1 in 4, text and logits", distilled),
+        ("1 in 4, in stages, by AdamW", tuned("staged-adamw", imported, hybrid | by_adamw)),
         ("1 in 4, in stages", tuned("staged", imported, hybrid | staged)),
         ("1 in 4, in stages, shrinking", tuned("shrinking", imported, hybrid | schedule | staged)),
         ("1 in 4, in stages, adapters", tuned("adapted", imported, hybrid | ADAPTED | staged)),

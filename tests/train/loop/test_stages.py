@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from nha_jax.adapters import adapter_of
 from nha_jax.storage.weights import Index, SafetensorsSource
 from tests.support.shared import made_once
 from tests.support.train.tiny_run import Nha, wait_for
@@ -220,6 +221,23 @@ def test_a_stage_that_averages_gives_its_average_to_the_next(staged: Nha, whole:
         finished.train(*arguments)
         assert rows_without_speed(finished) == rows
         assert finished.model_bytes() == model
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_through_all_stages(staged: Nha) -> None:
+    """Its factors are trained in each of them, and the gates in those that name them."""
+    stages = [STAGES[0] | {"steps": 1}, {"name": "text", "steps": 1, "trainable": []}]
+    arguments = ["--adapter.rank=2", f"--stages={json.dumps(stages)}"]
+    arguments += ["--model.window_schedule={0: 4}", f"--trainable={json.dumps(GATES)}"]
+    staged.train(*arguments)
+    rows, model = rows_without_speed(staged), staged.model_bytes()
+    factors = nha_jax.load_adapter(staged.run / "adapter", nha_jax.load(staged.run / "model"))
+    assert adapter_of(factors) is not None
+    again = Nha(staged.run.parent / "again", staged.values)
+    stop_after(1, staged, again.run)
+    again.train(*arguments)
+    assert rows_without_speed(again) == rows
+    assert again.model_bytes() == model
 
 
 @pytest.mark.slow
