@@ -141,6 +141,8 @@ NOT_RUN = {
         "--model.preset=llama-3-8b",
         "uv run --extra tpu nha plan configs/hybridize.yaml --topology v5e:2x4 "
         "--model.preset=llama-3-8b --adapter.rank=16 --micro_batches=16",
+        "uv run --extra tpu nha plan configs/hybridize.yaml --topology v6e:2x4 "
+        "--model.preset=llama-3-8b --adapter.rank=16 --micro_batches=8",
         "uv run --extra tpu python benchmarks/tpu_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --segments",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --passes both "
