@@ -44,10 +44,8 @@ def test_loaded_adapter_is_bit_equal_and_small(tmp_path, base):
     assert sum(own) < size < sum(own) + 4000
 
 
-@pytest.mark.parametrize(
-    "of_8_bits",
-    [pytest.param(False, id="float32"), pytest.param(True, id="int8", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("of_8_bits", [False, True], ids=["float32", "int8"])
 def test_a_model_is_written_merged(tmp_path, monkeypatch, of_8_bits):
     monkeypatch.setattr(weights, "_PIECE_BYTES", 2000)  # parts of kernels, along two axes
     model = tiny_model()
