@@ -12,6 +12,7 @@ import nha_jax
 from nha_jax.layers.layer_stack import block_of_layer
 from nha_jax.testing import relative_error
 from nha_jax.transfer import attention_transfer
+from tests.support.original import original_config
 
 WINDOWS = (4, None, 6)
 
@@ -19,24 +20,7 @@ WINDOWS = (4, None, 6)
 @pytest.fixture(scope="module")
 def original() -> nha_jax.Model:
     """Three layers with full attention."""
-    config = nha_jax.ModelConfig(
-        vocab_size=257,
-        num_layers=3,
-        hidden_size=16,
-        num_query_heads=2,
-        num_kv_heads=1,
-        num_slots=4,
-        window_size=None,
-        mlp_size=24,
-        conv_width=0,
-        value_activation="identity",
-        output_norm=False,
-        empty_slots="mask",
-        initializer_range=0.3,
-        dtype="float32",
-        remat="none",
-        implementation="reference",
-    )
+    config = original_config(num_layers=3, implementation="reference")
     return nha_jax.Model(config, rngs=nnx.Rngs(0))
 
 

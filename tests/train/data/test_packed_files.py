@@ -189,6 +189,15 @@ def test_another_packing_is_refused_not_taken_for_text(
         load_corpus(DataConfig(corpus=str(tmp_path), sequence_length=8))
 
 
+def test_of_nothing_but_empty_files_one_line_says_it_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_bytes(b"")
+    assert prepare(tmp_path / "out", tmp_path / "a.txt", "--workers=1") == 1
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("nha:")]
+    assert lines == ["nha: no text in all of the inputs"]
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.json"])
 def test_an_empty_file_is_said_and_holds_no_document(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

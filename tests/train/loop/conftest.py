@@ -7,29 +7,14 @@ import pytest
 from flax import nnx
 
 import nha_jax
+from tests.support.original import original_config
 from train.data.batches import Batch
 
 
 @pytest.fixture(scope="session")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved model of two layers with full attention, as an import leaves it."""
-    config = nha_jax.ModelConfig(
-        vocab_size=257,
-        num_layers=2,
-        hidden_size=32,
-        num_query_heads=2,
-        num_kv_heads=1,
-        num_slots=8,
-        window_size=None,
-        mlp_size=48,
-        conv_width=0,
-        value_activation="identity",
-        output_norm=False,
-        empty_slots="mask",
-        initializer_range=0.3,
-        dtype="float32",
-        remat="none",
-    )
+    config = original_config(num_layers=2, hidden_size=32, num_slots=8, mlp_size=48)
     folder = tmp_path_factory.mktemp("original") / "model"
     files = {"generation_config.json": b'{"temperature": 0.5}'}
     nha_jax.save(folder, nha_jax.Model(config, rngs=nnx.Rngs(0)), files=files)

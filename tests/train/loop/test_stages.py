@@ -12,6 +12,7 @@ from flax import nnx
 import nha_jax
 from nha_jax.adapters import adapter_of
 from nha_jax.storage.weights import Index, SafetensorsSource
+from tests.support.original import original_config
 from tests.support.shared import made_once
 from tests.support.train.tiny_run import Nha, wait_for
 from train.cli import main
@@ -39,23 +40,7 @@ STAGES = [
 
 def save_original(folder: Path, num_layers: int) -> None:
     """Saves a model with full attention."""
-    config = nha_jax.ModelConfig(
-        vocab_size=257,
-        num_layers=num_layers,
-        hidden_size=16,
-        num_query_heads=2,
-        num_kv_heads=1,
-        num_slots=4,
-        window_size=None,
-        mlp_size=24,
-        conv_width=0,
-        value_activation="identity",
-        output_norm=False,
-        empty_slots="mask",
-        initializer_range=0.3,
-        dtype="float32",
-        remat="none",
-    )
+    config = original_config(num_layers=num_layers)
     nha_jax.save(folder, nha_jax.Model(config, rngs=nnx.Rngs(0)))
 
 

@@ -174,7 +174,7 @@ def _check_sizes(files: Sequence[Path], shard_bytes: int) -> None:
     empty = [
         path for path, size in sizes.items() if not size and is_text(path) and not is_packed(path)
     ]
-    if empty:
+    if empty and len(empty) < len(sizes):  # of nothing but empty files one error says it all
         more = f", and {len(empty) - 1} more" if len(empty) > 1 else ""
         print(f"nha: without text, and left out: {empty[0]}{more}", file=sys.stderr)
 
