@@ -202,7 +202,9 @@ def converted_layer(**options) -> NHAttention:
 PACKED = np.array([[1] * 4 + [2] * 5 + [0] * 2, [0] * 3 + [1] * 8])
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+    "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_without_a_window_a_converted_layer_is_softmax_attention(implementation):
     layer = converted_layer(window_size=None, implementation=implementation)
     x = jax.random.normal(jax.random.key(0), (2, 11, CONFIG.hidden_size))

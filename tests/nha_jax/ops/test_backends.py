@@ -112,7 +112,11 @@ TOY_CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", TOY_CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [TOY_CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in TOY_CASES[1:])],
+    ids=str,
+)
 def test_the_operators_suite_runs_on_a_registered_backend(toy, case):
     """What every implementation is held to, but for the state, which this one does not return."""
     check_case(case, "numpy", "float32", make_inputs(case))

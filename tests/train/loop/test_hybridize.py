@@ -211,6 +211,7 @@ def test_same_losses_on_eight_devices(hybrid: Nha, batch: Batch) -> None:
             np.testing.assert_allclose(row[name], expected[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_as_if_it_had_not_stopped(
     hybrid: Nha, tmp_path: Path, original: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -143,6 +143,7 @@ def stop_after(step: int, whole: Nha, run: Path) -> None:
             shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_at_a_border(
     tmp_path: Path, staged_values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

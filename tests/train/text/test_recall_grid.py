@@ -31,8 +31,8 @@ def saved(model: nha_jax.Model, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def test_the_accuracy_is_that_of_the_places_that_are_asked(model: nha_jax.Model) -> None:
-    found = measure_recall(model, TASK, [8, 12], [1, 2, 3], count=7, batch_size=3)
-    assert {length: list(row) for length, row in found.items()} == {8: [1, 2], 12: [1, 2, 3]}
+    found = measure_recall(model, TASK, [8], [1, 2, 3], count=7, batch_size=3)
+    assert {length: list(row) for length, row in found.items()} == {8: [1, 2]}
     hits = []
     for number in range(7):
         tokens, targets, asked = Mqar(2, 16).draw(8, EVALUATION, number)
