@@ -152,11 +152,10 @@ NOT_RUN = {
         "uv run --extra tpu python benchmarks/tpu_decode_static.py",
         "uv run --extra tpu python benchmarks/tpu_static.py --kernel-only --chips v5e",
         "uv run --extra tpu python benchmarks/tpu_decode_static.py --chips v5e",
-        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist load "
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist=load "
         "-m tpu_aot tests/pallas/tpu",
-        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist load "
-        "-m full "
-        "tests/pallas/tpu/test_compile.py",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist=load "
+        "-m full tests/pallas/tpu/test_compile.py",
     ),
     "it needs CUDA's libraries, which are no part of the default environment": (
         "uv run --extra cuda nha plan configs/hybridize.yaml --topology cuda:8xH200 "
@@ -190,7 +189,7 @@ NOT_RUN = {
         "uv run --isolated --group hf python benchmarks/in_transformers.py --turns 7",
     ),
     "it runs tests, or what tests run": (
-        "uv run pytest -n 2 --dist load tests/pallas",
+        "uv run pytest -n 2 --dist=load tests/pallas",
         'uv run pytest -m "slow or not slow" tests/train/step/test_optimizers.py '
         "tests/train/loop/test_optimizers_in_runs.py",
         "uv run pytest tests/pallas/tpu",
@@ -204,12 +203,11 @@ NOT_RUN = {
         "uv run pytest -m slow tests/train",
         "uv run pytest -m slow tests/train/commands/test_fuzz.py",
         "uv run pytest -n 2 -m slow tests",
-        "uv run pytest -n 2 --dist load -m full tests/pallas/gpu tests/pallas/tpu/test_kernels.py "
+        "uv run pytest -n 2 --dist=load -m full tests/pallas/gpu tests/pallas/tpu/test_kernels.py "
         "tests/pallas/tpu/test_decode.py",
-        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist load -m tpu_aot tests",
-        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist load "
-        "-m full tests/pallas/tpu "
-        "tests/train/plan",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist=load -m tpu_aot tests",
+        "JAX_PLATFORMS=cpu uv run --isolated --extra tpu pytest -n 2 --dist=load "
+        "-m full tests/pallas/tpu tests/train/plan",
         "JAX_PLATFORMS=cpu uv run --isolated --extra cuda pytest -m gpu_aot tests",
         "uv run --extra cuda pytest -m gpu -n 12 tests/pallas/gpu",
         "uv run --isolated --group hf pytest -m hf tests/nha_jax/hf",
