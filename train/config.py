@@ -311,3 +311,19 @@ class TrainConfig:
         narrowest = min(finite)
         expected = f"{narrowest} or less at last, the narrowest window of model.window_size"
         require(widths[-1] <= narrowest, key, schedule, expected)
+        self._check_transfer_has_windows(dict(sorted(self.window_schedule.items())))
+
+    def _check_transfer_has_windows(self, schedule: dict[int, int | None]) -> None:
+        """Refuses steps that learn attention alone while all of it is the original's."""
+        windows_from = next(step for step, window in schedule.items() if window is not None)
+        parts = [(stage.steps, stage.loss or self.loss) for stage in self.stages]
+        after = 0
+        for steps, loss in parts or [(self.steps, self.loss)]:
+            require(
+                loss.reads_outputs or after >= windows_from,
+                "model.window_schedule",
+                schedule,
+                f"a window from step {after} on, as loss.attention_transfer has nothing to learn "
+                "under full attention",
+            )
+            after += steps

@@ -91,10 +91,12 @@ def _with_windows_at(stage: TrainConfig, config: TrainConfig, steps: int) -> Tra
     if config.window_schedule is None:
         return stage
     model = dataclasses.replace(config.model, window_size=windows_at(config, steps))
-    # With full attention everywhere there are no slots to weigh, and nothing to transfer.
+    # Without a window that ends there are no slots to weigh, and nothing to transfer.
     loss = stage.loss
     if not any(model.windows):
         loss = dataclasses.replace(loss, slot_loss=0.0)
+    if all(window is None for window in model.windows):
+        loss = dataclasses.replace(loss, attention_transfer=0.0)
     return dataclasses.replace(stage, model=model, loss=loss, window_schedule=None)
 
 

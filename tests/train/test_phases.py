@@ -1,5 +1,6 @@
 """A run in stages, and windows that shrink: what each step does, and what is no recipe."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.load_config import load_config, validate
 from train.phases import phase_at, phases_of, windows_at
+from train.stage_config import LossConfig, StageConfig
 from train.storage.run_folder import config_values
 
 STAGES = [
@@ -36,6 +38,19 @@ def test_a_run_without_stages_is_one_phase_of_its_very_configuration(nha: Nha) -
     written = config_values(config)
     assert not {"stages", "window_schedule"} & written.keys()
     assert not {"cross_entropy", "attention_transfer"} & written["loss"].keys()
+
+
+def test_where_all_attention_is_full_there_is_nothing_to_transfer(staged: Nha) -> None:
+    config = dataclasses.replace(staged.config(), initial_model="original", stages=())
+    both = LossConfig(attention_transfer=1, slot_loss=1)
+    phases = phases_of(dataclasses.replace(config, loss=both))
+    losses = [(x.config.loss.attention_transfer, x.config.loss.slot_loss) for x in phases]
+    assert losses == [(0, 0), (1, 1), (1, 1)]
+    alone = LossConfig(attention_transfer=1, cross_entropy=0)
+    with pytest.raises(ValueError, match=r"a window from step 0 on, as loss\.attention_transfer"):
+        dataclasses.replace(config, loss=alone)
+    text, layers = StageConfig(name="a", steps=2), StageConfig(name="b", steps=8, loss=alone)
+    assert len(phases_of(dataclasses.replace(config, stages=(text, layers)))) == 3
 
 
 def test_what_a_step_does_follows_from_the_configuration_and_its_number(staged: Nha) -> None:
