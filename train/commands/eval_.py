@@ -108,14 +108,14 @@ def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) ->
             "for each of --pairs"
         )
     from train.text.loading import load_tokenizer_of
-    from train.text.recall_grid import as_table, measure_recall, task_of, write_picture
+    from train.text.recall_grid import as_table, draw, measure_recall, task_of
 
     task = task_of(load_tokenizer_of(folder))
     model = _load_model(folder, options)
     count = 256 if options.limit is None else options.limit
     found = measure_recall(model, task, lengths, pairs, count, options.batch_size)
     print(f"{as_table(found)}\n")
-    write_picture(found, picture)
+    draw(found, picture)
     print(picture)
     return {"vocabulary": task.vocabulary, "examples": count, "accuracy": found}
 
@@ -129,9 +129,9 @@ def _measure_extrapolation(
     from train.storage.run_folder import RunFolder
     from train.text.extrapolation import (
         as_table,
+        draw,
         find_long_texts,
         measure_by_position,
-        write_picture,
     )
 
     stored = RunFolder(str(folder)).config()
@@ -145,7 +145,7 @@ def _measure_extrapolation(
     print(f"{count} held-out documents, the first {tokens - 1} tokens of each\n", flush=True)
     parts = measure_by_position(model, texts, corpus.bytes_per_target, options.batch_size)
     print(f"{as_table(parts)}\n")
-    write_picture(parts, texts.length, picture)
+    draw(parts, texts.length, picture)
     print(picture)
     by_position = [part._asdict() for part in parts]
     return {"documents": count, "trained_length": texts.length, "by_position": by_position}

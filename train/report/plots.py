@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from train.report.metrics import Row
-from train.storage.atomic import replacing
+from train.storage.atomic import write_picture
 
 
 def plot_loss_curve(rows: list[Row], references: dict[str, float], path: Path) -> None:
@@ -70,8 +70,7 @@ def _figure(quantity: str, title: str) -> tuple[Any, Any]:
 def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(ncols=1 + len(axes.get_legend_handles_labels()[0]) // 9, fontsize="small")
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    write_picture(path, figure)
 
 
 def _smooth(values: list[float], weight: float = 0.9) -> list[float]:

@@ -9,7 +9,7 @@ from typing import Any
 from train.errors import do_without
 from train.search.budgets import Budget
 from train.search.strategies import Trial
-from train.storage.atomic import replacing, write_atomically
+from train.storage.atomic import write_atomically, write_picture
 from train.windows import WINDOWS_KEY, Windows, format_windows, width
 
 EVENLY_SPACED = "evenly spaced full layers"
@@ -117,8 +117,7 @@ def plot_search(result: SearchResult, path: Path) -> None:
     axes.axvline(result.budget.limit, color="grey", linestyle=":", label="budget")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    write_picture(path, figure)
 
 
 def _points(trials: list[Trial]) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from train.paths import MAX_NAME_BYTES
 
@@ -69,6 +69,12 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the content of `path`, or makes the file; text is written as UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
+
+
+def write_picture(path: Path, figure: Any) -> None:
+    """Writes a matplotlib `Figure` as a PNG."""
+    with replacing(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def write_if_changed(path: Path, content: str | bytes) -> None:

@@ -13,7 +13,7 @@ from train.data.corpus import Corpus
 from train.data.prepared_folder import ShardedTokens
 from train.data.token_source import TokensInMemory
 from train.errors import ConfigError
-from train.storage.atomic import replacing
+from train.storage.atomic import write_picture
 
 FACTOR = 16
 """How many times the training length texts are, if there are such."""
@@ -113,7 +113,7 @@ def as_table(parts: list[Part]) -> str:
     return "\n".join(lines)
 
 
-def write_picture(parts: list[Part], length: int, path: Path) -> None:
+def draw(parts: list[Part], length: int, path: Path) -> None:
     """Draws the bits per byte over the positions, a PNG, with a line at the training length."""
     from matplotlib.figure import Figure
 
@@ -126,5 +126,4 @@ def write_picture(parts: list[Part], length: int, path: Path) -> None:
     axes.axvline(length, color="grey", linestyle="--", label="length in training")
     axes.grid(alpha=0.3)
     axes.legend()
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    write_picture(path, figure)

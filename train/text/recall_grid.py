@@ -11,7 +11,7 @@ import nha_jax
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.recall import EVALUATION, DrawnExamples, Mqar, tokenizer_of
 from train.errors import ConfigError
-from train.storage.atomic import replacing
+from train.storage.atomic import write_picture
 
 Accuracies = dict[int, dict[int, float]]
 """Length -> number of pairs -> share of the queries that are answered right."""
@@ -84,7 +84,7 @@ def as_table(found: Accuracies) -> str:
     return "\n".join(lines)
 
 
-def write_picture(found: Accuracies, path: Path) -> None:
+def draw(found: Accuracies, path: Path) -> None:
     """Draws the accuracies as a heat map, a PNG."""
     from matplotlib.figure import Figure
 
@@ -100,5 +100,4 @@ def write_picture(found: Accuracies, path: Path) -> None:
         color = "black" if value > 0.6 else "white"
         axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
     figure.colorbar(image)
-    with replacing(path) as file:
-        figure.savefig(file, dpi=120, format="png")
+    write_picture(path, figure)

@@ -17,6 +17,7 @@ import yaml
 from train.cli import main
 from train.config import TrainConfig
 from train.load_config import load_config
+from train.storage.atomic import write_if_changed
 
 LAUNCH = "import sys; from train.cli import main; sys.exit(main())"
 
@@ -29,7 +30,8 @@ class Nha:
         self.run = folder / "run"
         self.config_file = folder / "config.yaml"
         self.values = {**values, "run": str(self.run)}
-        self.config_file.write_text(yaml.safe_dump(self.values))
+        # Two workers share the folder of a run that both read.
+        write_if_changed(self.config_file, yaml.safe_dump(self.values))
 
     def config(self, **overrides: Any) -> TrainConfig:
         """The configuration, checked."""
