@@ -22,7 +22,7 @@ MODELS = {name: {"window_size": windows} for name, windows in WINDOWS.items()} |
 }
 # Every run tries rows of one length on one model and of different lengths on others. Prompts of
 # "mixed" are read in chunks below, and texts of imported models are compared in hf/.
-EVEN, RAGGED = ("slots-only",), ("full", "no-slots")
+EVEN, RAGGED = ("slots-only",), ("full",)
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,10 @@ def test_scan_over_groups_equals_a_loop_over_layers(sizes):
     chex.assert_trees_all_close(kept, forward(model, tokens), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("window_size", [8, (8, None)], ids=["window", "pattern"])
+@pytest.mark.parametrize(
+    "window_size",
+    [pytest.param(8, id="window", marks=pytest.mark.slow), pytest.param((8, None), id="pattern")],
+)
 def test_program_size_does_not_depend_on_depth(window_size):
     def equations(num_layers):
         model = tiny_model(num_layers=num_layers, window_size=window_size)

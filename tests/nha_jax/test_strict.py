@@ -71,7 +71,13 @@ def test_the_operator_in_bfloat16(implementation: str, window_size: int | None) 
 
 
 @pytest.mark.usefixtures("bits")
-@pytest.mark.parametrize("overrides", [{"conv_width": 4}, CONVERTED], ids=["own", "converted"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        pytest.param({"conv_width": 4}, id="own"),
+        pytest.param(CONVERTED, id="converted", marks=pytest.mark.slow),
+    ],
+)
 def test_the_model_in_bfloat16(overrides: dict) -> None:
     config = tiny_config(**overrides, dtype="bfloat16", implementation="xla")
     graph, state = abstract_model(config)

@@ -81,6 +81,7 @@ some_requests = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(requests=some_requests, seed=st.integers(0, 99))
 def test_a_text_does_not_depend_on_the_others(model, requests, seed):
@@ -303,6 +304,7 @@ def test_numpy_integers_are_sizes(model):
     assert len(texts(engine, [engine.submit([1], SamplingOptions(max_new_tokens=2))])[0]) == 2
 
 
+@pytest.mark.slow
 def test_a_batch_divided_over_eight_devices_gives_the_same_texts():
     done = run_on_eight_devices("tests.support.generation_on_a_mesh")
     assert done.returncode == 0, done.stderr

@@ -28,7 +28,7 @@ def test_logits_are_the_originals(name: str, record_property) -> None:
     assert error < 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama-3.1", "qwen3"])
+@pytest.mark.parametrize("name", [pytest.param("llama-3.1", marks=pytest.mark.slow), "qwen3"])
 def test_greedy_texts_are_the_originals(name: str) -> None:
     expected = np.load(FIXTURES / name / "expected.npz")
     greedy = expected["greedy"]

@@ -63,9 +63,10 @@ def layer_by_layer(
     return Diagnostics(model.norm(hidden), jnp.stack(slot_weights), jnp.stack(log_decays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("empty_slots", "segment_ids"),
-    [pytest.param("mask", None, marks=pytest.mark.slow), ("attend", SEGMENT_IDS)],
+    [("mask", None), ("attend", SEGMENT_IDS)],
     ids=["mask-one-segment", "attend-packed"],
 )
 def test_diagnostics_equal_those_of_the_layers_one_by_one(empty_slots, segment_ids):

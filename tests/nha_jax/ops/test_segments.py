@@ -29,13 +29,12 @@ def outputs_and_gradients(arrays, cotangent, rope, segment_ids, **options):
 @pytest.mark.parametrize(
     ("window", "empty_slots"),
     [
-        ("0", "attend"),
         ("16", "mask"),
         ("None", "mask"),
         *(
             pytest.param(*x, marks=pytest.mark.slow)
             for x in itertools.product(("0", "16", "64", "None"), ("attend", "mask"))
-            if x not in (("0", "attend"), ("16", "mask"), ("None", "mask"))
+            if x not in (("16", "mask"), ("None", "mask"))
         ),
     ],
 )

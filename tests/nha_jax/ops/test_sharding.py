@@ -31,5 +31,6 @@ def test_a_divided_batch_exchanges_nothing() -> None:
     check("communication")
 
 
+@pytest.mark.slow
 def test_query_heads_are_divided_where_key_heads_are_fewer_than_devices() -> None:
     check("more devices than heads")

@@ -56,9 +56,6 @@ CASES = [
         segments=True,
         state=True,
     ),
-    # Neither two rows over eight devices, nor two query heads over four.
-    Case({"data": 2, "fsdp": 4}, PartitionSpec("data"), B=2, rope="tokens"),
-    Case({"data": 2, "tensor": 4}, PartitionSpec("data"), Hkv=1, rope=None, segments=True),
     # Two devices have the same key/value head, each for one of its two query heads.
     Case({"data": 2, "tensor": 4}, PartitionSpec("data", None, "tensor"), gate="mixed"),
     Case(
@@ -85,12 +82,15 @@ def in_context(
 
 
 CASES += [
-    in_context(0, True, "attend", "mixed"),
     in_context(4, True, "mask", "mixed"),
     in_context(None, True, "attend", "mild", rope="tokens"),
 ]
 ORDINARY = len(CASES)  # the first of them; those that follow run with -m slow
 CASES += [
+    # Neither two rows over eight devices, nor two query heads over four.
+    Case({"data": 2, "fsdp": 4}, PartitionSpec("data"), B=2, rope="tokens"),
+    Case({"data": 2, "tensor": 4}, PartitionSpec("data"), Hkv=1, rope=None, segments=True),
+    in_context(0, True, "attend", "mixed"),
     in_context(0, False, "attend", "mild"),
     in_context(1, True, "mask", "mild"),
     in_context(3, False, "attend", "mixed", rope="tokens"),

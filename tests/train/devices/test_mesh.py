@@ -30,9 +30,8 @@ def check(meshes: list[dict[str, int]], kind: str) -> None:
 KINDS = pytest.mark.parametrize("kind", ["from-scratch", "converted"])
 
 
-@pytest.mark.parametrize(
-    "kind", ["from-scratch", pytest.param("converted", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@KINDS
 def test_all_kinds_of_division_at_once(kind: str) -> None:
     check([{"fsdp": 2, "tensor": 2, "context": 2}], kind)
 

@@ -22,6 +22,7 @@ from train.data.corpus import load_corpus
 from train.storage.run_folder import RunFolder
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(nha: Nha, undisturbed: Nha) -> None:
     shutil.copytree(undisturbed.run, nha.run)
     (nha.run / "result.json").unlink()

@@ -160,6 +160,7 @@ def test_a_token_meets_few_of_the_frozen_experts(hybrid: Nha) -> None:
     assert training_flops_per_token(config) == model - spared
 
 
+@pytest.mark.slow
 def test_nothing_to_learn_from_the_model_that_it_is(hybrid: Nha, batch: Batch) -> None:
     config = hybrid.config(model__window_size=None, loss__distillation=1.0, trainable=["*"])
     metrics, _ = follow(config, batch, 1)

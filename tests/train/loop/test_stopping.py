@@ -19,7 +19,8 @@ from train.step.update import TrainingFunctions
 ALLOCATION = "RESOURCE_EXHAUSTED: Out of memory allocating 16000000000000 bytes."
 
 
-@pytest.mark.parametrize("signals", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_stops_an_evaluation_which_the_next_start_makes(
     nha: Nha,
     undisturbed: Nha,

@@ -264,6 +264,7 @@ def test_evenly_spaced_layers(num_layers: int, count: int, full: set[int]) -> No
     assert {layer for layer, window in enumerate(windows) if window is None} == full
 
 
+@pytest.mark.slow
 def test_a_stopped_search_goes_on_and_ends_the_same(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

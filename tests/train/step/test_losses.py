@@ -61,17 +61,24 @@ def update(config: TrainConfig) -> tuple[dict[str, Any], Any]:
 
 
 @pytest.mark.parametrize(
-    "parts",
+    ("loss", "parts"),
     [
-        {"micro_batches": 2, "head_parts": 4},
-        pytest.param({"micro_batches": 4}, marks=pytest.mark.slow),
-        pytest.param({"head_parts": 2}, marks=pytest.mark.slow),
+        pytest.param(LossConfig(), {"micro_batches": 2, "head_parts": 4}, id="both"),
+        *(
+            pytest.param(WEIGHTS, parts, id="-".join(["all terms", *parts]), marks=pytest.mark.slow)
+            for parts in (
+                {"micro_batches": 2, "head_parts": 4},
+                {"micro_batches": 4},
+                {"head_parts": 2},
+            )
+        ),
     ],
-    ids=lambda parts: "-".join(f"{name}={value}" for name, value in parts.items()),
 )
-def test_parts_of_a_batch_and_of_its_tokens_make_the_same_update(parts: dict[str, int]) -> None:
-    metrics, state = update(train_config("xla", loss=WEIGHTS))
-    metrics_by_parts, state_by_parts = update(train_config("xla", loss=WEIGHTS, **parts))
+def test_parts_of_a_batch_and_of_its_tokens_make_the_same_update(
+    loss: LossConfig, parts: dict[str, int]
+) -> None:
+    metrics, state = update(train_config("xla", loss=loss))
+    metrics_by_parts, state_by_parts = update(train_config("xla", loss=loss, **parts))
     assert metrics.keys() == metrics_by_parts.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(metrics_by_parts[name], value, rtol=1e-6, err_msg=name)
@@ -98,6 +105,7 @@ def test_parts_at_the_head_need_less_memory() -> None:
     assert temporaries(1) - temporaries(8) > 7 / 8 * logits
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_parts() -> None:
     def evaluate(**parts: int) -> Any:
         config = train_config(**parts)

@@ -103,6 +103,7 @@ def test_checkpoint_of_other_shapes_is_refused_by_name(nha: Nha, tmp_path: Path)
             checkpoints.restore(wide.abstract_state, wide.shardings)
 
 
+@pytest.mark.slow
 def test_a_save_holds_the_state_of_its_step_though_training_goes_on(
     nha: Nha, tmp_path: Path
 ) -> None:

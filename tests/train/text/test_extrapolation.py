@@ -36,6 +36,7 @@ def test_texts_are_the_beginnings_of_documents_that_are_long_enough(
         np.testing.assert_array_equal(row, source.read(start, start + 257))
 
 
+@pytest.mark.slow
 def test_bits_are_those_of_one_forward(undisturbed: Nha, its_corpus: Corpus) -> None:
     config = undisturbed.config()
     texts = find_long_texts(its_corpus, config.data, count=2)
