@@ -8,6 +8,7 @@ value. Only these places count.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -162,6 +163,11 @@ class DrawnExamples:
 def is_drawn(corpus: str) -> bool:
     """Says whether `data.corpus` names a task, not files."""
     return corpus.partition(":")[0] == MQAR
+
+
+def most_targets(corpus: str | Mapping[str, float]) -> int | None:
+    """Says how many targets of a sequence of `data.corpus` count at most; None: any number."""
+    return Mqar.parse(corpus).pairs if isinstance(corpus, str) and is_drawn(corpus) else None
 
 
 def splits(task: Mqar, length: int) -> tuple[DrawnExamples, DrawnExamples]:

@@ -103,6 +103,7 @@ def losses(
     total: Counts,
     teacher: Teacher | None = None,
     head_parts: int = 1,
+    most_targets: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Computes a batch's part of the loss to minimise, and of each of its terms.
 
@@ -113,6 +114,8 @@ def losses(
         total: the counts of the whole batch; the results of its parts add up to its losses.
         teacher: what is learned from; None if no term compares.
         head_parts: a divisor of T; the logits of this many parts of the tokens are made in turn.
+        most_targets: how many targets of a row count at most: no other logits are made. None: any
+            number.
 
     Returns:
         The sum of the terms, each times its weight, and the terms by name, float32 scalars: `loss`,
@@ -127,7 +130,8 @@ def losses(
         count = jnp.maximum(total.sequences, 1) * max(found.layers, 1)
         terms["attention_transfer"] = found.error / count
     if config.reads_outputs:
-        terms |= _terms_of_outputs(model, batch, config, total, teacher, head_parts)
+        parts = head_parts, most_targets
+        terms |= _terms_of_outputs(model, batch, config, total, teacher, parts)
     weights = {
         name: config.cross_entropy if name == "loss" else getattr(config, name) for name in terms
     }
@@ -140,7 +144,7 @@ def _terms_of_outputs(
     config: LossConfig,
     total: Counts,
     teacher: Teacher | None,
-    head_parts: int,
+    parts: tuple[int, int | None],
 ) -> dict[str, jax.Array]:
     """Computes the terms of `losses` that are of the model's own way through its layers."""
     tokens, segment_ids = batch["tokens"], batch["segment_ids"]
@@ -157,9 +161,7 @@ def _terms_of_outputs(
     teacher_model = None if teacher is None else teacher.model
     add_up = functools.partial(_target_sums, model, config, teacher_model)
     targets = jnp.maximum(total.targets, 1)
-    terms = {
-        name: nats / targets for name, nats in _in_parts(add_up, per_token, head_parts).items()
-    }
+    terms = {name: nats / targets for name, nats in _in_parts(add_up, per_token, *parts).items()}
     if config.slot_loss:
         reads_both = _reads_both(model.config, segment_ids)[..., None]
         slot_weight = seen.slot_weight[_mixed_layers(model.config)]
@@ -170,12 +172,16 @@ def _terms_of_outputs(
 
 
 def cross_entropy_of_hidden(
-    model: nha_jax.Model, hidden: jax.Array, batch: Mapping[str, jax.Array], head_parts: int = 1
+    model: nha_jax.Model,
+    hidden: jax.Array,
+    batch: Mapping[str, jax.Array],
+    head_parts: int = 1,
+    most_targets: int | None = None,
 ) -> LossSum:
-    """Does what `cross_entropy` does, from hidden states [B, T, hidden_size], in parts."""
+    """Does what `cross_entropy` does, from hidden states [B, T, hidden_size], as `losses` does."""
     per_token = {name: batch[name] for name in ("targets", "loss_mask")} | {"hidden": hidden}
     add_up = functools.partial(_target_sums, model, LossConfig(), None)
-    nats = _in_parts(add_up, per_token, head_parts)["loss"]
+    nats = _in_parts(add_up, per_token, head_parts, most_targets)["loss"]
     return LossSum(nats, batch["loss_mask"].sum(dtype=jnp.int32))
 
 
@@ -207,12 +213,16 @@ def _in_parts(
     add_up: Callable[[Mapping[str, jax.Array]], dict[str, jax.Array]],
     per_token: Mapping[str, jax.Array],
     head_parts: int,
+    most_targets: int | None,
 ) -> dict[str, jax.Array]:
     """Applies `add_up` to arrays [B, T, ...], a part of their tokens after the other.
 
     The logits are computed again for the gradient. A part has every head_parts-th token, so that
-    devices that divide a sequence keep their own.
+    devices that divide a sequence keep their own. Where few targets count, those alone are one
+    part.
     """
+    if most_targets is not None and 2 * most_targets <= per_token["loss_mask"].shape[1]:
+        return add_up(_first_targets(per_token, most_targets))
     if head_parts == 1:
         return add_up(per_token)
 
@@ -226,6 +236,19 @@ def _in_parts(
     one = jax.eval_shape(add_up, jax.tree.map(lambda x: x[0], parts))
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), one)
     return jax.lax.scan(add, zeros, parts)[0]
+
+
+def _first_targets(per_token: Mapping[str, jax.Array], count: int) -> dict[str, jax.Array]:
+    """Takes the first `count` tokens of each row whose targets count, and others if they are fewer.
+
+    Arrays [B, T, ...] -> [B, count, ...].
+    """
+    places = jnp.argsort(~per_token["loss_mask"], axis=1, stable=True)[:, :count]
+
+    def take(x: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(x, places.reshape(*places.shape, *[1] * (x.ndim - 2)), axis=1)
+
+    return {name: take(x) for name, x in per_token.items()}
 
 
 def kl_divergence(teacher_logits: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:

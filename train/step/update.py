@@ -14,6 +14,7 @@ from nha_jax.sharding import named_shardings
 from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
+from train.data.recall import most_targets
 from train.devices.mesh import batch_sharding, cut_rows, to_devices
 from train.optimizers import find_optimizer
 from train.step.average import average_of
@@ -90,6 +91,7 @@ class TrainingFunctions:
         """
         self.learning_rate = learning_rate_schedule(config.optimizer, config.steps)
         self._config = config
+        self._most_targets = most_targets(config.data.corpus)
         self._mesh = mesh
         self._parts = ModelParts(config, ever_trained)
         self._trainable, self._split = self._parts.trainable, self._parts.split
@@ -324,7 +326,8 @@ class TrainingFunctions:
 
             def loss(trained: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
                 model = nnx.merge(self._model_graph, trained, frozen)
-                return losses(model, part, config.loss, total, teacher, config.head_parts)
+                parts = config.head_parts, self._most_targets
+                return losses(model, part, config.loss, total, teacher, *parts)
 
             return jax.value_and_grad(loss, has_aux=True)(trained)
 
@@ -345,7 +348,9 @@ class TrainingFunctions:
             # Padding has a slot weight of 0.
             real = (part["segment_ids"] > 0).sum(dtype=jnp.int32)
             return EvaluationSums(
-                cross_entropy_of_hidden(model, seen.hidden, part, config.head_parts),
+                cross_entropy_of_hidden(
+                    model, seen.hidden, part, config.head_parts, self._most_targets
+                ),
                 seen.slot_weight.sum((1, 2, 3)),
                 real * config.model.num_query_heads,
             )

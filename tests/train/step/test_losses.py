@@ -23,6 +23,7 @@ from train.step.losses import (
     Teacher,
     counts,
     cross_entropy,
+    cross_entropy_of_hidden,
     losses,
     slot_weight_cross_entropy,
 )
@@ -156,6 +157,27 @@ def test_terms_are_those_of_their_definitions() -> None:
     np.testing.assert_allclose(terms["slot_loss"], np.mean(entropies), rtol=1e-5)
     wanted = terms["loss"] + 0.01 * terms["z_loss"] + 0.1 * terms["slot_loss"]
     np.testing.assert_allclose(loss, wanted, rtol=1e-6)
+
+
+def test_where_few_targets_count_their_logits_alone_are_made() -> None:
+    model, batch = model_and_batch()
+    few = np.zeros(batch["tokens"].shape, bool)
+    few[::2, 3], few[::3, 17] = True, True  # none, one or two in a row
+    batch["loss_mask"] &= few
+    assert batch["loss_mask"].sum(axis=1).max() == 2
+    hidden = jax.random.normal(jax.random.key(0), (*few.shape, model.config.hidden_size))
+
+    run = jax.jit(
+        lambda model, hidden, most: jax.value_and_grad(
+            lambda *args: cross_entropy_of_hidden(*args, batch, most_targets=most).nats, (0, 1)
+        )(model, hidden),
+        static_argnums=2,
+    )
+    errors = jax.tree.map(relative_error, run(model, hidden, 2), run(model, hidden, None))
+    assert max(jax.tree.leaves(errors)) < 1e-6
+    logits = "x".join(map(str, (*few.shape, model.config.vocab_size)))
+    assert f"tensor<{logits}x" in run.lower(model, hidden, None).as_text()
+    assert f"tensor<{logits}x" not in run.lower(model, hidden, 2).as_text()
 
 
 def test_what_the_mask_does_not_admit_changes_no_loss_and_no_gradient() -> None:
