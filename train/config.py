@@ -64,14 +64,19 @@ class EvaluationConfig:
         every: steps between evaluations
         sequences: how many held-out sequences each evaluation measures
         final_sequences: how many the evaluation after the last step measures
+        tasks: questions that the model is asked as well, of data.sequence_length tokens, by the
+            names and loads of `nha eval`, e.g. [needle, keys:8]; without a load, of a middle one
+        task_examples: how many of each
     """
 
     every: int = 250
     sequences: int = 64
     final_sequences: int = 512
+    tasks: tuple[str, ...] = ()
+    task_examples: int = 64
 
     def __post_init__(self) -> None:
-        require_at_least(self, 1, "every", "sequences", "final_sequences")
+        require_at_least(self, 1, "every", "sequences", "final_sequences", "task_examples")
 
 
 @dataclass(frozen=True, kw_only=True)

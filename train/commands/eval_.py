@@ -1,11 +1,14 @@
 """`nha eval`: a model on tasks that are made here, and on those of lm-evaluation-harness."""
 
 import argparse
+import functools
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from train.data.questions import NOISE, QUESTION_KINDS, QuestionKind
 from train.errors import ConfigError
 from train.paths import user_path
 
@@ -17,9 +20,13 @@ RECALL, EXTRAPOLATE = "mqar", "extrapolate"
 _DESCRIPTION = """\
 Measures a model on tasks, prints tables, and writes the numbers as JSON.
 
-Two tasks are made here, and draw a picture beside the JSON. mqar is multi-query associative recall,
-over --lengths and --pairs, for models that were trained with data.corpus=mqar. extrapolate is the
-held-out bits per byte of a run by position, up to 16 times the length that it was trained with.
+Some tasks are made here, need no download, and draw a picture beside the JSON. extrapolate is the
+held-out bits per byte of a run by position, up to 16 times the length that it was trained with. All
+others are grids of --lengths, in tokens, and --loads:
+  mqar       multi-query associative recall, by pairs of a key and a value; for models that were
+             trained with data.corpus=mqar
+{questions}
+Of the latter an answer is right if greedy decoding would write it.
 
 All other tasks are those of lm-evaluation-harness (the extra eval). The harness's own take
 downloads; those of --include-path need none if their data is local: a folder of YAML files in the
@@ -29,11 +36,14 @@ python -m train.text.harness --model nha --help."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
+    questions = "\n".join(
+        f"  {kind.name:<10} {kind.about}, by {kind.load}" for kind in QUESTION_KINDS.values()
+    )
     parser = commands.add_parser(
         "eval",
         help="measure a model: recall, long texts, tasks of lm-evaluation-harness",
         usage="nha eval RUN --tasks TASK,... [options]",
-        description=_DESCRIPTION,
+        description=_DESCRIPTION.format(questions=questions),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -45,16 +55,25 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "--limit",
         type=int,
         metavar="N",
-        help="only N examples of each task (default: all; mqar: 256; extrapolate: 64)",
+        help="only N examples of each task (default: all; of those made here 64, of mqar 256)",
     )
     add("--chat", action="store_true", help="put examples into the model's chat template")
     add(
-        "--lengths", default="64,128,256,512", metavar="N,...",
-        help="tokens of an example of mqar (default: 64,128,256,512)",
+        "--read-twice", action="store_true",
+        help="let the model read each prompt a second time before it answers",
     )  # fmt: skip
     add(
-        "--pairs", default="4,8,16,32,64", metavar="N,...",
-        help="pairs of key and value in it (default: 4,8,16,32,64; those that fit are measured)",
+        "--lengths", metavar="N,...",
+        help="tokens of a text (default: 512,1024,2048,4096; of mqar 64,128,256,512)",
+    )  # fmt: skip
+    add(
+        "--loads", metavar="N,...",
+        help="how much a text holds, see above (default: some for each task; those that fit are "
+        "measured)",
+    )  # fmt: skip
+    add(
+        "--haystack", metavar="FILE",
+        help="a text whose sentences hide what is asked (default: five that say nothing)",
     )  # fmt: skip
     add("--windows", metavar="WINDOWS", help="other windows than the model's, e.g. 32,32,none")
     add("--batch-size", type=int, default=8, metavar="N", help="rows at once (default: 8)")
@@ -68,6 +87,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(
                 f"--{name.replace('_', '-')} = {value}: must be at least 1 and below 2**31"
             )
+    if options.read_twice and options.chat:
+        raise ConfigError("--read-twice: not with --chat, whose prompts are whole dialogues")
     if options.num_fewshot is not None and not 0 <= options.num_fewshot < 2**31:
         raise ConfigError(f"--num-fewshot = {options.num_fewshot}: must be at least 0")
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
@@ -81,6 +102,9 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         raise ConfigError(f"--output = {options.output!r}: there is no folder {output.parent}")
 
     made_here = {RECALL: _measure_recall, EXTRAPOLATE: _measure_extrapolation}
+    made_here |= {
+        name: functools.partial(_measure_answers, kind) for name, kind in QUESTION_KINDS.items()
+    }
     others = [name for name in tasks if name not in made_here]
     numbers: dict[str, Any] = {"model": str(folder)}
     # The harness says first what it does not know, before anything is measured.
@@ -100,24 +124,71 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Prints how often a model recalls, draws it, and returns the numbers."""
-    lengths = _read_numbers(options.lengths, "--lengths")
-    pairs = _read_numbers(options.pairs, "--pairs")
+    lengths = _read_numbers(options.lengths or "64,128,256,512", "--lengths", even=True)
+    pairs = _read_numbers(options.loads or "4,8,16,32,64", "--loads")
     if all(4 * number > length for length in lengths for number in pairs):
         raise ConfigError(
             f"--lengths = {options.lengths!r}: expected one of at least {4 * min(pairs)}, 4 tokens "
-            "for each of --pairs"
+            "for each pair of --loads"
         )
+    from train.text.grid import as_table, draw
     from train.text.loading import load_tokenizer_of
-    from train.text.recall_grid import as_table, draw, measure_recall, task_of
+    from train.text.recall_grid import measure_recall, task_of
 
     task = task_of(load_tokenizer_of(folder))
     model = _load_model(folder, options)
     count = 256 if options.limit is None else options.limit
     found = measure_recall(model, task, lengths, pairs, count, options.batch_size)
-    print(f"{as_table(found)}\n")
-    draw(found, picture)
+    print(f"{as_table(found, 'pairs')}\n")
+    draw(found, RECALL, "pairs", picture)
     print(picture)
     return {"vocabulary": task.vocabulary, "examples": count, "accuracy": found}
+
+
+def _measure_answers(
+    kind: QuestionKind, folder: Path, picture: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Prints how often a model answers questions of a kind, draws it, and returns the numbers."""
+    lengths = _read_numbers(options.lengths or "512,1024,2048,4096", "--lengths")
+    loads = kind.loads
+    if options.loads is not None:
+        loads = tuple(_read_numbers(options.loads, "--loads", least=0))
+    noise = NOISE if options.haystack is None else _read_sentences(options.haystack)
+    from tqdm import tqdm
+
+    from train.text.answers import measure_answers
+    from train.text.grid import as_table, draw
+    from train.text.loading import load_tokenizer_of
+
+    tokenizer, model = load_tokenizer_of(folder), _load_model(folder, options)
+    count = 64 if options.limit is None else options.limit
+    with tqdm(desc=kind.name, unit=" questions", total=count * len(lengths) * len(loads)) as bar:
+        found = measure_answers(
+            model, tokenizer, kind, lengths, loads, count, options.batch_size, noise,
+            options.read_twice, bar.update,
+        )  # fmt: skip
+    print(f"{kind.name}: {kind.about}; answers that are right\n")
+    print(f"{as_table(found.whole, kind.load)}\n")
+    print(f"and tokens of answers\n\n{as_table(found.tokens, kind.load)}\n")
+    draw(found.whole, kind.name, kind.load, picture)
+    print(picture)
+    grids = {"accuracy": found.whole, "token_accuracy": found.tokens, "bits_per_token": found.bits}
+    return {"load": kind.load, "examples": count, "read_twice": options.read_twice} | grids
+
+
+def _read_sentences(name: str) -> list[str]:
+    """Reads the sentences of a text file; a line ends one."""
+    path = user_path(name, "--haystack")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise ConfigError(f"--haystack = {name!r}: {reason}") from None
+    sentences = [part.strip() for part in re.split(r"(?<=[.!?])\s+|\n+", text)]
+    found = [part for part in sentences if part]
+    if not found:
+        raise ConfigError(f"--haystack = {name!r}: there is no text in it")
+    return found
 
 
 def _measure_extrapolation(
@@ -165,14 +236,13 @@ def _load_model(folder: Path, options: argparse.Namespace) -> "Model":
         raise ConfigError(str(error)) from None
 
 
-def _read_numbers(text: str, option: str) -> list[int]:
-    """Reads numbers such as 64,128; lengths are even."""
+def _read_numbers(text: str, option: str, *, least: int = 1, even: bool = False) -> list[int]:
+    """Reads numbers such as 64,128."""
     try:
         numbers = [int(word) for word in text.split(",")]
     except ValueError:
         numbers = []
-    even = option == "--lengths"
-    if not numbers or not all(1 <= n < 2**31 and not (even and n % 2) for n in numbers):
+    if not numbers or not all(least <= n < 2**31 and not (even and n % 2) for n in numbers):
         raise ConfigError(
             f"{option} = {text!r}: expected {'even ' if even else ''}numbers, e.g. 64,128"
         )
@@ -198,17 +268,22 @@ def _harness(
     )
     unknown = [name for name in tasks if not manager.match_tasks([name])]
     if unknown:
+        made_here = ", ".join([RECALL, EXTRAPOLATE, *QUESTION_KINDS])
         raise ConfigError(
             f"--tasks: there is no task {', '.join(map(repr, unknown))}; `lm_eval ls tasks` lists "
-            f"those of the harness, --include-path adds others, and {RECALL} and {EXTRAPOLATE} are "
-            "made here"
+            f"those of the harness, --include-path adds others, and {made_here} are made here"
         )
 
     def measure() -> dict[str, Any]:
         from train.text.harness import HarnessModel
 
         found = lm_eval.simple_evaluate(
-            model=HarnessModel.of(folder, windows=options.windows, batch_size=options.batch_size),
+            model=HarnessModel.of(
+                folder,
+                windows=options.windows,
+                batch_size=options.batch_size,
+                read_twice=options.read_twice,
+            ),
             tasks=list(tasks),
             num_fewshot=options.num_fewshot,
             limit=options.limit,

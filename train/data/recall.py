@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import NamedTuple, Protocol, Self
 
 import numpy as np
 
@@ -41,6 +41,20 @@ class Example(NamedTuple):
     tokens: np.ndarray
     targets: np.ndarray
     asked: np.ndarray
+
+
+class Task(Protocol):
+    """What examples are drawn of.
+
+    Attributes:
+        answers: how many an example has.
+    """
+
+    @property
+    def answers(self) -> int: ...
+
+    def draw(self, length: int, *seed: int) -> Example:
+        """Draws the example of `length` tokens that the seed names."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +108,10 @@ class Mqar:
         except ValueError as error:
             raise ConfigError(f"{text!r}: {error}") from None
 
+    @property
+    def answers(self) -> int:
+        return self.pairs
+
     def check_length(self, length: int) -> None:
         """Raises ValueError if an example of `length` tokens has no room for its queries."""
         good = length % 2 == 0 and length >= 4 * self.pairs
@@ -129,7 +147,7 @@ class DrawnExamples:
         count: how many there are.
     """
 
-    task: Mqar
+    task: Task
     length: int
     purpose: int
     count: int
@@ -146,7 +164,7 @@ class DrawnExamples:
 
     @property
     def num_targets(self) -> int:
-        return self.count * self.task.pairs
+        return self.count * self.task.answers
 
     @property
     def target_bytes(self) -> int:

@@ -19,6 +19,7 @@ from train.loop.extra_files import check_tokenizer, write_extra_files
 from train.loop.interruption import Interruption
 from train.loop.memory import explain_memory
 from train.loop.profiling import check_profile
+from train.loop.tasks import task_sequences
 from train.loop.trainer import Trainer
 from train.phases import phases_of
 from train.report.wandb_reporter import check_wandb
@@ -63,6 +64,7 @@ def _train(config: TrainConfig) -> int:
     ever_trained(phases_of(config))
     _check_implementation(config, mesh)
     _check_sample(config.sample.prompt, corpus.tokenizer)
+    task_sequences(config, corpus.tokenizer)
     folder = RunFolder(config.run)
     check_profile(config.logging.profile, folder.profile)
     initial = _initial_model(config, corpus, folder)

@@ -21,6 +21,7 @@ from train.devices.mesh import rows_of_process, single_device_mesh
 from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
+from train.loop.tasks import task_sequences
 from train.phases import Phase, phase_at, phases_of
 from train.report.metrics import Row
 from train.report.reporting import Reporting, fetch, plot_run, row_without_evaluation
@@ -70,6 +71,7 @@ class Trainer:
         self._checkpoints = checkpoints
         self._training = Sequences(corpus.training, config.data.sequence_length)
         self._held_out = Sequences(corpus.held_out, config.data.sequence_length)
+        self._questions = task_sequences(config, corpus.tokenizer)
         self._rows = rows_of_process(mesh, config.batch_size)
         self._initial = initial
         self._mesh = mesh
@@ -306,22 +308,21 @@ class Trainer:
         def stopped() -> bool:
             return interruption is not None and self._vote.cast(interruption.signal) is not None
 
-        def measure(model_state: Any) -> HeldOut | None:
+        def measure(model_state: Any, sequences: Sequences, count: int) -> HeldOut | None:
+            size, rows = self._config.batch_size, self._rows
             return measure_held_out(
-                self._functions,
-                model_state,
-                self._held_out,
-                self._config.batch_size,
-                count,
-                self._rows,
-                stopped,
+                self._functions, model_state, sequences, size, count, rows, stopped
             )
 
-        held_out = measure(self._functions.evaluated(self.state))
+        evaluated = self._functions.evaluated(self.state)
+        held_out = measure(evaluated, self._held_out, count)
+        for name, sequences in self._questions.items():
+            task = held_out and measure(evaluated, sequences, len(sequences))
+            held_out = held_out and task and held_out.with_task(name, task)
         averaged = self._functions.averaged(self.state)
         if held_out is None or averaged is None:
             return held_out
-        ema = measure(averaged)
+        ema = measure(averaged, self._held_out, count)
         return ema and dataclasses.replace(held_out, ema=ema)
 
     @functools.cached_property

@@ -151,6 +151,9 @@ def _held_out_values(held_out: HeldOut) -> Row:
     return {
         "held_out_bits_per_byte": held_out.bits_per_byte,
         "held_out_perplexity": held_out.perplexity,
+        "held_out_accuracy": held_out.accuracy,
+        **{f"answers/{name}": task.whole for name, task in held_out.tasks.items()},
+        **{f"answer_tokens/{name}": task.accuracy for name, task in held_out.tasks.items()},
         **({} if ema is None else {"held_out_ema_bits_per_byte": ema.bits_per_byte}),
         "slot_weight": list(held_out.slot_weight),
     }

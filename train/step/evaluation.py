@@ -2,8 +2,8 @@
 
 import gzip
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -25,14 +25,24 @@ class HeldOut:
     Attributes:
         bits_per_target: the mean cross-entropy, in bits.
         bytes_per_target: mean bytes of text that a target stands for, see `Split`.
+        accuracy: the share of the targets that were the likeliest token in their place.
+        whole: the share of the sequences with targets all of whose targets were.
         slot_weight: the mean slot weight of every layer, over tokens and query heads.
         ema: what the moving average of the model reached, if there is one.
+        tasks: what the model reached on questions that it was asked besides, by name.
     """
 
     bits_per_target: float
     bytes_per_target: float
+    accuracy: float
+    whole: float
     slot_weight: tuple[float, ...]
     ema: "HeldOut | None" = None
+    tasks: Mapping[str, "HeldOut"] = field(default_factory=dict)
+
+    def with_task(self, name: str, task: "HeldOut") -> "HeldOut":
+        """Returns the same with a task that the model was asked besides."""
+        return replace(self, tasks={**self.tasks, name: task})
 
     @property
     def bits_per_byte(self) -> float:
@@ -83,9 +93,13 @@ def measure_held_out(
     batches.append(jax.device_get(queued))
     number = sum(int(batch.slot_weights) for batch in batches)
     slot_weight = np.sum([batch.slot_weight for batch in batches], axis=0, dtype=np.float64)
+    targets = sum(int(batch.loss.targets) for batch in batches)
+    right, whole, rows = np.sum([batch.answers for batch in batches], axis=0).tolist()
     return HeldOut(
         bits_per_target([batch.loss for batch in batches]),
         sequences.bytes_per_target,
+        right / max(targets, 1),
+        whole / max(rows, 1),
         tuple((slot_weight / max(number, 1)).tolist()),
     )
 

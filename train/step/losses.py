@@ -32,6 +32,20 @@ class LossSum(NamedTuple):
     targets: jax.Array
 
 
+class Answers(NamedTuple):
+    """How often the likeliest token was the target, int32 scalars; batches can be added up.
+
+    Attributes:
+        right: the targets that count and are the likeliest token in their place.
+        whole: the rows all of whose targets are.
+        rows: the rows that have targets that count.
+    """
+
+    right: jax.Array
+    whole: jax.Array
+    rows: jax.Array
+
+
 class Teacher(NamedTuple):
     """A model that is learned from, and what it made of the batch.
 
@@ -171,18 +185,36 @@ def _terms_of_outputs(
     return terms
 
 
-def cross_entropy_of_hidden(
+def measure_hidden(
     model: nha_jax.Model,
     hidden: jax.Array,
     batch: Mapping[str, jax.Array],
     head_parts: int = 1,
     most_targets: int | None = None,
-) -> LossSum:
-    """Does what `cross_entropy` does, from hidden states [B, T, hidden_size], as `losses` does."""
-    per_token = {name: batch[name] for name in ("targets", "loss_mask")} | {"hidden": hidden}
-    add_up = functools.partial(_target_sums, model, LossConfig(), None)
-    nats = _in_parts(add_up, per_token, head_parts, most_targets)["loss"]
-    return LossSum(nats, batch["loss_mask"].sum(dtype=jnp.int32))
+) -> tuple[LossSum, Answers]:
+    """Measures hidden states [B, T, hidden_size] of a batch, in parts as `losses` does."""
+    mask = batch["loss_mask"]
+    per_token = {"targets": batch["targets"], "loss_mask": mask, "hidden": hidden}
+
+    def add_up(per_token: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        logits = _logits(model, per_token["hidden"], per_token["loss_mask"])
+        wrong = (logits.argmax(-1) != per_token["targets"]) & per_token["loss_mask"]
+        nats = cross_entropy(logits, per_token).nats
+        return {"nats": nats, "wrong": wrong.sum(axis=1, dtype=jnp.int32)}
+
+    sums = _in_parts(add_up, per_token, head_parts, most_targets)
+    targets, asked = mask.sum(dtype=jnp.int32), mask.any(axis=1)
+    whole = asked & (sums["wrong"] == 0)
+    answers = Answers(
+        targets - sums["wrong"].sum(), whole.sum(dtype=jnp.int32), asked.sum(dtype=jnp.int32)
+    )
+    return LossSum(sums["nats"], targets), answers
+
+
+def _logits(model: nha_jax.Model, hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """Makes logits [B, T, vocabulary]; hidden states that do not count may hold anything."""
+    hidden = zero_unless(mask, shard_tokens(hidden))
+    return shard_tokens(model.logits(hidden), heads=model.config.vocab_size)
 
 
 def _target_sums(
@@ -192,18 +224,15 @@ def _target_sums(
     per_token: Mapping[str, jax.Array],
 ) -> dict[str, jax.Array]:
     """Adds up the terms that are means over targets, from arrays `per_token` of [B, T, ...]."""
-    vocabulary = model.config.vocab_size
     mask = per_token["loss_mask"]
-    hidden = zero_unless(mask, shard_tokens(per_token["hidden"]))
-    logits = shard_tokens(model.logits(hidden), heads=vocabulary)
+    logits = _logits(model, per_token["hidden"], mask)
     sums = {"loss": cross_entropy(logits, per_token).nats}
     if config.z_loss:
         squares = jax.nn.logsumexp(logits, axis=-1) ** 2
         sums["z_loss"] = zero_unless(mask, squares).sum()
     if config.distillation:
         assert teacher is not None
-        teacher_hidden = zero_unless(mask, shard_tokens(per_token["teacher_hidden"]))
-        teacher_logits = shard_tokens(teacher.logits(teacher_hidden), heads=vocabulary)
+        teacher_logits = _logits(teacher, per_token["teacher_hidden"], mask)
         divergence = kl_divergence(teacher_logits, logits, config.temperature)
         sums["distillation"] = zero_unless(mask, divergence).sum()
     return sums

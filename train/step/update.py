@@ -18,7 +18,7 @@ from train.data.recall import most_targets
 from train.devices.mesh import batch_sharding, cut_rows, to_devices
 from train.optimizers import find_optimizer
 from train.step.average import average_of
-from train.step.losses import LossSum, Teacher, counts, cross_entropy_of_hidden, losses
+from train.step.losses import Answers, LossSum, Teacher, counts, losses, measure_hidden
 from train.step.model_parts import ModelParts
 from train.step.optimizer import NamedOptimizer, learning_rate_schedule, make_optimizer
 from train.step.trainable import Trainable
@@ -45,11 +45,13 @@ class EvaluationSums(NamedTuple):
 
     Attributes:
         loss: the cross-entropy.
+        answers: how many targets were the likeliest token.
         slot_weight: [layers] float32, the slot weights summed over real tokens and query heads.
         slot_weights: int32 scalar, how many slot weights a layer's sum is of.
     """
 
     loss: LossSum
+    answers: Answers
     slot_weight: jax.Array
     slot_weights: jax.Array
 
@@ -347,10 +349,9 @@ class TrainingFunctions:
             seen = model.diagnose(part["tokens"], part["segment_ids"])
             # Padding has a slot weight of 0.
             real = (part["segment_ids"] > 0).sum(dtype=jnp.int32)
+            parts = config.head_parts, self._most_targets
             return EvaluationSums(
-                cross_entropy_of_hidden(
-                    model, seen.hidden, part, config.head_parts, self._most_targets
-                ),
+                *measure_hidden(model, seen.hidden, part, *parts),
                 seen.slot_weight.sum((1, 2, 3)),
                 real * config.model.num_query_heads,
             )

@@ -21,6 +21,7 @@ import nha_jax
 from nha_jax.prompt_lengths import chunk_for, room_for
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import ChatTemplate
+from train.data.questions import read_twice
 from train.errors import ConfigError
 from train.text.continuation import continue_texts
 from train.text.loading import load_model, load_tokenizer_of
@@ -49,6 +50,7 @@ class HarnessModel(TemplateLM):
         folder: Path,
         batch_size: int = 8,
         max_gen_toks: int = 256,
+        read_twice: bool = False,
     ):
         """Takes a model and its tokenizer.
 
@@ -58,10 +60,12 @@ class HarnessModel(TemplateLM):
             folder: where its chat template is, if it has one.
             batch_size: rows that are read or written at once.
             max_gen_toks: tokens to write at most, where a task does not say.
+            read_twice: whether each context is read twice.
         """
         super().__init__()
         self.model, self._tokens, self._folder = model, tokenizer, folder
         self._size, self._most = batch_size, max_gen_toks
+        self._twice = read_twice
         self._chats = False  # whether texts come from the template
 
     @classmethod
@@ -79,7 +83,7 @@ class HarnessModel(TemplateLM):
             path: the folder.
             windows: other windows than the model's, as `nha generate --windows` takes them.
             implementation: of the operator; None: the fastest that serves.
-            options: batch_size, max_gen_toks.
+            options: batch_size, max_gen_toks, read_twice.
 
         Raises:
             ConfigError, DataError: the folder, its tokenizer or an option cannot be used.
@@ -107,6 +111,8 @@ class HarnessModel(TemplateLM):
             del arguments["batch_size"]
         if "batch_size" in arguments:
             arguments["batch_size"] = int(arguments["batch_size"])
+        if isinstance(arguments.get("read_twice"), str):
+            arguments["read_twice"] = arguments["read_twice"].lower() in ("1", "true", "yes")
         if "windows" in arguments:  # the harness reads 64 as a number
             arguments["windows"] = str(arguments["windows"])
         return cls.of(arguments.pop("path"), **arguments)
@@ -147,6 +153,13 @@ class HarnessModel(TemplateLM):
         if add_special_tokens is False:
             return self._tokens.encode(string).tolist()
         return self._tokens.encode_prompt(string, chat=self._chats).tolist()
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        return super()._encode_pair(self._read(context), continuation)
+
+    def _read(self, context: str) -> str:
+        """Returns what is read of a context: with read_twice it stands there twice."""
+        return read_twice(context) if self._twice and context else context
 
     def _loglikelihood_tokens(
         self,
@@ -208,7 +221,8 @@ class HarnessModel(TemplateLM):
             sampling["temperature"] = 0
         most = int(options.get("max_gen_toks", self._most))
         prompts = [
-            np.asarray(self.tok_encode(context) or [self.prefix_token_id]) for context in contexts
+            np.asarray(self.tok_encode(self._read(context)) or [self.prefix_token_id])
+            for context in contexts
         ]
         longest = max(map(len, prompts))
         engine = nha_jax.Engine(

@@ -1,7 +1,6 @@
 """How often a model recalls, over lengths of examples and numbers of pairs."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,7 @@ import nha_jax
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.recall import EVALUATION, DrawnExamples, Mqar, tokenizer_of
 from train.errors import ConfigError
-from train.storage.atomic import write_picture
-
-Accuracies = dict[int, dict[int, float]]
-"""Length -> number of pairs -> share of the queries that are answered right."""
+from train.text.grid import Grid
 
 
 def task_of(tokenizer: Tokenizer) -> Mqar:
@@ -36,7 +32,7 @@ def measure_recall(
     pairs: Sequence[int],
     count: int,
     batch_size: int,
-) -> Accuracies:
+) -> Grid:
     """Measures the accuracy on examples that no training has seen.
 
     Args:
@@ -55,7 +51,7 @@ def measure_recall(
     def right(model: nha_jax.Model, tokens: jax.Array, targets: jax.Array) -> jax.Array:
         return model(tokens).argmax(-1) == targets
 
-    found: Accuracies = {}
+    found: Grid = {}
     for length in lengths:
         for number in pairs:
             if 4 * number > length or 2 * number >= task.vocabulary:
@@ -71,33 +67,3 @@ def measure_recall(
                 hits += int((np.asarray(hit) & asked).sum())
             found.setdefault(length, {})[number] = hits / (count * number)
     return found
-
-
-def as_table(found: Accuracies) -> str:
-    """Writes accuracies in percent as a Markdown table: a row a length, a column a load."""
-    columns = sorted({number for row in found.values() for number in row})
-    lines = ["| tokens | " + " | ".join(f"{n} pairs" for n in columns) + " |"]
-    lines.append("| --- " * (1 + len(columns)) + "|")
-    for length, row in found.items():
-        cells = (f"{row[n]:.1%}" if n in row else "" for n in columns)
-        lines.append(f"| {length} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def draw(found: Accuracies, path: Path) -> None:
-    """Draws the accuracies as a heat map, a PNG."""
-    from matplotlib.figure import Figure
-
-    lengths, columns = list(found), sorted({n for row in found.values() for n in row})
-    values = np.array([[found[x].get(n, np.nan) for n in columns] for x in lengths])
-    figure = Figure(figsize=(2 + 0.8 * len(columns), 2 + 0.5 * len(lengths)), layout="constrained")
-    axes = figure.add_subplot(xlabel="pairs", ylabel="tokens", title="Recall: share answered right")
-    image = axes.imshow(values, vmin=0, vmax=1, cmap="viridis", aspect="auto")
-    axes.set_xticks(range(len(columns)), [str(number) for number in columns])
-    axes.set_yticks(range(len(lengths)), [str(length) for length in lengths])
-    for row, column in np.argwhere(np.isfinite(values)):
-        value = values[row, column]
-        color = "black" if value > 0.6 else "white"
-        axes.text(column, row, f"{value:.0%}", ha="center", va="center", color=color)
-    figure.colorbar(image)
-    write_picture(path, figure)

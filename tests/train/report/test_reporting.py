@@ -39,7 +39,10 @@ def reporting(nha: Nha, **overrides: Any) -> Reporting:
 
 
 def test_row_of_an_evaluation(nha: Nha) -> None:
-    held_out = HeldOut(bits_per_target=3.0, bytes_per_target=2.0, slot_weight=(0.25, 0.5))
+    held_out = HeldOut(3.0, bytes_per_target=2.0, accuracy=0.5, whole=0.0, slot_weight=(0.25, 0.5))
+    held_out = held_out.with_task(
+        "keys:8", HeldOut(1.0, 1.0, accuracy=0.75, whole=0.25, slot_weight=())
+    )
     with reporting(nha) as report:
         report.step(1, METRICS | {"slot_loss": 0.7}, 0, None)
         report.step(2, METRICS, 1, held_out)
@@ -50,6 +53,9 @@ def test_row_of_an_evaluation(nha: Nha) -> None:
     assert second["skipped_updates"] == 1
     assert second["held_out_bits_per_byte"] == 1.5
     assert second["held_out_perplexity"] == 8.0
+    assert second["held_out_accuracy"] == 0.5
+    assert second["answers/keys:8"] == 0.25
+    assert second["answer_tokens/keys:8"] == 0.75
     assert second["slot_weight"] == [0.25, 0.5]
     assert second["tokens_per_second_per_chip"] == second["tokens_per_second"] > 0
     assert "mfu" not in second  # nobody knows a CPU's peak

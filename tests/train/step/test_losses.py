@@ -23,8 +23,8 @@ from train.step.losses import (
     Teacher,
     counts,
     cross_entropy,
-    cross_entropy_of_hidden,
     losses,
+    measure_hidden,
     slot_weight_cross_entropy,
 )
 from train.step.update import TrainingFunctions
@@ -169,7 +169,7 @@ def test_where_few_targets_count_their_logits_alone_are_made() -> None:
 
     run = jax.jit(
         lambda model, hidden, most: jax.value_and_grad(
-            lambda *args: cross_entropy_of_hidden(*args, batch, most_targets=most).nats, (0, 1)
+            lambda *args: measure_hidden(*args, batch, most_targets=most)[0].nats, (0, 1)
         )(model, hidden),
         static_argnums=2,
     )

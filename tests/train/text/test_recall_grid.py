@@ -10,7 +10,7 @@ from flax import nnx
 import nha_jax
 from train.cli import main
 from train.data.recall import EVALUATION, Mqar, tokenizer_of
-from train.text.recall_grid import as_table, measure_recall
+from train.text.recall_grid import measure_recall
 
 TASK = Mqar(1, 16)
 
@@ -40,23 +40,13 @@ def test_the_accuracy_is_that_of_the_places_that_are_asked(model: nha_jax.Model)
     assert found[8][2] == np.mean(hits)
 
 
-def test_a_table_has_a_row_a_length() -> None:
-    found = {8: {1: 0.5}, 16: {1: 1.0, 2: 0.125}}
-    assert as_table(found).splitlines() == [
-        "| tokens | 1 pairs | 2 pairs |",
-        "| --- | --- | --- |",
-        "| 8 | 50.0% |  |",
-        "| 16 | 100.0% | 12.5% |",
-    ]
-
-
 def test_the_command_prints_writes_and_draws(
     saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "found.json"
-    options = ["--lengths=8", "--pairs=1,2", "--limit=3", f"--output={output}"]
+    options = ["--lengths=8", "--loads=1,2", "--limit=3", f"--output={output}"]
     assert main(["eval", str(saved), "--tasks=mqar", *options]) == 0
-    assert "| tokens | 1 pairs | 2 pairs |" in capsys.readouterr().out
+    assert "| tokens / pairs | 1 | 2 |" in capsys.readouterr().out
     found = json.loads(output.read_text())["mqar"]
     assert found["vocabulary"] == 16
     assert found["examples"] == 3
@@ -67,9 +57,12 @@ def test_the_command_prints_writes_and_draws(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--lengths=4", "--pairs=2,3"], "--lengths = '4': expected one of at least 8, 4 tokens"),
+        (
+            ["--lengths=4", "--loads=2,3"],
+            "--lengths = '4': expected one of at least 8, 4 tokens",
+        ),
         (["--lengths=7"], "--lengths = '7': expected even numbers, e.g. 64,128"),
-        (["--pairs=0"], "--pairs = '0': expected numbers, e.g. 64,128"),
+        (["--loads=0"], "--loads = '0': expected numbers, e.g. 64,128"),
         (["--windows=1,2"], "window_size"),
     ],
 )
