@@ -64,8 +64,12 @@ FINE_TUNE = {
     "evaluation.final_sequences": "512",
 }
 
+RATE = 5e-3  # of both stages
+
 Overrides = dict[str, str]
 MUON: Overrides = {"optimizer.name": "muon"}
+SLOWER: Overrides = {"optimizer.learning_rate": "1e-3"}
+EVERYTHING: Overrides = {"trainable": '["*"]'}
 DISTILLED: Overrides = {"loss.distillation": "1.0"}
 ADAPTED: Overrides = {"adapter.rank": "16", "trainable": "[blocks.attention.f_proj.*]"}
 
@@ -78,26 +82,26 @@ class Tuned(NamedTuple):
     mebibytes: float
 
 
-def in_stages(steps: int, optimizer: str = "muon") -> Overrides:
+def in_stages(steps: int, **of_second: object) -> Overrides:
     """The transfer: layer by layer for a fifth of the steps, then logits and text together.
 
-    `optimizer` is that of the second stage.
+    `of_second` replaces keys of the second stage.
     """
     first = max(steps // 5, 1)
     layers = {
         "name": "layers",
         "steps": first,
         "loss": {"cross_entropy": 0, "attention_transfer": 1},
-        "optimizer": {"learning_rate": 5e-3, "warmup_steps": first // 12},
+        "optimizer": {"learning_rate": RATE, "warmup_steps": first // 12},
     }
     rest = steps - first
     whole = {
         "name": "logits and text",
         "steps": rest,
         "loss": {"distillation": 1},
-        "optimizer": {"name": optimizer, "learning_rate": 2e-3, "warmup_steps": rest // 24},
+        "optimizer": {"name": "muon", "learning_rate": RATE, "warmup_steps": rest // 24},
     }
-    return {"stages": json.dumps([layers, whole])}
+    return {"stages": json.dumps([layers, whole | of_second])}
 
 
 def shrinking(steps: int) -> str:
@@ -201,7 +205,10 @@ def main() -> None:
     full, hybrid, none_full = (
         {"model": f"{{window_size: {x}}}"} for x in (FULL, HYBRID, NONE_FULL)
     )
-    staged, by_adamw = in_stages(tenth), in_stages(tenth, "adamw")
+    staged = in_stages(tenth)
+    adamw = {"learning_rate": 2e-3, "warmup_steps": (tenth - max(tenth // 5, 1)) // 24}
+    by_adamw = in_stages(tenth, optimizer=adamw)
+    then_all = in_stages(tenth, trainable=["*"], optimizer=adamw | {"name": "muon"})
     schedule = {"model.window_schedule": shrinking(tenth)}
 
     def tuned(name: str, start: Path, overrides: Overrides) -> Tuned:
@@ -241,11 +248,14 @@ def main() -> None:
 
     recipes = [
         ("original, text", as_long),
+        ("original, text, at half the rate", tuned("full-slower", imported, full | SLOWER)),
         ("original, text, by Muon", tuned("full-muon", imported, full | MUON)),
+        ("original, text, all of it, by Muon", tuned("all", imported, full | MUON | EVERYTHING)),
         ("1 full layer in 4, text", text),
         ("1 in 4, text and logits", distilled),
         ("1 in 4, in stages, by AdamW", tuned("staged-adamw", imported, hybrid | by_adamw)),
         ("1 in 4, in stages", tuned("staged", imported, hybrid | staged)),
+        ("1 in 4, in stages, then all of it", tuned("then-all", imported, hybrid | then_all)),
         ("1 in 4, in stages, shrinking", tuned("shrinking", imported, hybrid | schedule | staged)),
         ("1 in 4, in stages, adapters", tuned("adapted", imported, hybrid | ADAPTED | staged)),
         ("none, text and logits", tuned("none-full", imported, none_full | DISTILLED)),

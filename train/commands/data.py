@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from train.data.questions import Questions, describe_kinds
 from train.errors import ConfigError
 from train.paths import user_path
 
@@ -44,6 +46,13 @@ examples:
 then
   nha train CONFIG --data.corpus=corpora/web
   nha train CONFIG --data.corpus='{corpora/web: 0.8, corpora/code: 0.2}'"""
+
+
+_QUESTIONS = """\
+Writes questions about made-up texts as JSON lines with prompt and completion, of these kinds:
+{kinds}
+They are those of `nha eval --tasks`, with other words and numbers. Then
+  nha data prepare OUT OUT.jsonl --prompt-field prompt --completion-field completion"""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
@@ -124,8 +133,59 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
         "not UTF-8), instead of stopping at the first",
     )  # fmt: skip
 
+    _add_questions(actions)
+
+
+def _add_questions(actions: "argparse._SubParsersAction") -> None:
+    questions = actions.add_parser(
+        "questions",
+        help="write questions about made-up texts, to learn to answer them",
+        description=_QUESTIONS.format(kinds=describe_kinds()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = questions.add_argument
+    add("out", metavar="OUT.jsonl", help="the file to make")
+    add("tasks", metavar="TASK[:LOAD]", nargs="+", help="see above; they take turns")
+    add("--length", type=int, required=True, metavar="N", help="most tokens of a question")
+    add("--count", type=int, required=True, metavar="N", help="how many questions")
+    add(
+        "--tokenizer", metavar="FILE",
+        help="counts the tokens: a tokenizer.json, or a folder with one (default: bytes)",
+    )  # fmt: skip
+    add("--seed", type=int, default=0, metavar="N", help="of the questions (default: 0)")
+
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    return _write_questions(options) if options.action == "questions" else _prepare(options)
+
+
+def _write_questions(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from train.data.recall import TRAINING
+    from train.data.tokenizers import tokenizer_of_option
+    from train.storage.atomic import replacing
+
+    for name, least in (("length", 1), ("count", 1), ("seed", 0)):
+        value = getattr(options, name)
+        if not least <= value < 2**31:
+            raise ConfigError(f"--{name} = {value}: must be at least {least} and below 2**31")
+    out = user_path(options.out, "OUT.jsonl")
+    if not out.parent.is_dir():
+        raise ConfigError(f"OUT.jsonl = {options.out!r}: there is no folder {out.parent}")
+    tokenizer = tokenizer_of_option(options.tokenizer)
+    tasks = [Questions.parse(name, tokenizer) for name in options.tasks]
+    with replacing(out) as file:
+        for number in tqdm(range(options.count), unit=" questions"):
+            task = tasks[number % len(tasks)]
+            written = task.write(options.length, TRAINING, options.seed, number).question
+            record = {"prompt": written.prompt, "completion": written.answer}
+            file.write(json.dumps(record).encode() + b"\n")
+    print(f"{options.count:,} questions in {out}")
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
     from train.data.prepare.folder import prepare
     from train.data.prepare.options import PrepareOptions
     from train.data.prepared_folder import PreparedFolder

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from train.data.questions import NOISE, QUESTION_KINDS, QuestionKind
+from train.data.questions import NOISE, QUESTION_KINDS, QuestionKind, describe_kinds
 from train.errors import ConfigError
 from train.paths import user_path
 
@@ -36,14 +36,11 @@ python -m train.text.harness --model nha --help."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:
-    questions = "\n".join(
-        f"  {kind.name:<10} {kind.about}, by {kind.load}" for kind in QUESTION_KINDS.values()
-    )
     parser = commands.add_parser(
         "eval",
         help="measure a model: recall, long texts, tasks of lm-evaluation-harness",
         usage="nha eval RUN --tasks TASK,... [options]",
-        description=_DESCRIPTION.format(questions=questions),
+        description=_DESCRIPTION.format(questions=describe_kinds()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument

@@ -310,3 +310,10 @@ _ALL = (
 )  # fmt: skip
 
 QUESTION_KINDS = {kind.name: kind for kind in _ALL}
+
+
+def describe_kinds() -> str:
+    """Lists the kinds for a help text, a line each."""
+    return "\n".join(
+        f"  {kind.name:<10} {kind.about}, by {kind.load}" for kind in QUESTION_KINDS.values()
+    )

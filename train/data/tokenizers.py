@@ -6,10 +6,12 @@ from pathlib import Path
 
 import nha_jax
 from nha_jax.storage.json_objects import DamagedFileError
+from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.from_file import FileTokenizer
 from nha_jax.tokenizer.interface import Tokenizer
 from train.errors import ConfigError, DataError
+from train.paths import check_ends, user_path
 
 _OPTION = "--end-token"
 
@@ -37,6 +39,24 @@ def load_tokenizer(folder: Path, end_token: str | None = None) -> Tokenizer:
     """
     with tokenizer_errors():
         return nha_jax.load_tokenizer(folder, end_token=end_token, option=_OPTION)
+
+
+def tokenizer_of_option(name: str | None, end_token: str | None = None) -> Tokenizer:
+    """Loads the tokenizer that the option --tokenizer names: a file or a folder; None: bytes.
+
+    Raises:
+        ConfigError, DataError: see `load_tokenizer` and `tokenizer_of_file`; or a folder has none.
+    """
+    if name is None:
+        return ByteTokenizer()
+    path = user_path(name, "--tokenizer")
+    if path.is_dir():
+        tokenizer = load_tokenizer(path, end_token)
+        if not tokenizer.files:
+            raise ConfigError(f"--tokenizer = {str(path)!r}: holds no {TOKENIZER_FILE}")
+        return tokenizer
+    check_ends(path, "--tokenizer")
+    return tokenizer_of_file(path, end_token)
 
 
 def tokenizer_of_file(path: Path, end_token: str | None) -> Tokenizer:

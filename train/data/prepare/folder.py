@@ -15,8 +15,6 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nha_jax.tokenizer.as_bytes import ByteTokenizer
-from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from train.data.input_files import find_files
@@ -38,9 +36,9 @@ from train.data.prepared_folder import (
     is_unfinished,
 )
 from train.data.token_shards import ShardRecord
-from train.data.tokenizers import load_tokenizer, tokenizer_of_file
+from train.data.tokenizers import tokenizer_of_option
 from train.errors import ConfigError, DataError, describe_differences
-from train.paths import check_ends, user_path
+from train.paths import user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
 
@@ -60,7 +58,7 @@ def prepare(options: PrepareOptions) -> Manifest:
         DataError: an input is damaged, or the folder cannot be written.
     """
     out = user_path(options.out, "OUT").absolute()
-    tokenizer = _tokenizer(options)
+    tokenizer = tokenizer_of_option(options.tokenizer, options.end_token)
     files = _files(options.inputs, out)
     records = next(filter(holds_records, files), None)
     if records is not None and options.record_format is None:
@@ -101,20 +99,6 @@ def prepare(options: PrepareOptions) -> Manifest:
             _manifest(written, tokenizer, rules, settings).write(out)
         shutil.rmtree(out / WORK_FOLDER)
     return Manifest.read(out)
-
-
-def _tokenizer(options: PrepareOptions) -> Tokenizer:
-    """Loads the tokenizer that the options name."""
-    if options.tokenizer is None:
-        return ByteTokenizer()
-    path = user_path(options.tokenizer, "--tokenizer")
-    if path.is_dir():
-        tokenizer = load_tokenizer(path, options.end_token)
-        if not tokenizer.files:
-            raise ConfigError(f"--tokenizer = {str(path)!r}: holds no {TOKENIZER_FILE}")
-        return tokenizer
-    check_ends(path, "--tokenizer")
-    return tokenizer_of_file(path, options.end_token)
 
 
 def _chat_template(options: PrepareOptions) -> bytes | None:
