@@ -15,6 +15,10 @@ from train.load_config import load_config
 # Commands that run in the tests, on a small untrained model, with what makes them cheap.
 RUN = {
     "uv run nha data prepare corpora/source '**/*.py' --held-out-fraction 0.1": "",
+    "uv run nha data questions data/questions.jsonl needle keys:4 copy --length 512 "
+    "--count 20000": "--count 9",
+    "uv run nha data prepare data/questions data/questions.jsonl --prompt-field prompt "
+    "--completion-field completion": "--workers 1",
     'uv run nha generate runs/quickstart --prompt "class Parser" --top-p 0.95 --stop "class"': (
         "--max-new-tokens 4"
     ),
@@ -48,8 +52,9 @@ NOT_RUN = {
         "--data.sequence_length=256",
     ),
     "it takes what a longer run of another command has made": (
-        "uv run nha eval runs/mqar --tasks mqar --lengths 64,128 --pairs 4,8,16",
+        "uv run nha eval runs/mqar --tasks mqar --lengths 64,128 --loads 4,8,16",
         "uv run nha eval runs/quickstart --tasks extrapolate",
+        "uv run nha eval runs/quickstart --tasks needle,copy --lengths 256,512 --limit 16",
         'uv run nha generate runs/quickstart --prompt "class " --prompt "def " '
         "--top-p 0.95 --seed 1",
         "nha generate runs/llama-3-8b-chat --chat",

@@ -171,10 +171,14 @@ def _write_questions(options: argparse.Namespace) -> int:
         if not least <= value < 2**31:
             raise ConfigError(f"--{name} = {value}: must be at least {least} and below 2**31")
     out = user_path(options.out, "OUT.jsonl")
-    if not out.parent.is_dir():
-        raise ConfigError(f"OUT.jsonl = {options.out!r}: there is no folder {out.parent}")
     tokenizer = tokenizer_of_option(options.tokenizer)
     tasks = [Questions.parse(name, tokenizer) for name in options.tasks]
+    for task in tasks:
+        task.write(options.length, TRAINING, options.seed, 0)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"OUT.jsonl = {options.out!r}: {error.strerror}") from None
     with replacing(out) as file:
         for number in tqdm(range(options.count), unit=" questions"):
             task = tasks[number % len(tasks)]
