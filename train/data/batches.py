@@ -138,9 +138,21 @@ class Sequences:
         self.sources = tuple(_cut(source, sequence_length) for source in split.sources)
         self.weights, self.schedule = split.weights, split.schedule
         self.bytes_per_target = split.bytes_per_target
+        self._split, self._length = split, sequence_length
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
+
+    def parts(self, count: int) -> list[tuple["Sequences", int]]:
+        """Divides `count` sequences among the sources by their weights: each source, and its share.
+
+        A source with fewer sequences than its share gives all of them.
+        """
+        sources = self._split.sources
+        if len(sources) == 1:
+            return [(self, min(count, len(self)))]
+        alone = [Sequences(Split((source,)), self._length) for source in sources]
+        return list(zip(alone, _shares(self, count), strict=True))
 
 
 class _BatchSource:

@@ -112,7 +112,8 @@ class Reporting:
     def complete(self, row: Row, held_out: HeldOut) -> None:
         """Logs a step again, with the evaluation that was missing."""
         if self._log is not None:
-            self._log.write({**row, **_held_out_values(held_out)})
+            values = _held_out_values(held_out, self._config.data.corpus)
+            self._log.write({**row, **values})
 
     def _row(self, step: int, metrics: Mapping[str, float], held_out: HeldOut | None) -> Row:
         row: Row = {"step": step}
@@ -129,7 +130,7 @@ class Reporting:
         row |= {name: metrics[name] for name in names if name in metrics}
         row |= {name: metrics[name] for name in ("gradient_norm", "learning_rate")}
         if held_out is not None:
-            row |= _held_out_values(held_out)
+            row |= _held_out_values(held_out, self._config.data.corpus)
             if self._config.window_schedule is not None:
                 row["window_size"] = list(phase.config.model.windows)
         return row
@@ -146,7 +147,15 @@ class Reporting:
         return speed
 
 
-def _held_out_values(held_out: HeldOut) -> Row:
+def _by_corpus(held_out: HeldOut, corpus: Mapping[str, float]) -> Row:
+    """Names what was measured on each part of a mixture."""
+    return {
+        f"held_out_bits_per_byte/{name}": bits
+        for name, bits in zip(corpus, held_out.corpora, strict=True)
+    }
+
+
+def _held_out_values(held_out: HeldOut, corpus: str | dict[str, float]) -> Row:
     ema = held_out.ema
     return {
         "held_out_bits_per_byte": held_out.bits_per_byte,
@@ -155,6 +164,7 @@ def _held_out_values(held_out: HeldOut) -> Row:
         **{f"answers/{name}": task.whole for name, task in held_out.tasks.items()},
         **{f"answer_tokens/{name}": task.accuracy for name, task in held_out.tasks.items()},
         **({} if ema is None else {"held_out_ema_bits_per_byte": ema.bits_per_byte}),
+        **(_by_corpus(held_out, corpus) if isinstance(corpus, dict) else {}),
         "slot_weight": list(held_out.slot_weight),
     }
 

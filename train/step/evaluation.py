@@ -28,6 +28,8 @@ class HeldOut:
         accuracy: the share of the targets that were the likeliest token in their place.
         whole: the share of the sequences with targets all of whose targets were.
         slot_weight: the mean slot weight of every layer, over tokens and query heads.
+        corpora: bits per byte of each source of the text; not a number for one of which the share
+            is less than a sequence.
         ema: what the moving average of the model reached, if there is one.
         tasks: what the model reached on questions that it was asked besides, by name.
     """
@@ -37,6 +39,7 @@ class HeldOut:
     accuracy: float
     whole: float
     slot_weight: tuple[float, ...]
+    corpora: tuple[float, ...] = ()
     ema: "HeldOut | None" = None
     tasks: Mapping[str, "HeldOut"] = field(default_factory=dict)
 
@@ -82,15 +85,21 @@ def measure_held_out(
         What was measured; None if it was given up.
     """
     batches: list[EvaluationSums] = []
-    queued: EvaluationSums | None = None
-    for batch in evaluation_batches(sequences, batch_size, count, rows):
-        if stopped():
-            return None
-        # The sums of the batch before are fetched while the devices work on this one.
-        before, queued = queued, functions.evaluate(model_state, batch)
-        if before is not None:
-            batches.append(jax.device_get(before))
-    batches.append(jax.device_get(queued))
+    corpora: list[float] = []
+    for part, share in sequences.parts(count):
+        first = len(batches)
+        queued: EvaluationSums | None = None
+        for batch in evaluation_batches(part, batch_size, share, rows) if share else ():
+            if stopped():
+                return None
+            # The sums of the batch before are fetched while the devices work on this one.
+            before, queued = queued, functions.evaluate(model_state, batch)
+            if before is not None:
+                batches.append(jax.device_get(before))
+        if queued is not None:
+            batches.append(jax.device_get(queued))
+        bits = bits_per_target([batch.loss for batch in batches[first:]])
+        corpora.append(bits / part.bytes_per_target if share else math.nan)
     number = sum(int(batch.slot_weights) for batch in batches)
     slot_weight = np.sum([batch.slot_weight for batch in batches], axis=0, dtype=np.float64)
     targets = sum(int(batch.loss.targets) for batch in batches)
@@ -101,6 +110,7 @@ def measure_held_out(
         right / max(targets, 1),
         whole / max(rows, 1),
         tuple((slot_weight / max(number, 1)).tolist()),
+        tuple(corpora),
     )
 
 

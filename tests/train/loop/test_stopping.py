@@ -65,7 +65,8 @@ def test_an_evaluation_that_is_given_up_reads_no_further() -> None:
             raise AssertionError("it was to be given up")
 
     class One:
-        sources = weights = (1.0,)
+        def parts(self, count: int) -> list:
+            return [(self, count)]
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("train.step.evaluation.evaluation_batches", lambda *_: iter([{}, {}]))
