@@ -305,6 +305,6 @@ def test_numpy_integers_are_sizes(model):
 
 
 @pytest.mark.slow
-def test_a_batch_divided_over_eight_devices_gives_the_same_texts():
+def test_a_batch_divided_over_eight_devices_gives_the_same_texts_and_scores():
     done = run_on_eight_devices("tests.support.generation_on_a_mesh")
     assert done.returncode == 0, done.stderr
