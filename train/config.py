@@ -134,15 +134,21 @@ class MeshConfig:
         fsdp: devices that divide the parameters of one copy, and its part of the batch
         tensor: devices that divide the heads, the SwiGLU and the vocabulary
         context: devices that divide the tokens of every sequence, and the parameters
+        slices: slices of the machine, whose devices reach those of others over the data center's
+            network only; data divides them, so it must be a multiple, and all other axes lie within
+            one. Null for as many as the devices say. CPUs, which say nothing, are divided in order
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     context: int = 1
+    slices: int | None = None
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
+        slices = sizes.pop("slices")
+        require(slices is None or slices >= 1, "slices", slices, "at least 1, or null")
         for key, value in sizes.items():
             require(value == -1 or value >= 1, key, value, "at least 1, or -1 for the rest")
         rest = [key for key, value in sizes.items() if value == -1]

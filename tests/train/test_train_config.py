@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 import nha_jax
@@ -282,8 +283,7 @@ def test_generate_names_a_folder_without_a_model(
     ],
 )
 def test_what_does_not_fit_eight_devices_is_refused(
-    nha: Nha, monkeypatch: pytest.MonkeyPatch, overrides: dict[str, Any], line: str
+    nha: Nha, overrides: dict[str, Any], line: str
 ) -> None:
-    monkeypatch.setattr("jax.device_count", lambda: 8)
     with pytest.raises(ConfigError, match=re.escape(line)):
-        make_mesh(nha.config(**overrides))
+        make_mesh(nha.config(**overrides), jax.devices()[:1] * 8)

@@ -13,8 +13,9 @@ step takes: memory, arithmetic, memory traffic, collectives, and the least time 
 needs. If the step does not fit, tries what would make it fit. Nothing is trained, and the corpus is
 not read.
 
-A machine is TPUs by their kind and shape (v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1; this needs the
-extra `tpu`) or the GPUs of one host (cuda:8xH200; A100, H100, H200 or B200; the extra `cuda`)."""
+A machine is TPUs by their kind and shape (v5e:4x4, v5p:2x2x2, v6e:4x4, tpu7x:2x2x1, several slices
+as 2*v5e:16x16; this needs the extra `tpu`) or the GPUs of one host (cuda:8xH200; A100, H100, H200
+or B200; the extra `cuda`)."""
 
 
 def add_parser(commands: "argparse._SubParsersAction") -> None:

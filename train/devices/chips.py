@@ -16,6 +16,8 @@ class Chip:
         memory_bandwidth: bytes a second from and to HBM, together.
         interconnect: bytes a second that the device can send to its neighbours (ICI, NVLink), all
             links together; vendors add up both directions and quote twice as much.
+        data_center: bytes a second that it can send to devices of other slices, over the data
+            center's network; None: not known.
     """
 
     name: str
@@ -23,6 +25,7 @@ class Chip:
     memory: int
     memory_bandwidth: float
     interconnect: float
+    data_center: float | None = None
 
 
 _V4 = Chip(
@@ -38,6 +41,7 @@ _V5E = Chip(
     memory=16 * GIB,
     memory_bandwidth=819e9,
     interconnect=200e9,
+    data_center=25e9 / 8,
 )
 _V5P = Chip(
     name="TPU v5p",
@@ -45,6 +49,7 @@ _V5P = Chip(
     memory=95 * GIB,
     memory_bandwidth=2765e9,
     interconnect=600e9,
+    data_center=50e9 / 8,
 )
 _V6E = Chip(
     name="TPU v6e",
@@ -52,6 +57,7 @@ _V6E = Chip(
     memory=32 * GIB,
     memory_bandwidth=1638e9,
     interconnect=400e9,
+    data_center=100e9 / 8,
 )
 # A chip has two TensorCores, and jax shows each as a device: half of everything.
 _TPU7X = Chip(
@@ -60,6 +66,7 @@ _TPU7X = Chip(
     memory=192 * GIB // 2,
     memory_bandwidth=7380e9 / 2,
     interconnect=600e9 / 2,
+    data_center=100e9 / 8 / 2,
 )
 _A100 = Chip(
     name="NVIDIA A100 80GB",
@@ -90,7 +97,8 @@ _B200 = Chip(
     interconnect=900e9,
 )
 
-# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x; v4's links also in Jouppi et al.
+# TPUs: cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e and /tpu7x, of v5e and v6e the data center's
+# network of a pod divided by its 256 chips; v4's links also in Jouppi et al.
 # 2023, arXiv 2304.01433 (six of 50 GB/s each way). NVIDIA: the data sheets of A100 80GB SXM, H100
 # SXM, H200 SXM and DGX B200, there with sparsity for H100 and newer: half of it is dense.
 CHIPS: dict[str, Chip] = {

@@ -1,8 +1,7 @@
 """The device mesh of a run, and how batches are divided over it."""
 
-import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +16,10 @@ from train.errors import ConfigError
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 _AXIS_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
-BATCH_AXES = ("data", "fsdp")
+DATA_AXIS = "data"
+"""The mesh axis of copies of the model, which alone goes over several slices."""
+
+BATCH_AXES = (DATA_AXIS, "fsdp")
 """The mesh axes that divide the rows of a batch."""
 
 SEQUENCE_AXIS = "context"
@@ -35,14 +37,22 @@ def make_mesh(config: TrainConfig, devices: Any = None) -> Mesh:
         ConfigError: the mesh does not use exactly the devices there are, or the batch, the
             sequence or the parameters cannot be divided over it.
     """
-    count = jax.device_count() if devices is None else len(devices)
-    sizes = _sizes(config, count)
+    found = jax.devices() if devices is None else list(devices)
+    sizes = _sizes(config, len(found))
     _check_divisions(config, sizes)
+    slices = _slices(config, sizes["data"], found)
+    within = (sizes["data"] // len(slices), *list(sizes.values())[1:])
     # jax.make_mesh would refuse an axis of 8 on 4x4x4 chips.
-    placed = mesh_utils.create_device_mesh(
-        tuple(sizes.values()), devices, allow_split_physical_axes=True
-    )
-    return Mesh(placed, MESH_AXES, axis_types=_AXIS_TYPES)
+    placed = [
+        mesh_utils.create_device_mesh(within, each, allow_split_physical_axes=True)
+        for each in slices
+    ]
+    return Mesh(np.concatenate(placed), MESH_AXES, axis_types=_AXIS_TYPES)
+
+
+def num_slices(config: TrainConfig, mesh: Mesh) -> int:
+    """Says over how many slices the data axis of a mesh that `make_mesh` made goes."""
+    return config.mesh.slices or len({_slice_of(device) for device in mesh.devices.flat})
 
 
 def single_device_mesh(device: jax.Device) -> Mesh:
@@ -86,24 +96,60 @@ def to_devices(
     return {name: place(array) for name, array in batch.items()}
 
 
-def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
+def cut_rows(batch: Any, parts: int) -> Any:
     """Cuts arrays [B, T], divided by `batch_sharding`, into [parts, B / parts, T]; for `jax.jit`.
 
-    Every device cuts its own rows, so that none of them moves.
+    Every device cuts its own rows, so that none of them moves. The mesh is the one in force; its
+    manual axes (inside of `jax.shard_map`) have divided the rows already.
     """
-    devices = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    sharding = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, SEQUENCE_AXIS))
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = tuple(axis for axis in BATCH_AXES if axis not in mesh.manual_axes)
+    devices = math.prod(mesh.shape[axis] for axis in axes)
 
     def cut(x: jax.Array) -> jax.Array:
         own = x.reshape(devices, parts, -1, x.shape[1]).swapaxes(0, 1)
-        return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), sharding)
+        spec = PartitionSpec(None, axes, SEQUENCE_AXIS)
+        return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), spec)
 
     return jax.tree.map(cut, batch)
 
 
+def _slices(config: TrainConfig, data: int, devices: Sequence[Any]) -> list[list[Any]]:
+    """Divides devices by their slices, each of which has an equal part of the data axis."""
+    by_slice: dict[int, list[Any]] = {}
+    for device in devices:
+        by_slice.setdefault(_slice_of(device), []).append(device)
+    found, asked = [by_slice[number] for number in sorted(by_slice)], config.mesh.slices
+    if asked is not None and asked != len(found):
+        if not all(device.platform == "cpu" for device in devices) or len(devices) % asked:
+            raise ConfigError(
+                f"mesh.slices = {asked}: expected {len(found)}, the slices of these "
+                f"{len(devices)} devices, or null"
+            )
+        size = len(devices) // asked
+        found = [list(devices[start : start + size]) for start in range(0, len(devices), size)]
+    if data % len(found):
+        raise ConfigError(
+            f"mesh.data = {data}: expected a multiple of the machine's slices, which are "
+            f"{len(found)}; the other axes lie within a slice of {len(found[0])} devices"
+        )
+    if len({len(each) for each in found}) > 1:
+        raise ConfigError(
+            f"the machine's slices have {[len(each) for each in found]} devices: expected equally "
+            "many in each"
+        )
+    return found
+
+
+def _slice_of(device: Any) -> int:
+    """Returns the number of a device's slice; 0 where there are none."""
+    number = getattr(device, "slice_index", None)
+    return 0 if number is None else number
+
+
 def _sizes(config: TrainConfig, devices: int) -> dict[str, int]:
     """How many devices there are along each axis, in the order of MESH_AXES."""
-    asked = dataclasses.asdict(config.mesh)
+    asked = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     given = math.prod(size for size in asked.values() if size != -1)
     rest = max(devices // given, 1)
     sizes = {axis: rest if asked[axis] == -1 else asked[axis] for axis in MESH_AXES}

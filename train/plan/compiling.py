@@ -15,7 +15,7 @@ from nha_jax import ModelConfig
 from nha_jax.ops import backends
 from nha_jax.ops.types import Options
 from train.config import TrainConfig
-from train.devices.mesh import make_mesh
+from train.devices.mesh import make_mesh, num_slices
 from train.phases import Phase, phases_of
 from train.plan.costs import Costs, KernelCost, count_costs
 from train.plan.hlo import Program
@@ -132,7 +132,7 @@ def _compile_phase(phase: Phase, phases: Sequence[Phase], topology: Topology) ->
     else:
         memory = _memory(compiled.memory_analysis(), state, topology.memory)
         program = Program(compiled.as_text() or "")
-        costs = count_costs(program, _kernel_costs(traced.jaxpr.jaxpr))
+        costs = count_costs(program, _kernel_costs(traced.jaxpr.jaxpr), num_slices(config, mesh))
     return CompiledStep(
         config=config,
         topology=topology,

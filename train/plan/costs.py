@@ -62,32 +62,38 @@ class Costs:
         flops: operations of all matrix products, with recomputation and kernels.
         hbm_bytes: bytes of every array that an operation reads from or writes to main memory. It is
             an upper estimate, as caches and what the compiler keeps on the chip may save some.
-        collectives: by kind, most bytes first.
+        collectives: by kind, most bytes first; within a slice.
         kernels: number of calls by the kernel's name.
+        between_slices: likewise over the network that joins slices.
     """
 
     flops: int
     hbm_bytes: int
     collectives: tuple[Collective, ...]
     kernels: Mapping[str, int]
+    between_slices: tuple[Collective, ...] = ()
 
     @property
     def sent_bytes(self) -> int:
         return sum(collective.bytes for collective in self.collectives)
 
+    @property
+    def bytes_between_slices(self) -> int:
+        return sum(collective.bytes for collective in self.between_slices)
 
-def count_costs(program: Program, kernels: Mapping[str, KernelCost]) -> Costs:
+
+def count_costs(program: Program, kernels: Mapping[str, KernelCost], num_slices: int = 1) -> Costs:
     """Adds up what the program executes.
 
     Args:
         program: the compiled program.
+        num_slices: of the machine that it is for; each has an equal part of the devices.
         kernels: the cost of a kernel's call, by its name as `kernel_name` returns it. Other custom
             calls count as no operations, and their arrays once.
     """
     flops, moved = 0, 0
     calls: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    sent: Counter[str] = Counter()
+    within, between = _Sent(), _Sent()
     seen: set[str] = set()
     for executed in program.executed():
         computation, instruction, times = executed
@@ -102,10 +108,27 @@ def count_costs(program: Program, kernels: Mapping[str, KernelCost]) -> Costs:
         for fused in program.inside(instruction):
             flops += times * sum(sum(_flops(fused, x)) for x in fused.instructions.values())
         for kind, ring_bytes in _collectives(program, executed, seen):
-            counts[kind] += times
-            sent[kind] += times * ring_bytes
-    found = tuple(Collective(kind, counts[kind], sent[kind]) for kind, _ in sent.most_common())
-    return Costs(flops, moved, found, dict(calls))
+            within.add(kind, times, ring_bytes)
+        if kind := _kind_between_slices(instruction):
+            operand = computation.arrays(instruction.operands[:1])[0].bytes
+            between.add(kind, times, _ring_bytes(kind, operand, num_slices))
+    return Costs(flops, moved, within.collectives(), dict(calls), between.collectives())
+
+
+class _Sent:
+    """What is sent, by kind of collective."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._bytes: Counter[str] = Counter()
+
+    def add(self, kind: str, times: int, ring_bytes: int) -> None:
+        self._counts[kind] += times
+        self._bytes[kind] += times * ring_bytes
+
+    def collectives(self) -> tuple[Collective, ...]:
+        order = self._bytes.most_common()
+        return tuple(Collective(kind, self._counts[kind], total) for kind, total in order)
 
 
 def kernel_name(instruction: Instruction) -> str:
@@ -222,6 +245,8 @@ def _hbm_bytes(program: Program, computation: Computation, instruction: Instruct
     if opcode in _UPDATES:
         update = operands[_UPDATES[opcode]]
         return _in_hbm([update]) + (update.bytes if operands[0].in_hbm else 0)
+    if opcode in ("send", "recv"):  # the first result is what is sent or received
+        return _in_hbm(instruction.results[:1])
     if opcode.endswith("-start"):  # its results list its operands again, then what it returns
         return _in_hbm(instruction.results)
     return _in_hbm(operands) + _in_hbm(instruction.results)
@@ -301,6 +326,17 @@ def _collectives(
             kind = "reduce-scatter"  # TPU programs write it as an all-reduce and a slice
         operands = sum(array.bytes for array in computation.arrays(instruction.operands))
         yield kind, _ring_bytes(kind, operands, _group_size(program, instruction))
+
+
+def _kind_between_slices(instruction: Instruction) -> str:
+    """Returns the kind of collective between slices that an instruction sends for, or "".
+
+    TPU programs leave them to the hosts: each is a send and a receive, which say what they are of.
+    """
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+    if instruction.opcode != "send" or found is None:
+        return ""
+    return found[1].lower().replace("_", "-")
 
 
 def _ring_bytes(kind: str, operands: int, devices: int) -> int:

@@ -1,6 +1,7 @@
 """Shows a plan as a table and as JSON."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ class Speed:
             recomputation.
         compute: seconds that the program's matrix products take at the peak.
         memory: seconds that its HBM traffic, an upper estimate, takes at the peak.
-        network: seconds that its collectives take with every link busy.
+        network: seconds that its collectives within a slice take with every link busy.
+        between_slices: seconds that those between slices take; 0 with one slice, and if the
+            network's peak is not known.
         mfu: the share of the peak that is assumed for the rest.
         step: seconds a step takes at that share.
         tokens_a_day: tokens that all devices train on in a day at that share.
@@ -35,6 +38,7 @@ class Speed:
     compute: float
     memory: float
     network: float
+    between_slices: float
     mfu: float
     step: float
     tokens_a_day: float
@@ -55,6 +59,7 @@ def speed_of(compiled: CompiledStep, mfu: float) -> Speed | None:
         compute=compiled.costs.flops / chip.flops,
         memory=compiled.costs.hbm_bytes / chip.memory_bandwidth,
         network=compiled.costs.sent_bytes / chip.interconnect,
+        between_slices=compiled.costs.bytes_between_slices / (chip.data_center or math.inf),
         mfu=mfu,
         step=step,
         tokens_a_day=SECONDS_A_DAY / step * tokens,
@@ -171,12 +176,19 @@ def _work_rows(compiled: CompiledStep, speed: Speed) -> list[tuple[str, str]]:
         ("  sent", f"{_gib(costs.sent_bytes):>12}"),
     ]
     rows += [(f"    {x.kind}", f"{_gib(x.bytes):>12} in {x.count}") for x in costs.collectives]
+    if costs.between_slices:
+        rows += [("  sent to other slices", f"{_gib(costs.bytes_between_slices):>12}")]
+        rows += [
+            (f"    {x.kind}", f"{_gib(x.bytes):>12} in {x.count}") for x in costs.between_slices
+        ]
     rows += [(f"  {name}", f"{calls:>12} calls") for name, calls in costs.kernels.items()]
     return rows
 
 
 def _speed_rows(steps: int, tokens: int, speed: Speed) -> list[tuple[str, str]]:
     bounds = {"compute": speed.compute, "HBM": speed.memory, "network": speed.network}
+    if speed.between_slices:
+        bounds["between slices"] = speed.between_slices
     longest = max(bounds.values())
     return [
         ("step time, at least", f"{longest:>12.3f} s"),

@@ -43,16 +43,21 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """Finds the devices of a machine such as `v5p:4x4x4` or `cuda:8xH200`.
+    """Finds the devices of a machine such as `v5p:4x4x4`, `2*v5e:16x16` or `cuda:8xH200`.
 
     Raises:
         ConfigError: there is no such machine, or the package that compiles for it is missing.
     """
-    kind, _, shape = name.partition(":")
+    slices, one = 1, name
+    if many := re.fullmatch(r"([1-9]\d*)\*(.+)", name):
+        slices, one = int(many[1]), many[2]
+    kind, _, shape = one.partition(":")
+    if kind == "cuda" and slices > 1:
+        raise ConfigError(f"--topology {name}: only TPUs have slices; expected {one}")
     if kind == "cuda":
         return _gpus(name, shape)
     if kind in TPUS and re.fullmatch(r"\d+(x\d+){1,2}", shape):
-        return _tpus(name)
+        return _tpus(name, one, slices)
     raise _unknown(name, f"one of {', '.join(TPUS)} and a shape, or cuda:8xH200")
 
 
@@ -70,12 +75,16 @@ def needed_memory(error: Exception) -> tuple[int, int] | None:
     return int(float(found[1]) * _UNITS[found[2]]), int(float(found[3]) * _UNITS[found[4]])
 
 
-def _tpus(name: str) -> Topology:
+def _tpus(name: str, one: str, slices: int) -> Topology:
+    """Describes so many slices of the machine `one`."""
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f'--topology {name}: needs libtpu to compile for TPUs: pip install "nha_jax[tpu]"'
         )
-    devices = _retry(lambda: topologies.get_topology_desc(platform="tpu", topology_name=name), name)
+    options = {"num_slices": slices} if slices > 1 else {}
+    devices = _retry(
+        lambda: topologies.get_topology_desc(platform="tpu", topology_name=one, **options), name
+    )
     chip = chip_of(devices[0].device_kind)
     assert chip is not None, f"no peaks of {devices[0].device_kind}"
     return Topology(name, "tpu", devices, chip, _available_memory(devices[0]))

@@ -15,10 +15,10 @@ from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.data.recall import most_targets
-from train.devices.mesh import batch_sharding, cut_rows, to_devices
+from train.devices.mesh import DATA_AXIS, batch_sharding, cut_rows, num_slices, to_devices
 from train.optimizers import find_optimizer
 from train.step.average import average_of
-from train.step.losses import Answers, LossSum, Teacher, counts, losses, measure_hidden
+from train.step.losses import Answers, Counts, LossSum, Teacher, counts, losses, measure_hidden
 from train.step.model_parts import ModelParts
 from train.step.optimizer import NamedOptimizer, learning_rate_schedule, make_optimizer
 from train.step.trainable import Trainable
@@ -314,8 +314,28 @@ class TrainingFunctions:
         The parts of the batch go through the model in turn. Each is divided by the counts of the
         whole batch, so that the sums are the whole batch's; they are kept in float32.
         """
+        arrays = trained, frozen, teacher_state, batch, counts(self._config.model, batch)
+        add_up = self._gradient_sums
+        if num_slices(self._config, self._mesh) > 1:
+            # Within each slice on its own, micro-batch by micro-batch, and once between them: XLA
+            # would send every micro-batch's gradients over the data center's network.
+            whole = PartitionSpec()
+            add_up = jax.shard_map(
+                lambda *arrays: jax.lax.psum(self._gradient_sums(*arrays), DATA_AXIS),
+                in_specs=(whole, whole, whole, PartitionSpec(DATA_AXIS), whole),
+                out_specs=whole,
+                axis_names={DATA_AXIS},
+                check_vma=False,
+            )
+        (loss, terms), gradients = add_up(*arrays)
+        gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, trained)
+        return loss, terms, gradients
+
+    def _gradient_sums(
+        self, trained: Any, frozen: Any, teacher_state: Any, batch: DeviceBatch, total: Counts
+    ) -> Any:
+        """Adds up what the rows of `batch` have to say: ((loss, terms), gradients in float32)."""
         config = self._config
-        total = counts(config.model, batch)
 
         def of_part(part: DeviceBatch) -> Any:
             teacher = None
@@ -335,11 +355,10 @@ class TrainingFunctions:
 
         def place(sums: Any) -> Any:
             values, gradients = sums
-            return values, jax.lax.with_sharding_constraint(gradients, self.trained_shardings)
+            specs = jax.tree.map(lambda sharding: sharding.spec, self.trained_shardings)
+            return values, jax.lax.with_sharding_constraint(gradients, specs)
 
-        (loss, terms), gradients = self._sum_of_parts(of_part, batch, place)
-        gradients = jax.tree.map(lambda x, like: x.astype(like.dtype), gradients, trained)
-        return loss, terms, gradients
+        return self._sum_of_parts(of_part, batch, place)
 
     def _evaluate_function(self, model_state: Any, batch: DeviceBatch) -> EvaluationSums:
         """Evaluates a batch in the parts of training: there may be no room for more at once."""
@@ -379,7 +398,7 @@ class TrainingFunctions:
         def add(sums: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, of_part(part)), None
 
-        parts = cut_rows(self._mesh, batch, self._config.micro_batches)
+        parts = cut_rows(batch, self._config.micro_batches)
         one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         return jax.lax.scan(add, place(jax.tree.map(zeros, one)), parts)[0]
 

@@ -1,4 +1,6 @@
-"""One update by parts on eight devices against one of the whole batch; for test_losses.py.
+"""One update by parts on eight devices, in one slice and in two, against one of the whole batch.
+
+For test_losses.py.
 
 Prints the largest differences, relative to the largest entry, as JSON. XLA warns on stderr.
 """
@@ -32,16 +34,16 @@ def main() -> None:
         optimizer=OptimizerConfig(epsilon=1.0, learning_rate=0.1),
     )
     metrics, state = update(config)
-    metrics_by_parts, state_by_parts = update(
-        dataclasses.replace(config, micro_batches=2, head_parts=4)
-    )
-    differences = {
-        name: abs(metrics_by_parts[name] / metrics[name] - 1)
-        for name in metrics_by_parts
-        if metrics[name]
-    }
-    differences["state"] = max(
-        float(np.abs(x - wanted).max() / max(np.abs(wanted).max(), 1e-30))
-        for x, wanted in zip(state_by_parts, state, strict=True)
-    )
-    print(json.dumps({name: float(value) for name, value in differences.items()}))
+    parts = {"micro_batches": 2, "head_parts": 4}
+    slices = {"mesh": dataclasses.replace(config.mesh, slices=2)}
+    differences: dict[str, float] = {}
+    for changes in (parts, slices, parts | slices):
+        found, found_state = update(dataclasses.replace(config, **changes))
+        errors = {name: abs(found[name] / metrics[name] - 1) for name in found if metrics[name]}
+        errors["state"] = max(
+            float(np.abs(x - wanted).max() / max(np.abs(wanted).max(), 1e-30))
+            for x, wanted in zip(found_state, state, strict=True)
+        )
+        for name, error in errors.items():
+            differences[name] = max(differences.get(name, 0), float(error))
+    print(json.dumps(differences))

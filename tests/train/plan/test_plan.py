@@ -16,6 +16,7 @@ from tests.support.train.tiny_run import Nha
 from train.cli import main
 from train.commands.train import parse_overrides
 from train.devices.chips import CHIPS, GIB
+from train.devices.mesh import MESH_AXES
 from train.errors import ConfigError
 from train.load_config import load_config
 from train.plan import compiling
@@ -124,7 +125,7 @@ def compiled_step(nha: Nha, **overrides: Any) -> CompiledStep:
     """As if compiled for four chips of v5e: 1 GiB of state, 10 of temporaries for each 4 rows."""
     config = nha.config(**overrides)
     topology = Topology("v5e:2x2", "tpu", (None,) * 4, CHIPS["TPU v5e"], 4 * GIB)
-    mesh = dataclasses.asdict(config.mesh)
+    mesh = {axis: getattr(config.mesh, axis) for axis in MESH_AXES}
     mesh["data"] = 4 // (mesh["fsdp"] * mesh["tensor"] * mesh["context"])
     less = 2 if config.model.remat == "full" else 1
     rows = config.batch_size / config.micro_batches / (mesh["data"] * mesh["fsdp"])

@@ -119,6 +119,11 @@ ENTRY %main (x: bf16[4,8,64], y: f32[32,64]) -> f32[32,64] {
   %first = (s32[], bf16[4,8,64]{2,1,0}, f32[32,64]{1,0}) tuple(%zero.2, %x, %y)
   %loop = (s32[], bf16[4,8,64]{2,1,0}, f32[32,64]{1,0}) while(%first), condition=%condition, \
 body=%body
+  %token = token[] after-all()
+  %send = (f32[32,64]{1,0}, u32[]{:S(2)}, token[]) send(%y, %token), channel_id=3, \
+is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="all-reduce.1_0",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=3, is_host_transfer=true
   ROOT %z = f32[32,64]{1,0} get-tuple-element(%loop), index=2
 }
 """
@@ -127,7 +132,14 @@ TRIPS = 5  # to ten, by twos
 
 @pytest.fixture(scope="module")
 def tpu() -> Costs:
-    return count_costs(Program(TPU_PROGRAM), {"kernel_2": KernelCost(flops=7, bytes=11)})
+    kernels = {"kernel_2": KernelCost(flops=7, bytes=11)}
+    return count_costs(Program(TPU_PROGRAM), kernels, num_slices=4)
+
+
+def test_what_hosts_send_goes_between_slices(tpu: Costs) -> None:
+    assert tpu.between_slices == (Collective("all-reduce", 1, 2 * 3 * 4 * 32 * 64 // 4),)
+    assert tpu.bytes_between_slices == 12288
+    assert "all-reduce" not in {collective.kind for collective in tpu.collectives}
 
 
 def test_an_unrolled_loop_runs_fewer_times(tpu: Costs) -> None:
@@ -147,8 +159,8 @@ def test_a_spread_collective_counts_once_and_a_reduce_scatter_as_one(tpu: Costs)
 
 
 def test_only_main_memory_counts_and_of_a_stack_one_layer(tpu: Costs) -> None:
-    layer, scattered, kernel = 8 * 64 * 2, 32 * 64 * 4, 11
-    assert tpu.hbm_bytes == TRIPS * (layer + scattered + kernel)
+    layer, scattered, kernel, sent = 8 * 64 * 2, 32 * 64 * 4, 11, 32 * 64 * 4
+    assert tpu.hbm_bytes == TRIPS * (layer + scattered + kernel) + sent
 
 
 def test_a_text_without_a_program_is_refused() -> None:

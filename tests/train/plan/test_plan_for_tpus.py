@@ -68,6 +68,27 @@ def test_what_does_not_fit_and_what_makes_it_fit(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.tpu_aot
+def test_between_slices_only_the_gradient_is_summed_and_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Whatever the number of micro-batches; the counts of targets are a few numbers more."""
+    overrides = {
+        "num_layers": 2, "hidden_size": 256, "num_query_heads": 2, "num_slots": 64,
+        "window_size": 64, "vocab_size": 1024,
+    }  # fmt: skip
+    arguments = [f"--model.{name}={value}" for name, value in overrides.items()]
+    arguments += ["--batch_size=32", "--data.sequence_length=512", "--mesh.data=2", "--mesh.fsdp=4"]
+    arguments += ["--micro_batches=2", "--head_parts=1"]
+    code, figures = plan(capsys, "nha-340m.yaml", "2*v5e:2x2", *arguments)
+    assert code == 0
+    (sums,) = figures["costs"]["between_slices"]
+    assert sums["kind"] == "all-reduce"
+    gradient = figures["memory"]["parameters"]  # float32, a device's part of it
+    assert gradient < sums["bytes"] < 1.1 * gradient
+    assert figures["speed"]["between_slices"] == pytest.approx(sums["bytes"] / (25e9 / 8))
+
+
+@pytest.mark.tpu_aot
 def test_a_converted_mixture_of_experts(capsys: pytest.CaptureFixture[str]) -> None:
     """Full attention, and grouped matrix products, which XLA has kernels of its own for."""
     overrides = {
