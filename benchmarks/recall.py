@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -159,30 +160,77 @@ def read() -> dict[str, dict]:
     return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
 
 
+KINDS = {
+    "nha": "slots and window",
+    "slots": "slots alone",
+    "window": "window alone",
+    "full": "full attention",
+}
+
+
+class Compared(NamedTuple):
+    """What the kinds reach in one comparison: the mean over seeds, of each the best rate."""
+
+    tokens: int
+    pairs: int
+    entries: int
+    accuracy: dict[str, float]
+    seeds: dict[str, int]
+
+
+def compare(found: dict[str, dict]) -> list[Compared]:
+    """Groups the rows by task and by entries a head; full attention is beside all of a task."""
+    kept = [row for row in found.values() if not row["options"]]
+    compared = []
+    for tokens, pairs in sorted({(row["tokens"], row["pairs"]) for row in kept}):
+        here = [row for row in kept if (row["tokens"], row["pairs"]) == (tokens, pairs)]
+        limited = [row for row in here if row["window"] is not None]
+        for entries in sorted({row["slots"] + row["window"] for row in limited}):
+            same = [row for row in limited if row["slots"] + row["window"] == entries]
+            same += [row for row in here if row["window"] is None]
+            best = {kind: best_by_seed([x for x in same if x["kind"] == kind]) for kind in KINDS}
+            compared.append(
+                Compared(
+                    tokens,
+                    pairs,
+                    entries,
+                    {
+                        kind: float(np.mean(list(each.values())))
+                        for kind, each in best.items()
+                        if each
+                    },
+                    {kind: len(each) for kind, each in best.items() if each},
+                )
+            )
+    return compared
+
+
 def show(found: dict[str, dict]) -> None:
-    """Prints a table for each task: the best rate of each seed, and their mean."""
-    kinds = ("nha", "slots", "window", "full")
-    tasks = sorted({(x["tokens"], x["pairs"]) for x in found.values() if not x["options"]})
-    for tokens, pairs in tasks:
-        print(f"\n{pairs} pairs in {tokens} tokens: queries answered right, mean of the seeds\n")
-        print("| entries a head | " + " | ".join(kinds) + " | seeds |")
-        print("| --- " * (len(kinds) + 2) + "|")
-        here = [
-            x for x in found.values() if (x["tokens"], x["pairs"]) == (tokens, pairs)
-            and not x["options"]
-        ]  # fmt: skip
-        sizes = sorted({x["slots"] + x["window"] for x in here if x["window"] is not None})
-        for size in sizes:
-            cells, seeds = [], []
-            for kind in kinds:
-                same = [
-                    x for x in here
-                    if x["kind"] == kind and (kind == "full" or x["slots"] + x["window"] == size)
-                ]  # fmt: skip
-                best = best_by_seed(same)
-                cells.append(f"{np.mean(list(best.values())):.1%}" if best else "")
-                seeds.append(len(best))
-            print(f"| {size} | {' | '.join(cells)} | {'/'.join(map(str, seeds))} |")
+    """Prints the comparisons as a table."""
+    print("| tokens | pairs | entries a head | " + " | ".join(KINDS.values()) + " |")
+    print("| --- " * (len(KINDS) + 3) + "|")
+    for row in compare(found):
+        cells = [
+            f"{row.accuracy[kind]:.1%} ({row.seeds[kind]})" if kind in row.accuracy else ""
+            for kind in KINDS
+        ]
+        print(f"| {row.tokens} | {row.pairs} | {row.entries} | {' | '.join(cells)} |")
+
+
+def draw(found: dict[str, dict]) -> None:
+    """Draws the comparisons as bars."""
+    from matplotlib.figure import Figure
+
+    rows = compare(found)
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.add_subplot(ylabel="queries answered right", ylim=(0, 1))
+    for number, (kind, label) in enumerate(KINDS.items()):
+        places = np.arange(len(rows)) + 0.2 * (number - 1.5)
+        axes.bar(places, [row.accuracy.get(kind, np.nan) for row in rows], 0.18, label=label)
+    names = [f"{x.tokens} tokens, {x.pairs} pairs,\n{x.entries} entries a head" for x in rows]
+    axes.set_xticks(range(len(rows)), names)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(FIGURE, metadata={"Date": None})
 
 
 def best_by_seed(rows: list[dict]) -> dict[int, float]:
@@ -203,6 +251,7 @@ def main() -> None:
             write_atomically(RESULTS, json.dumps(read() | {row.name: found}, indent=1) + "\n")
             print(f"{row.name}: {found['accuracy']:.1%}", flush=True)
     show(read())
+    draw(read())
 
 
 if __name__ == "__main__":

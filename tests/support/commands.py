@@ -47,6 +47,7 @@ NOT_RUN = {
         "uv run nha train configs/quickstart.yaml --run runs/mup --model.mup_base_width=128 "
         "--model.hidden_size=512 --model.num_query_heads=8",
         "uv run python benchmarks/hybridize.py",
+        "uv run python benchmarks/recall.py",
         "uv run nha train configs/mqar.yaml",
         "uv run nha train configs/mqar.yaml --run runs/mqar-32 --data.corpus=mqar:pairs=32 "
         "--data.sequence_length=256",
@@ -134,6 +135,8 @@ NOT_RUN = {
         "nha plan configs/nha-340m.yaml --topology v5e:4x4",
         "nha plan configs/sft.yaml --topology v5p:2x2x4 --model.preset=llama-3-8b",
         "uv run --extra tpu nha plan configs/nha-340m.yaml --topology v5e:4x4",
+        "uv run --extra tpu nha plan configs/nha-340m.yaml --topology '2*v5e:4x4' --mesh.data=2 "
+        "--mesh.fsdp=16",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4 "
         "--model.implementation=xla",
