@@ -106,6 +106,21 @@ def test_what_is_written_is_what_generate_writes(model: nha_jax.Model, found: di
     assert found["results"]["nha_contains"]["contains,none"] == np.mean(contained)
 
 
+def test_contexts_may_be_read_twice(model: nha_jax.Model, found: dict) -> None:
+    output = found["tasks"] / "twice.json"
+    command = ["eval", str(found["model"]), "--tasks=nha_last_word", "--read-twice"]
+    assert main([*command, f"--include-path={found['tasks']}", f"--output={output}"]) == 0
+    results = json.loads(output.read_text())["results"]
+    sums = []
+    for row in DATA["last_word"]:
+        context = list(f"{row['text']}\n{row['text']}".encode())
+        sums.append(log_probabilities(model, context, row["word"]).sum())
+    perplexity = math.exp(-np.mean(sums))
+    assert results["nha_last_word"]["perplexity,none"] == pytest.approx(perplexity, rel=1e-5)
+    once = found["results"]["nha_last_word"]["perplexity,none"]
+    assert once != pytest.approx(perplexity, rel=1e-3)
+
+
 def test_the_harness_itself_says_the_same(found: dict) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
