@@ -137,6 +137,10 @@ NOT_RUN = {
         "uv run --extra tpu nha plan configs/nha-340m.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-340m.yaml --topology '2*v5e:4x4' --mesh.data=2 "
         "--mesh.fsdp=16",
+        "uv run --extra tpu nha plan configs/nha-340m.yaml --topology '2*v5e:4x4' --mesh.data=2 "
+        "--mesh.fsdp=16 --batch_size=512",
+        "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology '2*v5p:2x2x2' "
+        "--model.num_query_heads=16 --mesh.data=2 --mesh.fsdp=8 --batch_size=2048",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4",
         "uv run --extra tpu nha plan configs/nha-1.3b.yaml --topology v5e:4x4 "
         "--model.implementation=xla",
