@@ -96,20 +96,30 @@ def to_devices(
     return {name: place(array) for name, array in batch.items()}
 
 
-def cut_rows(batch: Any, parts: int) -> Any:
+def constrain(tree: Any, mesh: Mesh, specs: Any) -> Any:
+    """Constrains how arrays are divided over the mesh, inside of a `jax.shard_map` too.
+
+    `specs` is a tree that the arrays' begins with.
+    """
+    here = jax.sharding.get_abstract_mesh()
+    shardings = jax.tree.map(lambda x: NamedSharding(mesh if here.empty else here, x), specs)
+    return jax.lax.with_sharding_constraint(tree, shardings)
+
+
+def cut_rows(mesh: Mesh, batch: Any, parts: int) -> Any:
     """Cuts arrays [B, T], divided by `batch_sharding`, into [parts, B / parts, T]; for `jax.jit`.
 
-    Every device cuts its own rows, so that none of them moves. The mesh is the one in force; its
-    manual axes (inside of `jax.shard_map`) have divided the rows already.
+    Every device cuts its own rows, so that none of them moves. Manual axes of the mesh (inside of a
+    `jax.shard_map`) have divided the rows already.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    axes = tuple(axis for axis in BATCH_AXES if axis not in mesh.manual_axes)
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = tuple(axis for axis in BATCH_AXES if axis not in manual)
     devices = math.prod(mesh.shape[axis] for axis in axes)
 
     def cut(x: jax.Array) -> jax.Array:
         own = x.reshape(devices, parts, -1, x.shape[1]).swapaxes(0, 1)
         spec = PartitionSpec(None, axes, SEQUENCE_AXIS)
-        return jax.lax.with_sharding_constraint(own.reshape(parts, -1, x.shape[1]), spec)
+        return constrain(own.reshape(parts, -1, x.shape[1]), mesh, spec)
 
     return jax.tree.map(cut, batch)
 

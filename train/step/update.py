@@ -15,7 +15,14 @@ from nha_jax.storage.weights import WeightSource, read_state
 from train.config import TrainConfig
 from train.data.batches import Batch
 from train.data.recall import most_targets
-from train.devices.mesh import DATA_AXIS, batch_sharding, cut_rows, num_slices, to_devices
+from train.devices.mesh import (
+    DATA_AXIS,
+    batch_sharding,
+    constrain,
+    cut_rows,
+    num_slices,
+    to_devices,
+)
 from train.optimizers import find_optimizer
 from train.step.average import average_of
 from train.step.losses import Answers, Counts, LossSum, Teacher, counts, losses, measure_hidden
@@ -357,7 +364,7 @@ class TrainingFunctions:
         def place(sums: Any) -> Any:
             values, gradients = sums
             specs = jax.tree.map(lambda sharding: sharding.spec, self.trained_shardings)
-            return values, jax.lax.with_sharding_constraint(gradients, specs)
+            return values, constrain(gradients, self._mesh, specs)
 
         return self._sum_of_parts(of_part, batch, place)
 
@@ -399,7 +406,7 @@ class TrainingFunctions:
         def add(sums: Any, part: DeviceBatch) -> tuple[Any, None]:
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, of_part(part)), None
 
-        parts = cut_rows(batch, self._config.micro_batches)
+        parts = cut_rows(self._mesh, batch, self._config.micro_batches)
         one = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
         return jax.lax.scan(add, place(jax.tree.map(zeros, one)), parts)[0]
 

@@ -44,6 +44,9 @@ _RARE: dict[str, Any] = {
     "window_schedule": None,
     "loss.cross_entropy": 1.0,
     "loss.attention_transfer": 0.0,
+    "evaluation.tasks": [],
+    "evaluation.task_examples": 64,
+    "mesh.slices": None,
 }
 
 # What a process killed while it made the folder leaves behind.
