@@ -323,10 +323,12 @@ class TrainingFunctions:
         """
         arrays = trained, frozen, teacher_state, batch, counts(self._config.model, batch)
         add_up = self._gradient_sums
-        if self._config.micro_batches > 1 and num_slices(self._config, self._mesh) > 1:
+        slices, divided_heads = num_slices(self._config, self._mesh), self._mesh.shape["tensor"] > 1
+        if self._config.micro_batches > 1 and slices > 1 and not divided_heads:
             # Within each slice on its own, micro-batch by micro-batch, and once between them: XLA
             # would send every micro-batch's gradients over the data center's network. Of a batch
-            # in one part it sends each layer's once.
+            # in one part it sends each layer's once. With divided heads it crashes (XLA of jax
+            # 0.12.0, on CPUs), so these are left to it.
             whole = PartitionSpec()
             add_up = jax.shard_map(
                 lambda *arrays: jax.lax.psum(self._gradient_sums(*arrays), DATA_AXIS),

@@ -1,7 +1,8 @@
 """A run from a converted model on eight devices; for test_hybridize.py.
 
 Usage: hybridize_on_a_mesh.py CONFIG WHAT. What is printed, as JSON: `read`, of each parameter the
-entries of the largest part that was read, and of the whole; `train`, the metrics of three updates.
+entries of the largest part that was read, and of the whole; `train`, the metrics of three updates;
+`slices`, the same of two slices and two micro-batches.
 """
 
 import json
@@ -34,6 +35,8 @@ class Recorded:
 
 def main(config_file: str, what: str) -> None:
     mesh_sizes = [("mesh.data", "1"), ("mesh.fsdp", "8")]
+    if what == "slices":
+        mesh_sizes = [("mesh", "{data: 2, fsdp: 2, context: 2, slices: 2}"), ("micro_batches", "2")]
     learning = [("loss.distillation", "1"), ("loss.attention_transfer", "1")]
     config = load_config(config_file, [*mesh_sizes, *learning])
     mesh = make_mesh(config)

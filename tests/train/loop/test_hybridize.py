@@ -201,8 +201,9 @@ def test_weights_are_read_in_the_parts_of_the_devices(hybrid: Nha) -> None:
 
 
 @pytest.mark.slow
-def test_same_losses_on_eight_devices(hybrid: Nha, batch: Batch) -> None:
-    arguments = [str(hybrid.config_file), "train"]
+@pytest.mark.parametrize("what", ["train", "slices"])
+def test_same_losses_on_eight_devices(hybrid: Nha, batch: Batch, what: str) -> None:
+    arguments = [str(hybrid.config_file), what]
     done = run_on_eight_devices("tests.support.train.hybridize_on_a_mesh", *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
