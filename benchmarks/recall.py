@@ -1,10 +1,11 @@
-"""Recall at equal state: NHA against slots alone, a window alone, and full attention.
+"""Recall with equally many entries: NHA against slots alone, a window alone, and full attention.
 
     uv run python benchmarks/recall.py
 
 Each row is a small model trained by `nha train` on multi-query associative recall (`data.corpus:
 mqar`) and measured on examples that no training saw. In every comparison the layers keep as many
-key/value entries a head: slots, tokens of a window, or both; full attention keeps all tokens. Rows
+key/value entries a head: slots, tokens of a window, or both; full attention keeps all tokens. Bytes
+are not equal: a window also keeps its keys rotated, and decays where there are slots. Rows
 are in an order that makes the table useful wherever it is stopped, and a row that
 benchmarks/recall.json has is not run again; --folder has the runs, which go on if they are stopped.
 It prints Markdown tables and draws docs/figures/recall.svg from the file.
@@ -176,6 +177,7 @@ class Compared(NamedTuple):
     entries: int
     accuracy: dict[str, float]
     seeds: dict[str, int]
+    state_bytes: dict[str, int]
 
 
 def compare(found: dict[str, dict]) -> list[Compared]:
@@ -200,6 +202,7 @@ def compare(found: dict[str, dict]) -> list[Compared]:
                         if each
                     },
                     {kind: len(each) for kind, each in best.items() if each},
+                    {row["kind"]: row["state_bytes"] for row in same},
                 )
             )
     return compared
@@ -211,7 +214,9 @@ def show(found: dict[str, dict]) -> None:
     print("| --- " * (len(KINDS) + 3) + "|")
     for row in compare(found):
         cells = [
-            f"{row.accuracy[kind]:.1%} ({row.seeds[kind]})" if kind in row.accuracy else ""
+            f"{row.accuracy[kind]:.1%} ({row.seeds[kind]}), {row.state_bytes[kind] / 1000:.0f} kB"
+            if kind in row.accuracy
+            else ""
             for kind in KINDS
         ]
         print(f"| {row.tokens} | {row.pairs} | {row.entries} | {' | '.join(cells)} |")
