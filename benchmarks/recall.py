@@ -51,7 +51,6 @@ class Row:
         slots, window: of every layer; null is full attention.
         tokens, pairs: of an example.
         rate, seed, steps: of its training.
-        options: other keys of the configuration.
     """
 
     kind: str
@@ -62,7 +61,6 @@ class Row:
     rate: float = 1e-2
     seed: int = 0
     steps: int = 800
-    options: str = ""
 
     @property
     def entries(self) -> int | None:
@@ -72,8 +70,8 @@ class Row:
     @property
     def name(self) -> str:
         parts = [self.kind, f"S{self.entries}", f"T{self.tokens}", f"P{self.pairs}"]
-        parts += [f"lr{self.rate:g}", f"seed{self.seed}", f"steps{self.steps}", self.options]
-        return "-".join(filter(None, parts)).replace(" ", "").replace("=", "_").replace("/", "_")
+        parts += [f"lr{self.rate:g}", f"seed{self.seed}", f"steps{self.steps}"]
+        return "-".join(parts)
 
 
 def of_state(entries: int, tokens: int, pairs: int, **fields: float) -> list[Row]:
@@ -125,13 +123,13 @@ def train(row: Row, folder: Path) -> Path:
         "sample.max_new_tokens": "1",
     }
     arguments = [f"--{key}={value}" for key, value in values.items()]
-    if nha(["train", str(CONFIG), *arguments, *row.options.split()]):
+    if nha(["train", str(CONFIG), *arguments]):
         sys.exit(1)
     return run
 
 
 def measure(row: Row, folder: Path) -> dict[str, object]:
-    """Trains a row's model and measures it."""
+    """Trains a row's model and measures it; seconds are of the last start, if it was stopped."""
     began, seconds = time.time(), time.process_time()
     model = load_model(train(row, folder)).with_implementation(None)
     task = Mqar(row.pairs, VOCABULARY)
@@ -182,7 +180,7 @@ class Compared(NamedTuple):
 
 def compare(found: dict[str, dict]) -> list[Compared]:
     """Groups the rows by task and by entries a head; full attention is beside all of a task."""
-    kept = [row for row in found.values() if not row["options"]]
+    kept = list(found.values())
     compared = []
     for tokens, pairs in sorted({(row["tokens"], row["pairs"]) for row in kept}):
         here = [row for row in kept if (row["tokens"], row["pairs"]) == (tokens, pairs)]
@@ -224,8 +222,10 @@ def show(found: dict[str, dict]) -> None:
 
 def draw(found: dict[str, dict]) -> None:
     """Draws the comparisons as bars."""
+    from matplotlib import rcParams
     from matplotlib.figure import Figure
 
+    rcParams["svg.hashsalt"] = "recall"  # the same file each time
     rows = compare(found)
     figure = Figure(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot(ylabel="queries answered right", ylim=(0, 1))
@@ -239,6 +239,7 @@ def draw(found: dict[str, dict]) -> None:
 
 
 def best_by_seed(rows: list[dict]) -> dict[int, float]:
+    """Gives the accuracy of each seed's best learning rate."""
     best: dict[int, float] = {}
     for row in rows:
         best[row["seed"]] = max(best.get(row["seed"], 0), row["accuracy"])

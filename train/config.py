@@ -134,9 +134,9 @@ class MeshConfig:
         fsdp: devices that divide the parameters of one copy, and its part of the batch
         tensor: devices that divide the heads, the SwiGLU and the vocabulary
         context: devices that divide the tokens of every sequence, and the parameters
-        slices: slices of the machine, whose devices reach those of others over the data center's
-            network only; data divides them, so it must be a multiple, and all other axes lie within
-            one. Null for as many as the devices say. CPUs, which say nothing, are divided in order
+        slices: slices of TPUs, whose devices reach those of other slices over the data center's
+            network only: data must be a multiple of them, and all other axes lie within one. Null
+            for as many as the devices say; CPUs, which say nothing, are divided in order
     """
 
     data: int = -1

@@ -121,12 +121,13 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
 
 def _measure_recall(folder: Path, picture: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Prints how often a model recalls, draws it, and returns the numbers."""
-    lengths = _read_numbers(options.lengths or "64,128,256,512", "--lengths", even=True)
+    given = options.lengths or "64,128,256,512"
+    lengths = _read_numbers(given, "--lengths", even=True)
     pairs = _read_numbers(options.loads or "4,8,16,32,64", "--loads")
     if all(4 * number > length for length in lengths for number in pairs):
         raise ConfigError(
-            f"--lengths = {options.lengths!r}: expected one of at least {4 * min(pairs)}, 4 tokens "
-            "for each pair of --loads"
+            f"--lengths = {given!r}: expected one of at least {4 * min(pairs)}, 4 tokens for each "
+            "pair of --loads"
         )
     from train.text.grid import as_table, draw
     from train.text.loading import load_tokenizer_of

@@ -1,5 +1,6 @@
 """Token streams cut into sequences, and batches of them as a pure function of the step."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -148,11 +149,14 @@ class Sequences:
 
         A source with fewer sequences than its share gives all of them.
         """
+        return list(zip(self._alone, _shares(self, count), strict=True))
+
+    @functools.cached_property
+    def _alone(self) -> list["Sequences"]:
         sources = self._split.sources
         if len(sources) == 1:
-            return [(self, min(count, len(self)))]
-        alone = [Sequences(Split((source,)), self._length) for source in sources]
-        return list(zip(alone, _shares(self, count), strict=True))
+            return [self]
+        return [Sequences(Split((source,)), self._length) for source in sources]
 
 
 class _BatchSource:

@@ -86,7 +86,7 @@ class Questions:
     noise: Sequence[str] = NOISE
     twice: bool = False
 
-    answers = 1  # of an example
+    num_answers = 1  # of an example
 
     def __post_init__(self) -> None:
         kind = self.kind

@@ -47,11 +47,11 @@ class Task(Protocol):
     """What examples are drawn of.
 
     Attributes:
-        answers: how many an example has.
+        num_answers: how many answers an example asks for.
     """
 
     @property
-    def answers(self) -> int: ...
+    def num_answers(self) -> int: ...
 
     def draw(self, length: int, *seed: int) -> Example:
         """Draws the example of `length` tokens that the seed names."""
@@ -109,7 +109,7 @@ class Mqar:
             raise ConfigError(f"{text!r}: {error}") from None
 
     @property
-    def answers(self) -> int:
+    def num_answers(self) -> int:
         return self.pairs
 
     def check_length(self, length: int) -> None:
@@ -164,7 +164,7 @@ class DrawnExamples:
 
     @property
     def num_targets(self) -> int:
-        return self.count * self.task.answers
+        return self.count * self.task.num_answers
 
     @property
     def target_bytes(self) -> int:

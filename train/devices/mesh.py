@@ -152,8 +152,11 @@ def _slices(config: TrainConfig, data: int, devices: Sequence[Any]) -> list[list
 
 
 def _slice_of(device: Any) -> int:
-    """Returns the number of a device's slice; 0 where there are none."""
-    number = getattr(device, "slice_index", None)
+    """Returns the number of a device's slice; 0 where there are none.
+
+    GPUs number the hosts that NVLink does not join so, over which every axis may go.
+    """
+    number = None if device.platform == "gpu" else getattr(device, "slice_index", None)
     return 0 if number is None else number
 
 

@@ -64,6 +64,14 @@ def test_only_the_data_axis_goes_over_slices(sizes: dict[str, int], order: tuple
     assert (found == np.arange(4).repeat(per_slice)[:, None, None, None]).all()
 
 
+def test_gpus_of_several_hosts_are_one_slice() -> None:
+    config = make_config("from-scratch", {"data": 1, "fsdp": 8})
+    gpus = [dataclasses.replace(chip, platform="gpu") for chip in chips(0, 1, 2, 3)]
+    mesh = make_mesh(config, gpus)
+    assert num_slices(config, mesh) == 1
+    assert set(mesh.devices.flat) == set(gpus)
+
+
 @pytest.mark.parametrize(
     ("sizes", "devices", "line"),
     [

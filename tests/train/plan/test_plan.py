@@ -73,6 +73,8 @@ def test_every_file_has_its_baselines() -> None:
 MISTAKES = [
     (["--topology=v9:2x2"], ["--topology v9:2x2", "v5e, v5p, v6e, tpu7x", "cuda:8xH200"]),
     (["--topology=v5p:4"], ["--topology v5p:4", "shape"]),
+    (["--topology=2*cuda:8xH200"], ["only TPUs have slices; expected cuda:8xH200"]),
+    (["--topology=0*v5e:2x2"], ["--topology 0*v5e:2x2", "v5e, v5p, v6e, tpu7x"]),
     (["--topology=cuda:8xA1"], ["--topology cuda:8xA1", "A100, H100, H200, B200"]),
     (["--topology=v5e:2x2", "--mfu=40"], ["--mfu 40", "at most 1"]),
     (["--topology=v5e:2x2", "--steps=0"], ["steps = 0", "at least 1"]),

@@ -61,6 +61,7 @@ def test_the_command_prints_writes_and_draws(
             ["--lengths=4", "--loads=2,3"],
             "--lengths = '4': expected one of at least 8, 4 tokens",
         ),
+        (["--loads=200"], "--lengths = '64,128,256,512': expected one of at least 800"),
         (["--lengths=7"], "--lengths = '7': expected even numbers, e.g. 64,128"),
         (["--loads=0"], "--loads = '0': expected numbers, e.g. 64,128"),
         (["--windows=1,2"], "window_size"),
