@@ -10,6 +10,9 @@ EXTRAS = {
     "zstandard": "data",
     "jinja2": "chat",
     "lm_eval": "eval",
+    "fsspec": "cloud",
+    "gcsfs": "cloud",
+    "s3fs": "cloud",
     "libtpu": "tpu",
 }
 """Which extra of nha_jax brings a package."""

@@ -3,10 +3,12 @@
 import dataclasses
 import os
 import stat
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nha_jax.storage.stores import SCHEMES, Store, is_in_store, local_copy, scheme_of
 from train.errors import ConfigError
 
 MAX_NAME_BYTES, MAX_PATH_BYTES = 255, 4095
@@ -34,6 +36,15 @@ def user_path(text: str | Path, name: str) -> Path:
     if isinstance(text, Path):
         return text
     shown = f"{name} = {shorten(text)}"
+    match scheme_of(text):
+        case None:
+            pass
+        case "file":
+            return user_path(_path_of_url(text, shown), name)
+        case scheme if scheme in SCHEMES:
+            raise ConfigError(f"{shown}: in an object store; expected a path on a disk")
+        case scheme:
+            raise ConfigError(_unknown(shown, scheme))
     if not text:
         raise ConfigError(f"{shown}: the path is empty (is a variable not set?); expected a path")
     if "\0" in text:
@@ -53,6 +64,49 @@ def user_path(text: str | Path, name: str) -> Path:
     if text.startswith("~") and expanded == text and not os.path.lexists(user):
         raise ConfigError(f"{shown}: {user} is no user's home; ./{user} is a file of that name")
     return Path(expanded)
+
+
+def user_location(text: str | Path, name: str) -> Path | Store:
+    """Does what `user_path` does, and takes a place in an object store as well.
+
+    Raises:
+        ConfigError: like `user_path`; or no bucket is named, or the package that serves the store
+            is not installed.
+    """
+    if not is_in_store(text):
+        return user_path(text, name)
+    try:
+        return Store(str(text))
+    except (ValueError, ImportError) as error:
+        raise ConfigError(f"{name} = {shorten(str(text))}: {error}") from None
+
+
+def input_path(text: str | Path, name: str, keep: Callable[[str], bool] = lambda _: True) -> Path:
+    """Does what `user_location` does for what is read: what is in a store is downloaded first.
+
+    Args:
+        text, name: like `user_path`.
+        keep: says of each name below a folder in a store whether it is wanted.
+
+    Raises:
+        ConfigError: like `user_location`.
+        StoreError: there is nothing, or it cannot be read.
+    """
+    location = user_location(text, name)
+    return location if isinstance(location, Path) else local_copy(location.url, keep)
+
+
+def _path_of_url(text: str, shown: str) -> str:
+    """The path of a URL file:///path; of another machine there is none."""
+    host, slash, rest = text.split("://", 1)[1].partition("/")
+    if host not in ("", "localhost") or not slash:
+        raise ConfigError(f"{shown}: expected file:///path, with three slashes")
+    return f"/{urllib.parse.unquote(rest)}"
+
+
+def _unknown(shown: str, scheme: str) -> str:
+    known = ", ".join(f"{known}://" for known in ("file", *SCHEMES))
+    return f"{shown}: nothing here serves {scheme}://; expected a path, {known}"
 
 
 def check_ends(path: Path, name: str) -> None:
