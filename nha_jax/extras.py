@@ -10,7 +10,6 @@ EXTRAS = {
     "zstandard": "data",
     "jinja2": "chat",
     "lm_eval": "eval",
-    "fsspec": "cloud",
     "gcsfs": "cloud",
     "s3fs": "cloud",
     "libtpu": "tpu",

@@ -29,14 +29,17 @@ class DataConfig:
         sequence_length: tokens of a sequence, which is what the model sees at once
         held_out_fraction: share of the text files that are kept for evaluation and never trained
             on; of no effect on a prepared folder, whose documents were divided when it was made
+        cache_gib: how much of prepared folders in object stores may stay on the disk, in GiB
     """
 
     corpus: str | dict[str, float]
     sequence_length: int
     held_out_fraction: float = 0.05
     mixture_schedule: dict[int, dict[str, float]] | None = None
+    cache_gib: float = 16.0
 
     def __post_init__(self) -> None:
+        require(0 < self.cache_gib < math.inf, "cache_gib", self.cache_gib, "a number above 0")
         require(bool(self.corpus), "corpus", self.corpus, "a folder, a glob or stdlib")
         if isinstance(self.corpus, dict):
             good = all(weight > 0 for weight in self.corpus.values())

@@ -10,6 +10,7 @@ import traceback
 from typing import IO
 
 from nha_jax.extras import describe_missing
+from nha_jax.storage.stores import StoreError
 from train.errors import UserError, cut, describe_os_error, one_line
 
 FAILED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
@@ -62,6 +63,8 @@ def word_background_errors() -> None:
 def _describe(error: BaseException, command: str | None) -> tuple[str, int]:
     if isinstance(error, UserError):
         return str(error), error.exit_code
+    if isinstance(error, StoreError):
+        return str(error), WRONG_INPUT if error.wrong_input else FAILED
     if isinstance(error, BrokenPipeError) and any(map(_reader_is_gone, (sys.stdout, sys.stderr))):
         return "", READER_GONE
     if isinstance(error, OSError):

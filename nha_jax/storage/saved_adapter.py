@@ -17,6 +17,7 @@ from nha_jax.model import Model
 from nha_jax.sizes import Shapes, abstract_parameters, by_name
 from nha_jax.storage.json_objects import DamagedFileError, parse_object
 from nha_jax.storage.saved_model import replacing_folder
+from nha_jax.storage.stores import local_input, local_output
 from nha_jax.storage.weights import (
     ArraySource,
     SafetensorsSource,
@@ -59,7 +60,7 @@ def save_adapter(
     dtypes that these have.
 
     Args:
-        path: the folder to create; its parents are created too.
+        path: the folder to create; its parents are created too. It may be in an object store.
         model: a model with an adapter, as `add_adapter` makes it.
         whole: names of parameters that were trained whole beside it, and are saved with it.
         overwrite: replace an adapter that is there already.
@@ -68,7 +69,7 @@ def save_adapter(
         ValueError: the model has no adapter, or no parameter of a name in `whole`.
         FileExistsError: `path` exists and overwrite is False, or it is not a saved adapter.
     """
-    path, adapter = Path(path), adapter_of(model)
+    adapter = adapter_of(model)
     if adapter is None:
         raise ValueError("model has no adapter to save; add_adapter(model, ...) makes one")
     arrays = by_name(nnx.state(model))
@@ -77,12 +78,14 @@ def save_adapter(
     unknown = [name for name in names if name not in arrays]
     if unknown:
         raise ValueError(f"whole={unknown[0]!r} is no parameter of the model")
-    check_holds_only(path, {ADAPTER_FILE, FACTORS_FILE}, "save_adapter", overwrite=overwrite)
     source = ArraySource("the adapter", {name: arrays[name] for name in names})
     fields = dataclasses.asdict(adapter) | {"whole": whole, "model": model.config.to_dict()}
-    with replacing_folder(path, weight_bytes(source.shapes)) as new:
-        (new / ADAPTER_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-        write_weights(new / FACTORS_FILE, source)
+    with local_output(path, ADAPTER_FILE, overwrite=overwrite) as folder:
+        own = {ADAPTER_FILE, FACTORS_FILE}
+        check_holds_only(folder, own, "save_adapter", overwrite=overwrite)
+        with replacing_folder(folder, weight_bytes(source.shapes)) as new:
+            (new / ADAPTER_FILE).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+            write_weights(new / FACTORS_FILE, source)
 
 
 def load_adapter(path: str | os.PathLike[str], model: Model) -> Model:
@@ -123,7 +126,7 @@ def open_adapter(path: str | os.PathLike[str]) -> SavedAdapter:
         FileNotFoundError: `path` lacks one of the files.
         ValueError: a file is damaged, or says what no adapter can be.
     """
-    path = Path(path)
+    path = local_input(path)
     for name in (ADAPTER_FILE, FACTORS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved adapter: it has no {name}")

@@ -13,6 +13,7 @@ from nha_jax.config import ModelConfig
 from nha_jax.model import Model
 from nha_jax.storage.folder import CONFIG_FILE, EXTRA_FILES, WEIGHTS_FILE
 from nha_jax.storage.json_objects import parse_object
+from nha_jax.storage.stores import local_input, local_output
 from nha_jax.storage.weights import (
     ModelSource,
     SafetensorsSource,
@@ -38,7 +39,8 @@ def save(
     leading axis is the layer.
 
     Args:
-        path: the folder to create; its parents are created too.
+        path: the folder to create; its parents are created too. It may be in an object store, such
+            as "gs://bucket/model", where config.json comes last.
         model: the model; its parameters are written in its config's param_dtype, and an adapter as
             a part of its kernels (`save_adapter` writes it alone).
         overwrite: replace a saved model that is there already.
@@ -73,12 +75,23 @@ def write_folder(
         ValueError, FileExistsError: as for `save`.
         OSError: there is too little room on the disk; nothing was written.
     """
-    path = Path(path)
     if set(files) - set(EXTRA_FILES):
         raise ValueError(f"files={sorted(files)} must be of {', '.join(EXTRA_FILES)}")
-    check_replaceable(path, overwrite=overwrite)
     needed = weight_bytes(source.shapes) + sum(map(len, files.values()))
-    with replacing_folder(path, needed) as new:
+    with local_output(path, CONFIG_FILE, overwrite=overwrite) as folder:
+        check_replaceable(folder, overwrite=overwrite)
+        _write(folder, config, source, files, needed, on_written)
+
+
+def _write(
+    folder: Path,
+    config: ModelConfig,
+    source: WeightSource,
+    files: Mapping[str, bytes],
+    needed: int,
+    on_written: Callable[[int], object],
+) -> None:
+    with replacing_folder(folder, needed) as new:
         text = json.dumps(config.to_dict(), indent=2) + "\n"
         (new / CONFIG_FILE).write_text(text, encoding="utf-8")
         write_weights(new / WEIGHTS_FILE, source, on_written)
@@ -139,13 +152,15 @@ def load(path: str | os.PathLike[str], *, shardings: Shardings | None = None) ->
     """Loads the model that `save` wrote to `path`.
 
     Args:
-        path: the folder.
+        path: the folder; of one in an object store a copy is made first, which lives as long as the
+            process.
         shardings: takes the abstract nnx state of the model and returns the same tree with a
             `jax.sharding.Sharding` in place of each variable; each device then reads its own part.
             None: everything goes to the default device.
 
     Raises:
         FileNotFoundError: `path` lacks config.json or model.safetensors.
+        nha_jax.storage.stores.StoreError: a store stays away, or does not let us read.
         ValueError: a file is damaged, the config is not valid, or tensors are missing, unknown, or
             of another shape or dtype than the config says; one line names all of them.
     """
@@ -160,7 +175,7 @@ def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSo
         FileNotFoundError: `path` lacks config.json or model.safetensors.
         ValueError: a file is damaged, or the config is not valid.
     """
-    path = Path(path)
+    path = local_input(path)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")

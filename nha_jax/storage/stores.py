@@ -7,7 +7,9 @@ connection, "too many requests", a server's own error) is tried again, with wait
 """
 
 import atexit
+import contextlib
 import functools
+import logging
 import os
 import random
 import re
@@ -15,7 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -120,9 +122,12 @@ class Store:
         except NotInStoreError:
             return {}
         start = len(self._root) + 1
-        sizes = {path[start:]: int(info["size"] or 0) for path, info in found.items()}
         # A store's web page makes an empty object, with a slash at its end, for a folder.
-        return {name: sizes[name] for name in sorted(sizes) if name and not name.endswith("/")}
+        return {
+            path[start:]: int(info["size"])
+            for path, info in sorted(found.items())
+            if info["type"] == "file" and path[start:] and not path.endswith("/")
+        }
 
     def digests(self, below: str) -> dict[str, str]:
         """Lists objects as `files` does: by name, the store's own checksum of the content.
@@ -135,12 +140,20 @@ class Store:
         return {
             path[start:]: f"{info['size']} {_checksum(info)}"
             for path, info in sorted(found.items())
+            if info["type"] == "file"
         }
 
     def move(self, old: str, new: str) -> None:
-        """Gives another name to what is below a folder, object by object, in the store itself."""
-        source, target = self._path(old), self._path(new)
-        self._try("move", old, lambda fs: fs.mv(source, target, recursive=True))
+        """Gives another name to a folder: each object is copied in the store, and then removed."""
+        names = list(self.files(old))
+
+        def copy(name: str) -> None:
+            there = self._path(new + name.removeprefix(old))
+            self._try("copy", name, lambda fs: fs.cp_file(self._path(name), there))
+
+        with ThreadPoolExecutor(_THREADS, "move") as pool:
+            list(pool.map(copy, names))
+        self.remove(names)
 
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
         """Reads an object, or its bytes `start` to `stop`; NotInStoreError if there is none."""
@@ -262,6 +275,59 @@ def local_copy(url: str, keep: Callable[[str], bool] = lambda name: True) -> Pat
     return target
 
 
+def local_input(
+    path: str | os.PathLike[str], keep: Callable[[str], bool] = lambda name: True
+) -> Path:
+    """Gives a folder or a file of the disk: of a place in a store its `local_copy`."""
+    return local_copy(str(path), keep) if is_in_store(path) else Path(path)
+
+
+def check_output(url: str, last: str, *, overwrite: bool) -> None:
+    """Raises FileExistsError unless a folder in a store is empty, or may be replaced.
+
+    Args:
+        url: the folder.
+        last: the name of a file that each folder of this kind has.
+        overwrite: whether a folder of this kind may be replaced.
+    """
+    files = Store(url).files()
+    if files and not overwrite:
+        raise FileExistsError(f"{url} exists; choose another folder or pass overwrite=True")
+    if files and last not in files:
+        raise FileExistsError(f"{url} has no {last}, and is left as it is; choose another folder")
+
+
+@contextlib.contextmanager
+def local_output(
+    path: str | os.PathLike[str], last: str, *, overwrite: bool = False
+) -> Iterator[Path]:
+    """Yields where on the disk to write a folder; one in a store is uploaded when the block ends.
+
+    Args:
+        path: the folder, on the disk or in a store.
+        last: the name of the file that is uploaded when all others are there.
+        overwrite: as for `check_output`.
+
+    Raises:
+        FileExistsError: see `check_output`; of a folder on the disk nothing is checked here.
+        StoreError: the store cannot be written to.
+    """
+    if not is_in_store(path):
+        yield Path(path)
+        return
+    store = Store(str(path))
+    check_output(store.url, last, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix="nha-") as temporary:
+        folder = Path(temporary) / store.name
+        yield folder
+        files = [(file, file.relative_to(folder).as_posix()) for file in folder.rglob("*")]
+        files = [(file, name) for file, name in files if file.is_file()]
+        store.upload(pair for pair in files if pair[1] != last)
+        store.upload(pair for pair in files if pair[1] == last)
+        written = {name for _, name in files}
+        store.remove(name for name in store.files() if name not in written)
+
+
 @functools.cache
 def _temporary_folder() -> str:
     folder = tempfile.mkdtemp(prefix="nha-")
@@ -273,6 +339,8 @@ def _temporary_folder() -> str:
 def _file_system(scheme: str) -> Any:
     import fsspec
 
+    # It logs each error with a traceback; what comes of it is raised.
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     # What another process has written must be seen at once.
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
@@ -288,6 +356,8 @@ def _patience() -> float:
 def _may_pass(error: Exception) -> bool:
     """Whether an error may be gone after a while; what says that the request is wrong is not."""
     if isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS:
+        return False
+    if str(error).startswith("Forbidden"):  # an OSError of gcsfs, without a code
         return False
     code = _status(error)
     if code is not None:

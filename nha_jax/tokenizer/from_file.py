@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 
 from nha_jax.extras import import_extra
 from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE
+from nha_jax.storage.stores import local_input
 from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
 from nha_jax.tokenizer.files import (
     TOKENIZER_CONFIG_FILE,
@@ -198,7 +199,8 @@ def load_tokenizer(
     """Loads the tokenizer whose files lie in a folder, or that of bytes if there are none.
 
     Args:
-        folder: of a run, a saved model, prepared tokens, or a model of Hugging Face.
+        folder: of a run, a saved model, prepared tokens, or a model of Hugging Face; it may be in
+            an object store.
         end_token: name of the token after each document; None: the folder's eos_token, or else the
             first number of its eos_token_id.
         option: what error messages call `end_token`.
@@ -209,7 +211,7 @@ def load_tokenizer(
         ImportError: the package tokenizers is not installed.
         OSError: the folder, or tokenizer.json beside the others, is missing or cannot be read.
     """
-    folder = Path(folder)
+    folder = local_input(folder, lambda name: not name.endswith(WEIGHTS_FILE))
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a run or a saved model")
     found = [name for name in TOKENIZER_FILES if (folder / name).exists()]

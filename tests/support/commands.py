@@ -72,6 +72,22 @@ NOT_RUN = {
     "it installs packages": (
         "uv sync --extra data && source .venv/bin/activate",
         "uv sync --extra eval && source .venv/bin/activate",
+        'pip install "nha_jax[cloud]"',
+    ),
+    "it needs a bucket of one's own": (
+        "nha data prepare gs://bucket/data/web 's3://other/web/*.jsonl.zst' "
+        "--tokenizer tokenizer.json",
+        "nha train configs/nha-340m.yaml --run gs://bucket/runs/340m "
+        "--data.corpus gs://bucket/data/web",
+        "nha generate gs://bucket/runs/340m --prompt 'Once upon a time'",
+        "nha train configs/nha-340m.yaml --run gs://bucket/runs/next "
+        "--initial_model gs://bucket/runs/340m",
+    ),
+    "it needs servers of object stores, which are no part of the default environment": (
+        "uv run --isolated --group stores pytest -m slow tests/nha_jax/storage/test_stores.py "
+        "tests/train/storage/test_lease.py tests/train/loop/test_run_in_store.py "
+        "tests/train/data/test_store_files.py tests/train/data/test_prepare_in_store.py "
+        "tests/train/commands/test_import.py",
     ),
     "it needs lm-eval, which is no part of the default environment": (
         "nha eval runs/quickstart --tasks lambada_openai,arc_easy",

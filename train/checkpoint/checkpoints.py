@@ -15,15 +15,18 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import jax
+from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from train.checkpoint.checksums import find_damage, has_checksums, write_checksums
+from nha_jax.storage.stores import Store
 from train.config import CheckpointConfig
 from train.devices import processes
 from train.errors import CheckpointError, ConfigError, describe_differences
 from train.step.update import TrainState
 from train.storage.atomic import write_atomically
+from train.storage.checksums import find_damage, has_checksums, write_checksums
+from train.storage.run_in_store import COMMIT_FILE
 
 _METRIC = "held_out_loss"
 
@@ -53,21 +56,26 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | epath.Path,
         config: CheckpointConfig,
         files: Mapping[str, str] = MappingProxyType({}),
+        before_save: Callable[[], None] = lambda: None,
+        on_saved: Callable[[int], None] = lambda step: None,
     ):
         """Opens the folder, or makes it.
 
         Args:
-            folder: the folder of this run's checkpoints.
+            folder: the folder of this run's checkpoints; in a store Orbax serves `gs://`.
             config: when to save, and how many checkpoints to keep.
             files: name and content of small files to put into each checkpoint.
+            before_save: called in the first process before each save; what it raises prevents it.
+            on_saved: called there, in the background, with the step of each finished checkpoint.
         """
         policies = ocp.training.save_decision_policies
         logging.getLogger("absl").addFilter(_raises_nothing)
         self._folder = folder
         self._files = files
+        self._before_save, self._on_saved = before_save, on_saved
         self._checkpointer = ocp.training.Checkpointer(
             folder,
             save_decision_policy=policies.FixedIntervalPolicy(config.every),
@@ -124,6 +132,7 @@ class Checkpoints:
         self.wait()
         if self.latest_step == progress.step:
             return
+        processes.on_first(self._before_save)
         measured = held_out is not None and math.isfinite(held_out)
         with self._one_line_errors():
             response = self._checkpointer.save_checkpointables_async(
@@ -212,8 +221,12 @@ class Checkpoints:
         if processes.is_first():
             saved = self._folder / str(step)
             for name, content in self._files.items():
-                write_atomically(saved / name, content)
+                if isinstance(saved, Path):
+                    write_atomically(saved / name, content)
+                else:
+                    Store(str(saved)).write(name, content.encode())
             write_checksums(saved)
+            self._on_saved(step)
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         for step, damage in damaged.items():
@@ -221,7 +234,10 @@ class Checkpoints:
             copies = itertools.count(2)
             while new.exists():
                 new = self._folder / f"damaged-{step}-{next(copies)}"
-            (self._folder / str(step)).rename(new)
+            if isinstance(self._folder, Path):
+                (self._folder / str(step)).rename(new)
+            else:
+                Store(str(self._folder)).move(str(step), new.name)
             print(f"nha: {damage}; set aside as {new.name}", file=sys.stderr)
 
     @contextlib.contextmanager
@@ -307,7 +323,7 @@ def _preservation_policy(config: CheckpointConfig) -> Any:
 
 
 def _newest_undamaged(
-    folder: Path, load: Callable[[int], dict[str, Any]]
+    folder: Path | epath.Path, load: Callable[[int], dict[str, Any]]
 ) -> tuple[dict[str, Any] | None, dict[int, str]]:
     """Loads the newest step that is not damaged.
 
@@ -331,10 +347,22 @@ def _newest_undamaged(
     return None, {}
 
 
-def _stored_steps(folder: Path) -> list[int]:
+def _stored_steps(folder: Path | epath.Path) -> list[int]:
     """Lists the steps, newest first; by their names, as Orbax skips one without its metadata."""
-    names = processes.on_first(lambda: [path.name for path in folder.iterdir()])
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+    def names() -> list[str]:
+        if not folder.is_dir():  # in a store, before the first checkpoint
+            return []
+        return [path.name for path in folder.iterdir() if _is_whole(path)]
+
+    return sorted(
+        (int(name) for name in processes.on_first(names) if name.isdecimal()), reverse=True
+    )
+
+
+def _is_whole(path: Path | epath.Path) -> bool:
+    """Whether a checkpoint has been finished; in a store no other name tells it from one begun."""
+    return isinstance(path, Path) or (path / COMMIT_FILE).exists()
 
 
 def _try_to_load(

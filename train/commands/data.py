@@ -4,11 +4,12 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.data.questions import Questions, describe_kinds
 from train.errors import ConfigError
-from train.paths import user_path
+from train.paths import user_location, user_path
 
 if TYPE_CHECKING:
     from train.data.prepared_folder import PreparedFolder
@@ -28,6 +29,7 @@ INPUT is a file, a folder or a glob (** goes through all folders below); there m
 With --chat a record is a dialogue, and with --prompt-field and --completion-field a prompt and what
 follows it: both are read of JSON lines and tables, and only answers are learned.
 Text, JSON lines and archives may be packed as .gz or .zst. Empty documents and files are left out.
+OUT and INPUT may be in object stores, gs://bucket/name or s3://bucket/name.
 A packed file, a table or an archive that is cut stops the command, whatever the options.
 
 Each document is followed by the end token, and preceded by what the tokenizer puts before a text,
@@ -191,6 +193,7 @@ def _write_questions(options: argparse.Namespace) -> int:
 
 def _prepare(options: argparse.Namespace) -> int:
     from train.data.prepare.folder import prepare
+    from train.data.prepare.in_store import prepare_in_store
     from train.data.prepare.options import PrepareOptions
     from train.data.prepared_folder import PreparedFolder
 
@@ -199,8 +202,12 @@ def _prepare(options: argparse.Namespace) -> int:
         chosen = PrepareOptions(**{name: getattr(options, name) for name in fields})
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    prepare(chosen)
-    print(_summary(options.out, PreparedFolder.open(user_path(options.out, "OUT"))))
+    location = user_location(options.out, "OUT")
+    if isinstance(location, Path):
+        prepare(chosen)
+    else:
+        prepare_in_store(chosen, location)
+    print(_summary(options.out, PreparedFolder.open(location)))
     return 0
 
 

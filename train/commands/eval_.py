@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from train.data.questions import NOISE, QUESTION_KINDS, QuestionKind, describe_kinds
 from train.errors import ConfigError
 from train.paths import user_path
+from train.storage.run_in_store import local_run, results_folder
 
 if TYPE_CHECKING:
     from nha_jax import Model
@@ -91,10 +92,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()]
     if not tasks:
         raise ConfigError(f"--tasks = {options.tasks!r}: expected names of tasks")
-    folder = user_path(options.folder, "RUN")
+    folder = local_run(options.folder, "RUN")
     if not folder.is_dir():
         raise ConfigError(f"{options.folder}: no such folder; expected a run or a saved model")
-    output = user_path(options.output, "--output") if options.output else folder / "eval.json"
+    results = results_folder(options.folder, folder)
+    output = user_path(options.output, "--output") if options.output else results / "eval.json"
     if not output.parent.is_dir():
         raise ConfigError(f"--output = {options.output!r}: there is no folder {output.parent}")
 
@@ -103,7 +105,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         name: functools.partial(_measure_answers, kind) for name, kind in QUESTION_KINDS.items()
     }
     others = [name for name in tasks if name not in made_here]
-    numbers: dict[str, Any] = {"model": str(folder)}
+    numbers: dict[str, Any] = {"model": options.folder}
     # The harness says first what it does not know, before anything is measured.
     measure = _harness(others, folder, options) if others else None
     for name in dict.fromkeys(tasks):

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.errors import ConfigError, refusals_are_config_errors
-from train.paths import user_path
+from train.paths import user_location
+from train.storage.run_in_store import local_run
 
 if TYPE_CHECKING:
     from nha_jax import ModelConfig
@@ -72,19 +73,28 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf.export import check_exportable, plan_export, write_export
     from nha_jax.storage.folder import extra_files_of
+    from nha_jax.storage.stores import local_output
     from nha_jax.storage.weights import weight_bytes
     from train.report.bytes_bar import bytes_bar
     from train.windows import read_windows
 
     shard_bytes = _read_size(options.shard_size)
     windows = None if options.windows is None else read_windows(options.windows, "--windows")
-    out = user_path(options.out, "HF_DIR")
-    named = user_path(options.run, "RUN")
-    if out.exists() and not options.overwrite:
-        raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
-    if options.format == "peft":
-        return _export_adapter(named, out, options)
-    with refusals_are_config_errors():
+    location = user_location(options.out, "HF_DIR")
+    named = local_run(options.run, "RUN")
+    if isinstance(location, Path) and location.exists() and not options.overwrite:
+        raise ConfigError(f"{location} exists; choose another folder or pass --overwrite")
+    adapter = options.format == "peft"
+    last = "adapter_config.json" if adapter else "config.json"
+    name = str(location)
+    with (
+        refusals_are_config_errors(),
+        local_output(name, last, overwrite=options.overwrite) as out,
+    ):
+        if adapter:
+            _export_adapter(named, out, options)
+            print(f"wrote {name}")
+            return 0
         check_exportable(out, overwrite=options.overwrite)
         config, source = _open(named)
         if options.windows is not None:
@@ -103,11 +113,11 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
                 overwrite=options.overwrite,
                 on_written=bar.update,
             )
-    print(f"wrote {out}")
+    print(f"wrote {name}")
     return 0
 
 
-def _export_adapter(named: Path, out: Path, options: argparse.Namespace) -> int:
+def _export_adapter(named: Path, out: Path, options: argparse.Namespace) -> None:
     """Writes the adapter of a finished run, or one that was saved, for PEFT."""
     from nha_jax.hf.peft import save_peft
     from nha_jax.storage.saved_adapter import ADAPTER_FILE
@@ -121,10 +131,7 @@ def _export_adapter(named: Path, out: Path, options: argparse.Namespace) -> int:
             f"{named}: no adapter to export; expected a finished run with one, or what "
             "nha_jax.save_adapter wrote"
         )
-    with refusals_are_config_errors():
-        save_peft(out, folder, overwrite=options.overwrite)
-    print(f"wrote {out}")
-    return 0
+    save_peft(out, folder, overwrite=options.overwrite)
 
 
 def _open(path: Path) -> "tuple[ModelConfig, WeightSource]":

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError
-from train.paths import user_path
+from train.storage.run_in_store import local_run
 
 if TYPE_CHECKING:
     import numpy as np
@@ -144,7 +144,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from train.text.loading import load_model, load_tokenizer_of
     from train.windows import read_windows
 
-    options.folder = user_path(options.folder, "RUN")
+    options.folder = local_run(options.folder, "RUN")
     tokenizer = load_tokenizer_of(options.folder)
     template = ChatTemplate.of(options.folder) if options.chat else None
     read = [

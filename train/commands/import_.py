@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from train.errors import ConfigError, refusals_are_config_errors
-from train.paths import user_path
+from train.paths import input_path, user_location
 
 if TYPE_CHECKING:
     from nha_jax.hf import Pretrained
+    from nha_jax.storage.stores import Store
 
 _DESCRIPTION = """\
 Turns a pretrained model in the format of Hugging Face's transformers (Llama, Mistral, Qwen2, Qwen3,
@@ -66,18 +67,23 @@ def add_parser(commands: "argparse._SubParsersAction") -> None:
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     from nha_jax.hf import open_pretrained
+    from nha_jax.storage.folder import CONFIG_FILE
     from nha_jax.storage.saved_model import check_replaceable
+    from nha_jax.storage.stores import check_output
     from train.windows import read_windows
 
     windows: Any = "original"
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
-    out = user_path(options.run, "RUN")
-    source = user_path(options.source, "HF_DIR")
-    if out.exists() and not options.overwrite:
+    out = user_location(options.run, "RUN")
+    source = input_path(options.source, "HF_DIR")
+    if isinstance(out, Path) and out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
     with refusals_are_config_errors():
-        check_replaceable(out, overwrite=options.overwrite)
+        if isinstance(out, Path):
+            check_replaceable(out, overwrite=options.overwrite)
+        else:
+            check_output(out.url, CONFIG_FILE, overwrite=options.overwrite)
         pretrained = open_pretrained(
             source,
             num_slots=options.num_slots,
@@ -91,7 +97,7 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     return 0
 
 
-def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
+def _write(out: "Path | Store", pretrained: "Pretrained", *, overwrite: bool) -> None:
     """Writes all of the folder or nothing, and shows a bar if it takes a while."""
     from nha_jax.storage.saved_model import write_folder
     from nha_jax.storage.weights import weight_bytes
@@ -99,7 +105,7 @@ def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
 
     with bytes_bar(weight_bytes(pretrained.source.shapes)) as bar:
         write_folder(
-            out,
+            out if isinstance(out, Path) else out.url,
             pretrained.config,
             pretrained.source,
             files=pretrained.files,
@@ -108,7 +114,7 @@ def _write(out: Path, pretrained: "Pretrained", *, overwrite: bool) -> None:
         )
 
 
-def _next(pretrained: "Pretrained", out: Path) -> str:
+def _next(pretrained: "Pretrained", out: "Path | Store") -> str:
     if "tokenizer.json" in pretrained.files:
         return f"nha generate {out} --prompt 'Once upon a time'"
     return f"put the original's tokenizer.json into it, then nha generate {out}"

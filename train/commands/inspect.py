@@ -8,6 +8,7 @@ from typing import Any
 
 from train.errors import MACHINE_ERRORS, ConfigError, do_without
 from train.paths import MAX_NAME_BYTES, user_path
+from train.storage.run_in_store import local_run, results_folder
 
 _DESCRIPTION = """\
 Reads a text and shows the slot weight omega, which is the softmax's mass on the slots, by layer,
@@ -60,8 +61,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
             raise ConfigError(f"--{flag} = {value}: must be at least 1")
         if value >= 2**31:
             raise ConfigError(f"--{flag} = {value}: must be below 2**31")
-    named, text = user_path(options.run, "RUN"), user_path(options.text, "--text")
-    picture = _output_path(options, named, text)
+    named, text = local_run(options.run, "RUN"), user_path(options.text, "--text")
+    picture = _output_path(options, results_folder(options.run, named), text)
 
     from train.inspect.figure import draw
     from train.inspect.measure import format_table, inspect

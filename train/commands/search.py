@@ -110,8 +110,14 @@ class _OldNameOfSequences(argparse.Action):
 
 
 def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
+    from nha_jax.storage.stores import is_in_store
     from train.search.run import SearchOptions, run_search
+    from train.storage.run_in_store import local_run
 
+    named = options.run
+    options.run = str(local_run(named, "RUN"))
+    if options.output is None and is_in_store(named):
+        options.output = "search.json"
     fields = [field.name for field in dataclasses.fields(SearchOptions)]
     try:
         with explain_refusal():

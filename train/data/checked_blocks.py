@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 
+from nha_jax.storage.stores import Store
+from train.data.store_files import StoreFile
 from train.errors import DataError
 from train.storage.atomic import Replacement
 
@@ -71,6 +73,10 @@ class OpenFile:
         if hasattr(self, "_descriptor"):
             os.close(self._descriptor)
 
+    def refresh(self, start: int, stop: int) -> bool:
+        """Says that reading these bytes once more gives the same: they are no copy."""
+        return False
+
     def read(self, start: int, stop: int) -> bytes:
         """Returns bytes `start` to `stop`; raises DataError if the file ends before `stop`."""
         parts = []
@@ -94,7 +100,7 @@ class BlockReader:
         path: the file.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype, count: int):
+    def __init__(self, path: Path | Store, dtype: np.dtype, count: int):
         """Opens nothing yet; the file holds `count` numbers."""
         self.path = path
         self._dtype = dtype.newbyteorder("<")
@@ -102,12 +108,16 @@ class BlockReader:
         self._verified = bytearray(block_count(self._size))
 
     def read(
-        self, file: OpenFile, start: int, stop: int, checksums: Callable[[], np.ndarray]
+        self,
+        file: OpenFile | StoreFile,
+        start: int,
+        stop: int,
+        checksums: Callable[[], np.ndarray],
     ) -> np.ndarray:
         """Returns numbers `start` to `stop`, [stop - start].
 
         Args:
-            file: the file, open.
+            file: the file, open; of a copy that is damaged the original is fetched.
             start, stop: which of its numbers.
             checksums: gives the checksums of its blocks, if one is to be verified.
 
@@ -120,14 +130,27 @@ class BlockReader:
         if all(self._verified[block] for block in blocks):
             return np.frombuffer(file.read(first, last), self._dtype)
         offset = blocks.start * BLOCK_BYTES
-        content = file.read(offset, min(blocks.stop * BLOCK_BYTES, self._size))
-        expected = checksums()
+        end = min(blocks.stop * BLOCK_BYTES, self._size)
+        content, expected = file.read(offset, end), checksums()
+        damaged = _first_damaged(content, expected[blocks.start : blocks.stop])
+        if damaged is not None and file.refresh(offset, end):
+            content = file.read(offset, end)
+            damaged = _first_damaged(content, expected[blocks.start : blocks.stop])
+        if damaged is not None:
+            begin = offset + damaged * BLOCK_BYTES
+            raise DataError(
+                f"{self.path}: damaged: the checksum of bytes {begin} to "
+                f"{min(begin + BLOCK_BYTES, self._size)} is another"
+            )
         for block in blocks:
-            begin = block * BLOCK_BYTES - offset
-            if zlib.crc32(memoryview(content)[begin : begin + BLOCK_BYTES]) != expected[block]:
-                raise DataError(
-                    f"{self.path}: damaged: the checksum of bytes {offset + begin} to "
-                    f"{min(offset + begin + BLOCK_BYTES, self._size)} is another"
-                )
             self._verified[block] = 1
         return np.frombuffer(content, self._dtype)[start - offset // width : stop - offset // width]
+
+
+def _first_damaged(content: bytes, checksums: np.ndarray) -> int | None:
+    """Returns the first of the blocks of `content` whose checksum is another; None if none is."""
+    for block, expected in enumerate(checksums):
+        part = memoryview(content)[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
+        if zlib.crc32(part) != expected:
+            return block
+    return None

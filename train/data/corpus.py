@@ -11,14 +11,14 @@ from nha_jax.tokenizer.as_bytes import ByteTokenizer, join_documents
 from nha_jax.tokenizer.interface import Tokenizer
 from train.config import DataConfig
 from train.data.held_out import is_file_held_out
-from train.data.input_files import find_files, walk
+from train.data.input_files import exists_as_folder, find_files, walk
 from train.data.packed_files import naming, open_unpacked
 from train.data.prepare.raw_files import is_text
 from train.data.prepared_folder import PreparedFolder, is_prepared, is_unfinished
 from train.data.recall import Mqar, fingerprint, is_drawn, splits, tokenizer_of
 from train.data.token_source import Split, TokensInMemory
 from train.errors import ConfigError
-from train.paths import user_path
+from train.paths import user_location
 
 STDLIB = "stdlib"
 
@@ -70,18 +70,19 @@ def load_corpus(config: DataConfig) -> Corpus:
         ConfigError: the corpus is missing, empty, or too small to split.
         DataError: a file of a prepared folder is missing or damaged.
     """
+    cache_bytes = int(config.cache_gib * 2**30)
     if isinstance(config.corpus, dict):
-        return _load_mixture(config.corpus, config.mixture_schedule or {})
+        return _load_mixture(config.corpus, config.mixture_schedule or {}, cache_bytes)
     if is_drawn(config.corpus):
         return _drawn(config.corpus, config.sequence_length)
-    folder = user_path(config.corpus, "data.corpus")
-    if is_unfinished(folder):
+    folder = user_location(config.corpus, "data.corpus")
+    if isinstance(folder, Path) and is_unfinished(folder):
         raise ConfigError(
             f"data.corpus = {config.corpus!r}: `nha data prepare` has not finished there; "
             "run it again"
         )
     if is_prepared(folder):
-        return _from_prepared(repr(config.corpus), [PreparedFolder.open(folder)])
+        return _from_prepared(repr(config.corpus), [PreparedFolder.open(folder, cache_bytes)])
     return _load_text(config.corpus, config.held_out_fraction)
 
 
@@ -92,23 +93,26 @@ def _drawn(corpus: str, length: int) -> Corpus:
     return Corpus(corpus, training, held_out, tokenizer_of(task), fingerprint(task, length))
 
 
-def _load_mixture(weights: dict[str, float], schedule: dict[int, dict[str, float]]) -> Corpus:
+def _load_mixture(
+    weights: dict[str, float], schedule: dict[int, dict[str, float]], cache_bytes: int
+) -> Corpus:
     """Opens several prepared folders.
 
     Args:
         weights: a weight for each folder's path.
         schedule: the weights that training has from each of these steps on.
+        cache_bytes: see `PreparedFolder.open`.
     """
     folders: list[PreparedFolder] = []
     names = sorted(weights)  # so that the order in the configuration does not matter
     for name in names:
-        folder = user_path(name, f"data.corpus.{name}")
+        folder = user_location(name, f"data.corpus.{name}")
         if not is_prepared(folder):
             raise ConfigError(
                 f"data.corpus.{name}: expected a folder that `nha data prepare` wrote; mixtures "
                 "are of such folders only"
             )
-        prepared = PreparedFolder.open(folder)
+        prepared = PreparedFolder.open(folder, cache_bytes)
         if folders and prepared.tokenizer.name != folders[0].tokenizer.name:
             raise ConfigError(
                 f"data.corpus.{name}: its tokenizer is not that of {min(weights)}; prepare "
@@ -189,7 +193,7 @@ def _text_files(corpus: str) -> list[tuple[str, Path]]:
             if name.endswith(".py") and _STDLIB_EXCLUDED.isdisjoint(Path(name).parts)
         ]
     files = find_files(corpus, "data.corpus")
-    if not files and not user_path(corpus, "data.corpus").is_dir():
+    if not files and not exists_as_folder(corpus, "data.corpus"):
         raise ConfigError(
             f"data.corpus = {corpus!r}: no such folder, and no file matches it; expected a "
             f"prepared folder, a folder or glob of text files, or {STDLIB}"

@@ -2,17 +2,23 @@
 
 import glob
 import os
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from nha_jax.storage.stores import Store, is_in_store, local_copy
 from train.errors import ConfigError
-from train.paths import user_path
+from train.paths import user_location, user_path
+
+_WILD = frozenset("*?[")
 
 
 def find_files(text: str, name: str) -> list[tuple[str, Path]]:
     """Finds files, leaving out hidden files and folders inside a folder.
 
-    What exists is itself: in `[a]/*.txt`, `[a]` is the folder of that name if there is one.
+    Those in a store are downloaded, and live as long as the process. What exists is itself: in
+    `[a]/*.txt`, `[a]` is the folder of that name if there is one.
 
     Args:
         text: a folder, a file, or a glob (`**` goes through all folders below).
@@ -25,6 +31,8 @@ def find_files(text: str, name: str) -> list[tuple[str, Path]]:
     Raises:
         ConfigError: the text is no path, a folder cannot be read, or what was found is no file.
     """
+    if is_in_store(text):
+        return _find_in_store(text, name)
     path = user_path(text, name)
     if path.is_dir():
         return [(name, file) for name, file in walk(path) if _is_file(file)]
@@ -40,6 +48,38 @@ def find_files(text: str, name: str) -> list[tuple[str, Path]]:
         return []
     root = Path(os.path.commonpath([match.parent for match in matches]))
     return [(match.relative_to(root).as_posix(), match) for match in matches]
+
+
+def exists_as_folder(text: str, name: str) -> bool:
+    """Whether a text names a folder of the disk; in a store there are none but of objects."""
+    return not is_in_store(text) and user_path(text, name).is_dir()
+
+
+def _find_in_store(text: str, name: str) -> list[tuple[str, Path]]:
+    """Does what `find_files` does in a store, where a glob matches names below its first part."""
+    from fsspec.utils import glob_translate
+
+    parts = text.split("/")
+    first = next((n for n, part in enumerate(parts) if _WILD.intersection(part)), len(parts))
+    store = user_location("/".join(parts[:first]), name)
+    assert isinstance(store, Store)
+    matches = re.compile(glob_translate("/".join(parts[first:]) or "**")).fullmatch
+    visible = [x for x in store.files() if not re.search(r"(^|/)\.", x) and matches(x)]
+    if visible:
+        root = local_copy(store.url, set(visible).__contains__)
+        digests = store.digests("")
+        paths = [(x, root / x) for x in visible]
+    elif first == len(parts) and store.exists():
+        path = local_copy(store.url)
+        digests = {path.name: store.parent.digests(store.name)[store.name]}
+        paths = [(path.name, path)]
+    else:
+        return []
+    for x, path in paths:
+        # What is made of a file remembers its time, which here stands for its content.
+        seconds = zlib.crc32(digests[x].encode())
+        os.utime(path, (seconds, seconds))
+    return paths
 
 
 def walk(root: Path) -> list[tuple[str, Path]]:

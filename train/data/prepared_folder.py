@@ -11,11 +11,19 @@ from typing import Any, Self
 
 import numpy as np
 
+from nha_jax.storage.stores import Store, local_copy
 from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import TEMPLATE_FILE
 from train.data.checked_blocks import OpenFile
-from train.data.token_shards import TOKENS_SUFFIX, ShardReader, ShardRecord
+from train.data.store_files import ChunkCache, StoreFile, cache_folder
+from train.data.token_shards import (
+    INDEX_SUFFIX,
+    MASK_SUFFIX,
+    TOKENS_SUFFIX,
+    ShardReader,
+    ShardRecord,
+)
 from train.data.tokenizers import load_tokenizer
 from train.errors import DataError
 from train.storage.atomic import write_atomically
@@ -109,8 +117,10 @@ class Manifest:
         return cls(**content, shards=shards)
 
 
-def is_prepared(folder: Path) -> bool:
+def is_prepared(folder: Path | Store) -> bool:
     """Says whether a folder holds prepared tokens, even if its manifest was lost."""
+    if not isinstance(folder, Path):
+        return folder.exists(MANIFEST_FILE)
     return (folder / MANIFEST_FILE).exists() or any(folder.glob(f"{SPLITS[0]}-*{TOKENS_SUFFIX}"))
 
 
@@ -131,7 +141,7 @@ class PreparedFolder:
         training, held_out: the tokens of its splits.
     """
 
-    folder: Path
+    folder: Path | Store
     manifest: Manifest
     tokenizer: Tokenizer
     chat_template: bytes | None
@@ -139,24 +149,32 @@ class PreparedFolder:
     held_out: "ShardedTokens"
 
     @classmethod
-    def open(cls, folder: Path) -> Self:
+    def open(cls, folder: Path | Store, cache_bytes: int = 1 << 34) -> Self:
         """Opens a folder and checks the size of every file; contents are checked when read.
+
+        Args:
+            folder: the folder; of one in a store the small files are downloaded now, and parts of
+                the tokens when they are needed.
+            cache_bytes: how much of tokens from stores may stay on the disk.
 
         Raises:
             DataError: a file is missing or damaged.
             ConfigError: the package tokenizers is needed and not installed.
+            StoreError: the store stays away.
         """
-        manifest = Manifest.read(folder)
-        tokenizer = load_tokenizer(folder)
+        small = folder if isinstance(folder, Path) else local_copy(folder.url, _is_small)
+        manifest = Manifest.read(small)
+        tokenizer = load_tokenizer(small)
         if tokenizer.name != manifest.tokenizer:
-            path = folder / TOKENIZER_FILE
+            path = small / TOKENIZER_FILE
             damage = "damaged: its checksum is another" if path.exists() else "missing"
             raise DataError(f"{path}: {damage}")
         dtype = np.dtype(manifest.dtype)
         splits = (
-            ShardedTokens(folder, manifest.shards[split], dtype, tokenizer) for split in SPLITS
+            ShardedTokens(folder, manifest.shards[split], dtype, tokenizer, cache_bytes)
+            for split in SPLITS
         )
-        return cls(folder, manifest, tokenizer, _read_template(folder, manifest), *splits)
+        return cls(folder, manifest, tokenizer, _read_template(small, manifest), *splits)
 
 
 class ShardedTokens:
@@ -166,12 +184,27 @@ class ShardedTokens:
     """
 
     def __init__(
-        self, folder: Path, records: Sequence[ShardRecord], dtype: np.dtype, tokenizer: Tokenizer
+        self,
+        folder: Path | Store,
+        records: Sequence[ShardRecord],
+        dtype: np.dtype,
+        tokenizer: Tokenizer,
+        cache_bytes: int = 0,
     ):
-        """Opens nothing yet; raises DataError if a file is missing or has another size."""
+        """Opens nothing yet; raises DataError if a file is missing or has another size.
+
+        Args:
+            folder: the folder.
+            records: what its manifest says of the split's shards.
+            dtype: of the tokens.
+            tokenizer: what made them.
+            cache_bytes: of a folder in a store, see `PreparedFolder.open`.
+        """
+        present = None if isinstance(folder, Path) else folder.files()
         for record in records:
-            record.check_sizes(folder, dtype)
-        self._shards = [ShardReader(folder, record, dtype) for record in records]
+            record.check_sizes(folder, dtype, present)
+        self._open = _opener(folder, records, cache_bytes)
+        self._shards = [ShardReader(folder, record, dtype, self._open) for record in records]
         self._starts = np.cumsum([0, *(record.tokens for record in records)])
         self._first_documents = np.cumsum([0, *(record.documents for record in records)])
         self._tokenizer = tokenizer
@@ -180,7 +213,6 @@ class ShardedTokens:
         self.has_mask = any(record.has_mask for record in records)
         self.num_targets = sum(record.num_targets for record in records)
         self.target_bytes = sum(record.bytes_of_targets for record in records)
-        self._open: Callable[[Path], OpenFile] = functools.lru_cache(_OPEN_FILES)(OpenFile)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -241,6 +273,23 @@ class ShardedTokens:
         if not arrays:
             return np.zeros(0, self._dtype)
         return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _opener(
+    folder: Path | Store, records: Sequence[ShardRecord], cache_bytes: int
+) -> Callable[[Any], OpenFile | StoreFile]:
+    """What opens a file of the folder by its path."""
+    if isinstance(folder, Path):
+        return functools.lru_cache(_OPEN_FILES)(OpenFile)
+    cache = ChunkCache(cache_folder(), cache_bytes)
+    # Of a folder that was prepared anew the checksums of some index are others.
+    version = hashlib.sha256(repr([record.index_crc32 for record in records]).encode()).hexdigest()
+    return lambda path: StoreFile(path, cache, version)
+
+
+def _is_small(name: str) -> bool:
+    """Whether a file of a prepared folder is not one of a shard's."""
+    return "/" not in name and not name.endswith((TOKENS_SUFFIX, INDEX_SUFFIX, MASK_SUFFIX))
 
 
 def _read_template(folder: Path, manifest: Manifest) -> bytes | None:

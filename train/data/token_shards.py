@@ -10,13 +10,16 @@ token is marked and else 0. The checksums of its blocks follow those of the toke
 """
 
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from nha_jax.storage.stores import Store
 from train.data.checked_blocks import BlockReader, BlockWriter, OpenFile, block_count
+from train.data.store_files import StoreFile
 from train.errors import DataError
 from train.storage.atomic import write_atomically
 
@@ -83,16 +86,35 @@ class ShardRecord:
         files[INDEX_SUFFIX] = 8 * self.documents + 4 * blocks
         return {self.name + suffix: size for suffix, size in files.items()}
 
-    def check_sizes(self, folder: Path, dtype: np.dtype) -> None:
-        """Raises DataError if a file is missing or has another size."""
+    def check_sizes(
+        self, folder: Path | Store, dtype: np.dtype, present: Mapping[str, int] | None = None
+    ) -> None:
+        """Raises DataError if a file is missing or has another size.
+
+        Args:
+            folder: the folder.
+            dtype: of the tokens.
+            present: the sizes of the files there, by name; None: the disk is asked.
+        """
         for name, expected in self.sizes(dtype).items():
-            path = folder / name
-            try:
-                size = path.stat().st_size
-            except OSError as error:
-                raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+            size = _size(folder, name, present)
             if size != expected:
+                path = folder / name
                 raise DataError(f"{path}: damaged: it has {size} bytes instead of {expected}")
+
+
+def _size(folder: Path | Store, name: str, present: Mapping[str, int] | None) -> int:
+    """The size of a file; DataError if it is missing."""
+    if present is None:
+        path = folder / name
+        assert isinstance(path, Path)
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            raise DataError(f"{path}: cannot read it: {error.strerror}") from None
+    if name not in present:
+        raise DataError(f"{folder / name}: cannot read it: it is not there")
+    return present[name]
 
 
 class ShardWriter:
@@ -167,20 +189,28 @@ class ShardReader:
     is verified when the block is first read.
     """
 
-    def __init__(self, folder: Path, record: ShardRecord, dtype: np.dtype):
+    def __init__(
+        self,
+        folder: Path | Store,
+        record: ShardRecord,
+        dtype: np.dtype,
+        open_file: Callable[[Any], OpenFile | StoreFile] = OpenFile,
+    ):
+        """Opens nothing yet; `open_file` opens a file of the folder."""
+        self._open_file = open_file
         self._record, self._dtype = record, dtype
         self._tokens = BlockReader(folder / (record.name + TOKENS_SUFFIX), dtype, record.tokens)
         self._mask = BlockReader(folder / (record.name + MASK_SUFFIX), _MASK_DTYPE, record.tokens)
-        self._index_path = folder / (record.name + INDEX_SUFFIX)
+        self._index_path: Path | Store = folder / (record.name + INDEX_SUFFIX)
         self._index: tuple[np.ndarray, np.ndarray] | None = None
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | Store:
         """The file of the tokens."""
         return self._tokens.path
 
     @property
-    def mask_path(self) -> Path | None:
+    def mask_path(self) -> Path | Store | None:
         """The file of the mask, if there is one."""
         return self._mask.path if self._record.has_mask else None
 
@@ -200,7 +230,7 @@ class ShardReader:
         """
         return np.searchsorted(self.ends(), np.arange(start, stop), side="right")
 
-    def read(self, file: OpenFile, start: int, stop: int) -> np.ndarray:
+    def read(self, file: OpenFile | StoreFile, start: int, stop: int) -> np.ndarray:
         """Returns tokens `start` to `stop`, [stop - start] of the shard's dtype.
 
         Raises:
@@ -208,7 +238,7 @@ class ShardReader:
         """
         return self._tokens.read(file, start, stop, lambda: self._load_index()[1])
 
-    def marks(self, file: OpenFile, start: int, stop: int) -> np.ndarray:
+    def marks(self, file: OpenFile | StoreFile, start: int, stop: int) -> np.ndarray:
         """Returns which of tokens `start` to `stop` are marked, [stop - start] bool.
 
         Raises:
@@ -223,7 +253,10 @@ class ShardReader:
         if self._index is None:
             documents = 8 * self._record.documents
             size = self._record.sizes(self._dtype)[self._index_path.name]
-            content = OpenFile(self._index_path).read(0, size)
+            file = self._open_file(self._index_path)
+            content = file.read(0, size)
+            if zlib.crc32(content) != self._record.index_crc32 and file.refresh(0, size):
+                content = file.read(0, size)
             if zlib.crc32(content) != self._record.index_crc32:
                 raise DataError(f"{self._index_path}: damaged: its checksum is another")
             self._index = (

@@ -11,7 +11,7 @@ from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.from_file import FileTokenizer
 from nha_jax.tokenizer.interface import Tokenizer
 from train.errors import ConfigError, DataError
-from train.paths import check_ends, user_path
+from train.paths import check_ends, input_path
 
 _OPTION = "--end-token"
 
@@ -49,7 +49,7 @@ def tokenizer_of_option(name: str | None, end_token: str | None = None) -> Token
     """
     if name is None:
         return ByteTokenizer()
-    path = user_path(name, "--tokenizer")
+    path = input_path(name, "--tokenizer", lambda file: not file.endswith(".safetensors"))
     if path.is_dir():
         tokenizer = load_tokenizer(path, end_token)
         if not tokenizer.files:

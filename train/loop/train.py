@@ -72,7 +72,11 @@ def _train(config: TrainConfig) -> int:
         folder.open(config, corpus.fingerprint),
         jax.set_mesh(mesh),
         Checkpoints(
-            folder.checkpoints, config.checkpoint, {RECORD_FILE: folder.record}
+            folder.checkpoints,
+            config.checkpoint,
+            {RECORD_FILE: folder.record},
+            before_save=folder.before_save,
+            on_saved=folder.on_saved,
         ) as checkpoints,
     ):
         if initial is not None:
@@ -99,7 +103,7 @@ def _train(config: TrainConfig) -> int:
             print(_finished(done, config.steps))
     if processes.is_first():
         print(result)
-        print(f"\nIn {folder.path}: loss.png, slot_weight.png, metrics.jsonl,")
+        print(f"\nIn {folder.location}: loss.png, slot_weight.png, metrics.jsonl,")
         averaged = ", model_ema" if config.optimizer.ema_decay is not None else ""
         adapter = ", adapter" if config.adapter is not None else ""
         print(f"tensorboard, checkpoints, model{averaged}{adapter}")

@@ -335,7 +335,7 @@ class Trainer:
         model, data = self._config.model, self._config.data
         flops = nha_jax.flops_per_token(model, data.sequence_length)
         shape = " ".join(f"{axis}={size}" for axis, size in self._mesh.shape.items())
-        print(f"run      {self._folder.path}")
+        print(f"run      {self._folder.location}")
         parameters = nha_jax.num_parameters(model)
         dtype = f"trained and saved in {model.param_dtype}"
         print(f"model    {parameters:,} parameters, {dtype}, {flops / 1e6:.2f} MFLOPs a token")

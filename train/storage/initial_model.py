@@ -1,6 +1,7 @@
 """The folder of the model that a run starts from, and may learn from."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -11,11 +12,11 @@ from typing import Any, Self
 
 from nha_jax import ModelConfig
 from nha_jax.sizes import abstract_parameters
-from nha_jax.storage.folder import CONFIG_FILE, WEIGHTS_FILE
+from nha_jax.storage.folder import CONFIG_FILE, EXTRA_FILES, WEIGHTS_FILE
 from nha_jax.storage.weights import SafetensorsSource, differences
 from train.config import TrainConfig
 from train.errors import ConfigError
-from train.paths import user_path
+from train.paths import input_path
 from train.storage.atomic import write_atomically
 from train.storage.small_json import parse, read_whole
 
@@ -165,6 +166,17 @@ def read_config(name: str) -> ModelConfig:
 
 def _find(name: str) -> Path:
     """The folder with the model: the one named, or `model` inside it if it is a run's."""
-    folder = user_path(name, "initial_model")
+    folder = _located(name)
     model_of_run = folder / "model"
     return folder if (folder / CONFIG_FILE).exists() or not model_of_run.is_dir() else model_of_run
+
+
+@functools.cache
+def _located(name: str) -> Path:
+    """The folder on the disk; what is in a store is downloaded once."""
+    return input_path(name, "initial_model", keep=_is_of_model)
+
+
+def _is_of_model(name: str) -> bool:
+    """Whether a file of a run's or a model's folder belongs to the model."""
+    return name.removeprefix("model/") in (CONFIG_FILE, WEIGHTS_FILE, *EXTRA_FILES)

@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 from typing import IO, Any, Self
 
+from etils import epath
+
+from nha_jax.storage.stores import StoreError
 from train.config import TrainConfig
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
-from train.paths import user_path
+from train.paths import user_location
 from train.renamed_keys import rename_keys
 from train.storage.atomic import remove_unfinished, write_if_changed
+from train.storage.run_in_store import CHECKPOINTS, RunInStore
 from train.storage.small_json import read_whole
 
 CHANGEABLE = (
@@ -29,6 +33,7 @@ CHANGEABLE = (
     "mesh",
     "sample",
     "distributed",
+    "data.cache_gib",
     "compilation_cache",
     "model.implementation",
     "model.kernel_options",
@@ -47,6 +52,7 @@ _RARE: dict[str, Any] = {
     "evaluation.tasks": [],
     "evaluation.task_examples": 64,
     "mesh.slices": None,
+    "data.cache_gib": 16.0,
 }
 
 # What a process killed while it made the folder leaves behind.
@@ -59,8 +65,9 @@ class RunFolder:
     """A run's folder, locked against other processes while it is open.
 
     Attributes:
-        path: the folder.
-        checkpoints: folder of the saved states.
+        location: the folder, as text.
+        path: the folder; of a run in a store, its mirror on the disk.
+        checkpoints: folder of the saved states, which may be in the store.
         metrics: the metrics, a JSON line per logged step.
         tensorboard: folder of TensorBoard's events.
         curve: the loss over the steps, a PNG.
@@ -75,8 +82,16 @@ class RunFolder:
     """
 
     def __init__(self, path: str | Path):
-        self.path = user_path(path, "run").absolute()
-        self.checkpoints = self.path / "checkpoints"
+        location = user_location(path, "run")
+        self._in_store: RunInStore | None = None
+        if isinstance(location, Path):
+            self.path = location.absolute()
+            self.location = str(self.path)
+            self.checkpoints: Path | epath.Path = self.path / CHECKPOINTS
+        else:
+            self._in_store = RunInStore(location)
+            self.path, self.location = self._in_store.folder, location.url
+            self.checkpoints = self._in_store.checkpoints
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.curve = self.path / "loss.png"
@@ -106,10 +121,11 @@ class RunFolder:
                 f"{name}: checkpoints cannot be saved below a name that is not UTF-8 "
                 f"({str(self.path)!r}); choose another folder"
             ) from None
-        if not self.path.exists():
-            return
-        if not self.path.is_dir():
-            raise ConfigError(f"{name}: exists and is no folder; choose another")
+        if self._in_store is None:
+            if not self.path.exists():
+                return
+            if not self.path.is_dir():
+                raise ConfigError(f"{name}: exists and is no folder; choose another")
         stored = self._stored_record()
         if stored is None:
             self._check_not_foreign(name)
@@ -125,7 +141,8 @@ class RunFolder:
         """Raises ConfigError if a folder without a readable run.json holds another's files."""
         if self._record.exists() and self.checkpoints.is_dir():
             return  # a run of a version that put no copies beside its checkpoints
-        for entry in sorted(os.listdir(self.path)):
+        entries = os.listdir(self.path) if self._in_store is None else self._in_store.entries()
+        for entry in sorted(entries):
             if not _UNFINISHED.fullmatch(entry) and entry != RECORD_FILE:
                 raise ConfigError(
                     f"{name}: the folder exists and holds {entry!r}, but no run; choose another"
@@ -144,8 +161,12 @@ class RunFolder:
         Raises:
             ConfigError: see `check`; or another process is training in the folder.
         """
+        if self._in_store is not None:
+            self._in_store.check_processes(config.run)
         processes.on_first(lambda: self._open(config, fingerprint))
         if not processes.is_first():
+            if self._in_store is not None:
+                self._in_store.pull()
             if not self._record.exists():
                 raise ConfigError(
                     f"run = {config.run!r}: what the first process wrote there cannot be seen "
@@ -156,6 +177,8 @@ class RunFolder:
 
     def _open(self, config: TrainConfig, fingerprint: str) -> None:
         self.check(config, fingerprint)
+        if self._in_store is not None:
+            self._in_store.take(config.run)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("w")
@@ -175,6 +198,8 @@ class RunFolder:
             print(f"nha: {self._record}: damaged; written again", file=sys.stderr)
         self.record = json.dumps(_record(config, fingerprint), indent=2) + "\n"
         write_if_changed(self._record, self.record)
+        if self._in_store is not None:
+            self._in_store.begin()
 
     def __enter__(self) -> Self:
         return self
@@ -182,15 +207,42 @@ class RunFolder:
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if self._lock is not None:
             self._lock.close()
+        try:
+            if self._in_store is not None:
+                self._in_store.end(error)
+        except OSError as late:
+            raise self._failure(late) from late
         if isinstance(error, OSError):
-            raise TrainingError(
-                f"{error.filename or self.path}: {error.strerror or error}; the checkpoints are as "
-                "they were, and the same command resumes"
-            ) from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: OSError) -> TrainingError:
+        what = str(error)  # of a store it names the place
+        if not isinstance(error, StoreError):
+            what = f"{error.filename or self.location}: {error.strerror or error}"
+        return TrainingError(
+            f"{what}; the checkpoints are as they were, and the same command resumes"
+        )
+
+    def before_save(self) -> None:
+        """Brings to a store what a checkpoint is to find there; call it before one is saved.
+
+        Raises:
+            TrainingError: another process has taken over the run.
+            StoreError: the store stays away.
+        """
+        if self._in_store is not None:
+            self._in_store.before_save()
+
+    def on_saved(self, step: int) -> None:
+        """Brings a finished checkpoint to a store, where it is not there yet."""
+        if self._in_store is not None:
+            self._in_store.on_saved(step)
 
     @property
     def has_checkpoint(self) -> bool:
         """Whether there is a checkpoint to resume from, damaged or not."""
+        if self._in_store is not None:
+            return self._in_store.has_checkpoint
         folder = self.checkpoints
         return folder.is_dir() and any(path.name.isdecimal() for path in folder.iterdir())
 
@@ -202,7 +254,7 @@ class RunFolder:
         """
         config = self.config()
         if config is None:
-            raise ConfigError(f"{self.path}: no run and no saved model in this folder")
+            raise ConfigError(f"{self.location}: no run and no saved model in this folder")
         return config["model"]
 
     def config(self) -> dict[str, Any] | None:
@@ -232,8 +284,10 @@ class RunFolder:
         Raises:
             ConfigError: run.json is whole, and something else.
         """
+        if self._in_store is not None:
+            self._in_store.fetch_record()
         record = read_whole(self._record, dict[str, Any])
-        if record is None:
+        if record is None and self.checkpoints.is_dir():
             copies = self.checkpoints.glob(f"[0-9]*/{RECORD_FILE}")
             newest = sorted(copies, key=lambda path: int(path.parent.name), reverse=True)
             found = (read_whole(path, dict[str, Any]) for path in newest)

@@ -62,6 +62,9 @@ def test_objects_come_back_as_they_were_written(store: Store, tmp_path: Path) ->
     assert store.files() == {"a/one.bin": 5}
     with pytest.raises(NotInStoreError, match=r"two\.txt: cannot read it: no such object"):
         store.read("two.txt")
+    store.write("a/below/two.bin", b"2")
+    store.move("a", "moved")
+    assert store.files() == {"moved/below/two.bin": 1, "moved/one.bin": 5}
     (tmp_path / "x").write_bytes(b"x" * 100_000)
     store.upload([(tmp_path / "x", "b/x"), (tmp_path / "x", "b/y")])
     copy = local_copy(f"{store.url}/b")
@@ -127,3 +130,36 @@ def test_missing_credentials_are_one_line(monkeypatch: pytest.MonkeyPatch) -> No
         with pytest.raises(StoreError, match="no credentials") as raised:
             Store(server.url).read("x")
     assert raised.value.wrong_input
+
+
+@pytest.mark.slow
+def test_a_model_and_an_adapter_come_back(store: Store) -> None:
+    import chex
+    from flax import nnx
+
+    import nha_jax
+
+    config = nha_jax.ModelConfig(
+        vocab_size=64, num_layers=2, hidden_size=32, num_query_heads=2, num_slots=4, window_size=8
+    )
+    model = nha_jax.Model(config, rngs=nnx.Rngs(0))
+    nha_jax.save(f"{store}/model", model)
+    assert sorted((store / "model").files()) == ["config.json", "model.safetensors"]
+    loaded = nha_jax.load(f"{store}/model")
+    chex.assert_trees_all_equal(nnx.state(loaded), nnx.state(model))
+    assert nha_jax.load_tokenizer(f"{store}/model").name == "bytes"
+    with pytest.raises(FileExistsError, match="pass overwrite=True"):
+        nha_jax.save(f"{store}/model", model)
+    other = nha_jax.Model(config, rngs=nnx.Rngs(1))
+    nha_jax.save(f"{store}/model", other, overwrite=True)
+    chex.assert_trees_all_equal(nnx.state(nha_jax.load(f"{store}/model")), nnx.state(other))
+    store.write("texts/a.txt", b"mine")
+    with pytest.raises(FileExistsError, match=r"has no config\.json, and is left as it is"):
+        nha_jax.save(f"{store}/texts", model, overwrite=True)
+    assert store.files("texts") == {"texts/a.txt": 4}
+    adapted = nha_jax.add_adapter(model, nha_jax.Adapter(rank=2), rngs=nnx.Rngs(2))
+    nha_jax.save_adapter(f"{store}/adapter", adapted)
+    again = nha_jax.load_adapter(f"{store}/adapter", model)
+    chex.assert_trees_all_equal(nnx.state(again), nnx.state(adapted))
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        nha_jax.load(f"{store}/nowhere")

@@ -12,10 +12,10 @@ import pytest
 from flax import nnx
 
 from train.checkpoint.checkpoints import Checkpoints, Progress, _reason, load_model_state
-from train.checkpoint.checksums import CHECKSUMS_FILE
 from train.config import CheckpointConfig
 from train.errors import CheckpointError
 from train.step.update import TrainState
+from train.storage.checksums import CHECKSUMS_FILE
 
 NOISE = 1 << 17
 """Numbers that no compression makes smaller: half a megabyte a part."""

@@ -12,7 +12,9 @@ from flax import nnx
 
 import nha_jax
 from nha_jax.storage import saved_model as serialization
+from nha_jax.storage.stores import Store
 from tests.support.hf.originals import FIXTURES
+from tests.support.stores import connected, serve
 from tests.support.train.import_within_memory import LLAMA as LLAMA_LIKE
 from tests.support.train.import_within_memory import TINY, write_checkpoint
 from train.cli import main
@@ -197,3 +199,29 @@ def test_a_checkpoint_larger_than_the_memory_is_imported_and_exported(tmp_path: 
     shards = [file.stat().st_size for file in (tmp_path / "large-exported").glob("*.safetensors")]
     assert sum(shards) == pytest.approx(sizes["checkpoint"] * 2**20, rel=0.01)
     assert max(shards) < 41e6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_import_and_export_from_and_to_a_store(
+    run_import, tmp_path: Path, original: Path, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serve(scheme) as server, connected(server):
+        source, model = Store(f"{server.url}/original"), Store(f"{server.url}/model")
+        (original / "tokenizer.json").unlink()
+        source.upload((path, path.name) for path in original.iterdir())
+        assert run_import(original, tmp_path / "model")[0] == 0
+        code, output, errors = run_import(source, model)
+        assert (code, f"wrote {model}" in output) == (0, True), errors
+        assert {x: model.read(x) for x in model.files()} == {
+            path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
+        }
+        code, _, errors = run_import(source, model)
+        assert code == 2
+        assert "exists; choose another folder" in errors
+        assert run_import(source, model, "--overwrite")[0] == 0
+        for place in (tmp_path / "exported", Store(f"{server.url}/exported")):
+            assert main(["export", str(model), str(place)]) == 0
+        assert {x: place.read(x) for x in place.files()} == {
+            path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()
+        }

@@ -11,11 +11,11 @@ from tests.support.paths import FIXTURES
 from tests.support.train.raw_files import contents
 from tests.support.train.tiny_run import Nha
 from tests.train.data.test_shards_before import OPTIONS, before
-from train.checkpoint.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from train.cli import main
 from train.errors import ConfigError, DataError
 from train.search.loss_log import LossLog
 from train.storage.atomic import write_if_changed
+from train.storage.checksums import CHECKSUMS_FILE, find_damage, write_checksums
 from train.storage.initial_model import InitialModel
 from train.storage.result import Result
 from train.storage.run_folder import RunFolder

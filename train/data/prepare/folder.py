@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import TEMPLATE_FILE, ChatTemplate
-from train.data.input_files import find_files
+from train.data.input_files import exists_as_folder, find_files
 from train.data.packed_files import is_packed, naming
 from train.data.prepare.documents import RECORD_FORMATS
 from train.data.prepare.file_groups import gather
@@ -38,7 +38,7 @@ from train.data.prepared_folder import (
 from train.data.token_shards import ShardRecord
 from train.data.tokenizers import tokenizer_of_option
 from train.errors import ConfigError, DataError, describe_differences
-from train.paths import user_path
+from train.paths import input_path, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.small_json import read_whole
 
@@ -106,12 +106,12 @@ def _chat_template(options: PrepareOptions) -> bytes | None:
     if not options.chat:
         return None
     if options.chat_template is not None:
-        path = user_path(options.chat_template, "--chat-template")
+        path = input_path(options.chat_template, "--chat-template")
         with naming(path, ConfigError, "--chat-template: cannot read it"):
             content = path.read_bytes()
         ChatTemplate.decode(content, {}, path)
         return content
-    folder = None if options.tokenizer is None else user_path(options.tokenizer, "--tokenizer")
+    folder = None if options.tokenizer is None else input_path(options.tokenizer, "--tokenizer")
     if folder is None or not folder.is_dir():
         raise ConfigError(
             "--chat: no chat template; expected --chat-template FILE, or a folder that has one as "
@@ -125,7 +125,7 @@ def _files(inputs: Sequence[str], out: Path) -> list[Path]:
     files: dict[Path, None] = {}
     for pattern in inputs:
         found = find_files(pattern, "INPUT")
-        if not found and user_path(pattern, "INPUT").is_dir():
+        if not found and exists_as_folder(pattern, "INPUT"):
             raise ConfigError(f"{pattern}: no file in this folder that is not hidden")
         if not found:
             raise ConfigError(f"{pattern}: no such file or folder, and nothing matches it")
