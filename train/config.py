@@ -129,6 +129,29 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WatchdogConfig:
+    """When a run that does not move is ended, with exit code 75, so that it is started again.
+
+    Attributes:
+        factor: how many times the median of the last hundred steps one may take; null for no
+            watchdog
+        least_seconds: what a step may take in any case
+        other_seconds: what all else may take: compiling, an evaluation, a save
+    """
+
+    factor: float | None = 50.0
+    least_seconds: float = 300.0
+    other_seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.factor is not None:
+            require(1 < self.factor < math.inf, "factor", self.factor, "above 1, or null")
+        for key in ("least_seconds", "other_seconds"):
+            value = getattr(self, key)
+            require(0 < value < math.inf, key, value, "a number of seconds above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis of the mesh; -1, on one axis, means all that remain.
 
@@ -224,6 +247,7 @@ class TrainConfig:
         evaluation: how often and on how much held-out text the model is measured
         checkpoint: when the whole state is saved, and what is kept
         logging: metrics and traces
+        watchdog: when a run that does not move is ended
         mesh: how the devices divide the work
         sample: the text that the finished model writes
         distributed: whether this is one of several processes, as `jax.distributed.initialize`
@@ -255,6 +279,7 @@ class TrainConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     distributed: bool = False

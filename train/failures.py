@@ -13,8 +13,9 @@ from nha_jax.extras import describe_missing
 from nha_jax.storage.stores import StoreError
 from train.errors import UserError, cut, describe_os_error, one_line
 
-FAILED, WRONG_INPUT, INTERRUPTED, READER_GONE = 1, 2, 130, 141
-"""Exit codes: something failed; wrong input; Ctrl-C; nobody reads what is printed (SIGPIPE's)."""
+FAILED, WRONG_INPUT, STUCK, INTERRUPTED, READER_GONE = 1, 2, 75, 130, 141
+"""Exit codes: something failed; wrong input; a run that did not move, to be started again (as
+sysexits.h has it, EX_TEMPFAIL); Ctrl-C; nobody reads what is printed (SIGPIPE's)."""
 
 TRACEBACK = "NHA_TRACEBACK"
 """The environment variable that asks for tracebacks."""

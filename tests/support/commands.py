@@ -68,6 +68,7 @@ NOT_RUN = {
         'uv run nha generate runs/quickstart --prompt "def a" --prompt-file README.md --json',
         "cat README.md | uv run nha generate runs/quickstart --max-new-tokens 500",
         "uv run nha inspect runs/quickstart --text FILE",
+        "uv run nha status runs/quickstart",
     ),
     "it installs packages": (
         "uv sync --extra data && source .venv/bin/activate",
@@ -204,6 +205,7 @@ NOT_RUN = {
         'pip install "path/to/nha_jax[data]" && nha train quickstart',
     ),
     "it compiles for minutes": ("uv run python -m tests.support.ops.transforms",),
+    "it stops and starts whole runs": ("uv run pytest -m slow tests/train/loop/test_watchdog.py",),
     "it measures for minutes": (
         "uv run python benchmarks/operator_cpu.py --seconds 5",
         "uv run python benchmarks/decode.py --seconds 5",

@@ -7,7 +7,18 @@ import argparse
 from collections.abc import Sequence
 from typing import Protocol
 
-from train.commands import data, eval_, export, generate, import_, inspect, plan, search, train
+from train.commands import (
+    data,
+    eval_,
+    export,
+    generate,
+    import_,
+    inspect,
+    plan,
+    search,
+    status,
+    train,
+)
 
 
 class Command(Protocol):
@@ -37,6 +48,7 @@ COMMANDS: dict[str, Command] = {
     "import": import_,
     "train": train,
     "plan": plan,
+    "status": status,
     "generate": generate,
     "search": search,
     "inspect": inspect,

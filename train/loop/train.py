@@ -22,6 +22,7 @@ from train.loop.profiling import check_profile
 from train.loop.tasks import task_sequences
 from train.loop.trainer import Trainer
 from train.phases import phases_of
+from train.report.goodput import Times
 from train.report.wandb_reporter import check_wandb
 from train.step.phase_functions import ever_trained, functions_of
 from train.storage.initial_model import InitialModel
@@ -58,6 +59,7 @@ def train(config: TrainConfig) -> int:
 
 def _train(config: TrainConfig) -> int:
     """Does what `train` does, once this process has joined the others."""
+    times = Times()
     corpus = load_corpus(config.data)
     corpus.check_vocabulary(config.model.vocab_size)
     mesh = make_mesh(config)
@@ -84,11 +86,11 @@ def _train(config: TrainConfig) -> int:
         if processes.is_first():
             _warn_of_lost_updates(config.model)
             write_extra_files(folder, config, corpus, initial)
-        done = checkpoints.latest_step or 0
+        done, spent = checkpoints.latest_step or 0, None
         result = Result.read(folder.result)
         if done < config.steps or result is None or result.step != done:
             with explain_memory(config, mesh):
-                trainer = Trainer(config, corpus, mesh, folder, checkpoints, initial)
+                trainer = Trainer(config, corpus, mesh, folder, checkpoints, times, initial)
                 with Interruption() as interruption:
                     number = trainer.run(interruption)
             if number is not None:
@@ -99,10 +101,13 @@ def _train(config: TrainConfig) -> int:
                 return 128 + number
             with explain_memory(config, mesh):
                 result = trainer.finish()
+            spent = trainer.spent
         elif processes.is_first():
             print(_finished(done, config.steps))
     if processes.is_first():
         print(result)
+        if spent is not None:
+            print(f"\nGoodput: {spent}")
         print(f"\nIn {folder.location}: loss.png, slot_weight.png, metrics.jsonl,")
         averaged = ", model_ema" if config.optimizer.ema_decay is not None else ""
         adapter = ", adapter" if config.adapter is not None else ""

@@ -22,7 +22,9 @@ from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
 from train.loop.tasks import task_sequences
+from train.loop.watchdog import Watchdog
 from train.phases import Phase, phase_at, phases_of
+from train.report.goodput import Spent, Times
 from train.report.metrics import Row
 from train.report.reporting import Reporting, fetch, plot_run, row_without_evaluation
 from train.step.evaluation import HeldOut, gzip_references, measure_held_out
@@ -52,6 +54,7 @@ class Trainer:
         mesh: Mesh,
         folder: RunFolder,
         checkpoints: Checkpoints,
+        times: Times,
         initial: InitialModel | None = None,
     ):
         """Restores the newest checkpoint or, if there is none, makes the first state.
@@ -62,6 +65,7 @@ class Trainer:
             mesh: the devices.
             folder: the run's folder, open.
             checkpoints: the run's checkpoints, open.
+            times: where this session's time goes.
             initial: the model to start from, and to learn from if a term of the loss compares;
                 None: the parameters are drawn by the seed, or come from a checkpoint.
         """
@@ -69,6 +73,7 @@ class Trainer:
         self._corpus = corpus
         self._folder = folder
         self._checkpoints = checkpoints
+        self._times = times
         self._training = Sequences(corpus.training, config.data.sequence_length)
         self._held_out = Sequences(corpus.held_out, config.data.sequence_length)
         self._questions = task_sequences(config, corpus.tokenizer)
@@ -88,6 +93,7 @@ class Trainer:
         self._read_teacher()
         self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
+        self.spent: Spent | None = None
         if processes.is_first():
             self._print_header()
 
@@ -109,24 +115,32 @@ class Trainer:
         batches = training_batches(
             self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
+        times = self._times
         with (
-            Reporting(config, self._folder, self._mesh, after, per_target) as reporting,
+            Reporting(config, self._folder, self._mesh, after, per_target, times) as reporting,
             Profiler(config.logging.profile, self._folder.profile) as profiler,
+            Watchdog(config.watchdog, times, self._folder.write_now) as watchdog,
         ):
+            reporting.more = watchdog.slowest
             if missing is not None and caught_up is not None:
                 reporting.complete(missing, caught_up)
             unreported: dict[int, Metrics] = {}
+            update_kind = "compiling"
+            times.turn_to("steps")
             for step in range(first + 1, config.steps + 1):
                 if step > self._phase.last:
                     self._report_steps(unreported, reporting)
                     unreported = {}
                     self._enter(phase_at(self._phases, step))
                     reporting.clock.stop()
+                    update_kind = "compiling"
                 profiler.before(step)
-                self.state, metrics = self._functions.update(
-                    self.state, next(batches), self._teacher
-                )
+                with times.spending("data"):
+                    batch = next(batches)
+                with times.spending(update_kind):
+                    self.state, metrics = self._functions.update(self.state, batch, self._teacher)
                 profiler.after(step, metrics)
+                update_kind = "steps"
                 # The metrics of the step before are fetched while the devices work on this one.
                 self._report_steps(unreported, reporting)
                 unreported = {step: metrics}
@@ -136,7 +150,7 @@ class Trainer:
                 held_out = None
                 if evaluate or save:
                     jax.block_until_ready(metrics)
-                    with reporting.clock.paused():
+                    with reporting.clock.paused(), times.spending("evaluation"):
                         if evaluate:
                             held_out = self._evaluate(config.evaluation.sequences, interruption)
                     given_up = evaluate and held_out is None
@@ -144,12 +158,15 @@ class Trainer:
                     self._report_steps(unreported, reporting, held_out, given_up)
                     unreported = {}
                 if save:
-                    with reporting.clock.paused():
+                    with reporting.clock.paused(), times.spending("checkpoints"):
                         loss = held_out.bits_per_byte if held_out else None
                         self._checkpoints.save(self.state, self.progress, loss)
+                watchdog.step(step)
                 if stop:
                     break
-            self._checkpoints.wait()
+            with times.spending("checkpoints"):
+                self._checkpoints.wait()
+            self.spent = reporting.end_session(self.progress.step)
         if processes.is_first():
             plot_run(self._folder, self._references)
         return self._vote.last(interruption.signal)

@@ -157,10 +157,13 @@ def read_rows(path: Path) -> list[Row]:
 
     Metrics that an earlier version called otherwise get their present names.
     """
-    if not path.exists():
-        return []
+    return parse_rows(path.read_bytes()) if path.exists() else []
+
+
+def parse_rows(content: bytes) -> list[Row]:
+    """Does what `read_rows` does with the content of a file, or of the end of one."""
     rows = []
-    for line in path.read_bytes().split(b"\n"):
+    for line in content.split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:  # the torn last line, or the empty one after the last

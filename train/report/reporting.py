@@ -13,6 +13,7 @@ from train.devices.chips import chip_of
 from train.errors import do_without
 from train.phases import phase_at, phases_of
 from train.report.clock import Clock
+from train.report.goodput import SessionLog, Spent, Times
 from train.report.metrics import Dispensable, MetricsLog, ProgressBar, Reporter, Row, read_rows
 from train.report.plots import plot_loss_curve, plot_slot_weight
 from train.report.wandb_reporter import WeightsAndBiases
@@ -28,6 +29,7 @@ class Reporting:
 
     Attributes:
         clock: measures the speed; to be paused during whatever is not training.
+        more: gives further metrics for the rows.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Reporting:
         mesh: Mesh,
         after_step: int,
         bytes_per_target: Callable[[int], float],
+        times: Times | None = None,
     ):
         """Opens the log to continue after a step.
 
@@ -46,6 +49,7 @@ class Reporting:
             mesh: the run's devices.
             after_step: the last step that counts as done.
             bytes_per_target: mean bytes of text that a target of batch n, from 0, stands for.
+            times: where this session's time goes; None: it begins now.
         """
         self.clock = Clock(config.batch_size * config.data.sequence_length)
         self._config = config
@@ -65,6 +69,8 @@ class Reporting:
         self._log: MetricsLog | None = None
         if processes.is_first():
             self._log = MetricsLog(folder.metrics, folder.tensorboard, after_step, more)
+            self._sessions = SessionLog(folder.sessions, times or Times(), after_step)
+        self.more: Callable[[], Mapping[str, float]] = dict
         self._bar = ProgressBar(config.steps, after_step, shown=processes.is_first())
 
     def __enter__(self) -> Self:
@@ -105,9 +111,18 @@ class Reporting:
                 shown["MFU"] = f"{speed['mfu']:.1%}"
             row = self._row(step, metrics, held_out)
             if self._log is not None:
-                self._log.write({**row, "skipped_updates": skipped_updates, **speed})
+                goodput = self._sessions.update(step, now=always)
+                found = {"skipped_updates": skipped_updates, "goodput": goodput}
+                self._log.write({**row, **found, **speed, **self.more()})
         self.clock.start_once(step)
         self._bar.advance(**shown)
+
+    def end_session(self, step: int) -> Spent | None:
+        """Writes down where the time went up to a step, the last; None but in the first process."""
+        if self._log is None:
+            return None
+        self._sessions.update(step, now=True)
+        return self._sessions.spent()
 
     def complete(self, row: Row, held_out: HeldOut) -> None:
         """Logs a step again, with the evaluation that was missing."""

@@ -27,7 +27,7 @@ OWNERS = "owner"
 
 _SECONDS = 60.0
 _BEATS = 6  # in the time that a lease lasts
-_RELEASED = b"released"
+RELEASED = b"released"
 _NUMBER = re.compile(OWNERS + r"/(\d+)\.json")
 
 
@@ -92,7 +92,7 @@ class Lease:
             self._thread.join(timeout=1.0)
         if self._number is not None and say_so:
             with contextlib.suppress(StoreError):
-                self._store.write(f"{_name(self._number)}.beat", _RELEASED)
+                self._store.write(f"{_name(self._number)}.beat", RELEASED)
 
     def _keep(self) -> None:
         """Beats until the lease is released; runs in a thread."""
@@ -113,7 +113,7 @@ class Lease:
     def _wait_for_end(self, number: int) -> None:
         """Returns when the owner of this number has ended; raises ConfigError if it is alive."""
         seen = self._last_beat(number)
-        if seen == _RELEASED or self._died_here(number):
+        if seen == RELEASED or self._died_here(number):
             return
         print(
             f"nha: {self._store}: {self._describe(number)} was training here; waiting "
@@ -125,7 +125,7 @@ class Lease:
         while time.monotonic() < end:
             time.sleep(min(self._seconds / _BEATS, 5.0))
             beat = self._last_beat(number)
-            if beat == _RELEASED:
+            if beat == RELEASED:
                 return
             if beat != seen:
                 raise self._refusal(number)

@@ -13,12 +13,12 @@ from typing import IO, Any, Self
 from etils import epath
 
 from nha_jax.storage.stores import StoreError
-from train.config import TrainConfig
+from train.config import TrainConfig, WatchdogConfig
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
 from train.paths import user_location
 from train.renamed_keys import rename_keys
-from train.storage.atomic import remove_unfinished, write_if_changed
+from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
 from train.storage.run_in_store import CHECKPOINTS, RunInStore
 from train.storage.small_json import read_whole
 
@@ -30,6 +30,7 @@ CHANGEABLE = (
     "evaluation",
     "checkpoint",
     "logging",
+    "watchdog",
     "mesh",
     "sample",
     "distributed",
@@ -53,6 +54,7 @@ _RARE: dict[str, Any] = {
     "evaluation.task_examples": 64,
     "mesh.slices": None,
     "data.cache_gib": 16.0,
+    "watchdog": dataclasses.asdict(WatchdogConfig()),
 }
 
 # What a process killed while it made the folder leaves behind.
@@ -78,6 +80,7 @@ class RunFolder:
         model_ema: likewise of the moving average of the model, if there is one.
         adapter: folder of the finished adapter, for `nha_jax.load_adapter`, if there is one.
         result: what the finished run reached, as JSON.
+        sessions: when the run was trained, and where the time went, as JSON.
         record: what run.json holds, in the process that opened the folder.
     """
 
@@ -102,6 +105,7 @@ class RunFolder:
         self.model_ema = self.path / "model_ema"
         self.adapter = self.path / "adapter"
         self.result = self.path / "result.json"
+        self.sessions = self.path / "sessions.json"
         self._record = self.path / RECORD_FILE
         self.record = ""
         self._lock: IO[str] | None = None
@@ -237,6 +241,14 @@ class RunFolder:
         """Brings a finished checkpoint to a store, where it is not there yet."""
         if self._in_store is not None:
             self._in_store.on_saved(step)
+
+    def write_now(self, name: str, content: bytes) -> None:
+        """Writes a file into the folder, and at once into a store, from any process."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, content)
+        if self._in_store is not None:
+            self._in_store.write_now(name, content)
 
     @property
     def has_checkpoint(self) -> bool:

@@ -6,6 +6,7 @@ a `Lease`. Checkpoints go to `gs://` directly, from all processes at once. Orbax
 """
 
 import re
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -123,6 +124,12 @@ class RunInStore:
                 self._store.move(f"{CHECKPOINTS}/{old}", f"{CHECKPOINTS}/damaged-{old}")
             else:
                 self._store.remove(name for name in names if _step_of(name) == old)
+
+    def write_now(self, name: str, content: bytes) -> None:
+        """Writes an object; a store that is away is not waited for longer than half a minute."""
+        writing = threading.Thread(target=self._store.write, args=(name, content), daemon=True)
+        writing.start()
+        writing.join(30.0)
 
     def end(self, error: BaseException | None) -> None:
         """Copies what is left and lets the next owner begin.
