@@ -165,6 +165,11 @@ class Store:
         path = self._path(name)
         return bool(self._try("look for", name, lambda fs: fs.exists(path)))
 
+    def modified(self, name: str) -> float:
+        """When an object was last written, by the store's clock, in seconds since the epoch."""
+        path = self._path(name)
+        return float(self._try("look for", name, lambda fs: fs.modified(path)).timestamp())
+
     def write(self, name: str, content: bytes) -> None:
         """Writes an object."""
         path = self._path(name)

@@ -1,6 +1,7 @@
 """The commands that the documents show: which of them the tests run, and whether all parse."""
 
 import re
+import shlex
 import tomllib
 
 import pytest
@@ -73,6 +74,7 @@ NOT_RUN = {
     "it installs packages": (
         "uv sync --extra data && source .venv/bin/activate",
         "uv sync --extra eval && source .venv/bin/activate",
+        "uv sync --extra cloud --extra data && source .venv/bin/activate",
         'pip install "nha_jax[cloud]"',
     ),
     "it needs a bucket of one's own": (
@@ -83,6 +85,36 @@ NOT_RUN = {
         "nha generate gs://bucket/runs/340m --prompt 'Once upon a time'",
         "nha train configs/nha-340m.yaml --run gs://bucket/runs/next "
         "--initial_model gs://bucket/runs/340m",
+    ),
+    "it needs an account with a cloud, a cluster, or Docker's service": (
+        "gcloud storage buckets create gs://bucket --location us-central1",
+        "nha data prepare gs://bucket/data/slimpajama 'SlimPajama-627B/train/chunk1/*.jsonl.zst' "
+        "--tokenizer tokenizer.json",
+        "nha doctor gs://bucket/runs",
+        "nha status gs://bucket/runs/340m --watch 60",
+        "tensorboard --logdir gs://bucket/runs",
+        "sbatch examples/launch/slurm.sh",
+        "docker build -f examples/launch/Dockerfile --target tpu "
+        "-t us-docker.pkg.dev/project/images/nha .",
+        "docker push us-docker.pkg.dev/project/images/nha",
+        "gcloud compute tpus tpu-vm create pod --zone us-west4-a "
+        "--accelerator-type v5litepod-16 --version v2-alpha-tpuv5-lite",
+        "gcloud compute tpus tpu-vm ssh pod --zone us-west4-a --worker=0 "
+        '--command "tail -c 2000 nha_jax/log.txt"',
+        "gcloud compute tpus tpu-vm ssh pod --zone us-west4-a --worker=all --command "
+        '"cd nha_jax && nohup examples/launch/until-done.sh nha train configs/nha-340m.yaml '
+        "--run gs://bucket/runs/340m --data.corpus gs://bucket/data/slimpajama "
+        '--distributed=true --mesh.fsdp=16 >log.txt 2>&1 &"',
+        "gcloud compute tpus tpu-vm ssh pod --zone us-west4-a --worker=all --command "
+        "\"git clone REPOSITORY nha_jax && pip install './nha_jax[tpu,cloud,data]'\"",
+        "kubectl logs -f -l jobset.sigs.k8s.io/jobset-name=nha-340m,"
+        "batch.kubernetes.io/job-completion-index=0",
+        "xpk workload create --cluster CLUSTER --workload nha-340m --tpu-type v5litepod-16 "
+        "--num-slices 2 --docker-image us-docker.pkg.dev/project/images/nha --max-restarts 100 "
+        '--command "nha train nha-340m --run gs://bucket/runs/340m '
+        "--data.corpus gs://bucket/data/slimpajama --distributed=true --mesh.data=2 "
+        '--mesh.fsdp=16 --batch_size=512"',
+        "kubectl apply -f examples/launch/gke-jobset.yaml",
     ),
     "it needs servers of object stores, which are no part of the default environment": (
         "uv run --isolated --group stores pytest -m slow tests/nha_jax/storage/test_stores.py "
@@ -206,6 +238,7 @@ NOT_RUN = {
     ),
     "it compiles for minutes": ("uv run python -m tests.support.ops.transforms",),
     "it stops and starts whole runs": ("uv run pytest -m slow tests/train/loop/test_watchdog.py",),
+    "they are tests of the default run": ("uv run pytest tests/test_launch.py tests/test_docs.py",),
     "it measures for minutes": (
         "uv run python benchmarks/operator_cpu.py --seconds 5",
         "uv run python benchmarks/decode.py --seconds 5",
@@ -254,6 +287,9 @@ NOT_RUN = {
 }
 
 
+_LAUNCHERS = ("docker", "gcloud", "kubectl", "sbatch", "tensorboard", "xpk")
+
+
 def check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails if a program would not know its arguments, or does not exist."""
     program, *rest = arguments
@@ -269,8 +305,11 @@ def check(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert rest[0] == "lab", rest
         assert (ROOT / rest[1]).is_file(), rest
     else:
-        known = program in ("pip", "source", "cat", "export", "git")
+        known = program in ("pip", "source", "cat", "export", "git", *_LAUNCHERS)
         assert known or (ROOT / program).is_file(), program
+        for argument in rest:  # what a launcher is to start, as one argument
+            if found := re.search(r"\b(nha (?:train|doctor) [^>&]*)", argument):
+                _check_nha(shlex.split(found[1])[1:], monkeypatch)
 
 
 def _check_uv(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

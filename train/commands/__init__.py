@@ -9,6 +9,7 @@ from typing import Protocol
 
 from train.commands import (
     data,
+    doctor,
     eval_,
     export,
     generate,
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,
     "status": status,
+    "doctor": doctor,
     "generate": generate,
     "search": search,
     "inspect": inspect,
