@@ -82,6 +82,48 @@ def test_rooms_of_a_folder_form_no_circle(folder: str) -> None:
         pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
+NO_PLACE_OF_A_USER = {
+    "train.paths": "the door itself",
+    "train.cli": "the null device, and where the code is",
+    "train.shipped_configs": "where the code is",
+    "train.doctor": "the folder of temporary files",
+    "train.data.corpus": "Python's own modules",
+    "train.data.input_files": "what stands in a folder that came through the door",
+    "train.data.prepare.file_groups": "a name in a dataset's own list",
+    "train.data.store_files": "the cache",
+    "train.storage.lease": "/proc",
+    "train.storage.mirror": "a temporary folder",
+    "train.storage.run_in_store": "a `Store` as Orbax wants it",
+}
+"""The modules of train/ that make a path of a text, and what the text is."""
+
+
+def _makes_a_path(call: ast.Call) -> bool:
+    """Whether a call makes a path of a text that does not stand there, or opens what it names."""
+    name = ast.unparse(call.func)
+    if name.endswith(".expanduser") or name == "open":
+        return True
+    is_constant = all(isinstance(argument, ast.Constant) for argument in call.args)
+    return name in ("Path", "pathlib.Path", "epath.Path") and not is_constant
+
+
+def test_places_that_users_name_come_through_one_door() -> None:
+    """There URLs, `~` and names that no file can have are taken care of, or refused in a line.
+
+    What is given to `os` or another library as a text is not seen here.
+    """
+    found = {
+        module
+        for module, path in MODULES.items()
+        if module.startswith("train.")
+        and any(
+            isinstance(node, ast.Call) and _makes_a_path(node)
+            for node in ast.walk(ast.parse(path.read_text()))
+        )
+    }
+    assert found == NO_PLACE_OF_A_USER.keys()
+
+
 def test_scripts_import_what_exists() -> None:
     """Benchmarks and examples are not type-checked, and few of them run in the tests."""
     missing = []

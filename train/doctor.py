@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from nha_jax.extras import EXTRAS
 from nha_jax.storage.stores import Store
-from train.paths import user_location
+from train.paths import user_location, user_path
 
 State = Literal["ok", "note", "wrong"]
 
@@ -195,7 +195,7 @@ def _disk() -> Iterator[Finding]:
     folders = {
         "this folder": Path.cwd(),
         "temporary files": Path(tempfile.gettempdir()),
-        "compiled programs": Path(str(fields["compilation_cache"])).expanduser(),
+        "compiled programs": user_path(str(fields["compilation_cache"]), "compilation_cache"),
     }
     for name, folder in folders.items():
         yield from _folder(f"disk: {folder} ({name})", folder)

@@ -22,6 +22,11 @@ They travel with the model byte for byte. All but the last are named as Hugging 
 """
 
 
+def is_beside_weights(name: str) -> bool:
+    """Says whether a file of a model's folder is its configuration, or one of EXTRA_FILES."""
+    return name in (CONFIG_FILE, *EXTRA_FILES)
+
+
 def extra_files_of(folder: str | os.PathLike[str]) -> dict[str, bytes]:
     """Reads those of EXTRA_FILES that lie in a folder: name and content, as `save` takes them."""
     paths = (Path(folder) / name for name in EXTRA_FILES)

@@ -142,7 +142,7 @@ def _is_saved_model(path: Path) -> bool:
     if not path.is_dir() or {file.name for file in path.iterdir()} - own:
         return False
     try:
-        _read_config(path / CONFIG_FILE)
+        read_saved_config(path / CONFIG_FILE)
     except (OSError, ValueError):
         return False
     return True
@@ -179,10 +179,11 @@ def open_saved(path: str | os.PathLike[str]) -> tuple[ModelConfig, SafetensorsSo
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise FileNotFoundError(f"{path} is not a saved model: it has no {name}")
-    return _read_config(path / CONFIG_FILE), SafetensorsSource(path / WEIGHTS_FILE)
+    return read_saved_config(path / CONFIG_FILE), SafetensorsSource(path / WEIGHTS_FILE)
 
 
-def _read_config(file: Path) -> ModelConfig:
+def read_saved_config(file: Path) -> ModelConfig:
+    """Reads a config.json that `save` wrote; ValueError if it is damaged, or not valid."""
     fields = parse_object(file.read_bytes(), file)
     try:
         return ModelConfig.from_dict(fields)

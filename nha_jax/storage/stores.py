@@ -271,12 +271,17 @@ def local_copy(url: str, keep: Callable[[str], bool] = lambda name: True) -> Pat
     """
     store = Store(url)
     sizes = store.files()
-    target = Path(_temporary_folder()) / f"{len(os.listdir(_temporary_folder()))}" / store.name
-    if sizes:
-        store.download(filter(keep, sizes), target)
-        target.mkdir(parents=True, exist_ok=True)
-    else:
-        store.parent.download([store.name], target.parent)
+    if not sizes:
+        return local_files(store.parent, [store.name]) / store.name
+    return local_files(store, filter(keep, sizes))
+
+
+def local_files(store: Store, names: Iterable[str]) -> Path:
+    """Downloads some objects below a folder, as `local_copy` does; returns the folder."""
+    number = len(os.listdir(_temporary_folder()))
+    target = Path(_temporary_folder()) / f"{number}" / store.name
+    target.mkdir(parents=True)
+    store.download(names, target)
     return target
 
 

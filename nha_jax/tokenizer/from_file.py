@@ -13,7 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nha_jax.extras import import_extra
-from nha_jax.storage.folder import ORIGINAL_CONFIG_FILE, WEIGHTS_FILE
+from nha_jax.storage.folder import (
+    CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    WEIGHTS_FILE,
+    is_beside_weights,
+)
 from nha_jax.storage.stores import local_input
 from nha_jax.tokenizer.as_bytes import BYTE_VOCABULARY, ByteTokenizer
 from nha_jax.tokenizer.files import (
@@ -211,7 +216,7 @@ def load_tokenizer(
         ImportError: the package tokenizers is not installed.
         OSError: the folder, or tokenizer.json beside the others, is missing or cannot be read.
     """
-    folder = local_input(folder, lambda name: not name.endswith(WEIGHTS_FILE))
+    folder = local_input(folder, is_beside_weights)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; expected a run or a saved model")
     found = [name for name in TOKENIZER_FILES if (folder / name).exists()]
@@ -228,10 +233,13 @@ def load_tokenizer(
 
 def _check_bytes(folder: Path) -> None:
     """Raises ValueError if the folder's model was imported and has another vocabulary."""
-    if (folder / WEIGHTS_FILE).exists() and (folder / ORIGINAL_CONFIG_FILE).exists():
-        from nha_jax.storage.saved_model import open_saved  # takes jax, which no tokenizer needs
+    if all((folder / name).exists() for name in (CONFIG_FILE, ORIGINAL_CONFIG_FILE)):
+        # They take jax, which no tokenizer needs.
+        from nha_jax.storage.saved_model import open_saved, read_saved_config
 
-        size = open_saved(folder)[0].vocab_size
+        has_weights = (folder / WEIGHTS_FILE).exists()  # the copy of a folder in a store has none
+        config = open_saved(folder)[0] if has_weights else read_saved_config(folder / CONFIG_FILE)
+        size = config.vocab_size
         if size != BYTE_VOCABULARY:
             raise ValueError(
                 f"{folder}: it was imported without its tokenizer, and its {size} tokens are no "

@@ -3,18 +3,22 @@
 import glob
 import os
 import re
+import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from nha_jax.storage.stores import Store, is_in_store, local_copy
+from nha_jax.storage.stores import Store, is_in_store, local_files
 from train.errors import ConfigError
 from train.paths import user_location, user_path
 
 _WILD = frozenset("*?[")
+_PARTS_TO_BUCKET = 3  # of "gs://bucket", between slashes
 
 
-def find_files(text: str, name: str) -> list[tuple[str, Path]]:
+def find_files(
+    text: str, name: str, companions: Callable[[str], Iterable[str]] = lambda file: ()
+) -> list[tuple[str, Path]]:
     """Finds files, leaving out hidden files and folders inside a folder.
 
     Those in a store are downloaded, and live as long as the process. What exists is itself: in
@@ -23,6 +27,7 @@ def find_files(text: str, name: str) -> list[tuple[str, Path]]:
     Args:
         text: a folder, a file, or a glob (`**` goes through all folders below).
         name: the option or the key that it was written for, with which the errors begin.
+        companions: gives the names of what comes along from a store, if it is beside a file.
 
     Returns:
         (name, path) of each file, sorted by name; names are relative to the folder that all files
@@ -32,7 +37,7 @@ def find_files(text: str, name: str) -> list[tuple[str, Path]]:
         ConfigError: the text is no path, a folder cannot be read, or what was found is no file.
     """
     if is_in_store(text):
-        return _find_in_store(text, name)
+        return _find_in_store(text, name, companions)
     path = user_path(text, name)
     if path.is_dir():
         return [(name, file) for name, file in walk(path) if _is_file(file)]
@@ -55,31 +60,38 @@ def exists_as_folder(text: str, name: str) -> bool:
     return not is_in_store(text) and user_path(text, name).is_dir()
 
 
-def _find_in_store(text: str, name: str) -> list[tuple[str, Path]]:
+def _find_in_store(
+    text: str, name: str, companions: Callable[[str], Iterable[str]]
+) -> list[tuple[str, Path]]:
     """Does what `find_files` does in a store, where a glob matches names below its first part."""
     from fsspec.utils import glob_translate
 
     parts = text.split("/")
     first = next((n for n, part in enumerate(parts) if _WILD.intersection(part)), len(parts))
+    if first < _PARTS_TO_BUCKET:
+        raise ConfigError(f"{name} = {text!r}: a glob over buckets; expected one bucket's name")
     store = user_location("/".join(parts[:first]), name)
     assert isinstance(store, Store)
     matches = re.compile(glob_translate("/".join(parts[first:]) or "**")).fullmatch
-    visible = [x for x in store.files() if not re.search(r"(^|/)\.", x) and matches(x)]
-    if visible:
-        root = local_copy(store.url, set(visible).__contains__)
+    there = store.files()
+    found = [x for x in there if not re.search(r"(^|/)\.", x) and matches(x)]
+    if found:
         digests = store.digests("")
-        paths = [(x, root / x) for x in visible]
-    elif first == len(parts) and store.exists():
-        path = local_copy(store.url)
-        digests = {path.name: store.parent.digests(store.name)[store.name]}
-        paths = [(path.name, path)]
+    elif first == len(parts) and not there and store.parent.exists(store.name):
+        store, found = store.parent, [store.name]
+        beside = [x for x in companions(*found) if store.exists(x)]
+        digests = {x: store.digests(x)[x] for x in (*found, *beside)}
     else:
         return []
-    for x, path in paths:
+    names = sorted({x for y in found for x in (y, *companions(y)) if x in digests})
+    size = sum(int(digests[x].split()[0]) for x in names)
+    print(f"nha: downloading {size:,} bytes of {text}", file=sys.stderr, flush=True)
+    root = local_files(store, names)
+    for x in names:
         # What is made of a file remembers its time, which here stands for its content.
         seconds = zlib.crc32(digests[x].encode())
-        os.utime(path, (seconds, seconds))
-    return paths
+        os.utime(root / x, (seconds, seconds))
+    return [(x, root / x) for x in found]
 
 
 def walk(root: Path) -> list[tuple[str, Path]]:

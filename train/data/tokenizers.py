@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import nha_jax
+from nha_jax.storage.folder import is_beside_weights
 from nha_jax.storage.json_objects import DamagedFileError
 from nha_jax.tokenizer.as_bytes import ByteTokenizer
 from nha_jax.tokenizer.files import TOKENIZER_FILE
@@ -49,7 +50,7 @@ def tokenizer_of_option(name: str | None, end_token: str | None = None) -> Token
     """
     if name is None:
         return ByteTokenizer()
-    path = input_path(name, "--tokenizer", lambda file: not file.endswith(".safetensors"))
+    path = path_of_option(name)
     if path.is_dir():
         tokenizer = load_tokenizer(path, end_token)
         if not tokenizer.files:
@@ -57,6 +58,11 @@ def tokenizer_of_option(name: str | None, end_token: str | None = None) -> Token
         return tokenizer
     check_ends(path, "--tokenizer")
     return tokenizer_of_file(path, end_token)
+
+
+def path_of_option(name: str) -> Path:
+    """Finds what the option --tokenizer names; of a folder in a store all but weights is copied."""
+    return input_path(name, "--tokenizer", is_beside_weights)
 
 
 def tokenizer_of_file(path: Path, end_token: str | None) -> Tokenizer:

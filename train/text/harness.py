@@ -23,6 +23,7 @@ from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import ChatTemplate
 from train.data.questions import read_twice
 from train.errors import ConfigError
+from train.paths import user_path
 from train.text.continuation import continue_texts
 from train.text.loading import load_model, load_tokenizer_of
 from train.windows import read_windows
@@ -96,7 +97,7 @@ class HarnessModel(TemplateLM):
                 model = model.with_windows(read_windows(windows, "windows"))
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        return cls(model, tokenizer, folder=Path(path), **options)
+        return cls(model, tokenizer, folder=user_path(path, "path"), **options)
 
     @classmethod
     def create_from_arg_obj(

@@ -216,6 +216,9 @@ def test_import_and_export_from_and_to_a_store(
         assert {x: model.read(x) for x in model.files()} == {
             path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
         }
+        for place in (model.url, tmp_path / "model"):
+            with pytest.raises(ValueError, match="imported without its tokenizer"):
+                nha_jax.load_tokenizer(place)
         code, _, errors = run_import(source, model)
         assert code == 2
         assert "exists; choose another folder" in errors

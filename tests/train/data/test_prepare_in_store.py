@@ -8,9 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from tokenizers.pre_tokenizers import ByteLevel
 
+import nha_jax
 from nha_jax.storage.stores import Store
+from nha_jax.tokenizer.as_bytes import END_OF_DOCUMENT
 from tests.support.stores import FaultyStore, connected, environment_of, serve
+from tests.support.train.raw_files import llmc, train_tokenizer, write_megatron
 from tests.support.train.tiny_run import LAUNCH
 from train.cli import main
 from train.data.store_files import cache_folder
@@ -111,9 +115,52 @@ def test_inputs_may_be_in_a_store(store: Store, texts: Path, tmp_path: Path) -> 
     assert json.loads(again["manifest.json"])["settings"]["inputs"] == first
 
 
+def test_an_index_comes_along_with_its_tokens(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "megatron"
+    folder.mkdir()
+    write_megatron(folder)
+    (folder / "b.bin").write_bytes(llmc([65, 66, 67, END_OF_DOCUMENT]))  # has no index
+    (folder / "note.md").write_text("not read")
+    store.upload((path, path.name) for path in folder.iterdir())
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    both = sizes["a.bin"] + sizes["a.idx"]
+    cases = {"a.bin": both, "a.idx": both, "*.bin": both + sizes["b.bin"], "b.bin": sizes["b.bin"]}
+    for number, (name, size) in enumerate(cases.items()):
+        expected = prepare(tmp_path / f"local-{number}", folder / name)
+        capsys.readouterr()
+        for _ in range(2):  # the second time it is left as it is
+            found = prepare(tmp_path / f"remote-{number}", f"{store}/{name}")
+            assert without_inputs(found) == without_inputs(expected)
+            assert f"downloading {size:,} bytes of {store}/{name}" in capsys.readouterr().err
+
+
+def test_of_a_tokenizers_folder_no_weights_are_read(
+    server: FaultyStore, store: Store, texts: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    train_tokenizer(folder / "tokenizer.json", 300, ByteLevel.alphabet())
+    local = prepare(tmp_path / "local", texts, f"--tokenizer={folder}")
+    store.upload((path, path.name) for path in folder.iterdir())
+    weights = ("model-00001-of-00002.safetensors", "pytorch_model.bin", "checkpoints/1/data")
+    for name in weights:
+        store.write(name, bytes(1000))
+    found = prepare(tmp_path / "remote", texts, f"--tokenizer={store}")
+    assert found == local
+    assert nha_jax.load_tokenizer(str(store)).name == nha_jax.load_tokenizer(folder).name
+    read = [path for method, path, _ in server.requests if method == "GET"]
+    assert not [path for path in read if any(name.split("/")[-1] in path for name in weights)]
+
+
 def test_what_matches_nothing_is_named(
     store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in (f"{store}/nothing", f"{store}/*.txt"):
+    scheme = str(store).split(":")[0]
+    assert main(["data", "prepare", str(tmp_path / "out"), f"{scheme}://buck*/x"]) == 2
+    assert "a glob over buckets; expected one bucket's name" in capsys.readouterr().err
+    store.write(".hidden/x.txt", b"not read")
+    for name in (str(store), f"{store}/nothing", f"{store}/*.txt"):
         assert main(["data", "prepare", str(tmp_path / "out"), name]) == 2
         assert f"{name}: no such file or folder" in capsys.readouterr().err

@@ -1,7 +1,7 @@
 """Files that belong together: a dataset that was saved in several, tokens and their index."""
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.data.packed_files import naming
@@ -77,6 +77,13 @@ def _check_there(path: Path, names: Iterable[str]) -> None:
 def index_of(tokens: Path) -> Path:
     """Returns where the index of a file of tokens is, if it has one."""
     return tokens.with_suffix(_INDEX_SUFFIX)
+
+
+def companions_of(name: str) -> list[str]:
+    """Names the file that must be beside one of tokens, or beside an index, if there is one."""
+    path = PurePosixPath(name)
+    other = {_TOKENS_SUFFIX: _INDEX_SUFFIX, _INDEX_SUFFIX: _TOKENS_SUFFIX}.get(path.suffix.lower())
+    return [str(path.with_suffix(other))] if other else []
 
 
 def _with_its_index(path: Path) -> Iterator[Path]:

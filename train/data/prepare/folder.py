@@ -20,7 +20,7 @@ from train.data.chat_template import TEMPLATE_FILE, ChatTemplate
 from train.data.input_files import exists_as_folder, find_files
 from train.data.packed_files import is_packed, naming
 from train.data.prepare.documents import RECORD_FORMATS
-from train.data.prepare.file_groups import gather
+from train.data.prepare.file_groups import companions_of, gather
 from train.data.prepare.options import PrepareOptions
 from train.data.prepare.raw_files import divide_file, holds_records, is_text, may_hold_records
 from train.data.prepare.shard_jobs import ShardJob, ShardRules, WrittenShards, divide_into_jobs
@@ -36,7 +36,7 @@ from train.data.prepared_folder import (
     is_unfinished,
 )
 from train.data.token_shards import ShardRecord
-from train.data.tokenizers import tokenizer_of_option
+from train.data.tokenizers import path_of_option, tokenizer_of_option
 from train.errors import ConfigError, DataError, describe_differences
 from train.paths import input_path, user_path
 from train.storage.atomic import remove_unfinished, write_atomically, write_if_changed
@@ -111,7 +111,7 @@ def _chat_template(options: PrepareOptions) -> bytes | None:
             content = path.read_bytes()
         ChatTemplate.decode(content, {}, path)
         return content
-    folder = None if options.tokenizer is None else input_path(options.tokenizer, "--tokenizer")
+    folder = None if options.tokenizer is None else path_of_option(options.tokenizer)
     if folder is None or not folder.is_dir():
         raise ConfigError(
             "--chat: no chat template; expected --chat-template FILE, or a folder that has one as "
@@ -124,7 +124,7 @@ def _files(inputs: Sequence[str], out: Path) -> list[Path]:
     """Finds the files of all inputs; lists each once, in order, but none that was prepared."""
     files: dict[Path, None] = {}
     for pattern in inputs:
-        found = find_files(pattern, "INPUT")
+        found = find_files(pattern, "INPUT", companions_of)
         if not found and exists_as_folder(pattern, "INPUT"):
             raise ConfigError(f"{pattern}: no file in this folder that is not hidden")
         if not found:
