@@ -76,7 +76,8 @@ def run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.windows is not None:
         windows = read_windows(options.windows, "--windows")
     out = user_location(options.run, "RUN")
-    source = input_path(options.source, "HF_DIR")
+    # Folders below hold the same weights in other formats.
+    source = input_path(options.source, "HF_DIR", lambda name: "/" not in name)
     if isinstance(out, Path) and out.exists() and not options.overwrite:
         raise ConfigError(f"{out} exists; choose another folder or pass --overwrite")
     with refusals_are_config_errors():

@@ -210,9 +210,11 @@ def test_import_and_export_from_and_to_a_store(
         source, model = Store(f"{server.url}/original"), Store(f"{server.url}/model")
         (original / "tokenizer.json").unlink()
         source.upload((path, path.name) for path in original.iterdir())
+        source.write("original/consolidated.pth", b"the weights once more")
         assert run_import(original, tmp_path / "model")[0] == 0
         code, output, errors = run_import(source, model)
         assert (code, f"wrote {model}" in output) == (0, True), errors
+        assert not [1 for x, path, _ in server.requests if x == "GET" and "consolidated" in path]
         assert {x: model.read(x) for x in model.files()} == {
             path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()
         }
