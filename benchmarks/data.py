@@ -11,6 +11,7 @@ import argparse
 import io
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import shutil
@@ -42,6 +43,7 @@ from train.data.prepare.shard_jobs import ShardRules, divide_into_jobs, write_sh
 
 VOCABULARY = 32_000
 BATCH_SIZE, SEQUENCE_LENGTH = 8, 2048
+STORE_BATCHES = 100
 V5E_FLOPS, MFU = 197e12, 0.4
 
 
@@ -51,11 +53,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--seconds", type=float, default=5, help="of loading, for each figure")
     parser.add_argument("--turns", type=int, default=5, help="of reading each kind of input")
-    parser.add_argument("--only", choices=["prepare", "kinds"], help="(prepare: and the loader)")
+    parser.add_argument(
+        "--only", choices=["prepare", "kinds", "store"], help="(prepare: and the loader)"
+    )
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp())
     try:
         texts = some_texts(options.megabytes * 10**6)
+        if options.only == "store":
+            store_table(folder, texts, options.turns)
+            return
         if options.only != "kinds":
             raw = folder / "raw.jsonl"
             raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -240,6 +247,66 @@ def loader_table(folder: Path, seconds: float) -> None:
     for preset in ("nha-340m", "nha-1.3b"):
         flops = nha_jax.flops_per_token(nha_jax.ModelConfig.preset(preset), SEQUENCE_LENGTH)
         print(f"- {preset}, one v5e at {MFU:.0%} MFU: {MFU * V5E_FLOPS / flops / 1e6:.3f}")
+
+
+def store_table(folder: Path, texts: list[str], turns: int) -> None:
+    """Prints what reading shards from a store gives, with an empty cache and a full one."""
+    from moto.server import ThreadedMotoServer
+
+    from nha_jax.storage.stores import Store
+    from train.config import DataConfig
+    from train.data.batches import Sequences, training_batches
+    from train.data.corpus import load_corpus
+    from train.data.store_files import cache_folder
+
+    raw, shards = folder / "raw.jsonl", folder / "shards"
+    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    prepare(PrepareOptions(out=str(shards), inputs=[str(raw)], shard_bytes=1 << 22))
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    import s3fs
+
+    s3fs.S3FileSystem().mkdir("bucket")
+    store = Store("s3://bucket/shards")
+    store.upload((path, path.name) for path in shards.iterdir())
+
+    def read(place: str, cache_gib: float = 16.0) -> float:
+        """Million tokens a second of the first batches."""
+        config = DataConfig(corpus=place, sequence_length=SEQUENCE_LENGTH, cache_gib=cache_gib)
+        sequences = Sequences(load_corpus(config).training, SEQUENCE_LENGTH)
+        batches = training_batches(sequences, BATCH_SIZE, seed=0, first=0)
+        began = time.perf_counter()
+        for _ in range(STORE_BATCHES):
+            next(batches)
+        return STORE_BATCHES * BATCH_SIZE * SEQUENCE_LENGTH / 1e6 / (time.perf_counter() - began)
+
+    def cached() -> float:
+        return sum(path.stat().st_size for path in cache_folder().rglob("*") if path.is_file())
+
+    ways: dict[str, list[float]] = {"disk": [], "empty cache": [], "full cache": [], "64 MiB": []}
+    kept: dict[str, float] = {}
+    for turn in range(turns):
+        os.environ["XDG_CACHE_HOME"] = str(folder / f"cache-{turn}")
+        ways["disk"].append(read(str(shards)))
+        for way in ("empty cache", "full cache"):
+            ways[way].append(read(store.url))
+            kept[way] = cached()
+        os.environ["XDG_CACHE_HOME"] = str(folder / f"small-cache-{turn}")
+        ways["64 MiB"].append(read(store.url, 1 / 16))
+        kept["64 MiB"] = cached()
+    server.stop()
+    size = sum(path.stat().st_size for path in shards.iterdir())
+    print(f"\n{size / 1e6:.0f} MB of shards, batches of {BATCH_SIZE} x {SEQUENCE_LENGTH}:\n")
+    print("| read from | million tokens/s | MB in the cache |\n| --- | --- | --- |")
+    for way, rates in ways.items():
+        there = f"{kept[way] / 1e6:.0f}" if way in kept else ""
+        print(f"| {way} | {statistics.median(rates):.2f} | {there} |")
 
 
 def tokens_per_second(sequences: Any, seconds: float, most: int) -> str:

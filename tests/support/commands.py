@@ -249,6 +249,7 @@ NOT_RUN = {
         "uv run python benchmarks/coordinate_check.py",
         "uv run python benchmarks/data.py --only prepare --megabytes 20 --seconds 1",
         "uv run python benchmarks/data.py --only kinds --megabytes 20 --turns 5",
+        "uv run --group stores python benchmarks/data.py --only store --megabytes 200 --turns 3",
         "uv run --isolated --group hf python benchmarks/in_transformers.py --turns 7",
     ),
     "it runs tests, or what tests run": (

@@ -16,7 +16,7 @@ from nha_jax.tokenizer.files import TOKENIZER_FILE
 from nha_jax.tokenizer.interface import Tokenizer
 from train.data.chat_template import TEMPLATE_FILE
 from train.data.checked_blocks import OpenFile
-from train.data.store_files import ChunkCache, StoreFile, cache_folder
+from train.data.store_files import StoreFile, cache_folder, shared_cache
 from train.data.token_shards import (
     INDEX_SUFFIX,
     MASK_SUFFIX,
@@ -281,7 +281,7 @@ def _opener(
     """What opens a file of the folder by its path."""
     if isinstance(folder, Path):
         return functools.lru_cache(_OPEN_FILES)(OpenFile)
-    cache = ChunkCache(cache_folder(), cache_bytes)
+    cache = shared_cache(cache_folder(), cache_bytes)
     # Of a folder that was prepared anew the checksums of some index are others.
     version = hashlib.sha256(repr([record.index_crc32 for record in records]).encode()).hexdigest()
     return lambda path: StoreFile(path, cache, version)

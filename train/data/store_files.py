@@ -12,12 +12,12 @@ from pathlib import Path
 from nha_jax.storage.stores import Store
 from train.errors import DataError
 
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 18
 """What is fetched at once: enough that a store's answer does not cost more than what is in it, and
 a whole number of the blocks that have checksums."""
 
 _KEPT = 0.9  # of the bound, once it was passed
-_COUNTED_AFTER = 256  # chunks: others may have filled the folder meanwhile
+_COUNTED_AFTER = 1 << 12  # chunks: others may have filled the folder meanwhile
 _LOCKS = 64
 
 
@@ -148,6 +148,12 @@ class StoreFile:
 
     def _key(self, number: int) -> str:
         return f"{self.path} {self._version} {number}"
+
+
+@functools.cache
+def shared_cache(folder: Path, limit: int) -> ChunkCache:
+    """The cache of a folder, which all corpora of a process share, so that they count together."""
+    return ChunkCache(folder, limit)
 
 
 def cache_folder() -> Path:

@@ -144,8 +144,9 @@ def test_batches_are_those_of_the_folder(store: FaultyStore, prepared: Path) -> 
     np.testing.assert_array_equal(some_batches(local), some_batches(remote))
     before = store.bytes_read("tokens")
     np.testing.assert_array_equal(some_batches(local), some_batches(corpus_of(there.url)))
-    assert store.bytes_read("tokens") == before  # all of it was on the disk
-    bound = 4 * CHUNK_BYTES
+    # All of it was on the disk, but for what the reading ahead of a few more batches takes.
+    assert store.bytes_read("tokens") - before < before / 10
+    bound = 16 * CHUNK_BYTES
     np.testing.assert_array_equal(
         some_batches(local), some_batches(corpus_of(there.url, bound / 2**30))
     )

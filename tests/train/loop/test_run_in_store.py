@@ -169,3 +169,32 @@ def test_a_bucket_that_is_not_there_is_one_line_before_anything_compiles(
     assert main(["train", str(nha.config_file), f"--run={server.scheme}://nowhere/run"]) == 2
     assert time.monotonic() - began < 5
     assert "no such bucket" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_two_processes_of_one_run_are_killed_and_finish(
+    nha: Nha, undisturbed: Nha, server: FaultyStore, store: Store
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment_of(server, PATIENCE).items():
+            patch.setenv(name, value)
+        options = (f"--run={store}", "--checkpoint.every=20")
+        if server.scheme == "s3":  # Orbax serves none
+            both = nha.start_both(*options)
+            outputs = [process.communicate(timeout=240)[0] for process in both]
+            assert [process.returncode for process in both] == [2, 2], outputs
+            assert "a run of 2 processes cannot save checkpoints there" in outputs[0]
+            return
+        both = nha.start_both(*options)
+        wait_for(lambda: max(steps(store), default=0) >= 40, both[0])
+        for process in both:
+            process.kill()
+            process.communicate()
+        both = nha.start_both(*options)
+        outputs = [process.communicate(timeout=240)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert "resuming after step" in outputs[0]
+    found, expected = losses(store), undisturbed.losses()
+    assert found.keys() == expected.keys()
+    for step, (loss, _) in expected.items():
+        assert found[step][0] == pytest.approx(loss, rel=1e-4), step
+    assert "model/model.safetensors" in store.files("model")
