@@ -278,9 +278,8 @@ def local_copy(url: str, keep: Callable[[str], bool] = lambda name: True) -> Pat
 
 def local_files(store: Store, names: Iterable[str]) -> Path:
     """Downloads some objects below a folder, as `local_copy` does; returns the folder."""
-    number = len(os.listdir(_temporary_folder()))
-    target = Path(_temporary_folder()) / f"{number}" / store.name
-    target.mkdir(parents=True)
+    target = Path(tempfile.mkdtemp(dir=_temporary_folder())) / store.name
+    target.mkdir()
     store.download(names, target)
     return target
 
