@@ -11,7 +11,7 @@ import yaml
 from tests.support.commands import check
 from tests.support.documents import groups_and_extras
 from tests.support.paths import ROOT
-from train.failures import STUCK, WRONG_INPUT
+from train.failures import INTERRUPTED, STUCK, WRONG_INPUT
 
 LAUNCH = ROOT / "examples" / "launch"
 
@@ -61,7 +61,7 @@ def test_the_command_of_the_jobset_is_known_and_its_mesh_fits(
 
 def test_wrong_input_alone_is_not_started_again() -> None:
     (rule,) = job()["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [WRONG_INPUT]
+    assert rule["onExitCodes"]["values"] == [WRONG_INPUT, INTERRUPTED]
     assert rule["onExitCodes"]["containerName"] == "train"
     assert jobset()["spec"]["failurePolicy"]["rules"][0]["action"] == "FailJobSet"
     assert job()["template"]["spec"]["restartPolicy"] == "Never"

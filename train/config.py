@@ -152,6 +152,32 @@ class WatchdogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpikeConfig:
+    """What is done about a loss that jumps.
+
+    Attributes:
+        deviations: by how many deviations a loss must be above the median of the steps before it
+            to count as a spike, which is reported; null to look for none
+        window: of how many steps the median and the deviation are
+        undo: how many spikes of a run are undone: it goes back to the newest checkpoint before the
+            spike, and leaves out the batches from there up to the spike
+    """
+
+    deviations: float | None = 10.0
+    window: int = 128
+    undo: int = 0
+
+    def __post_init__(self) -> None:
+        if self.deviations is not None:
+            good = 0 < self.deviations < math.inf
+            require(good, "deviations", self.deviations, "a number above 0, or null")
+        require_at_least(self, 32, "window")
+        require_at_least(self, 0, "undo")
+        looks = self.deviations is not None or not self.undo
+        require(looks, "undo", self.undo, "0, as deviations = null looks for no spike")
+
+
+@dataclass(frozen=True, kw_only=True)
 class MeshConfig:
     """Devices along each axis of the mesh; -1, on one axis, means all that remain.
 
@@ -248,6 +274,7 @@ class TrainConfig:
         checkpoint: when the whole state is saved, and what is kept
         logging: metrics and traces
         watchdog: when a run that does not move is ended
+        spike: what is done about a loss that jumps
         mesh: how the devices divide the work
         sample: the text that the finished model writes
         distributed: whether this is one of several processes, as `jax.distributed.initialize`
@@ -280,6 +307,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    spike: SpikeConfig = field(default_factory=SpikeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     distributed: bool = False

@@ -89,6 +89,7 @@ def _packages() -> Iterator[Finding]:
             wrong.append(f"{requirement.name} {version}, but {requirement.specifier} is needed")
         if requirement.name in ("jax", "flax", "optax", "orbax-checkpoint"):
             shown.append(f"{requirement.name} {version}")
+    shown.append(f"jaxlib {importlib.metadata.version('jaxlib')}")
     yield Finding("packages", "ok", ", ".join(shown))
     if wrong:
         yield Finding("packages", "wrong", "; ".join(wrong))

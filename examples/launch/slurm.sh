@@ -21,8 +21,12 @@ srun --kill-on-bad-exit=1 \
   nha train configs/nha-340m.yaml --run runs/340m --distributed=true --mesh.fsdp=8
 code=$?
 
-# 0: finished. 2: wrong input, which starting again would not help.
-if [ "$code" -ne 0 ] && [ "$code" -ne 2 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
-  scontrol requeue "$SLURM_JOB_ID"
-fi
+case $code in
+  0 | 2 | 130) ;; # finished; wrong input or Ctrl-C, which starting again would not help
+  *)
+    if [ "${SLURM_RESTART_COUNT:-0}" -lt 50 ]; then
+      scontrol requeue "$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit "$code"

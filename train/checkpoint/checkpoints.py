@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
@@ -38,11 +39,15 @@ class Progress(NamedTuple):
         step: updates done, skipped ones included.
         next_batch: index of the batch to draw next.
         skipped: updates skipped so far because a number was not finite.
+        undone: spikes of the loss that were undone so far.
+        losses: those of the last steps, which the next loss is compared with.
     """
 
     step: int = 0
     next_batch: int = 0
     skipped: int = 0
+    undone: int = 0
+    losses: tuple[float, ...] = ()
 
 
 class Checkpoints:
@@ -141,7 +146,12 @@ class Checkpoints:
                     "model": nnx.to_pure_dict(state.model),
                     "optimizer": nnx.to_pure_dict(state.optimizer),
                     "data": {"next_batch": progress.next_batch},
-                    "step": {"step": progress.step, "skipped": progress.skipped},
+                    "step": {
+                        "step": progress.step,
+                        "skipped": progress.skipped,
+                        "undone": progress.undone,
+                        "losses": np.array(progress.losses or [np.nan]),  # Orbax takes no empty one
+                    },
                 },
                 metrics={_METRIC: held_out} if measured else None,
                 force=True,
@@ -213,7 +223,11 @@ class Checkpoints:
         state = TrainState(
             *(_fill(getattr(abstract, part), loaded[part]) for part in TrainState._fields)
         )
-        return state, Progress(step, int(loaded["data"]["next_batch"]), skipped)
+        # A checkpoint of an earlier version knows neither.
+        undone = int(loaded["step"].get("undone", 0))
+        losses = np.asarray(loaded["step"].get("losses", ()), np.float64)
+        known = tuple(losses[np.isfinite(losses)].tolist())
+        return state, Progress(step, int(loaded["data"]["next_batch"]), skipped, undone, known)
 
     def _finish(self, response: Any, step: int) -> None:
         """Waits for a save, adds the small files and checksums; runs in the background."""

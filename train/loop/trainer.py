@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from train.devices.mesh import rows_of_process, single_device_mesh
 from train.errors import TrainingError, do_without
 from train.loop.interruption import Interruption
 from train.loop.profiling import Profiler
+from train.loop.spikes import Spike, SpikeFinder
 from train.loop.tasks import task_sequences
 from train.loop.watchdog import Watchdog
 from train.phases import Phase, phase_at, phases_of
@@ -37,6 +40,14 @@ from train.text.continuation import complete
 
 Metrics = dict[str, jax.Array]
 """The scalars that an update returns, still on the devices."""
+
+
+class _UndoError(Exception):
+    """A spike of the loss that is to be undone."""
+
+    def __init__(self, spike: Spike):
+        super().__init__(str(spike))
+        self.spike = spike
 
 
 class Trainer:
@@ -85,12 +96,7 @@ class Trainer:
         self._functions = functions_of(self._phase, self._phases, mesh)
         self._teacher: nnx.State | None = None
         self.state: TrainState
-        restored = checkpoints.restore_stage(self._placed_state)
-        if restored is None:
-            source = None if initial is None else initial.source(config.model)
-            restored = self._functions.initial_state(source), Progress()
-        self.state, self.progress = restored
-        self._read_teacher()
+        self._restore()
         self._vote = processes.StopVote(mesh)
         self._skipped_in_row = 0
         self.spent: Spent | None = None
@@ -106,12 +112,55 @@ class Trainer:
         Returns:
             The signal that stopped this process or another of the run; None at the last step.
         """
+        while True:
+            try:
+                return self._run(interruption)
+            except _UndoError as error:
+                self._undo(error.spike)
+
+    def _restore(self) -> None:
+        """Holds the state of the newest checkpoint or, if there is none, the first one."""
+        restored = self._checkpoints.restore_stage(self._placed_state)
+        if restored is None:
+            initial, model = self._initial, self._config.model
+            self._phase = self._phases[0]
+            self._functions = functions_of(self._phase, self._phases, self._mesh)
+            source = None if initial is None else initial.source(model)
+            restored = self._functions.initial_state(source), Progress()
+        self.state, self.progress = restored
+        self._finder = SpikeFinder(self._config.spike, self.progress.losses)
+        self._read_teacher()
+
+    def _undo(self, spike: Spike) -> None:
+        """Goes back to the newest checkpoint, all of which are from before the spike.
+
+        What a kill in between makes it do again comes to the same end, as the checkpoint has all
+        that the decision hangs on.
+        """
+        self._checkpoints.wait()
+        next_batch, undone = self.progress.next_batch, self.progress.undone + 1
+        jax.tree.map(lambda array: array.delete(), self.state)
+        self._restore()
+        self.progress = self.progress._replace(next_batch=next_batch, undone=undone)
+        self._skipped_in_row = 0
+        self._times = Times()
+        if processes.is_first():
+            print(
+                f"nha: {spike}; back to step {self.progress.step}, and on with batch {next_batch} "
+                f"(undone {undone} of spike.undo = {self._config.spike.undo})",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def _run(self, interruption: Interruption) -> int | None:
+        """Does what `run` does, up to a spike that is to be undone."""
         config, first = self._config, self.progress.step
         missing, caught_up = self._catch_up(interruption)
         if missing is not None and caught_up is None:
             return self._vote.last(interruption.signal)
         after = first if missing is None else first - 1
-        per_target = self._corpus.training.bytes_per_target_at
+        left_out = self.progress.next_batch - first
+        per_target = lambda n: self._corpus.training.bytes_per_target_at(n + left_out)  # noqa: E731
         batches = training_batches(
             self._training, config.batch_size, config.seed, self.progress.next_batch, self._rows
         )
@@ -301,7 +350,19 @@ class Trainer:
         for step, arrays in steps.items():
             metrics = fetch(arrays)
             skipped = metrics["skipped"] > 0
-            self.progress = Progress(step, step, self.progress.skipped + skipped)
+            spike = self._finder.look(step, metrics.get("loss", math.nan))
+            before = self.progress
+            self.progress = before._replace(
+                step=step,
+                next_batch=before.next_batch + 1,
+                skipped=before.skipped + skipped,
+                losses=tuple(self._finder.losses),
+            )
+            if spike is not None and before.undone < self._config.spike.undo:
+                reporting.end_session(step)
+                raise _UndoError(spike)
+            if spike is not None and processes.is_first():
+                print(f"\nnha: {spike}", file=sys.stderr, flush=True)
             self._skipped_in_row = self._skipped_in_row + 1 if skipped else 0
             reporting.step(step, metrics, self.progress.skipped, held_out, always)
             self._stop_if_lost(metrics)

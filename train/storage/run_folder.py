@@ -13,7 +13,7 @@ from typing import IO, Any, Self
 from etils import epath
 
 from nha_jax.storage.stores import StoreError
-from train.config import TrainConfig, WatchdogConfig
+from train.config import SpikeConfig, TrainConfig, WatchdogConfig
 from train.devices import processes
 from train.errors import ConfigError, TrainingError, describe_differences
 from train.paths import user_location
@@ -31,6 +31,7 @@ CHANGEABLE = (
     "checkpoint",
     "logging",
     "watchdog",
+    "spike",
     "mesh",
     "sample",
     "distributed",
@@ -55,6 +56,7 @@ _RARE: dict[str, Any] = {
     "mesh.slices": None,
     "data.cache_gib": 16.0,
     "watchdog": dataclasses.asdict(WatchdogConfig()),
+    "spike": dataclasses.asdict(SpikeConfig()),
 }
 
 # What a process killed while it made the folder leaves behind.

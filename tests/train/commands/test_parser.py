@@ -182,7 +182,8 @@ def test_what_is_no_number_is_named(
 def test_every_command_has_its_numeric_options_found() -> None:
     assert len(NUMERIC) > 20
     assert {command for command, _, _ in NUMERIC} == {
-        "data prepare", "data questions", "import", "plan", "generate", "search", "inspect", "eval"
+        "data prepare", "data questions", "import", "plan", "status", "generate", "search",
+        "inspect", "eval",
     }  # fmt: skip
 
 

@@ -120,6 +120,7 @@ def test_run_leaves_all_it_promises(undisturbed: Nha) -> None:
         "model",
         "result.json",
         "run.json",
+        "sessions.json",
         "slot_weight.png",
         "tensorboard",
     }
