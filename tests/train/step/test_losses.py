@@ -64,12 +64,7 @@ def update(config: TrainConfig) -> tuple[dict[str, Any], Any]:
 @pytest.mark.parametrize(
     ("loss", "parts"),
     [
-        pytest.param(
-            LossConfig(),
-            {"micro_batches": 2, "head_parts": 4},
-            id="both",
-            marks=pytest.mark.slow,  # the rest has each by itself
-        ),
+        pytest.param(LossConfig(), {"micro_batches": 2, "head_parts": 4}, id="both"),
         *(
             pytest.param(WEIGHTS, parts, id="-".join(["all terms", *parts]), marks=pytest.mark.slow)
             for parts in (
